@@ -1,0 +1,70 @@
+"""M-RoPE positions: where every token stands in time, height and width.
+
+Source: section 2.1 of the Qwen2-VL paper (Wang et al., 2024), and ``get_rope_index`` of transformers, which is the
+oracle of the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class VisionSpan:
+    """A run of image or video tokens.
+
+    Args:
+        start: index of its first token.
+        grid: (temporal, height, width) in merged tokens; their product is the number of tokens.
+        temporal_step: distance of neighbouring temporal positions: 1.0, or ``tokens_per_second`` x seconds for the
+            family that counts time.
+    """
+
+    start: int
+    grid: tuple[int, int, int]
+    temporal_step: float = 1.0
+
+    @property
+    def stop(self) -> int:
+        """Index after its last token."""
+        return self.start + self.grid[0] * self.grid[1] * self.grid[2]
+
+
+def position_ids(length: int, spans: Sequence[VisionSpan]) -> torch.Tensor:
+    """Return int64 [4, length]: row 0 counts tokens, rows 1-3 are temporal, height and width positions.
+
+    Text moves all three by one a token; a picture of h x w tokens spans a box that starts at the next position, and
+    text after it goes on max(h, w) positions later. Worked example, two text tokens, a 1 x 2 x 2 picture, one text
+    token: temporal 0 1 2 2 2 2 4, height 0 1 2 2 3 3 4, width 0 1 2 3 2 3 4.
+
+    Args:
+        length: number of tokens of one sample.
+        spans: its runs of vision tokens, in order, not overlapping.
+    """
+    rows = torch.empty(4, length, dtype=torch.int64)
+    rows[0] = torch.arange(length)
+    cursor = position = 0
+    for span in spans:
+        position = _fill_text(rows, cursor, span.start, position)
+        rows[1:, span.start : span.stop] = _box(span) + position
+        position += max(span.grid[1], span.grid[2])
+        cursor = span.stop
+    _fill_text(rows, cursor, length, position)
+    return rows
+
+
+def _fill_text(rows: torch.Tensor, start: int, stop: int, position: int) -> int:
+    """Number the text tokens in place and return the next free position."""
+    count = stop - start
+    rows[1:, start:stop] = torch.arange(position, position + count)
+    return position + count
+
+
+def _box(span: VisionSpan) -> torch.Tensor:
+    """Return the positions of a span's tokens from 0: int64 [3, tokens]."""
+    temporal, height, width = span.grid
+    times = (torch.arange(temporal) * span.temporal_step).long()
+    return torch.stack(torch.meshgrid(times, torch.arange(height), torch.arange(width), indexing="ij")).reshape(3, -1)

@@ -1,0 +1,153 @@
+"""The records that pass between the stages of the data path. Nothing here is decoded or touches a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSpec:
+    """One entry of ``--dataset_use``: where its annotations and media are, and how much of it is used.
+
+    Args:
+        name: name in the registry.
+        annotation_paths: annotation files, in order.
+        data_path: folder that relative media paths start from; empty where annotations hold absolute paths.
+        sampling_percent: percent of the rows used: 50.0 is half of them, 250.0 each one twice and half of them again.
+        options: the entry's other keys.
+    """
+
+    name: str
+    annotation_paths: tuple[str, ...]
+    data_path: str
+    sampling_percent: float = 100.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a sample comes from, for messages.
+
+    Args:
+        dataset: registry name.
+        file: annotation file.
+        line: line of a JSONL file, or item of a JSON array or Parquet table; counted from 1.
+        id: the sample's own ``id``, where it has one.
+        member: place inside a packed row, counted from 1; None in an ordinary row.
+    """
+
+    dataset: str
+    file: str
+    line: int
+    id: str | None = None
+    member: int | None = None
+
+    def __str__(self) -> str:
+        member = f", member {self.member}" if self.member is not None else ""
+        sample = f" (id {self.id!r})" if self.id is not None else ""
+        return f"dataset {self.dataset!r}, {self.file}:{self.line}{member}{sample}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One conversation as it stands in the annotation file.
+
+    Args:
+        origin: where it stands.
+        record: its fields, untouched.
+        data_path: folder that its relative media paths start from.
+    """
+
+    origin: Origin
+    record: Mapping[str, Any]
+    data_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageItem:
+    """One image, not opened.
+
+    Args:
+        source: path, ``file://`` URI, ``data:`` URI or http(s) URL, as written.
+        min_pixels: lower limit of height x width after resizing; None for the run's own.
+        max_pixels: upper limit; None for the run's own.
+    """
+
+    source: str
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VideoItem:
+    """One video, not opened. None means the run's own setting.
+
+    Args:
+        source: a file (as for images), or the frames of a video as a tuple of images.
+        fps: frames a second to sample; for a tuple of frames, the rate they were taken at.
+        nframes: number of frames to sample, instead of ``fps``.
+        min_frames: fewest frames.
+        max_frames: most frames.
+        min_pixels: lower limit of height x width of one frame, as in qwen-vl-utils.
+        max_pixels: upper limit of height x width of one frame, as in qwen-vl-utils.
+        total_pixels: upper limit of frames x height x width, the whole clip.
+        video_start: first second used.
+        video_end: last second used.
+    """
+
+    source: str | tuple[str, ...]
+    fps: float | None = None
+    nframes: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    total_pixels: int | None = None
+    video_start: float | None = None
+    video_end: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A stretch of text, exactly as it is to be rendered."""
+
+    text: str
+
+
+Part = TextPart | ImageItem | VideoItem
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    Args:
+        role: who speaks.
+        parts: text and media in the order they are rendered.
+        extra: the turn's other keys that chat templates know (``tool_calls``, ``reasoning_content``, ...).
+    """
+
+    role: Role
+    parts: tuple[Part, ...]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """All text of the turn, without its media."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a chat template renders: the turns of one sample and the tools they may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    def media(self) -> tuple[ImageItem | VideoItem, ...]:
+        """All media in the order they are rendered."""
+        return tuple(part for message in self.messages for part in message.parts if not isinstance(part, TextPart))

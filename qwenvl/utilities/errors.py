@@ -1,0 +1,43 @@
+"""Errors that a user can fix. Entry points print their message without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwenvl.data.types import Origin
+
+
+class UserError(ValueError):
+    """A mistake in the user's input: the message says what, where, why and what to change."""
+
+
+class SampleError(UserError):
+    """One sample that cannot be used.
+
+    Args:
+        category: short stable name of the problem, such as ``missing_file`` or ``no_answer``; counts are kept by it.
+        reason: one sentence for a person: what is wrong and what to change.
+        origin: dataset, file and line of the sample; filled in by :meth:`at` where the raiser does not know it.
+    """
+
+    def __init__(self, category: str, reason: str, origin: Origin | None = None) -> None:
+        super().__init__(category, reason, origin)  # all arguments, so that the error survives pickling by workers
+        self.category = category
+        self.reason = reason
+        self.origin = origin
+
+    def at(self, origin: Origin) -> SampleError:
+        """Return the same error, with the sample it belongs to."""
+        return self if self.origin is not None else SampleError(self.category, self.reason, origin)
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.reason}" if self.origin is not None else self.reason
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` with the known names nearest to ``name``, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {', '.join(repr(item) for item in near)}?" if near else ""

@@ -1,0 +1,59 @@
+"""The model families: everything that differs between them and is not read from a checkpoint's own files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qwenvl.utilities.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What the code has to know of one ``config.model_type``.
+
+    Args:
+        model_type: ``config.model_type`` of its checkpoints.
+        video_layout: ``clip``: all tokens of a video stand in one span; ``frames``: every pair of frames has its own
+            span, after a text timestamp such as ``<1.5 seconds>``.
+        timed_positions: temporal M-RoPE positions count seconds (``tokens_per_second`` of the vision config) rather
+            than frames.
+        boxes: ``relative``: integers 0-1000; ``absolute``: pixels of the resized image.
+        moe: feed-forward layers are mixtures of experts.
+        linear_attention: some layers are linear attention, whose state crosses packed samples unless its kernels
+            are told the boundaries.
+    """
+
+    model_type: str
+    video_layout: Literal["clip", "frames"]
+    timed_positions: bool = False
+    boxes: Literal["relative", "absolute"] = "relative"
+    moe: bool = False
+    linear_attention: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("qwen2_vl", video_layout="clip"),
+        Family("qwen2_5_vl", video_layout="clip", timed_positions=True, boxes="absolute"),
+        Family("qwen3_vl", video_layout="frames"),
+        Family("qwen3_vl_moe", video_layout="frames", moe=True),
+        Family("qwen3_5", video_layout="frames", linear_attention=True),
+        Family("qwen3_5_moe", video_layout="frames", moe=True, linear_attention=True),
+    )
+}
+
+
+def get_family(model_type: str) -> Family:
+    """Return the family of a checkpoint's ``config.model_type``.
+
+    Raises:
+        UserError: this trainer does not know the model type.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"model_type {model_type!r} of the checkpoint's config.json is not one this trainer knows: "
+            f"{', '.join(FAMILIES)}. Point --model_name_or_path at a checkpoint of one of them."
+        )
+    return FAMILIES[model_type]
