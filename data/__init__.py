@@ -1,0 +1,30 @@
+"""The dataset registry. Add your datasets here, then train with ``--dataset_use "my_dataset%50,other"``.
+
+An entry names the annotations and the folder of their media:
+
+    MY_DATASET = {
+        "annotation_path": "/data/my_dataset/annotations.jsonl",  # or a list of files; .json, .jsonl, .parquet, .gz
+        "data_path": "/data/my_dataset/images",  # "" where the annotations hold absolute paths, or have no media
+    }
+    data_dict = {..., "my_dataset": MY_DATASET}
+
+Relative paths start from the folder that holds this package (the top of the repository), from wherever you train.
+"""
+
+# What tools/make_demo_data.py draws; scripts/demo.sh makes it.
+_DEMO_SUBJECTS = ("digits", "compare", "grounding", "motion")
+
+data_dict = {
+    # "my_dataset": {
+    #     "annotation_path": "/data/my_dataset/annotations.jsonl",
+    #     "data_path": "/data/my_dataset/images",
+    # },
+    **{
+        f"demo_{subject}{suffix}": {
+            "annotation_path": f"demo/data/{subject}_{split}.jsonl",
+            "data_path": "demo/data",
+        }
+        for subject in _DEMO_SUBJECTS
+        for split, suffix in (("train", ""), ("heldout", "_heldout"))
+    },
+}

@@ -1,0 +1,186 @@
+"""Annotation files as a table of samples: opened quickly, parsed a row at a time, cheap to send to workers.
+
+=================  ==========================================================================
+``.json``          one JSON array of samples
+``.jsonl``         one sample a line; ``.ndjson`` too. Blank lines are passed over
+``.parquet``       one sample a row
+``.gz`` after it   the same, compressed (not Parquet); decompressed into memory once a process
+=================  ==========================================================================
+
+With any other suffix the first character decides: ``[`` an array, ``{`` lines, ``PAR1`` Parquet. Text is UTF-8, with
+or without a byte order mark. A row that is a list of samples is a packed row of the official recipe.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from qwenvl.data.annotations_json import JsonArray, JsonLines, TextFile
+from qwenvl.data.annotations_parquet import PARQUET_MAGIC, ParquetRows
+from qwenvl.data.types import DatasetSpec, Origin, Sample
+from qwenvl.utilities.errors import SampleError, UserError
+
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+
+
+class Rows(Protocol):
+    """The rows of one annotation file."""
+
+    path: str
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def line(self, row: int) -> int:
+        """Place of a row in its file, counted from 1: its line in JSON Lines, its item elsewhere."""
+        ...
+
+    def record(self, row: int) -> Any:
+        """Parse a row.
+
+        Raises:
+            SampleError: the row cannot be parsed; without the origin.
+        """
+        ...
+
+
+class AnnotationTable:
+    """The rows of a dataset's annotation files, one after the other.
+
+    Args:
+        spec: the dataset.
+        files: its opened files, in order.
+    """
+
+    def __init__(self, spec: DatasetSpec, files: tuple[Rows, ...]) -> None:
+        self.spec = spec
+        self._files = files
+        self._ends = tuple(accumulate(len(rows) for rows in files))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, row: int) -> tuple[Sample, ...]:
+        """Parse a row: one sample, or those of a packed row.
+
+        Raises:
+            SampleError: the row is not JSON (``bad_json``), or not an object or a list of objects (``bad_record``).
+            IndexError: there is no such row.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a table of {len(self)}")
+        rows, place = self._locate(row)
+        origin = Origin(self.spec.name, rows.path, rows.line(place))
+        try:
+            return self._to_samples(rows.record(place), origin)
+        except SampleError as error:
+            raise error.at(origin) from error.__cause__
+
+    def __iter__(self) -> Iterator[tuple[Sample, ...]]:
+        return (self[row] for row in range(len(self)))
+
+    def origin(self, row: int) -> Origin:
+        """Where a row stands, without parsing it."""
+        rows, place = self._locate(row)
+        return Origin(self.spec.name, rows.path, rows.line(place))
+
+    def _locate(self, row: int) -> tuple[Rows, int]:
+        number = bisect_right(self._ends, row)
+        return self._files[number], row - (self._ends[number - 1] if number else 0)
+
+    def _to_samples(self, value: Any, origin: Origin) -> tuple[Sample, ...]:
+        if not isinstance(value, list):
+            return (self._to_sample(value, origin, None),)
+        if not value:
+            raise SampleError("bad_record", "the row is an empty list; a packed row must hold samples.")
+        return tuple(self._to_sample(record, origin, member) for member, record in enumerate(value, start=1))
+
+    def _to_sample(self, record: Any, origin: Origin, member: int | None) -> Sample:
+        place = Origin(origin.dataset, origin.file, origin.line, _sample_id(record), member)
+        if not isinstance(record, dict):
+            raise SampleError(
+                "bad_record",
+                f'a sample must be a JSON object such as {{"conversations": [...]}}, not {_kind(record)}.',
+                place,
+            )
+        return Sample(place, record, self.spec.data_path)
+
+
+def open_annotations(spec: DatasetSpec) -> AnnotationTable:
+    """Open a dataset's annotation files: rows are counted, and the first and last of each JSON file are parsed.
+
+    Raises:
+        UserError: a file is missing, empty, of another format than its name says, or broken; or there is no row.
+    """
+    table = AnnotationTable(spec, tuple(_open_file(path, spec.name) for path in spec.annotation_paths))
+    if not len(table):
+        files = ", ".join(spec.annotation_paths)
+        raise UserError(f"Dataset {spec.name!r} has no rows: {files}. Take it out of --dataset_use, or fill it.")
+    return table
+
+
+def _open_file(path: str, dataset: str) -> Rows:
+    try:
+        rows = _choose_reader(path)
+        if not isinstance(rows, ParquetRows):  # a Parquet file has proved its format by its schema
+            for row in {0, len(rows) - 1} if len(rows) else ():
+                _check_row(rows, row)
+        return rows
+    except FileNotFoundError as error:
+        raise UserError(
+            f"Dataset {dataset!r}: annotation file {path} does not exist. Correct its registry entry."
+        ) from error
+    except OSError as error:
+        raise UserError(f"Dataset {dataset!r}: annotation file {path} cannot be read: {error}") from error
+    except UserError as error:
+        raise UserError(f"Dataset {dataset!r}: annotation file {path}: {error}") from error
+
+
+def _check_row(rows: Rows, row: int) -> None:
+    try:
+        rows.record(row)
+    except SampleError as error:
+        raise UserError(f"line {rows.line(row)}: {error.reason}") from error
+
+
+def _choose_reader(path: str) -> Rows:
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    suffix = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
+    if magic == PARQUET_MAGIC or suffix == ".parquet":
+        return ParquetRows(path)
+    text = TextFile(path, compressed=magic[:2] == b"\x1f\x8b")
+    if suffix in LINE_SUFFIXES:
+        return JsonLines(text)
+    first = text.first_character()
+    if not first:
+        raise UserError("is empty. Fill it, or take it out of the registry entry.")
+    if suffix == ".json" and first != "[":
+        raise UserError(
+            f"a .json file must hold one array of samples, [...], and this one starts with {first!r}. "
+            "If each of its lines is a sample, name it .jsonl; if it is one sample, put [ ] around it."
+        )
+    if first == "[":
+        return JsonArray(text)
+    if first == "{":
+        return JsonLines(text)
+    raise UserError(
+        f"is neither JSON, JSON Lines nor Parquet: it starts with {first!r}. Name it .json, .jsonl or .parquet, "
+        "and .gz after that where it is compressed."
+    )
+
+
+def _sample_id(record: Any) -> str | None:
+    identifier = record.get("id") if isinstance(record, dict) else None
+    return str(identifier) if isinstance(identifier, str | int) else None
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -1,0 +1,147 @@
+"""The registry: what it accepts, and that each mistake names its file and its cure."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenvl.data.registry import DEFAULT_REGISTRY, load_registry, parse_dataset_use
+from qwenvl.utilities.errors import UserError
+
+
+@pytest.fixture
+def registry_file(tmp_path: Path) -> Path:
+    (tmp_path / "media").mkdir()
+    for name in ("a.json", "b.jsonl", "c.jsonl"):
+        (tmp_path / name).write_text("[]")
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "data_dict = {\n"
+        "  'apples': {'annotation_path': 'a.json', 'data_path': 'media', 'allow_absolute': True},\n"
+        "  'bananas': {'annotation_path': ['b.jsonl', 'c.jsonl'], 'data_path': ''},\n"
+        "  'gone': {'annotation_path': 'gone.json', 'data_path': ''},\n"
+        "  'homeless': {'annotation_path': 'a.json', 'data_path': 'nowhere'},\n"
+        "  'typo': {'annotation_pth': 'a.json', 'data_path': ''},\n"
+        "  'no_data_path': {'annotation_path': 'a.json'},\n"
+        "  'text': 'a.json',\n"
+        "}\n"
+    )
+    return file
+
+
+def test_entries_become_specs(registry_file: Path, tmp_path: Path) -> None:
+    registry = load_registry(str(registry_file))
+    apples, bananas = parse_dataset_use(" apples%12.5, bananas ,", registry)
+    assert (apples.name, apples.sampling_percent, apples.options) == ("apples", 12.5, {"allow_absolute": True})
+    assert apples.annotation_paths == (str(tmp_path / "a.json"),)
+    assert apples.data_path == str(tmp_path / "media")
+    assert bananas.annotation_paths == (str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl"))
+    assert (bananas.data_path, bananas.sampling_percent, bananas.options) == ("", 100.0, {})
+
+
+def test_paths_do_not_depend_on_the_working_folder(
+    registry_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    (spec,) = parse_dataset_use("apples", load_registry("../mine.py"))
+    assert spec.annotation_paths == (str(tmp_path / "a.json"),)
+
+
+@given(parts=st.lists(st.sampled_from([("", 100.0), ("%50", 50.0), ("%0.5", 0.5), ("%250", 250.0)]), min_size=1))
+def test_a_name_given_twice_adds_up(parts: list[tuple[str, float]]) -> None:
+    registry = {"x": {"annotation_path": __file__, "data_path": ""}}
+    specs = parse_dataset_use(",".join("x" + suffix for suffix, _ in parts), registry)
+    assert [spec.sampling_percent for spec in specs] == [pytest.approx(sum(percent for _, percent in parts))]
+
+
+@pytest.mark.parametrize("percent", ["", "0", "0.0", "-5", "abc", "nan", "inf", "5%5", "1e2", "1_0", "٣"])
+def test_a_percent_must_be_a_number_above_zero(percent: str) -> None:
+    with pytest.raises(UserError, match="number above 0"):
+        parse_dataset_use(f"x%{percent}", {"x": {"annotation_path": __file__, "data_path": ""}})
+
+
+@pytest.mark.parametrize(
+    ("dataset_use", "expected"),
+    [
+        ("", ["names no dataset", "apples"]),
+        (" , ", ["names no dataset"]),
+        ("aples", ["'aples'", "mine.py", "Did you mean 'apples'", "--dataset_registry"]),
+        ("gone", ["'gone'", "gone.json does not exist", "Relative paths start from"]),
+        ("homeless", ["'homeless'", "nowhere", "does not exist"]),
+        ("typo", ["'typo'", "has no 'annotation_path'", "Did you mean 'annotation_pth'"]),
+        ("no_data_path", ["has no 'data_path'", 'may be ""']),
+        ("text", ["'text'", "an entry is a dict"]),
+    ],
+)
+def test_mistakes_are_named(registry_file: Path, dataset_use: str, expected: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_dataset_use(dataset_use, load_registry(str(registry_file)))
+    for words in expected:
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = 1\ndata_dict = {\n", "line 2"),
+        ("x = 1\n\nraise RuntimeError('boom')\n", "line 3: RuntimeError: boom"),
+        ("datasets = {}\n", "must define data_dict"),
+        ("data_dict = []\n", "it has a list"),
+        ("data_dict = {'a%b': {}}\n", "'a%b' cannot be a dataset name"),
+        ("data_dict = {3: {}}\n", "3 cannot be a dataset name"),
+    ],
+)
+def test_broken_registries_are_explained(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_registry(str(file))
+    assert expected in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_a_missing_registry_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_registry(str(tmp_path / "none.py"))
+    with pytest.raises(UserError, match="does not exist"):
+        load_registry(str(tmp_path))  # a folder without __init__.py
+
+
+def test_a_folder_may_import_its_own_files(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "more.py").write_text("EXTRA = {'annotation_path': 'notes.json', 'data_path': ''}\n")
+    (folder / "__init__.py").write_text("from .more import EXTRA\ndata_dict = {'extra': EXTRA}\n")
+    (tmp_path / "notes.json").write_text("[]")
+    before = set(sys.modules)
+    (spec,) = parse_dataset_use("extra", load_registry(str(folder)))
+    assert spec.annotation_paths == (str(tmp_path / "notes.json"),)
+    assert "data" not in set(sys.modules) - before
+
+
+def test_an_edited_registry_is_read_anew(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("data_dict = {'first': {}}\n")
+    assert list(load_registry(str(file))) == ["first"]
+    file.write_text("data_dict = {'second': {}, 'third': {}}\n")
+    assert list(load_registry(str(file))) == ["second", "third"]
+
+
+def test_the_shipped_registry_loads_from_any_folder(tmp_path: Path) -> None:
+    """In a new process elsewhere, where another module called ``data`` stands in the way."""
+    (tmp_path / "data.py").write_text("raise SystemExit('the wrong data module')\n")
+    code = "from qwenvl.data.registry import load_registry as f; print(sorted(f(None)))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(DEFAULT_REGISTRY.parent)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("demo_digits", "demo_digits_heldout", "demo_compare", "demo_grounding", "demo_motion_heldout"):
+        assert repr(name) in done.stdout
