@@ -1,0 +1,17 @@
+"""Settings of a run: what they are, and reading them from recipes and command lines."""
+
+from qwenvl.arguments.command_line import wants_debug
+from qwenvl.arguments.data import DataArguments
+from qwenvl.arguments.model import ModelArguments
+from qwenvl.arguments.parsing import ParsedArguments, arguments_to_yaml, parse_arguments
+from qwenvl.arguments.training import TrainingArguments
+
+__all__ = [
+    "DataArguments",
+    "ModelArguments",
+    "ParsedArguments",
+    "TrainingArguments",
+    "arguments_to_yaml",
+    "parse_arguments",
+    "wants_debug",
+]

@@ -1,0 +1,148 @@
+"""From a command line to checked arguments, and back to a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+
+from qwenvl.arguments.checks import check_required, check_together, log_without_effect
+from qwenvl.arguments.command_line import read_flags, split_debug
+from qwenvl.arguments.data import DataArguments
+from qwenvl.arguments.model import ModelArguments
+from qwenvl.arguments.recipes import find_file, read_recipe
+from qwenvl.arguments.settings import Setting, convert, settings_of
+from qwenvl.arguments.training import TrainingArguments
+from qwenvl.utilities.errors import UserError, nearest
+
+SETTINGS_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "dataset_registry")
+INHERITED = transformers.TrainingArguments
+GROUPS: dict[type, str] = {
+    ModelArguments: "model",
+    DataArguments: "data",
+    TrainingArguments: "training",
+    INHERITED: "training, as in transformers.TrainingArguments",
+}
+
+
+@dataclass(frozen=True)
+class ParsedArguments:
+    """All settings of a run.
+
+    Args:
+        model: what is trained.
+        data: on what.
+        training: how.
+        debug: show tracebacks of errors.
+        given: what the user set, in recipe and flags together, by name; everything else is a default.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    debug: bool
+    given: Mapping[str, Any]
+
+
+def all_settings() -> dict[str, Setting]:
+    """Return every setting by name: the model's, the data's, this trainer's, then those of transformers."""
+    settings = settings_of(ModelArguments, DataArguments, TrainingArguments)
+    own = [name for name in TrainingArguments.__annotations__ if name in settings]
+    inherited = {
+        name: replace(setting, owner=INHERITED)
+        for name, setting in settings.items()
+        if setting.owner is TrainingArguments and name not in own
+    }
+    rest = {name: setting for name, setting in settings.items() if name not in inherited and name not in own}
+    return rest | {name: settings[name] for name in own} | inherited
+
+
+def parse_arguments(argv: Sequence[str]) -> ParsedArguments:
+    """Read settings from a command line: ``[RECIPE.yaml] [--flag VALUE ...]``.
+
+    Flags override the recipe. A value of null, in either, means not given. Paths in a recipe start from the current
+    folder, as on the command line; files of settings (``deepspeed``, ``fsdp_config``, ``accelerator_config``,
+    ``dataset_registry``, the recipe itself) that are not there are looked for in the repository's root.
+
+    Args:
+        argv: the command line without the program's name.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        UserError: anything wrong with them, saying which and where.
+        SystemExit: with status 0, after ``--help``.
+    """
+    rest, debug = split_debug(argv)
+    settings = all_settings()
+    given: dict[str, Any] = {}
+    if rest and not rest[0].startswith("-"):
+        recipe = rest.pop(0)
+        content = read_recipe(recipe)
+        if isinstance(content.get("debug"), bool):
+            debug = content.pop("debug") or debug
+        given = _converted(content, settings, where=f"recipe {recipe}: ")
+    given |= _converted(read_flags(rest, settings, GROUPS), settings, where="--")
+    given = {name: given[name] for name in settings if given.get(name) is not None}
+    return _build(given, settings, debug)
+
+
+def arguments_to_yaml(parsed: ParsedArguments) -> str:
+    """Return a recipe that reruns the job: every setting that the user gave, without secrets such as hub_token.
+
+    What the program derives by itself (devices, worker counts) is left to be derived again where the recipe is rerun.
+    """
+    values = {name: value for name, value in parsed.given.items() if not name.endswith(("token", "secret", "password"))}
+    header = f"# The settings of this run, a recipe for another: train_qwen.py FILE\n# Run from {Path.cwd()}\n"
+    return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _converted(values: Mapping[str, Any], settings: Mapping[str, Setting], where: str) -> dict[str, Any]:
+    """Return values in the types of their fields; None stays None."""
+    result: dict[str, Any] = {}
+    for written, value in values.items():
+        name = written.replace("-", "_")
+        if name not in settings:
+            raise UserError(f"{where}{written} is not a setting.{nearest(name, settings)}")
+        if name in result:
+            raise UserError(f"{where}{written} is given twice; keep one.")
+        try:
+            result[name] = None if value in (None, "null") else convert(settings[name], value)
+        except UserError as error:
+            raise UserError(f"{where}{name}: {error}") from error
+    return result
+
+
+def _build(given: Mapping[str, Any], settings: Mapping[str, Setting], debug: bool) -> ParsedArguments:
+    values = {name: _found(name, value) for name, value in given.items()}
+    by_class: dict[type, dict[str, Any]] = {ModelArguments: {}, DataArguments: {}, TrainingArguments: {}}
+    for name, value in values.items():
+        owner = settings[name].owner
+        by_class[owner if owner in by_class else TrainingArguments][name] = value
+    model = ModelArguments(**by_class[ModelArguments])
+    data = DataArguments(**by_class[DataArguments])
+    check_required(model, data, values.get("output_dir"))
+    training = _training(by_class[TrainingArguments])
+    check_together(model, data, training)
+    log_without_effect(model, data, training, frozenset(given))
+    return ParsedArguments(model, data, training, debug, dict(given))
+
+
+def _found(name: str, value: Any) -> Any:
+    if name in SETTINGS_FILES and isinstance(value, str):
+        return str(find_file(value, f"--{name}"))
+    return value
+
+
+def _training(values: Mapping[str, Any]) -> TrainingArguments:
+    try:
+        return TrainingArguments(**values)
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:  # what transformers itself objects to
+        raise UserError(f"training arguments: {error}") from error

@@ -1,0 +1,205 @@
+"""How it is trained: the fields of ``transformers.TrainingArguments`` and those this trainer adds."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers.training_args import OptimizerNames
+
+from qwenvl.utilities.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+
+def default_workers() -> int:
+    """Return the number of loader processes of one rank: 4 as in the official scripts, fewer where cores are few."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """``transformers.TrainingArguments`` with defaults for this trainer. Every field is explained by its ``help``.
+
+    Raises:
+        UserError: values that contradict each other, are out of range, or ask for what is not installed.
+    """
+
+    # Flags of the official recipe.
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for downloaded checkpoints. Default: Hugging Face's own."}
+    )
+    model_max_length: int = field(
+        default=8192,
+        metadata={
+            "help": "Most tokens of a sample, pictures included; see overlength for longer ones. The official default "
+            "of 512 never reached its collator, so nothing was cut; here the limit holds, hence the larger default."
+        },
+    )
+    mm_projector_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the mergers (tune_mm_mlp). Default: learning_rate."}
+    )
+    vision_tower_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision encoder (tune_mm_vision). Default: learning_rate."}
+    )
+    warmup_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Share of the optimizer steps used for warm-up, 0 to 1. Not together with warmup_steps."},
+    )
+    lora_enable: bool = field(
+        default=False, metadata={"help": "Train adapters instead of weights. Not available yet: an error."}
+    )
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=128, metadata={"help": "Scale of the adapters; their weight is alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters, 0 to 1; 0 means none."})
+
+    # Fields of transformers whose default is another one here.
+    optim: OptimizerNames | str = field(
+        default="adamw_torch",
+        metadata={"help": "Optimizer. As in the official recipe."},
+    )
+    report_to: str | list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Where metrics go: tensorboard, wandb, trackio, swanlab, ...; several, all, or none. Default: "
+            "tensorboard."
+        },
+    )
+    logging_steps: float = field(
+        default=1, metadata={"help": "Optimizer steps between two log lines; below 1, a share of all steps."}
+    )
+    eval_steps: float | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps between evaluations with eval_strategy steps. Default: save_steps."},
+    )
+    dataloader_num_workers: int = field(
+        default_factory=default_workers,
+        metadata={"help": "Processes of each rank that prepare samples. Default: 4, fewer where cores are few."},
+    )
+    gradient_checkpointing_kwargs: dict[str, Any] | None = field(
+        default_factory=lambda: {"use_reentrant": False},  # the reentrant kind loses gradients of side outputs
+        metadata={"help": "Arguments of gradient checkpointing, as JSON. use_reentrant is false unless given."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave as it is: samples are not columns of a table here."}
+    )
+    prediction_loss_only: bool = field(
+        default=True, metadata={"help": "Evaluation returns the loss only. Logits of a whole set would not fit."}
+    )
+    average_tokens_across_devices: bool = field(
+        default=True,
+        metadata={
+            "help": "Divide the loss by the trained tokens of all ranks together, so that it does not depend on "
+            "how samples are split over them."
+        },
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Let DDP search for parameters without a gradient. Not needed: every rank uses every part."},
+    )
+
+    def __post_init__(self) -> None:
+        self._check_own_fields()
+        self._map_warmup_ratio()
+        self._choose_evaluation_interval()
+        self._name_checkpointing()
+        self._choose_device()
+        self.report_to = choose_reporters(self.report_to)
+        super().__post_init__()
+        self._keep_to_one_device()
+
+    def _check_own_fields(self) -> None:
+        if self.lora_enable:
+            raise UserError(
+                "--lora_enable True: adapters are not available yet. Leave it out and choose what to train by "
+                "--tune_mm_llm, --tune_mm_mlp and --tune_mm_vision."
+            )
+        for name in ("model_max_length", "mm_projector_lr", "vision_tower_lr", "lora_r"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name} {value:g} must be above 0.")
+        if self.model_max_length < 2:
+            raise UserError("--model_max_length 1 leaves nothing to predict: a sample needs two tokens or more.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise UserError(f"--lora_dropout {self.lora_dropout:g} must be 0 to below 1.")
+
+    def _map_warmup_ratio(self) -> None:
+        """Hand the ratio to ``warmup_steps``, which transformers 5 reads as a ratio below 1."""
+        if self.warmup_ratio is None:
+            return
+        if not 0.0 <= self.warmup_ratio < 1.0:
+            raise UserError(f"--warmup_ratio {self.warmup_ratio:g} is a share of all steps: give 0 to below 1.")
+        if self.warmup_steps not in (0, self.warmup_ratio):
+            raise UserError(
+                f"--warmup_ratio {self.warmup_ratio:g} and --warmup_steps {self.warmup_steps:g} both set the warm-up: "
+                "keep one."
+            )
+        self.warmup_steps = self.warmup_ratio
+
+    def _choose_evaluation_interval(self) -> None:
+        """Evaluate as often as checkpoints are saved; transformers' own choice, logging_steps, is every step here."""
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "steps" and not self.eval_steps:
+            self.eval_steps = self.save_steps
+
+    def _name_checkpointing(self) -> None:
+        """Fill in ``use_reentrant`` and, where transformers has them, the newer names of gradient checkpointing."""
+        older = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+        self.gradient_checkpointing_kwargs = older
+        if not hasattr(self, "activation_checkpointing"):  # transformers 5.19 and older
+            return
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        elif self.gradient_checkpointing not in (None, self.activation_checkpointing):
+            raise UserError(
+                "--gradient_checkpointing and --activation_checkpointing are two names of one switch, and contradict "
+                "each other: keep one."
+            )
+        newer = self.activation_checkpointing_kwargs
+        if isinstance(newer, dict | None):
+            self.activation_checkpointing_kwargs = {**older, **(newer or {})}
+
+    def _choose_device(self) -> None:
+        """Say ``use_cpu`` where there is nothing else: without it, accelerate under torchrun sees one rank only."""
+        if not self.use_cpu and not torch.accelerator.is_available():
+            logger.info("No accelerator found: training on the CPU.")
+            self.use_cpu = True
+        if self.use_cpu and (self.fp16 or self.fp16_full_eval):
+            raise UserError("--fp16 needs an accelerator; on the CPU use --bf16 True or leave both out (float32).")
+
+    def _keep_to_one_device(self) -> None:
+        """One process drives one device: ``nn.DataParallel`` would split batches that are not rows of a tensor."""
+        if self._n_gpu > 1:
+            logger.warning(
+                "%d devices, one process: only the first is used. Start with torchrun --nproc_per_node=%d to use all.",
+                self._n_gpu,
+                self._n_gpu,
+            )
+            self._n_gpu = 1
+
+
+def choose_reporters(report_to: str | list[str] | None) -> str | list[str]:
+    """Return what metrics are reported to: as asked for, checked; else tensorboard where it is installed.
+
+    Raises:
+        UserError: a name that transformers does not know, or whose package is missing.
+    """
+    from transformers.integrations import integration_utils  # slow to import, and only needed here
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    available = integration_utils.get_available_reporting_integrations()
+    if not report_to:
+        if "tensorboard" not in available:
+            logger.warning("tensorboard is not installed: no curves are written (pip install tensorboard).")
+        return "tensorboard" if "tensorboard" in available else "none"
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        if name not in (*known, "all", "none"):
+            options = f"{', '.join(known)}, all or none"
+            raise UserError(f"--report_to {name!r} is not known: {options}.{nearest(name, known)}")
+        if name in ("tensorboard", "wandb", "trackio", "swanlab") and name not in available:
+            raise UserError(f"--report_to {name} needs a package that is missing: pip install {name}, or choose none.")
+    return report_to
