@@ -1,0 +1,154 @@
+"""Which parts of the model train: the freeze switches, their table, and gradient checkpointing to match."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from qwenvl.utilities.errors import UserError
+
+ModuleGroup = Literal["vision", "merger", "language"]
+GROUPS: tuple[ModuleGroup, ...] = ("vision", "merger", "language")
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSummary:
+    """One row of the table printed at the start.
+
+    Args:
+        module: module group.
+        trainable: trainable parameters (numbers, not tensors).
+        total: all parameters; a tensor shared by two modules counts once.
+        learning_rate: peak learning rate of its parameters, where known.
+    """
+
+    module: ModuleGroup
+    trainable: int
+    total: int
+    learning_rate: float | None = None
+
+
+def parameter_modules(model: PreTrainedModel) -> dict[str, ModuleGroup]:
+    """Return the module group of every parameter, by its name.
+
+    ``merger``: ``visual.merger`` and, where present, ``visual.deepstack_merger_list``. ``vision``: the rest of
+    ``visual``. ``language``: everything else: language model, embeddings, ``lm_head`` (tied or not).
+
+    Decided by the modules that hold a parameter, not by letters in a name; a tied tensor appears once.
+    """
+    visual = model.model.visual
+    mergers = [getattr(visual, name) for name in ("merger", "deepstack_merger_list") if hasattr(visual, name)]
+    merger = {id(parameter) for module in mergers for parameter in module.parameters()}
+    vision = {id(parameter) for parameter in visual.parameters()} - merger
+    groups: dict[str, ModuleGroup] = {}
+    for name, parameter in model.named_parameters():
+        key = id(parameter)
+        groups[name] = "merger" if key in merger else "vision" if key in vision else "language"
+    return groups
+
+
+def set_model(
+    model: PreTrainedModel, *, tune_mm_vision: bool, tune_mm_mlp: bool, tune_mm_llm: bool
+) -> list[ModuleSummary]:
+    """Set ``requires_grad`` of every parameter by the three switches.
+
+    Args:
+        model: a stock model.
+        tune_mm_vision: train the vision tower except its mergers.
+        tune_mm_mlp: train the mergers (deepstack ones too).
+        tune_mm_llm: train the language model, its embeddings and ``lm_head``, tied or not.
+
+    Returns:
+        A row for each module group.
+
+    Raises:
+        UserError: nothing would train.
+    """
+    switches: dict[ModuleGroup, bool] = {"vision": tune_mm_vision, "merger": tune_mm_mlp, "language": tune_mm_llm}
+    groups = parameter_modules(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(switches[groups[name]])
+    rows = summarize(model)
+    if not any(row.trainable for row in rows):
+        raise UserError(
+            "No parameter trains: --tune_mm_vision, --tune_mm_mlp and --tune_mm_llm are all False. Set one to True."
+        )
+    return rows
+
+
+def summarize(model: PreTrainedModel, learning_rates: Mapping[ModuleGroup, float] | None = None) -> list[ModuleSummary]:
+    """Count the parameters of each module group.
+
+    Args:
+        model: a stock model, whole or partitioned by ZeRO-3.
+        learning_rates: peak learning rate of each module group that trains.
+    """
+    trainable = dict.fromkeys(GROUPS, 0)
+    total = dict.fromkeys(GROUPS, 0)
+    groups = parameter_modules(model)
+    assert set(groups.values()) == set(GROUPS), "a model family without a tower, a merger or a language model"
+    for name, parameter in model.named_parameters():
+        count = full_size(parameter)
+        total[groups[name]] += count
+        trainable[groups[name]] += count if parameter.requires_grad else 0
+    rates = learning_rates or {}
+    return [ModuleSummary(group, trainable[group], total[group], rates.get(group)) for group in GROUPS]
+
+
+def full_size(parameter: nn.Parameter) -> int:
+    """Number of elements of the whole parameter; ZeRO-3 leaves an empty tensor and the size in ``ds_numel``."""
+    size: int = getattr(parameter, "ds_numel", None) or parameter.numel()
+    return size
+
+
+def format_table(rows: Sequence[ModuleSummary]) -> str:
+    """Return the table as text: module, trainable parameters, total, share, learning rate."""
+    total = ModuleSummary("language", sum(row.trainable for row in rows), sum(row.total for row in rows))
+    lines = [f"{'module':<10}{'trainable':>16}{'total':>16}{'share':>8}{'learning rate':>15}"]
+    for name, row in [*((row.module, row) for row in rows), ("all", total)]:
+        rate = f"{row.learning_rate:g}" if row.learning_rate is not None else "-"
+        share = f"{row.trainable / row.total:.0%}" if row.total else "-"
+        lines.append(f"{name:<10}{row.trainable:>16,}{row.total:>16,}{share:>8}{rate:>15}")
+    return "\n".join(lines)
+
+
+def configure_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
+    """Turn gradient checkpointing on where it saves memory, and off elsewhere.
+
+    Language layers: always, when enabled. Vision blocks: only if something in the tower other than its mergers trains;
+    frozen blocks keep no activations, so recomputing them would be lost work. Non-reentrant, which needs no input
+    that requires a gradient and keeps every gradient with any combination of switches.
+
+    Call after :func:`set_model`, and keep ``TrainingArguments.gradient_checkpointing`` off: the Trainer would turn it
+    on for the whole model, the frozen tower with it.
+
+    Args:
+        model: a stock model.
+        enabled: ``--gradient_checkpointing``.
+    """
+    groups = parameter_modules(model)
+    tower_trains = any(
+        parameter.requires_grad and groups[name] == "vision" for name, parameter in model.named_parameters()
+    )
+    _checkpoint(model.model.language_model, enabled)
+    _checkpoint(model.model.visual, enabled and tower_trains)
+
+
+def _checkpoint(module: PreTrainedModel, enabled: bool) -> None:
+    """Switch the checkpointing of a part of the model; transformers renamed the methods in 5.2x."""
+    arguments = {"use_reentrant": False}
+    if not enabled:
+        disable = getattr(module, "activation_checkpointing_disable", None) or module.gradient_checkpointing_disable
+        disable()
+        return
+    if hasattr(module, "activation_checkpointing_enable"):
+        module.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    else:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    # Enabling also makes the embeddings' output require a gradient, which only the reentrant kind needs. It would
+    # build a graph through layers that have none.
+    module.disable_input_require_grads()

@@ -1,0 +1,246 @@
+"""Loading a checkpoint: the class its config names, every weight accounted for, attention and precision chosen."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from qwenvl.utilities.errors import UserError
+from qwenvl.utilities.families import Family, get_family
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_PACKAGES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
+"""Flash attention implementations of transformers, best first, and the module each needs."""
+
+_INSTALL = {
+    "flash_attention_3": "pip install flash-attn-3 (a Hopper GPU, compute capability 9.0)",
+    "flash_attention_2": "pip install flash-attn --no-build-isolation (a GPU of compute capability 8.0 or higher)",
+}
+
+LINEAR_ATTENTION_PACKAGES = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
+"""Modules that keep packed samples apart in linear attention, and the packages that hold them."""
+
+_LISTED_KEYS = 8
+
+
+def load_model(
+    model_name_or_path: str,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a checkpoint as what its ``config.json`` says it is; the folder's name decides nothing.
+
+    Args:
+        model_name_or_path: folder, or repository on the Hugging Face hub.
+        dtype: of the weights in memory.
+        attn_implementation: a name of transformers, from :func:`choose_attention`.
+        cache_dir: where downloads are kept.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
+    Returns:
+        The model, in evaluation mode, with its config as saved.
+
+    Raises:
+        UserError: no checkpoint, an unknown model type, weights that are not safetensors, or weights that are
+            missing, unexpected or of another shape.
+    """
+    origin = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    get_family(read_model_type(model_name_or_path, cache_dir=cache_dir))
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            model_name_or_path,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, all of them at once
+            output_loading_info=True,
+            **origin,
+        )
+    except OSError as error:
+        raise UserError(_explain_missing_weights(model_name_or_path, error)) from error
+    _refuse_incomplete(model_name_or_path, report)
+    return model
+
+
+def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> str:
+    """Return ``model_type`` of the checkpoint's ``config.json``.
+
+    Raises:
+        UserError: the folder or its ``config.json`` is missing, or names no model type.
+    """
+    folder = Path(model_name_or_path)
+    looks_local = folder.is_absolute() or model_name_or_path.startswith((".", "~")) or folder.exists()
+    if looks_local and not folder.is_dir():
+        raise UserError(f"--model_name_or_path {model_name_or_path}: there is no such folder.")
+    if looks_local and not (folder / "config.json").is_file():
+        raise UserError(
+            f"--model_name_or_path {model_name_or_path}: the folder has no config.json, so it is no checkpoint. "
+            "Point at the folder that holds config.json and model.safetensors."
+        )
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(model_name_or_path, cache_dir=cache_dir)
+    except OSError as error:
+        raise UserError(
+            f"--model_name_or_path {model_name_or_path}: there is no such folder, and no checkpoint of that name could "
+            f"be had from the Hugging Face hub ({_first_line(error)})."
+        ) from error
+    if "model_type" not in config:
+        raise UserError(f"--model_name_or_path {model_name_or_path}: its config.json has no model_type.")
+    return str(config["model_type"])
+
+
+def _explain_missing_weights(path: str, error: OSError) -> str:
+    """Say whether a folder has weights of the wrong kind, or none."""
+    pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in Path(path).glob(kind))
+    if pickled:
+        return (
+            f"--model_name_or_path {path}: its weights are pickle files ({', '.join(pickled[:3])}), which can run code "
+            "when opened and are not loaded. Save the checkpoint as safetensors and use that."
+        )
+    return f"--model_name_or_path {path}: its weights could not be loaded: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _refuse_incomplete(path: str, report: Mapping[str, Any]) -> None:
+    """Raise where weights are not exactly those of the model; transformers would leave random values and go on."""
+    mismatched = [
+        f"{name} (file {tuple(found)}, model {tuple(want)})" for name, found, want in report["mismatched_keys"]
+    ]
+    problems = {
+        "missing in the files": sorted(report["missing_keys"]),
+        "unexpected in the files": sorted(report["unexpected_keys"]),
+        "of another shape": sorted(mismatched),
+        "other errors": [str(message) for message in report.get("error_msgs") or ()],
+    }
+    found = [f"  {len(names)} {what}: {_shorten(names)}" for what, names in problems.items() if names]
+    if found:
+        raise UserError(
+            f"--model_name_or_path {path}: the weights are not those of the model that config.json describes.\n"
+            + "\n".join(found)
+            + "\nUse a complete checkpoint whose config.json belongs to its weights; nothing is filled in at random."
+        )
+
+
+def _shorten(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED_KEYS} more" if len(names) > _LISTED_KEYS else ""
+    return ", ".join(names[:_LISTED_KEYS]) + more
+
+
+def choose_attention(requested: str = "auto") -> str:
+    """Choose the attention implementation, and log the choice.
+
+    Args:
+        requested: ``auto``: flash attention 3, then 2, where installed and the GPU can run it, else SDPA; or the name
+            of an implementation.
+
+    Returns:
+        The name that transformers knows.
+
+    Raises:
+        UserError: flash attention is asked for by name and cannot run here.
+    """
+    if requested in ATTENTION_PACKAGES:
+        obstacle = _flash_obstacle(requested)
+        if obstacle:
+            raise UserError(
+                f"--attn_implementation {requested}: {obstacle}. It needs {_INSTALL[requested]}; "
+                "or leave it at auto, which takes SDPA where flash attention cannot run."
+            )
+    elif requested not in ("auto", "sdpa", "eager"):
+        names = ", ".join(["auto", "sdpa", "eager", *ATTENTION_PACKAGES])
+        raise UserError(f"--attn_implementation {requested!r} is not one of {names}.")
+    obstacles = {name: _flash_obstacle(name) for name in ATTENTION_PACKAGES} if requested == "auto" else {}
+    chosen = next((name for name, obstacle in obstacles.items() if not obstacle), "sdpa")
+    chosen = chosen if requested == "auto" else requested
+    reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items() if obstacle)
+    logger.info("attention: %s%s", chosen, f" ({reasons})" if reasons else "")
+    return chosen
+
+
+def _flash_obstacle(name: str) -> str:
+    """Why a flash attention implementation cannot run here; empty where it can."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    # version 3 is written for Hopper's instructions and has no kernels for what came after
+    if major < 8 or (name == "flash_attention_3" and major != 9):
+        return f"the GPU's compute capability is {major}.{minor}"
+    return _import_obstacle(ATTENTION_PACKAGES[name])
+
+
+def _import_obstacle(module: str) -> str:
+    """Why a module cannot be used; empty where it can. Imports it: a build for another torch is found, but fails."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"{module} cannot be imported ({_first_line(error)})"
+    return ""
+
+
+def resolve_dtype(model_dtype: str, *, bf16: bool, fp16: bool, deepspeed: bool) -> torch.dtype:
+    """Choose the data type of the weights in memory.
+
+    ``auto`` is bfloat16 under DeepSpeed with ``--bf16``, because DeepSpeed then keeps float32 master weights beside
+    them, and float32 otherwise: autocast computes in bfloat16 all the same, and AdamW on pure bfloat16 weights loses
+    every update smaller than about 1/256 of the weight.
+
+    Args:
+        model_dtype: ``auto``, ``float32`` or ``bfloat16``.
+        bf16: ``--bf16``.
+        fp16: ``--fp16``.
+        deepspeed: whether DeepSpeed trains the model.
+
+    Raises:
+        UserError: an unknown name, or bfloat16 weights with ``--fp16``.
+    """
+    if model_dtype == "auto":
+        return torch.bfloat16 if deepspeed and bf16 else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if model_dtype not in known:
+        raise UserError(f"--model_dtype {model_dtype!r} is not one of auto, {', '.join(known)}.")
+    if fp16 and model_dtype == "bfloat16":
+        raise UserError("--model_dtype bfloat16 does not go with --fp16. Use --bf16, or --model_dtype float32.")
+    return known[model_dtype]
+
+
+def refuse_flattening(model: PreTrainedModel, family: Family) -> None:
+    """Refuse to pack samples into one row where the model would let them see each other.
+
+    Softmax attention keeps packed samples apart by their positions. Linear attention carries a state along the row,
+    and only its kernels can be told where to clear it; older transformers go on without them and leak silently.
+
+    Args:
+        model: the model that is to train.
+        family: its family.
+
+    Raises:
+        UserError: the family has linear attention and its kernels cannot run here.
+    """
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if not family.linear_attention or "linear_attention" not in layers:
+        return
+    obstacles = [_import_obstacle(module) for module in LINEAR_ATTENTION_PACKAGES]
+    obstacles = [obstacle for obstacle in obstacles if obstacle]
+    if not obstacles and not torch.cuda.is_available():
+        obstacles = ["there is no CUDA device"]
+    if obstacles:
+        packages = " ".join(LINEAR_ATTENTION_PACKAGES.values())
+        raise UserError(
+            f"--data_flatten or --data_packing with {family.model_type}: its linear attention can't keep packed "
+            f"samples apart here: {'; '.join(obstacles)}. On a GPU, pip install {packages}; or train "
+            "with --data_flatten False --data_packing False, which pads and is right everywhere."
+        )

@@ -1,0 +1,103 @@
+"""The training loss: cross entropy summed over trained tokens, divided by a count that the caller gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from qwenvl.models.vision import VisionInputs
+
+IGNORED_LABEL = -100
+"""Label of a token that is not trained; what ``torch.nn.functional.cross_entropy`` leaves out by default."""
+
+_OWN_KEYS = frozenset({"labels", "pixel_values", "grid_thw", "vision_mask"})
+
+
+def trained_positions(labels: Tensor) -> Tensor:
+    """Return the positions whose prediction is trained.
+
+    Position t predicts token t + 1, so it is kept where label t + 1 is trained. The last position of a sequence
+    predicts nothing; in a flattened row neither does the last of each sample, as a sample's first label is never
+    trained.
+
+        labels     -100  -100    7    8  -100
+        kept          .     x    x    .     .
+
+    Args:
+        labels: int64 [B, T], -100 where a token is not trained.
+
+    Returns:
+        bool [B, T].
+    """
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    kept[:, :-1] = labels[:, 1:] != IGNORED_LABEL
+    return kept
+
+
+def causal_loss(model: nn.Module, batch: Mapping[str, Any], *, num_trained_tokens: Tensor | float) -> Tensor:
+    """Run a batch and return its part of the loss.
+
+    The vocabulary projection runs on the trained positions only. A batch without a trained token gives zero, still
+    connected to every parameter, so that a rank that holds one takes part in each collective.
+
+    Args:
+        model: a model with :func:`qwenvl.models.vision.install_vision_call`, wrapped or not.
+        batch: ``input_ids`` and ``labels`` int64 [B, T], ``position_ids`` int64 [4, B, T], ``vision_mask`` bool
+            [B, T], ``pixel_values`` and ``grid_thw`` where it holds media, ``attention_mask`` if padded,
+            ``cu_seq_lens_q`` and the like if flattened.
+        num_trained_tokens: what to divide by: the trained tokens of the whole optimizer step, over all ranks and
+            accumulation steps, so that the parts' sum does not depend on the split.
+
+    Returns:
+        float32 scalar: sum of cross entropy over the batch's trained tokens, in nats, / ``num_trained_tokens``.
+    """
+    labels: Tensor = batch["labels"]
+    kept = trained_positions(labels)
+    output = model(
+        **{key: value for key, value in batch.items() if key not in _OWN_KEYS},
+        vision_inputs=VisionInputs(batch.get("pixel_values"), batch.get("grid_thw"), batch["vision_mask"]),
+        kept_positions=kept,
+        use_cache=False,  # with a cache, transformers does not look for packed samples and lets them see each other
+    )
+    targets = labels[:, 1:][kept[:, :-1]]
+    total = functional.cross_entropy(output.logits[0].float(), targets.to(output.logits.device), reduction="sum")
+    return total / num_trained_tokens
+
+
+class GradientWatch:
+    """Finds trainable parameters that the loss does not reach.
+
+    Counts a gradient when it is computed, so it works where gradients are freed or moved before the optimizer's step
+    (DeepSpeed) and through DDP and gradient checkpointing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self._seen: set[str] = set()
+        self._handles = [self._watch(name, value) for name, value in self._parameters.items()]
+
+    def _watch(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
+        def note(_: Tensor) -> None:
+            self._seen.add(name)
+
+        handle: RemovableHandle = parameter.register_hook(note)
+        return handle
+
+    def missing(self) -> list[str]:
+        """Names of the trainable parameters that have had no gradient since the watch began.
+
+        ``.grad`` is looked at too: FSDP computes with other tensors than the parameters it shards. Ask before the
+        gradients are cleared.
+        """
+        return [name for name, value in self._parameters.items() if name not in self._seen and value.grad is None]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

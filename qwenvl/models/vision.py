@@ -1,0 +1,224 @@
+"""One call of the vision tower a micro-batch, on every rank, and hidden states of the trained positions only.
+
+Stock transformers calls the tower once for the images and once for the videos of a batch, and not at all for text.
+Ranks that hold different media then run different collectives, which crashes or hangs ZeRO-3 and FSDP. Here the tower
+runs exactly once for every micro-batch: over all images and videos together, or over one blank picture whose features
+are cut to no rows but stay in the graph, so that text alone gives every parameter of the tower a gradient of zero.
+
+Nothing of transformers is replaced. Keyword arguments that a model does not know travel through its ``forward`` to its
+language model; hooks there take ours out of the call before the stock code sees them:
+
+    model(input_ids, position_ids, vision_inputs=VisionInputs(...), kept_positions=mask)
+      language model <- before: inputs_embeds with the visual features in place (+ the family's deepstack arguments)
+                     -> after:  hidden states [B, T, H] cut to the kept rows [1, n, H], so that the vocabulary
+                                projection runs on those alone
+
+A call without them, such as ``generate``, is left as it is.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class VisionInputs:
+    """All images and videos of a micro-batch.
+
+    Args:
+        pixel_values: float [sum of patches, channels * temporal patch * patch * patch], in the order the media's
+            tokens appear in the batch; None for text alone.
+        grid_thw: int64 [number of media, 3], patches along time, height and width; None for text alone.
+        mask: bool [B, T], True at each image or video token.
+    """
+
+    pixel_values: Tensor | None
+    grid_thw: Tensor | None
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VisionFeatures:
+    """What the tower returns, in the order of the tokens.
+
+    Args:
+        embeddings: [visual tokens, hidden size of the language model].
+        deepstack: the same shape, one for each early language layer that gets features of a middle vision block;
+            empty in families without deepstack.
+    """
+
+    embeddings: Tensor
+    deepstack: tuple[Tensor, ...] = ()
+
+
+def encode(visual: nn.Module, inputs: VisionInputs) -> VisionFeatures:
+    """Run the vision tower once.
+
+    Without media it runs on a blank picture of one merged token, and no row of the result is kept.
+
+    Args:
+        visual: the vision tower of a stock model.
+        inputs: the micro-batch's media.
+
+    Returns:
+        Features with a graph where a parameter of the tower trains and gradients are enabled, without one otherwise.
+
+    Raises:
+        ValueError: tokens, grids and patches do not belong together.
+    """
+    _check_counts(visual, inputs)
+    device = inputs.mask.device
+    pixel_values, grid_thw = inputs.pixel_values, inputs.grid_thw
+    if pixel_values is None or grid_thw is None:
+        pixel_values, grid_thw = _blank_picture(visual.config, device)
+    with _graph_if_trained(visual):
+        output = visual(pixel_values.to(device, visual.dtype), grid_thw=grid_thw.to(device), return_dict=True)
+    features = _read_output(output)
+    if inputs.pixel_values is None:
+        return VisionFeatures(features.embeddings[:0], tuple(layer[:0] for layer in features.deepstack))
+    return features
+
+
+def _read_output(output: Any) -> VisionFeatures:
+    """Adapt the tower's output: an object in every supported transformers, with deepstack in some families."""
+    return VisionFeatures(output.pooler_output, tuple(getattr(output, "deepstack_features", None) or ()))
+
+
+def _check_counts(visual: Any, inputs: VisionInputs) -> None:
+    """Name tokens, features and patches that do not match, before the device fails on an index."""
+    if (inputs.pixel_values is None) != (inputs.grid_thw is None):
+        raise ValueError("pixel_values and grid_thw come together: one of them is missing in the batch.")
+    grid_patches = 0 if inputs.grid_thw is None else int(inputs.grid_thw.prod(-1).sum())
+    patches = 0 if inputs.pixel_values is None else inputs.pixel_values.shape[0]
+    if patches != grid_patches:
+        raise ValueError(f"The batch's grids describe {grid_patches} patches, but pixel_values holds {patches}.")
+    features = grid_patches // visual.config.spatial_merge_size**2
+    tokens = int(inputs.mask.sum())
+    if tokens != features:
+        raise ValueError(
+            f"The batch holds {tokens} image and video tokens, but its media give {features} features. "
+            "Tokens were cut or added after the media's sizes were fixed."
+        )
+
+
+def _blank_picture(config: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Patches (zeros) and grid of the smallest picture the tower takes: one merged token."""
+    merge = config.spatial_merge_size
+    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    return torch.zeros(merge * merge, width, device=device), torch.tensor([[1, merge, merge]], device=device)
+
+
+def _graph_if_trained(visual: nn.Module) -> AbstractContextManager[None]:
+    """No graph for a tower in which nothing trains; the caller's own ``no_grad`` stays in force."""
+    trains = any(parameter.requires_grad for parameter in visual.parameters())
+    return torch.set_grad_enabled(torch.is_grad_enabled() and trains)
+
+
+def place(inputs_embeds: Tensor, mask: Tensor, features: VisionFeatures) -> dict[str, Any]:
+    """Put visual features where their tokens stand.
+
+    Args:
+        inputs_embeds: [B, T, H] token embeddings.
+        mask: bool [B, T], True at each visual token; its count equals the features' rows.
+        features: from :func:`encode`.
+
+    Returns:
+        The language model's arguments that change: ``inputs_embeds``, and ``visual_pos_masks`` with
+        ``deepstack_visual_embeds`` where the family has deepstack.
+    """
+    embeddings = features.embeddings.to(inputs_embeds.device, inputs_embeds.dtype)
+    # masked_scatter also keeps features of no rows in the graph, which is what makes text alone give zero gradients
+    changed: dict[str, Any] = {"inputs_embeds": inputs_embeds.masked_scatter(mask.unsqueeze(-1), embeddings)}
+    if features.deepstack:
+        changed |= {"visual_pos_masks": mask, "deepstack_visual_embeds": list(features.deepstack)}
+    return changed
+
+
+def sample_index(cu_seq_lens: Tensor, length: int) -> Tensor:
+    """Number the samples of a flattened row: int32 [1, T], 0 for the first sample's tokens, 1 for the second's, ...
+
+    The convolution of linear attention (``causal_conv1d_fn``) clears its window by these numbers; transformers hands
+    the boundaries ``cu_seq_lens_q`` to the recurrent part alone, and without the numbers the convolution leaks.
+
+    Args:
+        cu_seq_lens: int32 [number of samples + 1], where each sample starts, and the row's length.
+        length: tokens of the row.
+    """
+    tokens = torch.arange(length, device=cu_seq_lens.device)
+    return (torch.searchsorted(cu_seq_lens, tokens, right=True) - 1).to(torch.int32).unsqueeze(0)
+
+
+def _has_linear_attention(language_model: Any) -> bool:
+    return "linear_attention" in (getattr(language_model.config, "layer_types", None) or ())
+
+
+@dataclass
+class _LanguageModelHooks:
+    """The two hooks around one call of the language model.
+
+    A class rather than closures: a deep copy or a pickle of the model then refers to its own tower.
+    """
+
+    visual: nn.Module
+    # set before each call and used after it, so that it never outlives a call, not even one that fails
+    kept_positions: Tensor | None = field(default=None, init=False)
+
+    def before(
+        self, language_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Take our arguments out of the call and put the visual features in."""
+        kwargs = dict(kwargs)
+        self.kept_positions = kwargs.pop("kept_positions", None)
+        inputs: VisionInputs | None = kwargs.pop("vision_inputs", None)
+        if inputs is not None:
+            kwargs |= place(kwargs["inputs_embeds"], inputs.mask, encode(self.visual, inputs))
+        if kwargs.get("cu_seq_lens_q") is not None and _has_linear_attention(language_model):
+            kwargs.setdefault("seq_idx", sample_index(kwargs["cu_seq_lens_q"], kwargs["inputs_embeds"].shape[1]))
+        return args, kwargs
+
+    def after(self, language_model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Keep the rows of the kept positions, of all sequences in one row [1, n, H]."""
+        kept, self.kept_positions = self.kept_positions, None
+        if kept is not None:
+            output.last_hidden_state = output.last_hidden_state[kept].unsqueeze(0)
+        return output
+
+
+@dataclass(frozen=True)
+class HookHandles:
+    """Several hooks that are removed together."""
+
+    handles: tuple[RemovableHandle, ...]
+
+    def remove(self) -> None:
+        """Remove the hooks; removing twice does nothing."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def install_vision_call(model: PreTrainedModel) -> HookHandles:
+    """Teach a stock model the arguments ``vision_inputs`` and ``kept_positions``.
+
+    Install once, before the model is wrapped (DDP, DeepSpeed, PEFT). Saved files and ``generate`` are not affected.
+
+    Args:
+        model: a stock ``...ForConditionalGeneration`` of a family this trainer knows.
+
+    Returns:
+        A handle that removes it.
+    """
+    hooks = _LanguageModelHooks(model.model.visual)
+    language_model = model.model.language_model
+    return HookHandles(
+        (
+            language_model.register_forward_pre_hook(hooks.before, with_kwargs=True),
+            language_model.register_forward_hook(hooks.after),
+        )
+    )
