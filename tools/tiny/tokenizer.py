@@ -51,7 +51,7 @@ TinyTokenizer = Qwen2Tokenizer | Qwen3_5Tokenizer
 
 
 def tokenizer_class(family: str) -> type[TinyTokenizer]:
-    """Return the class that ``AutoTokenizer`` uses for the family; the two differ in how they split marks (\\p{M})."""
+    r"""Return the class that ``AutoTokenizer`` uses for the family; the two differ in how they split marks (\p{M})."""
     return Qwen3_5Tokenizer if family.startswith("qwen3_5") else Qwen2Tokenizer
 
 
