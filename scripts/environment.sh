@@ -86,7 +86,7 @@ _install() {
     mkdir -p "$venv/tmp"
     TMPDIR="$venv/tmp" "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" >"$log" 2>&1 &
     pip_pid=$!
-    trap 'kill "$pip_pid" 2>/dev/null; wait "$pip_pid" 2>/dev/null; exit 130' INT TERM
+    trap 'kill "$pip_pid" 2>/dev/null; wait "$pip_pid" 2>/dev/null || true; exit 130' INT TERM
     _show_progress "$pip_pid" "$log"
     if ! wait "$pip_pid"; then
         tail -n 15 "$log" >&2

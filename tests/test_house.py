@@ -1,0 +1,205 @@
+"""The house rules that linters do not check: small functions and files, documented parts, no numbers of tokens."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 300
+DOCUMENTED = ("qwenvl", "tools")
+# Qwen-VL's special tokens and the id of "assistant": a checkpoint's own tokenizer says them.
+TOKEN_IDS = {*range(151643, 151659), 77091}
+
+
+def tracked_files() -> list[Path]:
+    """Every file of the product: what git knows or would add; all files where this is not a checkout."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    if (ROOT / ".git").exists():
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return [ROOT / name for name in listing.split("\0") if name and (ROOT / name).is_file()]
+    return [path for path in ROOT.rglob("*") if path.is_file() and ".venv" not in path.parts]
+
+
+FILES = tracked_files()
+SOURCES = [path for path in FILES if path.suffix == ".py"]
+PACKAGE = [path for path in SOURCES if path.relative_to(ROOT).parts[0] == "qwenvl"]
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(parse(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def place(path: Path, node: ast.stmt | ast.expr) -> str:
+    return f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def public_definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.stmt]]:
+    """Functions and classes, and the methods of classes, that have no leading underscore."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public_definitions(node.body, f"{prefix}{node.name}.")
+
+
+def has_docstring(node: ast.stmt) -> bool:
+    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    return ast.get_docstring(node) is not None or any("overload" in ast.dump(item) for item in node.decorator_list)
+
+
+def test_the_rules_see_the_sources() -> None:
+    assert ROOT / "qwenvl" / "utilities" / "errors.py" in PACKAGE
+    assert len(PACKAGE) >= 10
+
+
+def test_functions_are_short() -> None:
+    too_long = [
+        f"{place(path, node)} {node.name}: {length} lines"
+        for path in SOURCES
+        for node in functions(path)
+        if (length := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
+    ]
+    assert not too_long, "\n".join(too_long)
+
+
+def test_functions_are_short_on_the_whole() -> None:
+    lengths = sorted((node.end_lineno or 0) - node.lineno + 1 for path in PACKAGE for node in functions(path))
+    assert lengths[len(lengths) // 2] <= 15
+
+
+def test_files_are_short() -> None:
+    shell = [path for path in FILES if path.suffix in (".sh", ".sbatch")]
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (*SOURCES, *shell)}
+    too_long = [f"{path.relative_to(ROOT)}: {count} lines" for path, count in lines.items() if count > MAX_FILE_LINES]
+    assert not too_long, "\n".join(too_long)
+
+
+def test_the_package_logs_and_does_not_print() -> None:
+    prints = [
+        place(path, node)
+        for path in PACKAGE
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "breakpoint")
+    ]
+    assert not prints, "\n".join(prints)
+
+
+def test_no_token_id_is_written_by_hand() -> None:
+    written = [
+        f"{place(path, node)}: {node.value}"
+        for path in SOURCES
+        if path != Path(__file__).resolve()
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Constant) and type(node.value) is int and node.value in TOKEN_IDS
+    ]
+    assert not written, "\n".join(written)
+
+
+def test_public_parts_are_documented() -> None:
+    missing = [
+        f"{place(path, node)} {name}"
+        for path in SOURCES
+        if path.relative_to(ROOT).parts[0] in DOCUMENTED
+        for name, node in public_definitions(parse(path).body)
+        if not has_docstring(node)
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_failures_are_not_swallowed() -> None:
+    """No bare ``except``, and no ``except Exception`` whose body does nothing."""
+    swallowed = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in SOURCES
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or (ast.unparse(node.type) in ("Exception", "BaseException") and is_empty(node.body)))
+    ]
+    assert not swallowed, "\n".join(swallowed)
+
+
+def is_empty(body: list[ast.stmt]) -> bool:
+    return all(isinstance(node, ast.Pass | ast.Continue) for node in body)
+
+
+def test_libraries_are_not_patched() -> None:
+    """Nothing is assigned to an attribute of an imported module or class."""
+    patched = [
+        f"{place(path, node)} {ast.unparse(target)}"
+        for path in PACKAGE
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Attribute) and root_name(target) in imported_names(path)
+    ]
+    assert not patched, "\n".join(patched)
+
+
+def root_name(node: ast.expr) -> str | None:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def imported_names(path: Path) -> set[str]:
+    imports = (node for node in ast.walk(parse(path)) if isinstance(node, ast.Import | ast.ImportFrom))
+    return {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
+
+
+def test_the_registry_example_has_its_two_keys() -> None:
+    spec = importlib.util.spec_from_file_location("registry_example", ROOT / "data" / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.data_dict
+    for name, entry in module.data_dict.items():
+        assert isinstance(name, str)
+        assert {"annotation_path", "data_path"} <= entry.keys(), name
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.suffix in (".json", ".yaml", ".yml")], ids=lambda path: path.name
+)
+def test_configuration_parses(path: Path) -> None:
+    parser = json.loads if path.suffix == ".json" else yaml.safe_load
+    assert parser(path.read_text(encoding="utf-8"))
+
+
+def test_transformers_range_is_said_with_its_tested_ends() -> None:
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    comment = re.search(r"# The tests passed with transformers (\S+) \(oldest\) and (\S+) \(newest\)", requirements)
+    line = re.search(r"^transformers>=(\S+),<(\S+)$", requirements, re.MULTILINE)
+    assert comment is not None
+    assert line is not None
+    assert comment[1] == line[1]
+    assert f"{comment[1]} to {comment[2]}" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_requirements_name_no_host() -> None:
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        assert "://" not in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_no_file_names_one_machine() -> None:
+    """Neither this checkout's own path nor anybody's home stands in what others install."""
+    private = re.compile(rf"{re.escape(str(ROOT))}\b|(?<![\w.])/(?:home|Users)/\w+/")
+    texts = [
+        path for path in FILES if path.suffix in (".py", ".sh", ".sbatch", ".md", ".toml", ".yaml", ".txt", ".json")
+    ]
+    found = [str(path.relative_to(ROOT)) for path in texts if private.search(path.read_text(encoding="utf-8"))]
+    assert not found, found
