@@ -1,0 +1,223 @@
+"""From a record of an annotation file to turns of text and media, each tag bound to one image or video.
+
+Two forms are read. ShareGPT: ``conversations``, turns of ``from`` and ``value``, media in ``image``/``images`` and
+``video``/``videos``, bound in order to the ``<image>`` and ``<video>`` tags of user and tool turns. OpenAI and Qwen:
+``messages``, turns of ``role`` and ``content``, where content is text (with tags, as above) or a list of typed parts.
+A field that is null counts as absent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from qwenvl.data.messages_media import MediaPool, typed_media
+from qwenvl.data.types import Conversation, Message, Part, Role, Sample, TextPart
+from qwenvl.utilities.errors import SampleError, nearest
+
+ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+MEDIA_ROLES = ("user", "tool")
+TURN_EXTRAS: dict[str, type] = {"tool_calls": list, "reasoning_content": str, "name": str, "tool_call_id": str}
+
+_TAGS = re.compile("(<image>|<video>)")
+
+
+def build_conversation(sample: Sample, reserved_tokens: Collection[str]) -> Conversation:
+    """Read a sample's turns and bind its media to them.
+
+    White space that touches a bound tag goes; all other text stays as written. In answers, system turns and typed
+    text parts a tag is plain text.
+
+    Args:
+        sample: the record and where it stands.
+        reserved_tokens: tokens that only the template may write, such as ``<|image_pad|>``.
+
+    Raises:
+        SampleError: the record cannot be used; ``category`` is one of ``bad_record``, ``bad_role``, ``no_answer``,
+            ``reserved_token``, ``too_many_tags`` and ``too_few_tags``.
+    """
+    try:
+        return _build(sample.record, reserved_tokens)
+    except SampleError as error:
+        raise error.at(sample.origin) from error.__cause__
+    except RecursionError as error:
+        raise SampleError("bad_record", "the record is nested too deeply to be a sample.", sample.origin) from error
+
+
+def _build(record: Any, reserved_tokens: Collection[str]) -> Conversation:
+    if not isinstance(record, Mapping):
+        raise SampleError("bad_record", f"a sample must be an object, not {type(record).__name__}.")
+    pool = MediaPool(record)
+    messages = [_message(turn, number, pool) for number, turn in enumerate(_turns(record), start=1)]
+    _check_turn_texts(messages, reserved_tokens)
+    pool.check_all_bound()
+    if not any(message.role == "assistant" for message in messages):
+        raise SampleError("no_answer", "no assistant turn, so nothing to learn from. Add the answer, or take it out.")
+    system = _system(record, messages)
+    tools = _tools(record)
+    _check_texts("the system text", [part.text for part in (system.parts if system else ())], reserved_tokens)
+    _check_texts("tools", _strings(tools), reserved_tokens)
+    return Conversation(tuple([system, *messages] if system else messages), tools)
+
+
+def _turns(record: Mapping[str, Any]) -> list[Any]:
+    given = [key for key in ("conversations", "messages") if record.get(key) is not None]
+    if len(given) != 1:
+        keys = ", ".join(sorted(map(str, record))) or "none"
+        problem = "both 'conversations' and 'messages'" if given else f"no 'conversations' or 'messages' (keys: {keys})"
+        raise SampleError("bad_record", f"the sample has {problem}; it needs one of the two.")
+    turns = record[given[0]]
+    if not isinstance(turns, list) or not turns:
+        found = "an empty list" if turns == [] else type(turns).__name__
+        raise SampleError("bad_record", f"{given[0]!r} must be a list of turns, not {found}.")
+    return turns
+
+
+def _message(turn: Any, number: int, pool: MediaPool) -> Message:
+    if not isinstance(turn, Mapping):
+        raise SampleError("bad_record", f"turn {number} must be an object, not {type(turn).__name__}.")
+    role = _role(_either(turn, "from", "role", number), number)
+    extra = _extra(turn, number)
+    content = _either(turn, "value", "content", number)
+    where = f"turn {number} ({role})"
+    if content is None:
+        parts: tuple[Part, ...] = ()
+    elif isinstance(content, str):
+        parts = _bind_tags(content, pool) if role in MEDIA_ROLES else _text(content)
+    elif isinstance(content, list):
+        parts = tuple(part for item in content for part in _typed_part(item, role, where, pool))
+    else:
+        raise SampleError("bad_record", f"{where}: its text must be a string, not {type(content).__name__}.")
+    if not parts and not (role == "assistant" and (extra.get("tool_calls") or extra.get("reasoning_content"))):
+        raise SampleError("bad_record", f"{where} has neither text nor media. Write it, or take the turn out.")
+    return Message(role, parts, extra)
+
+
+def _either(turn: Mapping[str, Any], first: str, second: str, number: int) -> Any:
+    """Return the value of the one key of two that the turn has."""
+    given = [turn[key] for key in (first, second) if turn.get(key) is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise SampleError("bad_record", f"turn {number} has {first!r} and {second!r}, which differ. Keep one.")
+    return given[0] if given else None
+
+
+def _role(speaker: Any, number: int) -> Role:
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        hint = nearest(speaker, ROLES) if isinstance(speaker, str) else ""
+        known = ", ".join(ROLES)
+        raise SampleError("bad_role", f"turn {number} is from {reprlib.repr(speaker)}, which is none of {known}.{hint}")
+    return ROLES[speaker]
+
+
+def _text(text: str) -> tuple[Part, ...]:
+    return (TextPart(text),) if text else ()
+
+
+def _bind_tags(content: str, pool: MediaPool) -> tuple[Part, ...]:
+    """Split text at its media tags; pieces at odd places are the tags."""
+    pieces = _TAGS.split(content)
+    parts: list[Part] = []
+    for place, piece in enumerate(pieces):
+        if place % 2:
+            parts.append(pool.take("image" if piece == "<image>" else "video"))
+            continue
+        piece = piece.lstrip() if place > 0 else piece
+        piece = piece.rstrip() if place < len(pieces) - 1 else piece
+        parts.extend(_text(piece))
+    return tuple(parts)
+
+
+def _typed_part(item: Any, role: Role, where: str, pool: MediaPool) -> tuple[Part, ...]:
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    if kind == "text":
+        if not isinstance(item.get("text"), str):
+            raise SampleError("bad_record", f"{where}: a text part needs a string as its 'text'.")
+        return _text(item["text"])
+    if kind not in ("image", "image_url", "video", "video_url"):
+        found = f"of type {reprlib.repr(kind)}" if isinstance(item, Mapping) else reprlib.repr(item)
+        known = "text, image, image_url, video or video_url"
+        raise SampleError("bad_record", f"{where} has a part {found}; a part is an object of type {known}.")
+    if role not in MEDIA_ROLES:
+        raise SampleError("bad_record", f"{where} holds an image or video; only user and tool turns can.")
+    return (typed_media(item, "image" if kind.startswith("image") else "video", where, pool),)
+
+
+def _extra(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
+    extra = {key: turn[key] for key in TURN_EXTRAS if turn.get(key) is not None}
+    for key, value in extra.items():
+        if not isinstance(value, TURN_EXTRAS[key]):
+            expected = "a list" if TURN_EXTRAS[key] is list else "a string"
+            raise SampleError("bad_record", f"turn {number}: {key!r} must be {expected}, not {type(value).__name__}.")
+    if not all(isinstance(call, Mapping) for call in extra.get("tool_calls", ())):
+        raise SampleError("bad_record", f"turn {number}: 'tool_calls' must be a list of objects.")
+    return extra
+
+
+def _system(record: Mapping[str, Any], messages: list[Message]) -> Message | None:
+    """Return the turn that the sample's own ``system`` field stands for; None without one."""
+    text = record.get("system")
+    if text is None or text == "":
+        return None
+    if not isinstance(text, str):
+        raise SampleError("bad_record", f"'system' must be a string, not {type(text).__name__}.")
+    turns = [message.text for message in messages if message.role == "system"]
+    if turns and turns[0] != text:
+        raise SampleError("bad_record", "the 'system' field and the system turn differ. Keep one of them.")
+    return None if turns else Message("system", (TextPart(text),))
+
+
+def _tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise SampleError("bad_record", f"'tools' is a string that is not JSON: {error}") from error
+    if tools is None:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise SampleError("bad_record", "'tools' must be a list of objects, or a JSON string of one.")
+    return tuple(tools)
+
+
+def _check_turn_texts(messages: list[Message], reserved_tokens: Collection[str]) -> None:
+    for number, message in enumerate(messages, start=1):
+        texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+        _check_texts(f"turn {number} ({message.role})", [*texts, *_strings(message.extra)], reserved_tokens)
+
+
+def _check_texts(where: str, texts: Collection[str] | Iterator[str], reserved_tokens: Collection[str]) -> None:
+    for text in texts:
+        for token in reserved_tokens:
+            if token in text:
+                raise SampleError(
+                    "reserved_token",
+                    f"{where} holds {token}, which only the chat template may write. Write <image> or <video> where "
+                    "media belong, and other words elsewhere.",
+                )
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise SampleError("bad_record", f"{where} holds half of a surrogate pair, which is not text in UTF-8.")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every string inside nested values, keys included; without recursion, as values nest as they like."""
+    remaining = [value]
+    while remaining:
+        value = remaining.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            remaining.extend([*value, *value.values()])
+        elif isinstance(value, list | tuple):
+            remaining.extend(value)

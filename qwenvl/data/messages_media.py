@@ -1,0 +1,211 @@
+"""The media of a record: how images and videos are written in annotations, and which tag each one is bound to."""
+
+from __future__ import annotations
+
+import base64
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from qwenvl.data.types import ImageItem, VideoItem
+from qwenvl.utilities.errors import SampleError, nearest
+
+Kind = Literal["image", "video"]
+
+# Keys that hold where a media item is, in any of the forms it is written in.
+_SOURCE_KEYS: dict[Kind, tuple[str, ...]] = {
+    "image": ("image", "image_url", "path", "url"),
+    "video": ("video", "video_url", "frames", "path", "url"),
+}
+_IGNORED_KEYS = ("type", "detail")  # "detail" is a hint to OpenAI's own service
+_LARGEST = 2**53  # of the numbers taken: all are exact as floats
+_FRAME_RATES = ("sample_fps", "fps", "raw_fps")  # of a list of frames, the first one given counts
+
+
+class MediaPool:
+    """The images and videos of a record, handed out in order to its tags.
+
+    Args:
+        record: the sample's fields.
+
+    Raises:
+        SampleError: an item is not written in a form that can be read (``bad_record``).
+    """
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self._items: dict[Kind, list[Any]] = {
+            "image": [image_item(value) for value in _listed(record, "image", "images")],
+            "video": [video_item(value) for value in _listed(record, "video", "videos")],
+        }
+        self._tags: dict[Kind, int] = {"image": 0, "video": 0}
+
+    def take(self, kind: Kind) -> ImageItem | VideoItem:
+        """Return the next item for a tag; a stand-in past the last one, which :meth:`check_all_bound` reports."""
+        number = self._tags[kind]
+        self._tags[kind] += 1
+        items = self._items[kind]
+        stand_in = ImageItem("") if kind == "image" else VideoItem("")
+        item: ImageItem | VideoItem = items[number] if number < len(items) else stand_in
+        return item
+
+    def check_all_bound(self) -> None:
+        """Raise a SampleError (``too_many_tags``, ``too_few_tags``) where tags and items are not equally many."""
+        for kind, items in self._items.items():
+            tags, tag = self._tags[kind], f"<{kind}>"
+            media = f"{len(items)} {kind}{'s' * (len(items) != 1)}"
+            counts = f"{tags} {tag} tag{'s' * (tags != 1)} in user and tool turns, {media}"
+            if tags > len(items):
+                raise SampleError(
+                    "too_many_tags",
+                    f"{counts}. Add what is missing to '{kind}', or take tags out; where {tag} is meant as words, "
+                    'write the turn as parts: [{"type": "text", "text": ...}].',
+                )
+            if tags < len(items):
+                raise SampleError("too_few_tags", f"{counts}. {self._too_few_hint(kind)}")
+
+    def _too_few_hint(self, kind: Kind) -> str:
+        items, tag = self._items[kind], f"<{kind}>"
+        if kind == "video" and self._tags[kind] == 1 and all(isinstance(item.source, str) for item in items):
+            return (
+                "If these are the frames of one video, write them as a list inside the list, "
+                '"video": [["a.jpg", "b.jpg"]], or as {"frames": ["a.jpg", "b.jpg"], "fps": 2}; else add tags.'
+            )
+        if not any(self._tags.values()):
+            return f"Put {tag} where each {kind} belongs, such as '{tag}\\nWhat is this?'."
+        return f"Add {tag} where each of the others belongs, or take them out of '{kind}'."
+
+
+def image_item(value: Any) -> ImageItem:
+    """Read one image: a string, or an object with its source and its own ``min_pixels`` and ``max_pixels``."""
+    if isinstance(value, Mapping):
+        source, limits = _source(value, "image"), _limits(value, "image")
+    else:
+        source, limits = value, {}
+    if not isinstance(source, str) or not source:
+        raise SampleError("bad_record", f"an image must be a path, URL or data URI, not {_short(source)}.")
+    return ImageItem(source, **limits)
+
+
+def video_item(value: Any) -> VideoItem:
+    """Read one video: a string, a list of frames, or an object with either and its own settings."""
+    if isinstance(value, Mapping):
+        source = _source(value, "video")
+        limits = _limits(value, "video", of_frames=isinstance(source, list | tuple))
+    else:
+        source, limits = value, {}
+    if isinstance(source, list | tuple) and source:
+        return VideoItem(tuple(_frame(frame) for frame in source), **limits)
+    if not isinstance(source, str) or not source:
+        raise SampleError("bad_record", f"a video must be a path, URL or list of frame images, not {_short(source)}.")
+    return VideoItem(source, **limits)
+
+
+def typed_media(part: Mapping[str, Any], kind: Kind, where: str, pool: MediaPool) -> ImageItem | VideoItem:
+    """Read a typed part, such as ``{"type": "image", "image": "a.jpg", "max_pixels": 50176}``.
+
+    One without a source of its own stands for the next item of the record's ``image`` or ``video``, like a tag.
+    """
+    try:
+        if _source(part, kind) is None:
+            item = pool.take(kind)
+            return replace(item, **_limits(part, kind, isinstance(item.source, tuple)))
+        return image_item(part) if kind == "image" else video_item(part)
+    except SampleError as error:
+        raise SampleError(error.category, f"{where}: {error.reason}") from error
+
+
+def _listed(record: Mapping[str, Any], singular: str, plural: str) -> list[Any]:
+    given = [key for key in (singular, plural) if record.get(key) is not None and record[key] not in ("", [])]
+    if len(given) == 2:
+        raise SampleError("bad_record", f"the sample has both {singular!r} and {plural!r}. Keep one of them.")
+    if not given:
+        return []
+    value = record[given[0]]
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _frame(frame: Any) -> str:
+    item = image_item(frame)
+    if item != ImageItem(item.source):
+        raise SampleError("bad_record", "a frame has its own pixel limits. Give them to the whole video.")
+    return item.source
+
+
+def _source(fields: Mapping[str, Any], kind: Kind) -> Any:
+    """Return where an item is, as written; None where it is not said."""
+    content = fields.get("bytes")  # how the ``datasets`` library stores media in Parquet
+    if isinstance(content, bytes):
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    given = [key for key in _SOURCE_KEYS[kind] if fields.get(key) is not None]
+    if len(given) > 1:
+        raise SampleError("bad_record", f"an item has {' and '.join(map(repr, given))}. Keep one of them.")
+    value = fields[given[0]] if given else None
+    if not isinstance(value, Mapping):
+        return value
+    if _limits(value, kind) or any(isinstance(inner, Mapping) for inner in value.values()):
+        raise SampleError("bad_record", f"{given[0]!r} holds more than its source, such as its 'url'.")
+    inner = _source(value, kind)
+    return "" if inner is None else inner
+
+
+def _limits(fields: Mapping[str, Any], kind: Kind, of_frames: bool = False) -> dict[str, Any]:
+    """Return an item's own settings, checked."""
+    readers = _IMAGE_SETTINGS if kind == "image" else _VIDEO_SETTINGS
+    rates = _FRAME_RATES if of_frames else ()
+    limits = {}
+    for key, value in fields.items():
+        if value is None or key in (*_SOURCE_KEYS[kind], *_IGNORED_KEYS, "bytes"):
+            continue
+        if key not in readers and key not in rates:
+            known = dict.fromkeys((*readers, *rates))
+            hint = nearest(str(key), known)
+            raise SampleError("bad_record", f"{key!r} is not a setting of {kind}s: {', '.join(known)}.{hint}")
+        limits[key] = readers.get(key, _positive)(key, value)
+    for rate in [limits.pop(key) for key in reversed(rates) if key in limits]:
+        limits["fps"] = rate
+    _check_order(limits, of_frames)
+    return limits
+
+
+def _check_order(limits: Mapping[str, Any], of_frames: bool) -> None:
+    for low, high in (("min_pixels", "max_pixels"), ("min_frames", "max_frames"), ("video_start", "video_end")):
+        if low in limits and high in limits and limits[low] > limits[high]:
+            raise SampleError("bad_record", f"{low!r} {limits[low]} is above {high!r} {limits[high]}.")
+    if not of_frames and "fps" in limits and "nframes" in limits:
+        raise SampleError("bad_record", "a video has 'fps' and 'nframes', which contradict each other. Keep one.")
+
+
+def _positive(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
+        raise SampleError("bad_record", f"{key!r} must be a number above 0, not {_short(value)}.")
+    return float(value)
+
+
+def _whole(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST or value != int(value):
+        raise SampleError("bad_record", f"{key!r} must be a whole number above 0, not {_short(value)}.")
+    return int(value)
+
+
+def _seconds(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _LARGEST:
+        raise SampleError("bad_record", f"{key!r} must be seconds from the start, 0 or more, not {_short(value)}.")
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)
+
+
+_Reader = Callable[[str, Any], float]
+_IMAGE_SETTINGS: dict[str, _Reader] = {"min_pixels": _whole, "max_pixels": _whole}
+_VIDEO_SETTINGS: dict[str, _Reader] = {
+    **_IMAGE_SETTINGS,
+    "fps": _positive,
+    "nframes": _whole,
+    "min_frames": _whole,
+    "max_frames": _whole,
+    "video_start": _seconds,
+    "video_end": _seconds,
+}
