@@ -166,9 +166,7 @@ def plan_image(item: ImageItem, size: tuple[int, int], settings: VisionSettings)
     Raises:
         SampleError: extreme aspect ratio, or limits of its own that contradict each other.
     """
-    low = settings.image_min_pixels if item.min_pixels is None else item.min_pixels
-    high = settings.image_max_pixels if item.max_pixels is None else item.max_pixels
-    _check_limits(low, high, "min_pixels", "max_pixels")
+    low, high = _image_limits(item, settings)
     resized = fit(*size, settings.factor, low, high)
     return ImagePlan(item, resized, (1, resized[0] // settings.patch_size, resized[1] // settings.patch_size))
 
@@ -230,7 +228,9 @@ def sample_frames(item: VideoItem, available: int, fps: float, settings: VisionS
     low = settings.video_min_frames if item.min_frames is None else item.min_frames
     high = settings.video_max_frames if item.max_frames is None else item.max_frames
     if item.nframes is not None and item.nframes > available:
-        raise SampleError("too_few_frames", f"nframes={item.nframes}, but the video has {available} frames in the range.")
+        raise SampleError(
+            "too_few_frames", f"nframes={item.nframes}, but the video has {available} frames in the range."
+        )
     if isinstance(item.source, tuple):
         return _spread(available, min(available, item.nframes or high))
     target_fps = settings.video_fps if item.fps is None else item.fps
@@ -280,6 +280,14 @@ def _timestamps(indices: np.ndarray, fps: float, step: int) -> tuple[float, ...]
     return tuple(((seconds[:, 0] + seconds[:, -1]) / 2).tolist())
 
 
-def _check_limits(low: int, high: int, low_name: str, high_name: str) -> None:
-    if low > high:
-        raise SampleError("bad_limits", f"{low_name}={low} is more than {high_name}={high} for this item.")
+def _image_limits(item: ImageItem, settings: VisionSettings) -> tuple[int, int]:
+    """Return the limits of an image. One that it gives itself wins over the other one of the run."""
+    if item.min_pixels is not None and item.max_pixels is not None and item.min_pixels > item.max_pixels:
+        raise SampleError(
+            "bad_limits", f"min_pixels={item.min_pixels} of the image is more than its max_pixels={item.max_pixels}."
+        )
+    if item.max_pixels is not None:
+        return min(item.min_pixels or settings.image_min_pixels, item.max_pixels), item.max_pixels
+    if item.min_pixels is not None:
+        return item.min_pixels, max(item.min_pixels, settings.image_max_pixels)
+    return settings.image_min_pixels, settings.image_max_pixels

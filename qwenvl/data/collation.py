@@ -1,0 +1,122 @@
+"""Encoded samples to one model batch: padded rows, or one flattened row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from qwenvl.data.tokenization import IGNORE_INDEX, Tokens
+from qwenvl.utilities.errors import SampleError
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSample:
+    """A sample that is ready for the model.
+
+    Args:
+        tokens: ids, labels and positions.
+        pixel_values: float32 [patches, values of a patch] of all its media in token order; None without media.
+        grid_thw: int64 [media, 3], the patch grids of its media in token order; None without media.
+    """
+
+    tokens: Tokens
+    pixel_values: torch.Tensor | None = None
+    grid_thw: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something about a sample that the run has to count or say.
+
+    Args:
+        kind: ``bad`` (left out), ``overlength`` (left out), ``truncated`` or ``thinking_mismatch``.
+        dataset: registry name of its dataset.
+        message: origin and reason, for a person.
+        record: what ``bad_samples.jsonl`` says of it.
+    """
+
+    kind: str
+    dataset: str
+    message: str
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What the dataset gives for one index.
+
+    Args:
+        samples: usable samples; several for a packed row, none for a filler or a sample left out.
+        events: what there is to report.
+        error: the problem that must stop the run (workers hand it over; the training process raises it).
+    """
+
+    samples: tuple[EncodedSample, ...] = ()
+    events: tuple[Event, ...] = ()
+    error: SampleError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Makes a batch of items.
+
+    Keys of the batch: ``input_ids``, ``labels`` int64 [B, T]; ``position_ids`` int64 [4, B, T]; ``vision_mask`` bool
+    [B, T]; ``pixel_values`` and ``grid_thw`` where it holds media, in token order; ``attention_mask`` int64 [B, T] if
+    padded; ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [samples + 1], ``max_length_q`` and ``max_length_k`` if
+    flattened; ``events`` and ``error`` for the trainer.
+
+    Args:
+        pad_token_id: fills short rows; masked from attention, never trained.
+        flatten: one row [1, sum of lengths], on which samples cannot see each other.
+    """
+
+    pad_token_id: int
+    flatten: bool
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Collate; a batch without any usable sample gets one of two untrained tokens, so that every rank steps."""
+        samples = [sample for item in items for sample in item.samples] or [self._empty_sample()]
+        tokens = [sample.tokens for sample in samples]
+        batch = self._flattened(tokens) if self.flatten else self._padded(tokens)
+        pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+        grids = [sample.grid_thw for sample in samples if sample.grid_thw is not None]
+        if pixels:
+            batch["pixel_values"], batch["grid_thw"] = torch.cat(pixels), torch.cat(grids)
+        batch["events"] = [event for item in items for event in item.events]
+        batch["error"] = next((item.error for item in items if item.error is not None), None)
+        return batch
+
+    def _padded(self, tokens: Sequence[Tokens]) -> dict[str, Any]:
+        lengths = torch.tensor([len(one) for one in tokens])
+        positions = [one.position_ids.T for one in tokens]
+        return {
+            "input_ids": pad_sequence([t.input_ids for t in tokens], True, self.pad_token_id),
+            "labels": pad_sequence([t.labels for t in tokens], True, IGNORE_INDEX),
+            "position_ids": pad_sequence(positions, True, 0).permute(2, 0, 1).contiguous(),
+            "vision_mask": pad_sequence([t.vision_mask for t in tokens], True, False),
+            "attention_mask": (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long(),
+        }
+
+    def _flattened(self, tokens: Sequence[Tokens]) -> dict[str, Any]:
+        lengths = torch.tensor([0] + [len(one) for one in tokens], dtype=torch.int32)
+        borders = torch.cumsum(lengths, 0, dtype=torch.int32)
+        longest = int(lengths.max())
+        return {
+            "input_ids": torch.cat([t.input_ids for t in tokens])[None],
+            "labels": torch.cat([t.labels for t in tokens])[None],
+            "position_ids": torch.cat([t.position_ids for t in tokens], dim=1)[:, None],
+            "vision_mask": torch.cat([t.vision_mask for t in tokens])[None],
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    def _empty_sample(self) -> EncodedSample:
+        ids = torch.full((2,), self.pad_token_id)
+        positions = torch.arange(2).expand(4, 2).clone()
+        return EncodedSample(Tokens(ids, torch.full_like(ids, IGNORE_INDEX), positions, torch.zeros(2).bool()))

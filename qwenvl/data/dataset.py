@@ -1,0 +1,164 @@
+"""The dataset that DataLoader workers read: rows of registered annotation files to encoded samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from qwenvl.data.annotations import AnnotationTable, open_annotations
+from qwenvl.data.collation import EncodedSample, Event, Item
+from qwenvl.data.encoding import OverlengthError, SampleEncoder
+from qwenvl.data.sampling import FILLER, sample_rows, split_rows
+from qwenvl.data.types import DatasetSpec, Sample
+from qwenvl.utilities.errors import SampleError, UserError
+
+
+@dataclass(frozen=True)
+class SampledTable:
+    """An annotation table and the rows of it that a run uses.
+
+    Args:
+        table: the annotations.
+        rows: int64 [n], which rows, in order; a row may come more than once.
+    """
+
+    table: AnnotationTable
+    rows: np.ndarray
+
+
+def open_tables(specs: Sequence[DatasetSpec], seed: int) -> list[SampledTable]:
+    """Open the datasets of a run and sample their rows.
+
+    Args:
+        specs: what ``--dataset_use`` names.
+        seed: decides which rows ``name%X`` takes.
+    """
+    seen: dict[str, int] = {}
+    tables = []
+    for spec in specs:
+        table = open_annotations(spec)
+        occurrence = seen.get(spec.name, 0)
+        seen[spec.name] = occurrence + 1
+        tables.append(SampledTable(table, sample_rows(len(table), spec.sampling_percent, spec.name, seed, occurrence)))
+    return tables
+
+
+def split_tables(
+    tables: Sequence[SampledTable], ratio: float, seed: int
+) -> tuple[list[SampledTable], list[SampledTable]]:
+    """Split every table's rows into (training, evaluation) by ``ratio``; a row never stands on both sides.
+
+    Raises:
+        UserError: a dataset has a single row.
+    """
+    train, evaluation = [], []
+    for table in tables:
+        unique = np.unique(table.rows)
+        if len(unique) < 2:
+            raise UserError("--eval_ratio cannot split a dataset of one row. Use --eval_dataset_use instead.")
+        _, held_out = split_rows(len(unique), ratio, seed)
+        is_held_out = np.isin(table.rows, unique[held_out])
+        train.append(replace(table, rows=table.rows[~is_held_out]))
+        evaluation.append(replace(table, rows=unique[held_out]))
+    return train, evaluation
+
+
+class ConversationDataset(Dataset[Item]):
+    """Rows of several datasets behind one index.
+
+    Args:
+        tables: the datasets.
+        encoder: record to model inputs.
+        skip_bad_samples: leave bad samples out and report them (``--on_bad_sample skip``), rather than stop.
+    """
+
+    def __init__(self, tables: Sequence[SampledTable], encoder: SampleEncoder, skip_bad_samples: bool = False) -> None:
+        self._tables = list(tables)
+        self._encoder = encoder
+        self._skip = skip_bad_samples
+        self._borders = np.cumsum([len(table.rows) for table in self._tables])
+
+    def __len__(self) -> int:
+        return int(self._borders[-1])
+
+    def samples(self, index: int) -> tuple[Sample, ...]:
+        """Return the annotation record(s) at an index: several where the row is packed.
+
+        Raises:
+            SampleError: the row cannot be read.
+        """
+        which = int(np.searchsorted(self._borders, index, side="right"))
+        table = self._tables[which]
+        first = int(self._borders[which - 1]) if which else 0
+        return table.table[int(table.rows[index - first])]
+
+    def __getitem__(self, index: int) -> Item:
+        """Return the encoded row; nothing for :data:`~qwenvl.data.sampling.FILLER`. Never raises a SampleError."""
+        if index == FILLER:
+            return Item()
+        try:
+            members = self.samples(index)
+        except SampleError as error:
+            return self._leave_out(error)
+        item = Item()
+        for sample in members:
+            item = self._add(item, sample)
+        return item
+
+    def require_fitting_sample(self) -> None:
+        """Check that there is a sample to train on at all: stops at the first one that is within the length limit.
+
+        Raises:
+            UserError: every single sample is too long.
+        """
+        shortest = None
+        for index in range(len(self)):
+            for sample in self.samples(index):
+                try:
+                    self._encoder.plan(sample)
+                except OverlengthError as error:
+                    shortest = shortest or error
+                    continue
+                except SampleError:
+                    pass  # reported with its policy when training reaches it
+                return
+        raise UserError(f"No sample fits into --model_max_length {self._encoder.max_length}. The first one: {shortest}")
+
+    def _add(self, item: Item, sample: Sample) -> Item:
+        """Encode one member and add it, or what is wrong with it."""
+        used = sum(len(one.tokens) for one in item.samples)
+        try:
+            plan = self._encoder.plan(sample)
+            if item.samples and used + len(plan.tokens) > self._encoder.max_length:
+                raise OverlengthError(
+                    "overlength",
+                    f"the packed row is longer than --model_max_length {self._encoder.max_length} with this sample.",
+                    sample.origin,
+                    fatal=self._encoder.overlength == "error",
+                )
+            encoded: EncodedSample = self._encoder.encode(plan, sample)
+        except SampleError as error:
+            out = self._leave_out(error)
+            return Item(item.samples, (*item.events, *out.events), item.error or out.error)
+        return Item((*item.samples, encoded), (*item.events, *plan.events), item.error)
+
+    def _leave_out(self, error: SampleError) -> Item:
+        overlength = isinstance(error, OverlengthError)
+        fatal = error.fatal if isinstance(error, OverlengthError) else not self._skip
+        if fatal:
+            return Item(error=error)
+        origin = error.origin
+        assert origin is not None, error
+        record = {
+            "dataset": origin.dataset,
+            "file": origin.file,
+            "line": origin.line,
+            "member": origin.member,
+            "id": origin.id,
+            "category": error.category,
+            "reason": error.reason,
+        }
+        return Item(events=(Event("overlength" if overlength else "bad", origin.dataset, str(error), record),))

@@ -1,0 +1,170 @@
+"""The checkpoint's processor: opened, given the limits of the run, and turned into the encoder of samples."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+from transformers import AutoProcessor, PretrainedConfig, ProcessorMixin
+
+from qwenvl.arguments import DataArguments
+from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.pixels import PixelProcessor
+from qwenvl.data.rendering import ChatTemplate
+from qwenvl.data.sizes import VisionSettings
+from qwenvl.data.tokenization import Tokenizer, VisionTokens
+from qwenvl.utilities.errors import UserError
+from qwenvl.utilities.families import Family
+
+logger = logging.getLogger(__name__)
+
+_VISION_PAD = "<|vision_pad|>"
+
+
+def open_processor(
+    model_name_or_path: str, cache_dir: str | None = None, trust_remote_code: bool = False
+) -> ProcessorMixin:
+    """Open the processor of a checkpoint.
+
+    Raises:
+        UserError: the folder holds no complete processor (tokenizer, image processor, video processor).
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(
+            model_name_or_path, cache_dir=cache_dir, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{model_name_or_path!r} holds no processor that transformers can open: {_first_line(error)} Copy "
+            "tokenizer, preprocessor_config.json, video_preprocessor_config.json and chat template from the "
+            "original checkpoint into the folder."
+        ) from error
+    missing = [
+        name for name in ("tokenizer", "image_processor", "video_processor") if getattr(processor, name, None) is None
+    ]
+    if missing:
+        raise UserError(
+            f"{model_name_or_path!r} has no {', '.join(missing)}. Copy the processor's files from the original "
+            "checkpoint into the folder."
+        )
+    return processor
+
+
+def vision_settings(family: Family, processor: Any, arguments: DataArguments) -> VisionSettings:
+    """Return the limits of a run: the flags', on the patch geometry of the checkpoint."""
+    images = processor.image_processor
+    return VisionSettings(
+        family=family,
+        patch_size=images.patch_size,
+        merge_size=images.merge_size,
+        temporal_patch_size=images.temporal_patch_size,
+        image_min_pixels=arguments.min_pixels,
+        image_max_pixels=arguments.max_pixels,
+        video_min_pixels=arguments.video_min_pixels,
+        video_max_pixels=arguments.video_max_pixels,
+        video_min_frame_pixels=arguments.video_min_frame_pixels,
+        video_max_frame_pixels=arguments.video_max_frame_pixels,
+        video_fps=arguments.video_fps,
+        video_min_frames=arguments.video_min_frames or 1,
+        video_max_frames=arguments.video_max_frames or 768,
+    )
+
+
+def build_encoder(
+    processor: Any, config: PretrainedConfig, family: Family, arguments: DataArguments, max_length: int
+) -> SampleEncoder:
+    """Return what turns this run's samples into model inputs.
+
+    Args:
+        processor: the checkpoint's processor.
+        config: the model's config: names the placeholder tokens.
+        family: of the model.
+        arguments: limits, template arguments and policies.
+        max_length: most tokens of a sample.
+    """
+    settings = vision_settings(family, processor, arguments)
+    vision = VisionTokens.from_checkpoint(config, processor.tokenizer, family.timed_positions)
+    template_kwargs = dict(arguments.chat_template_kwargs or {})
+    if arguments.add_vision_id:
+        template_kwargs["add_vision_id"] = True
+    return SampleEncoder(
+        template=ChatTemplate(processor, template_kwargs),
+        tokenizer=Tokenizer(processor.tokenizer, vision, settings),
+        pixels=PixelProcessor(processor),
+        settings=settings,
+        reserved_tokens=frozenset({vision.image, vision.video, vision.start, vision.end, _VISION_PAD}),
+        max_length=max_length,
+        overlength=arguments.overlength,  # type: ignore[arg-type]  # validated when the flags are parsed
+        allow_remote=arguments.allow_remote_media,
+    )
+
+
+def with_training_limits(processor: ProcessorMixin, settings: VisionSettings) -> ProcessorMixin:
+    """Return a copy of the processor that resizes and samples frames at inference as training did."""
+    limited: Any = copy.deepcopy(processor)
+    limited.image_processor.size = {
+        "shortest_edge": settings.image_min_pixels,
+        "longest_edge": settings.image_max_pixels,
+    }
+    video = limited.video_processor
+    video.do_sample_frames = True
+    video.fps = settings.video_fps
+    video.min_frames = settings.video_min_frames
+    video.max_frames = settings.video_max_frames
+    low, high, cap_tokens = _video_limits(settings)
+    video.size = {"shortest_edge": low, "longest_edge": high}
+    video.cap_pixels_per_frame = cap_tokens is not None
+    if cap_tokens is not None:
+        video.max_video_tokens = cap_tokens
+    return limited  # type: ignore[no-any-return]
+
+
+def processor_limits(processor: Any) -> dict[str, Any]:
+    """Return the pixel and frame limits of a processor, for the record beside a checkpoint."""
+    names = ("do_sample_frames", "fps", "min_frames", "max_frames", "cap_pixels_per_frame", "max_video_tokens")
+    video = {name: getattr(processor.video_processor, name, None) for name in names}
+    return {
+        "image_processor": {"size": _as_dict(processor.image_processor.size)},
+        "video_processor": {"size": _as_dict(processor.video_processor.size), **video},
+    }
+
+
+def log_limits(settings: VisionSettings) -> None:
+    """Log the limits in force."""
+    token = settings.factor**2
+    logger.info(
+        "Images: %d to %d pixels (%d to %d tokens). Videos: %d to %d pixels a clip, %d to %d frames at %g a second.",
+        settings.image_min_pixels,
+        settings.image_max_pixels,
+        settings.image_min_pixels // token,
+        settings.image_max_pixels // token,
+        settings.video_min_pixels,
+        settings.video_max_pixels,
+        settings.video_min_frames,
+        settings.video_max_frames,
+        settings.video_fps,
+    )
+
+
+def _video_limits(settings: VisionSettings) -> tuple[int, int, float | None]:
+    """Return (shortest_edge, longest_edge, max_video_tokens or None) that make a stock video processor resize alike."""
+    clip_max, frame_max = settings.video_max_pixels, settings.video_max_frame_pixels
+    if settings.family.video_layout == "frames":
+        if frame_max is not None or settings.video_min_frame_pixels is not None:
+            logger.warning(
+                "The saved video processor cannot express limits of a single frame: at inference, pass "
+                "frames of the size you trained on, or train with --video_max_pixels (the whole clip)."
+            )
+        return settings.video_min_pixels, clip_max, None
+    # These processors limit a frame; their cap shares a clip's budget of 0.9 x tokens x 2 frames over its frames.
+    tokens = (clip_max // 2 + 0.5) / (0.9 * settings.factor**2)
+    return settings.frame_min_pixels, clip_max // 2 if frame_max is None else frame_max, tokens
+
+
+def _as_dict(size: Any) -> dict[str, int]:
+    return {key: value for key, value in dict(size).items() if value is not None}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,173 @@
+"""Messages to text through the checkpoint's own chat template, with the stretches that are trained.
+
+Where each turn ends is read from the rendering itself: every turn's text gets a marker character, the template is
+rendered with and without markers, and the two must agree once the markers are taken out. Words that users type
+(``assistant``, ``<|im_end|>``, whole fake turns) cannot move a border.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from qwenvl.data.types import Conversation, ImageItem, Message, TextPart
+from qwenvl.utilities.errors import SampleError, UserError
+
+_TOOL_RESPONSE_END = "</tool_response>"
+_PRIVATE_USE = [chr(code) for code in range(0xE000, 0xE100)]
+
+
+class ChatProcessor(Protocol):
+    """The part of a transformers processor that rendering needs."""
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """Render a conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A rendered conversation.
+
+    Args:
+        text: what the chat template makes of it; one placeholder token a picture or video.
+        spans: (start, stop) in characters of what is trained: every assistant turn's text, its end-of-turn token and
+            the newline after it.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+class ChatTemplate:
+    """The chat template of one checkpoint.
+
+    Args:
+        processor: opened from the checkpoint's folder.
+        template_kwargs: further arguments of the template, such as ``add_vision_id`` or ``enable_thinking``.
+
+    Raises:
+        UserError: the processor has no chat template, or not one whose assistant turns have a header and an end.
+    """
+
+    def __init__(self, processor: ChatProcessor, template_kwargs: Mapping[str, Any] | None = None) -> None:
+        self._processor = processor
+        self._kwargs = dict(template_kwargs or {})
+        question = {"role": "user", "content": "Q"}
+        prompt = self._render([question])
+        opening = self._render([question], add_generation_prompt=True)
+        answered = self._render([question, {"role": "assistant", "content": "\ue000"}])
+        if not opening.startswith(prompt) or "\ue000" not in answered or "\n" not in opening[len(prompt) :]:
+            raise UserError("The checkpoint's chat template has no assistant header, so that labels cannot be placed.")
+        generation_prompt = opening[len(prompt) :]
+        self.header = generation_prompt[: generation_prompt.index("\n") + 1]
+        self.turn_end = answered[answered.index("\ue000") + 1 :]
+        self.opens_thinking = "<think>" in generation_prompt and "</think>" not in generation_prompt
+        if not self.turn_end:
+            raise UserError(
+                "The checkpoint's chat template does not end an assistant turn, so labels cannot be placed."
+            )
+
+    def render(self, conversation: Conversation) -> Rendering:
+        """Render a conversation and find what is trained in it.
+
+        Raises:
+            SampleError: the template refuses the conversation, or changes it so that its turns cannot be told apart.
+        """
+        marker = _unused_character(conversation)
+        plain = self._render_messages(conversation, None)
+        marked = self._render_messages(conversation, marker)
+        has_marker = [bool(message.text) for message in conversation.messages]
+        if marked.replace(marker, "") != plain or marked.count(marker) != sum(has_marker):
+            raise SampleError(
+                "template",
+                "the checkpoint's chat template rewrites the text of this sample, so that it cannot be told where its "
+                "turns end. Look at the rendered text with tools/show_sample.py and reword or remove the sample.",
+            )
+        return Rendering(plain, self._spans(plain, conversation.messages, _marker_positions(marked, marker)))
+
+    def thinking_mismatch(self, conversation: Conversation) -> bool:
+        """Whether the last answer has a ``<think>`` block the template does not open, or lacks the one it opens."""
+        answer = next(message for message in reversed(conversation.messages) if message.role == "assistant")
+        thinks = "<think>" in answer.text or bool(answer.extra.get("reasoning_content"))
+        return thinks != self.opens_thinking
+
+    def _spans(self, text: str, messages: Sequence[Message], ends: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """Return the trained stretches; ``ends`` are the ends of the texts of the turns that have text."""
+        spans = []
+        remaining = iter(ends)
+        cursor = 0
+        for message in messages:
+            text_end = next(remaining) if message.text else None
+            if message.role == "assistant":
+                start = text.find(self.header, cursor) + len(self.header)
+                stop = text.find(self.turn_end, start if text_end is None else text_end)
+                if start < len(self.header) or stop < 0:
+                    raise SampleError("template", "the checkpoint's chat template leaves out an answer of this sample.")
+                spans.append((start, stop + len(self.turn_end)))
+                cursor = spans[-1][1]
+            elif text_end is not None:
+                cursor = text_end
+        return tuple(spans)
+
+    def _render_messages(self, conversation: Conversation, marker: str | None) -> str:
+        messages = [_as_template_message(message, marker) for message in conversation.messages]
+        tools = [dict(tool) for tool in conversation.tools] or None
+        try:
+            return self._render(messages, tools=tools)
+        except Exception as error:  # templates raise whatever their author chose (jinja2, TypeError, ...)
+            raise SampleError("template", f"the checkpoint's chat template refuses this sample: {error}") from error
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
+        try:
+            rendered = self._processor.apply_chat_template(list(messages), tokenize=False, **kwargs, **self._kwargs)
+        except ValueError as error:
+            if "chat_template" not in str(error) and "chat template" not in str(error):
+                raise
+            raise UserError(f"The checkpoint's processor has no chat template: {error}") from error
+        return str(rendered)
+
+
+def _as_template_message(message: Message, marker: str | None) -> dict[str, Any]:
+    """Return the turn as chat templates take it; with ``marker`` after the last of its text."""
+    last_text = max((i for i, part in enumerate(message.parts) if isinstance(part, TextPart)), default=-1)
+    content: list[dict[str, Any]] = []
+    for index, part in enumerate(message.parts):
+        if isinstance(part, TextPart):
+            text = part.text if marker is None or index != last_text or not message.text else _mark(part.text, marker)
+            content.append({"type": "text", "text": text})
+        else:
+            content.append({"type": "image" if isinstance(part, ImageItem) else "video"})
+    only_text = all(item["type"] == "text" for item in content)
+    # A plain string is what templates handle best: some look into it for <think> and tool responses.
+    body: Any = "".join(item["text"] for item in content) if only_text else content
+    return {"role": message.role, "content": body, **message.extra}
+
+
+def _mark(text: str, marker: str) -> str:
+    """Put the marker after the text, but before what templates look for there: white space, a closing tag."""
+    stripped = text.rstrip()
+    if stripped.endswith(_TOOL_RESPONSE_END):
+        stripped = stripped[: -len(_TOOL_RESPONSE_END)]
+    return stripped + marker + text[len(stripped) :]
+
+
+def _marker_positions(marked: str, marker: str) -> list[int]:
+    """Return where the markers stand, as indices into the text without markers."""
+    pieces = marked.split(marker)
+    positions, total = [], 0
+    for piece in pieces[:-1]:
+        total += len(piece)
+        positions.append(total)
+    return positions
+
+
+def _unused_character(conversation: Conversation) -> str:
+    """Return a character of the private use area that the conversation does not contain."""
+    extras = [[message.text, dict(message.extra)] for message in conversation.messages]
+    everything = json.dumps([extras, [dict(tool) for tool in conversation.tools]], ensure_ascii=False, default=str)
+    for character in _PRIVATE_USE:
+        if character not in everything:
+            return character
+    raise SampleError("bad_record", "the text uses every character of the private use area U+E000 to U+E0FF.")

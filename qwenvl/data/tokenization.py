@@ -1,0 +1,156 @@
+"""Rendered text to token ids, labels and positions, all as long as each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwenvl.data.positions import VisionSpan, position_ids
+from qwenvl.data.rendering import Rendering
+from qwenvl.data.sizes import ImagePlan, MediaPlan, VideoPlan, VisionSettings
+from qwenvl.utilities.errors import SampleError
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, slots=True)
+class VisionTokens:
+    """The tokens that stand for pictures and videos in one checkpoint, as its config and tokenizer have them.
+
+    Args:
+        image: placeholder of an image, ``<|image_pad|>`` in all families.
+        video: placeholder of a video.
+        start: opens a picture or video.
+        end: closes it.
+        image_id: id of ``image``.
+        video_id: id of ``video``.
+        tokens_per_second: temporal positions a second (Qwen2.5-VL); None where frames are counted.
+    """
+
+    image: str
+    video: str
+    start: str
+    end: str
+    image_id: int
+    video_id: int
+    tokens_per_second: float | None = None
+
+    @classmethod
+    def from_checkpoint(cls, config: Any, tokenizer: Any, timed_positions: bool) -> VisionTokens:
+        """Read them from a model config and a tokenizer."""
+        ids = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+        image, video, start, end = tokenizer.convert_ids_to_tokens(ids)
+        speed = float(config.vision_config.tokens_per_second) if timed_positions else None
+        return cls(image, video, start, end, ids[0], ids[1], speed)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One sample as the language model reads it.
+
+    Args:
+        input_ids: int64 [T].
+        labels: int64 [T]; -100 where nothing is trained.
+        position_ids: int64 [4, T]; see :mod:`qwenvl.data.positions`.
+        vision_mask: bool [T]; True at image and video placeholders.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    vision_mask: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+class Tokenizer:
+    """Turns a rendering into tokens.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        vision: its placeholder tokens.
+        settings: the run's limits.
+    """
+
+    def __init__(self, tokenizer: Any, vision: VisionTokens, settings: VisionSettings) -> None:
+        self._tokenizer = tokenizer
+        self._vision = vision
+        self._settings = settings
+
+    def __call__(self, rendering: Rendering, plans: Sequence[MediaPlan]) -> Tokens:
+        """Tokenize.
+
+        The text is cut where training starts and stops, so that an answer is tokenized as the model would write it:
+        a newline that opens an answer never merges with the newline of the header before it.
+
+        Args:
+            rendering: text with one placeholder a picture or video.
+            plans: what becomes of them, in the order of the placeholders.
+
+        Raises:
+            SampleError: placeholders and media do not match, or nothing is trained.
+        """
+        segments = self._segments(rendering, plans)
+        encoded = self._tokenizer([text for text, _ in segments], add_special_tokens=False)["input_ids"]
+        ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in encoded])
+        trained = np.concatenate([np.full(len(p), s[1], dtype=bool) for p, s in zip(encoded, segments, strict=True)])
+        blocks = [block for plan in plans for block in self._blocks(plan)]
+        is_vision = (ids == self._vision.image_id) | (ids == self._vision.video_id)
+        trained &= ~is_vision
+        if int(is_vision.sum()) != len(blocks):
+            raise SampleError(
+                "template",
+                f"the chat template rendered {int(is_vision.sum())} placeholders for {len(blocks)} pictures or frames: "
+                "it leaves out media of some turn (pictures belong into user turns).",
+            )
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[is_vision] = [t * h * w for (t, h, w), _ in blocks]
+        starts = (np.cumsum(repeats) - repeats)[is_vision]
+        spans = [VisionSpan(int(start), grid, step) for start, (grid, step) in zip(starts, blocks, strict=True)]
+        input_ids = torch.from_numpy(np.repeat(ids, repeats))
+        labels = torch.where(torch.from_numpy(np.repeat(trained, repeats)), input_ids, IGNORE_INDEX)
+        if bool((labels == IGNORE_INDEX).all()):
+            raise SampleError("no_answer", "no token of the sample would be trained: it has no answer.")
+        mask = torch.from_numpy(np.repeat(is_vision, repeats))
+        return Tokens(input_ids, labels, position_ids(len(input_ids), spans), mask)
+
+    def _segments(self, rendering: Rendering, plans: Sequence[MediaPlan]) -> list[tuple[str, bool]]:
+        """Cut the text into (stretch, whether it is trained), with frames and timestamps written out."""
+        pieces, cursor = [], 0
+        videos = iter([plan for plan in plans if isinstance(plan, VideoPlan)])
+        for start, stop in rendering.spans:
+            pieces.append((self._write_frames(rendering.text[cursor:start], videos), False))
+            pieces.append((rendering.text[start:stop], True))
+            cursor = stop
+        pieces.append((self._write_frames(rendering.text[cursor:], videos), False))
+        return [(text, trained) for text, trained in pieces if text]
+
+    def _write_frames(self, text: str, videos: Iterable[VideoPlan]) -> str:
+        """Replace each video's placeholder by its frames: timestamp, start, placeholder, end (``frames`` layout)."""
+        if self._settings.family.video_layout == "clip":
+            return text
+        frame = self._vision.start + self._vision.video + self._vision.end
+        pieces = text.split(frame)
+        # zip stops at the shorter: a placeholder without a video is found by the count that follows tokenization
+        written = [pieces[0]]
+        for piece, plan in zip(pieces[1:], videos, strict=False):
+            written += ["".join(f"<{seconds:.1f} seconds>{frame}" for seconds in plan.timestamps), piece]
+        return "".join(written)
+
+    def _blocks(self, plan: MediaPlan) -> list[tuple[tuple[int, int, int], float]]:
+        """Return (merged grid, temporal step) of every run of placeholders that a picture or video has."""
+        merge = self._settings.merge_size
+        temporal, height, width = plan.grid[0], plan.grid[1] // merge, plan.grid[2] // merge
+        if isinstance(plan, ImagePlan):
+            return [((1, height, width), 1.0)]
+        if self._settings.family.video_layout == "frames":
+            return [((1, height, width), 1.0)] * temporal
+        if self._vision.tokens_per_second is None:
+            return [((temporal, height, width), 1.0)]
+        seconds = self._settings.temporal_patch_size / plan.sampled_fps
+        return [((temporal, height, width), self._vision.tokens_per_second * seconds)]

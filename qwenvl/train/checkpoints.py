@@ -1,0 +1,107 @@
+"""Checkpoints: finding the newest complete one, and the files that let a folder stand alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qwenvl import __version__
+from qwenvl.utilities.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers")
+
+
+def find_checkpoint(output_dir: str, wanted: str | None) -> str | None:
+    """Return the checkpoint to resume from, or None to start anew.
+
+    Args:
+        output_dir: of the run.
+        wanted: ``--resume_from_checkpoint``: a folder; ``true`` for the newest one, which must exist; ``false`` for
+            none; None for the newest one if there is any, as the official recipe does.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    if wanted is not None and wanted.lower() in ("false", "no", "0"):
+        return None
+    if wanted is not None and wanted.lower() not in ("true", "yes", "1"):
+        if not _is_complete(Path(wanted)):
+            raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint (no trainer_state.json) there.")
+        return wanted
+    found = _newest(Path(output_dir))
+    if wanted is not None and found is None:
+        raise UserError(f"--resume_from_checkpoint {wanted}: {output_dir} holds no complete checkpoint-* folder.")
+    return None if found is None else str(found)
+
+
+def _newest(output_dir: Path) -> Path | None:
+    folders = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _matches(path))]
+    for _, path in sorted(folders, reverse=True):
+        if _is_complete(path):
+            return path
+        logger.warning("%s is not complete (the run stopped while saving it): ignored.", path)
+    return None
+
+
+def _matches(path: Path) -> re.Match[str] | None:
+    return _CHECKPOINT.fullmatch(path.name) if path.is_dir() else None
+
+
+def _is_complete(path: Path) -> bool:
+    """The Trainer writes its state last."""
+    try:
+        return "global_step" in json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def require_writable(output_dir: str) -> None:
+    """Create the output folder and check that files can be written to it, before anything slow starts.
+
+    Raises:
+        UserError: it cannot be created or written to.
+    """
+    probe = Path(output_dir) / ".write_test"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except FileNotFoundError:
+        return  # another rank on the same disk has removed the probe: it is writable
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {output_dir} cannot be written to: {error.strerror or error}. Choose another."
+        ) from error
+
+
+def write_records(folder: str, settings_yaml: str, original_limits: Mapping[str, Any]) -> None:
+    """Write what a folder needs to be understood and repeated.
+
+    Args:
+        folder: a checkpoint.
+        settings_yaml: becomes ``training_args.yaml``, a recipe that reruns the job.
+        original_limits: limits of the processor before training; becomes ``original_processor_limits.json``.
+    """
+    path = Path(folder)
+    (path / "training_args.yaml").write_text(settings_yaml, encoding="utf-8")
+    _write_json(path / "original_processor_limits.json", original_limits)
+    versions = {"qwenvl": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    _write_json(path / "versions.json", versions)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

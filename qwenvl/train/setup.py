@@ -1,0 +1,168 @@
+"""From parsed arguments to a finished run: every part is opened in the order in which mistakes are cheapest."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
+
+from qwenvl.arguments import ParsedArguments, TrainingArguments, arguments_to_yaml
+from qwenvl.data.collation import Collator
+from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, split_tables
+from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.processor import build_encoder, log_limits, open_processor, processor_limits, with_training_limits
+from qwenvl.data.registry import load_registry, parse_dataset_use
+from qwenvl.models.freezing import configure_checkpointing, format_table, set_model, summarize
+from qwenvl.models.loading import choose_attention, load_model, read_model_type, refuse_flattening, resolve_dtype
+from qwenvl.models.optimizer import learning_rates_of, parameter_groups
+from qwenvl.models.vision import install_vision_call
+from qwenvl.train.checkpoints import find_checkpoint, require_writable
+from qwenvl.train.trainer import QwenVLTrainer, Records
+from qwenvl.utilities.families import Family, get_family
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run.
+
+    Args:
+        processor: the checkpoint's, as it was.
+        encoder: record to model inputs.
+        train: training samples.
+        evaluation: evaluation samples, or None.
+    """
+
+    processor: ProcessorMixin
+    encoder: SampleEncoder
+    train: ConversationDataset
+    evaluation: ConversationDataset | None
+
+
+def run(parsed: ParsedArguments) -> None:
+    """Train, evaluate and save as the arguments say.
+
+    Raises:
+        UserError: something in the user's input must be changed.
+    """
+    args = parsed.training
+    settings_yaml = arguments_to_yaml(parsed)
+    path, options = parsed.model.model_name_or_path, _origin_options(parsed)
+    family = get_family(read_model_type(path, cache_dir=args.cache_dir))
+    config = AutoConfig.from_pretrained(path, **options)
+    require_writable(args.output_dir)
+    data = open_data(parsed, family, config)
+    model = open_model(parsed, family)
+    records = Records(settings_yaml, processor_limits(data.processor))
+    trainer = build_trainer(parsed, model, data, records)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        logger.info("Resuming from %s.", checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+    trainer.save_model(args.output_dir)
+    for line in trainer.data_report.summary():
+        logger.warning("%s", line)
+    logger.info(
+        "Saved to %s: it opens with transformers' AutoModelForImageTextToText and AutoProcessor.", args.output_dir
+    )
+
+
+def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig) -> RunData:
+    """Open processor and datasets.
+
+    Raises:
+        UserError: registry, annotations or processor cannot be used, or no sample fits.
+    """
+    arguments, args = parsed.data, parsed.training
+    processor = open_processor(parsed.model.model_name_or_path, args.cache_dir, parsed.model.trust_remote_code)
+    encoder = build_encoder(processor, config, family, arguments, args.model_max_length)
+    log_limits(encoder.settings)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    registry = load_registry(arguments.dataset_registry)
+    tables = open_tables(parse_dataset_use(arguments.dataset_use, registry), seed)
+    held_out: list[SampledTable] = []
+    if arguments.eval_dataset_use:
+        held_out = open_tables(parse_dataset_use(arguments.eval_dataset_use, registry), seed)
+    elif arguments.eval_ratio:
+        tables, held_out = split_tables(tables, arguments.eval_ratio, seed)
+    skip = arguments.on_bad_sample == "skip"
+    train = ConversationDataset(tables, encoder, skip)
+    evaluation = ConversationDataset(held_out, encoder, skip) if held_out else None
+    train.require_fitting_sample()
+    logger.info("Data: %d training rows, %d evaluation rows.", len(train), len(evaluation) if evaluation else 0)
+    return RunData(processor, encoder, train, evaluation)
+
+
+def open_model(parsed: ParsedArguments, family: Family) -> PreTrainedModel:
+    """Load the checkpoint, freeze what is not trained, and install the vision call.
+
+    Raises:
+        UserError: the checkpoint is incomplete, nothing trains, or samples could not be kept apart in a row.
+    """
+    arguments, args = parsed.model, parsed.training
+    set_seed(args.seed)
+    if args.deepspeed:
+        _start_deepspeed()
+    model = load_model(
+        arguments.model_name_or_path,
+        dtype=resolve_dtype(arguments.model_dtype, bf16=args.bf16, fp16=args.fp16, deepspeed=bool(args.deepspeed)),
+        attn_implementation=choose_attention(arguments.attn_implementation),
+        **_origin_options(parsed),
+    )
+    if parsed.data.data_flatten:
+        refuse_flattening(model, family)
+    set_model(
+        model,
+        tune_mm_vision=arguments.tune_mm_vision,
+        tune_mm_mlp=arguments.tune_mm_mlp,
+        tune_mm_llm=arguments.tune_mm_llm,
+    )
+    groups = parameter_groups(
+        model,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        mm_projector_lr=args.mm_projector_lr,
+        vision_tower_lr=args.vision_tower_lr,
+    )
+    logger.info("Trained parts:\n%s", format_table(summarize(model, learning_rates_of(groups))))
+    _checkpoint_trained_parts(model, args)
+    install_vision_call(model)
+    return model
+
+
+def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData, records: Records) -> QwenVLTrainer:
+    """Put model, data and settings together."""
+    tokenizer: Any = data.processor.tokenizer  # type: ignore[attr-defined]
+    training_limits = parsed.data.save_processor_limits == "training"
+    return QwenVLTrainer(
+        model=model,
+        args=parsed.training,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        collator=Collator(tokenizer.pad_token_id, parsed.data.data_flatten),
+        processor=with_training_limits(data.processor, data.encoder.settings) if training_limits else data.processor,
+        records=records,
+    )
+
+
+def _checkpoint_trained_parts(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Turn gradient checkpointing on here and off in the arguments: the Trainer would checkpoint frozen parts too."""
+    configure_checkpointing(model, bool(args.gradient_checkpointing))
+    args.gradient_checkpointing = False
+    if hasattr(args, "activation_checkpointing"):  # its newer name
+        args.activation_checkpointing = False
+
+
+def _start_deepspeed() -> None:
+    """Start DeepSpeed's process group before the weights load: it would otherwise believe there is one rank."""
+    import deepspeed
+
+    deepspeed.init_distributed()
+
+
+def _origin_options(parsed: ParsedArguments) -> dict[str, Any]:
+    return {"cache_dir": parsed.training.cache_dir, "trust_remote_code": parsed.model.trust_remote_code}

@@ -1,0 +1,217 @@
+"""The Hugging Face Trainer with our batches, our loss and our checkpoints. Subclassed; nothing of it is replaced."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from qwenvl.arguments import TrainingArguments
+from qwenvl.data.collation import Collator
+from qwenvl.data.dataset import ConversationDataset
+from qwenvl.models.loss import GradientWatch, causal_loss, trained_positions
+from qwenvl.models.optimizer import parameter_groups
+from qwenvl.train.checkpoints import write_records
+from qwenvl.train.loader import build_loader
+from qwenvl.train.report import DataReport
+from qwenvl.train.throughput import Throughput
+from qwenvl.utilities.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Records:
+    """What is written beside the weights of every checkpoint.
+
+    Args:
+        settings_yaml: recipe that reruns the job.
+        original_limits: pixel and frame limits of the checkpoint's processor before training.
+    """
+
+    settings_yaml: str
+    original_limits: Mapping[str, Any]
+
+
+class QwenVLTrainer(Trainer):
+    """Trains on conversations; the loss is per trained token of the whole optimizer step.
+
+    Args:
+        model: with frozen and trainable parts set and the vision call installed.
+        args: training arguments.
+        train_dataset: training samples.
+        eval_dataset: evaluation samples, or None.
+        collator: makes batches.
+        processor: saved with every checkpoint.
+        records: saved with every checkpoint.
+    """
+
+    args: TrainingArguments
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        train_dataset: ConversationDataset,
+        eval_dataset: ConversationDataset | None,
+        collator: Collator,
+        processor: ProcessorMixin,
+        records: Records,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=collator,
+            processing_class=processor,
+        )
+        self.model_accepts_loss_kwargs = True  # the Trainer counts trained tokens over ranks and accumulation steps
+        self.data_report = DataReport(args.output_dir)
+        self._records = records
+        self._throughput = Throughput()
+        self._gradient_watch: GradientWatch | None = GradientWatch(model)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return this rank's training batches."""
+        return build_loader(self.train_dataset, self.data_collator, self.args, training=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return this rank's evaluation batches."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return build_loader(dataset, self.data_collator, self.args, training=False)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """Collect the micro-batches of an optimizer step and count their trained tokens over all ranks.
+
+        Raises:
+            SampleError: one of them holds a sample that must stop the run.
+        """
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self._receive(batch)
+            self._throughput.count(batch)
+        return batches, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return this micro-batch's part of the loss of the optimizer step.
+
+        Sum of cross entropy over its trained tokens / trained tokens of the step over all ranks and accumulation
+        steps; times the number of ranks, because DDP, DeepSpeed and FSDP average gradients over them.
+        """
+        assert not return_outputs and num_items_in_batch is not None
+        # A step in which every sample was left out has no trained token: its loss is zero, not NaN.
+        count = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return causal_loss(model, inputs, num_trained_tokens=count) * self.accelerator.num_processes
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run one micro-batch; after the first optimizer step, check that every trainable tensor had a gradient.
+
+        Raises:
+            UserError: a trainable tensor had none.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._gradient_watch is not None and self.accelerator.sync_gradients:
+            missing = self._gradient_watch.missing()
+            self._gradient_watch.close()
+            self._gradient_watch = None
+            if missing:
+                raise UserError(
+                    f"{len(missing)} trainable tensors got no gradient in the first step: {', '.join(missing[:10])}"
+                    f"{' ...' if len(missing) > 10 else ''}. The loss does not reach them, so they would never train."
+                )
+        return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer with a learning rate for each part and no weight decay on biases and norms."""
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(
+                parameter_groups(
+                    self.model,
+                    learning_rate=self.args.learning_rate,
+                    weight_decay=self.args.weight_decay,
+                    mm_projector_lr=self.args.mm_projector_lr,
+                    vision_tower_lr=self.args.vision_tower_lr,
+                ),
+                **options,
+            )
+        return self.optimizer
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return the loss per trained token of the whole evaluation set; logits are never kept."""
+        del description, prediction_loss_only, ignore_keys
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        totals = self._zeros(2)
+        for batch in dataloader:
+            self._receive(batch)
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                totals[0] += causal_loss(model, inputs, num_trained_tokens=1.0)
+            totals[1] += trained_positions(inputs["labels"]).sum()
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        loss_sum, tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1.0),
+            f"{metric_key_prefix}_trained_tokens": int(tokens),
+        }
+        return EvalLoopOutput(
+            predictions=(), label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens and samples a second to the lines of training; all ranks take part."""
+        if "loss" in logs:
+            totals = self.accelerator.reduce(self._throughput.counts(self.args.device), reduction="sum")
+            logs = {**logs, **self._throughput.rates(totals)}
+        super().log(logs, start_time)
+
+    def _zeros(self, count: int) -> Tensor:
+        """Return float64 zeros, or float32 on devices without it: sums over millions of tokens need the digits."""
+        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
+        return torch.zeros(count, dtype=dtype, device=self.args.device)
+
+    def _receive(self, batch: dict[str, Any]) -> None:
+        """Take what is not for the model out of a batch.
+
+        Raises:
+            SampleError: a sample of the batch must stop the run.
+        """
+        self.data_report.add(batch.pop("events"))
+        error = batch.pop("error")
+        if error is not None:
+            raise error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save weights, config and processor, and the records that make the folder repeatable."""
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            folder = self.args.output_dir if output_dir is None else output_dir
+            write_records(folder, self._records.settings_yaml, self._records.original_limits)

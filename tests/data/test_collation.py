@@ -1,0 +1,76 @@
+"""Batches: padded and flattened."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenvl.data.collation import Collator, EncodedSample, Event, Item
+from qwenvl.data.tokenization import IGNORE_INDEX, Tokens
+from qwenvl.utilities.errors import SampleError
+
+PAD = 9
+
+
+def sample(length: int, media: int = 0) -> EncodedSample:
+    ids = torch.arange(length) + 10
+    labels = torch.where(torch.arange(length) > 0, ids, IGNORE_INDEX)
+    positions = torch.arange(length).expand(4, length) + torch.arange(4)[:, None]
+    tokens = Tokens(ids, labels, positions, torch.arange(length) < media)
+    if not media:
+        return EncodedSample(tokens)
+    return EncodedSample(tokens, torch.full((4 * media, 6), float(length)), torch.tensor([[1, 2, 2]] * media))
+
+
+LENGTHS = st.lists(st.integers(2, 9), min_size=1, max_size=5)
+
+
+@given(LENGTHS)
+def test_flattened_rows_hold_every_sample_whole(lengths: list[int]) -> None:
+    samples = [sample(length, media=length % 2) for length in lengths]
+    batch = Collator(PAD, flatten=True)([Item((one,)) for one in samples])
+    borders = batch["cu_seq_lens_q"].tolist()
+    assert borders == [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == max(lengths)
+    assert "attention_mask" not in batch
+    for one, start, stop in zip(samples, borders, borders[1:], strict=False):
+        assert torch.equal(batch["input_ids"][0, start:stop], one.tokens.input_ids)
+        assert torch.equal(batch["position_ids"][:, 0, start:stop], one.tokens.position_ids)
+        assert batch["labels"][0, start] == IGNORE_INDEX
+    media = sum(length % 2 for length in lengths)
+    assert ("pixel_values" in batch) == bool(media)
+    assert int(batch["vision_mask"].sum()) == media
+
+
+@given(LENGTHS)
+def test_padding_is_masked_and_never_trained(lengths: list[int]) -> None:
+    samples = [sample(length) for length in lengths]
+    batch = Collator(PAD, flatten=False)([Item((one,)) for one in samples])
+    assert batch["input_ids"].shape == (len(lengths), max(lengths))
+    assert batch["position_ids"].shape == (4, len(lengths), max(lengths))
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    padding = batch["attention_mask"] == 0
+    assert (batch["input_ids"][padding] == PAD).all()
+    assert (batch["labels"][padding] == IGNORE_INDEX).all()
+    assert not batch["vision_mask"][padding].any()
+    for row, one in enumerate(samples):
+        assert torch.equal(batch["position_ids"][:, row, : lengths[row]], one.tokens.position_ids)
+
+
+def test_samples_left_out_leave_a_batch_that_trains_nothing() -> None:
+    event = Event("bad", "d", "broken")
+    for flatten in (True, False):
+        batch = Collator(PAD, flatten)([Item(events=(event,)), Item()])
+        assert batch["input_ids"].shape == (1, 2)
+        assert (batch["labels"] == IGNORE_INDEX).all()
+        assert batch["events"] == [event]
+        assert batch["error"] is None
+
+
+def test_errors_and_packed_rows_pass_through() -> None:
+    error = SampleError("missing_file", "gone")
+    batch = Collator(PAD, flatten=True)([Item((sample(3), sample(4))), Item(error=error)])
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 7]
+    assert batch["error"] is error

@@ -1,0 +1,166 @@
+"""Sizes, frame sampling and grids against the processors of transformers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from qwen_vl_utils.vision_process import calculate_video_frame_range
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as image_smart_resize
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as clip_smart_resize
+from transformers.video_utils import VideoMetadata
+
+from qwenvl.data.sizes import VisionSettings, fit, frame_range, plan_image, plan_video, sample_frames
+from qwenvl.data.types import ImageItem, VideoItem
+from qwenvl.utilities.errors import SampleError
+from qwenvl.utilities.families import get_family
+
+SIDES = st.integers(1, 4000)
+
+
+@dataclass(frozen=True)
+class Facts:
+    num_frames: int
+    fps: float
+    height: int = 240
+    width: int = 320
+
+
+def settings_for(model_type: str, **changes: object) -> VisionSettings:
+    settings = VisionSettings(
+        family=get_family(model_type),
+        patch_size=16 if "3" in model_type else 14,
+        merge_size=2,
+        temporal_patch_size=2,
+        image_min_pixels=28 * 28 * 16,
+        image_max_pixels=28 * 28 * 576,
+        video_min_pixels=256 * 28 * 28,
+        video_max_pixels=1024 * 28 * 28,
+        video_min_frame_pixels=None,
+        video_max_frame_pixels=None,
+        video_fps=2.0,
+        video_min_frames=4,
+        video_max_frames=8,
+    )
+    return replace(settings, **changes)  # type: ignore[arg-type]
+
+
+@given(SIDES, SIDES, st.sampled_from([28, 32]), st.integers(1, 10**6), st.integers(0, 10**7))
+def test_fit_equals_smart_resize_of_images(height: int, width: int, factor: int, low: int, extra: int) -> None:
+    assume(max(height, width) <= 200 * min(height, width))
+    expected = image_smart_resize(height, width, factor, low, low + extra)
+    assert fit(height, width, factor, low, low + extra) == expected
+
+
+@given(SIDES, SIDES, st.integers(2, 64), st.integers(1, 10**6), st.integers(0, 10**8))
+def test_video_size_equals_smart_resize_of_qwen3(height: int, width: int, frames: int, low: int, extra: int) -> None:
+    settings = settings_for(
+        "qwen3_vl", video_min_pixels=low, video_max_pixels=low + extra, video_min_frames=frames, video_max_frames=frames
+    )
+    try:
+        plan = plan_video(VideoItem("x"), Facts(frames, 2.0, height, width), settings)
+    except SampleError as error:
+        assert error.category == "extreme_ratio"
+        with pytest.raises(ValueError, match="aspect ratio"):
+            clip_smart_resize(frames, height, width, 2, 32, low, low + extra)
+        return
+    assert plan.resized == clip_smart_resize(frames, height, width, 2, 32, low, low + extra)
+    assert plan.grid == (math.ceil(frames / 2), plan.resized[0] // 16, plan.resized[1] // 16)
+
+
+@given(
+    st.integers(2, 5000),
+    st.sampled_from([1.0, 5.0, 23.976, 25.0, 29.97, 30.0, 60.0]),
+    st.sampled_from([0.5, 1.0, 2.0, 4.0]),
+    st.integers(1, 10),
+    st.integers(2, 768),
+)
+def test_frames_are_those_of_the_stock_video_processors(
+    total: int, fps: float, target: float, low: int, high: int
+) -> None:
+    assume(low <= high)
+    metadata = VideoMetadata(total_num_frames=total, fps=fps)
+    limits = {"video_fps": target, "video_min_frames": low, "video_max_frames": high}
+    ours = sample_frames(VideoItem("x"), total, fps, settings_for("qwen3_vl", **limits))
+    stock = Qwen3VLVideoProcessor(min_frames=low, max_frames=high).sample_frames(metadata, fps=target)
+    assert ours.tolist() == np.asarray(stock).tolist()
+    if min(max(total / fps * target, low), high) < 2:
+        return  # the stock processor of Qwen2-VL returns no frame at all; ours takes a pair
+    ours = sample_frames(VideoItem("x"), total, fps, settings_for("qwen2_vl", **limits))
+    stock = Qwen2VLVideoProcessor().sample_frames(metadata, fps=target, min_frames=low, max_frames=high)
+    # By rounding, the stock processor sometimes asks for one frame more, which lies past the end of the video.
+    assert ours.tolist() == [index for index in np.asarray(stock).tolist() if index < total][: len(ours)]
+    assert len(ours) % 2 == 0
+
+
+@given(st.integers(2, 3000), st.sampled_from([5.0, 24.0, 29.97]), st.floats(0, 60), st.floats(0, 60))
+def test_frame_range_equals_qwen_vl_utils(total: int, fps: float, start: float, end: float) -> None:
+    item = VideoItem("x", video_start=start, video_end=end)
+    try:
+        expected = calculate_video_frame_range({"video_start": start, "video_end": end}, total, fps)[:2]
+    except ValueError:
+        with pytest.raises(SampleError):
+            frame_range(item, Facts(total, fps))
+        return
+    assert frame_range(item, Facts(total, fps)) == expected
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@given(st.integers(30, 2000), st.integers(30, 2000), st.integers(2, 300))
+def test_a_clip_never_exceeds_its_budget(model_type: str, height: int, width: int, frames: int) -> None:
+    settings = settings_for(model_type)
+    plan = plan_video(VideoItem("x"), Facts(frames, 25.0, height, width), settings)
+    smallest = settings.factor**2 * len(plan.indices)
+    assert len(plan.indices) * plan.resized[0] * plan.resized[1] <= max(settings.video_max_pixels, smallest)
+
+
+def test_clip_budget_of_the_stock_processor_with_the_saved_limits_is_the_same() -> None:
+    """The rule that the saved processor applies at inference (``cap_pixels_per_frame``) shares a clip the same way."""
+    from qwenvl.data.processor import _video_limits
+
+    settings = settings_for("qwen2_5_vl")
+    low, high, tokens = _video_limits(settings)
+    assert tokens is not None
+    for frames in range(2, 9):
+        total = int(tokens * settings.factor * settings.factor * 0.9)
+        expected = image_smart_resize(480, 640, 28, low, max(min(high, total * 2 // frames), int(low * 1.05)))
+        facts = Facts(frames, 2.0, 480, 640)
+        item = VideoItem("x", nframes=frames - frames % 2)
+        if frames % 2 == 0:
+            assert plan_video(item, facts, settings).resized == expected
+
+
+def test_extreme_ratio_is_a_sample_error() -> None:
+    with pytest.raises(SampleError, match="one side is more than 200 times") as caught:
+        plan_image(ImageItem("x"), (10, 3000), settings_for("qwen3_vl"))
+    assert caught.value.category == "extreme_ratio"
+
+
+def test_one_frame_is_a_sample_error() -> None:
+    with pytest.raises(SampleError, match="1 frame"):
+        plan_video(VideoItem("x"), Facts(1, 25.0), settings_for("qwen3_vl"))
+
+
+def test_item_limits_override_those_of_the_run() -> None:
+    settings = settings_for("qwen3_vl")
+    assert plan_image(ImageItem("x", max_pixels=32 * 32 * 4), (640, 640), settings).grid == (1, 4, 4)
+    plan = plan_video(VideoItem("x", nframes=2, max_pixels=64 * 64, min_pixels=1), Facts(100, 25.0), settings)
+    assert len(plan.indices) == 2
+    assert plan.resized[0] * plan.resized[1] <= 64 * 64
+    with pytest.raises(SampleError, match="min_pixels"):
+        plan_image(ImageItem("x", min_pixels=10**6, max_pixels=10**5), (640, 640), settings)
+
+
+def test_frames_given_as_pictures_are_used_as_they_are() -> None:
+    settings = settings_for("qwen3_vl")
+    item = VideoItem(("a", "b", "c"), fps=1.0)
+    plan = plan_video(item, Facts(3, 1.0), settings)
+    assert plan.indices.tolist() == [0, 1, 2]
+    assert plan.timestamps == (0.5, 2.0)  # (0 + 1) / 2, and the last frame repeated: (2 + 2) / 2
+    assert len(plan_video(item, Facts(30, 1.0), settings).indices) == 8
