@@ -110,7 +110,7 @@ _make_environment() (
         dev) files=("$runtime" "$dev") stamp="$venv/.stamp-dev" ;;
         *) _fail "unknown option '$2': the only one is dev." ;;
     esac
-    is_current() { [[ -f "$stamp" && "$(cat "$stamp")" == "$(_digest "${files[@]}")" ]] && _works "$venv"; }
+    is_current() { [[ -f "$stamp" && "$(cat "$stamp")" == "$(_digest "${files[@]}")" ]] && "$venv/bin/python" -c ""; }
     ! is_current || exit 0
     mkdir -p "$(dirname "$venv")" || _fail "cannot write $(dirname "$venv"). Choose another folder with VENV=PATH."
     if command -v flock >/dev/null; then # two runs at once: the second waits, then finds the work done
