@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from transformers.trainer_utils import IntervalStrategy
-
 from qwenvl.arguments.data import DataArguments
 from qwenvl.arguments.model import ModelArguments
 from qwenvl.arguments.training import TrainingArguments
@@ -40,8 +38,8 @@ def check_together(model: ModelArguments, data: DataArguments, training: Trainin
         )
     if _evaluates(training) and not _has_evaluation_data(data):
         raise UserError(
-            f"--eval_strategy {IntervalStrategy(training.eval_strategy).value}: there is nothing to evaluate on. Add --eval_dataset_use "
-            "NAMES or --eval_ratio 0.01, or set --eval_strategy no and leave out --eval_on_start."
+            "there is nothing to evaluate on, and --eval_strategy or --eval_on_start asks for it. Add "
+            "--eval_dataset_use NAMES or --eval_ratio 0.01, or leave these out."
         )
 
 
@@ -63,16 +61,12 @@ def log_without_effect(
             logger.warning("--%s has no effect: --%s is False.", rate, switch)
     if adapters := sorted(given & {"lora_r", "lora_alpha", "lora_dropout"}):
         logger.info("%s: no effect without adapters.", ", ".join(adapters))
-    if (
-        training.eval_strategy.value == "no"
-        and not training.eval_on_start
-        and (data.eval_dataset_use or data.eval_ratio)
-    ):
+    if _has_evaluation_data(data) and not _evaluates(training):
         logger.warning("Evaluation data are set, but --eval_strategy is no: nothing is evaluated.")
 
 
 def _evaluates(training: TrainingArguments) -> bool:
-    return training.eval_strategy != IntervalStrategy.NO or training.eval_on_start
+    return training.eval_strategy != "no" or training.eval_on_start
 
 
 def _has_evaluation_data(data: DataArguments) -> bool:

@@ -143,7 +143,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _choose_evaluation_interval(self) -> None:
         """Evaluate as often as checkpoints are saved; transformers' own choice, logging_steps, is every step here."""
-        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "steps" and not self.eval_steps:
+        if self.eval_strategy == "steps" and not self.eval_steps:
             self.eval_steps = self.save_steps
 
     def _name_checkpointing(self) -> None:

@@ -1,0 +1,43 @@
+"""Which of how many processes this is, before and after the process group exists."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed as dist
+
+
+def is_initialized() -> bool:
+    """Return whether the process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Return the number of this process among all, from 0."""
+    return dist.get_rank() if is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, from 0, as torchrun has set it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 when torchrun started none.
+
+    ``WORLD_SIZE`` counts only beside ``RANK``: some clusters set it alone, to the number of machines.
+    """
+    if is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def is_main_process() -> bool:
+    """Return whether this is process 0 of all: the one that prints, and writes what exists once."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here; nothing to wait for without a process group."""
+    if is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
