@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -58,7 +59,7 @@ def load_model(
     origin = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     get_family(read_model_type(model_name_or_path, cache_dir=cache_dir))
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             model_name_or_path,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -67,9 +68,10 @@ def load_model(
             output_loading_info=True,
             **origin,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(_explain_missing_weights(model_name_or_path, error)) from error
-    _refuse_incomplete(model_name_or_path, report)
+    model: PreTrainedModel = loaded[0]
+    _refuse_incomplete(model_name_or_path, loaded[1])
     return model
 
 
@@ -100,7 +102,7 @@ def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> st
     return str(config["model_type"])
 
 
-def _explain_missing_weights(path: str, error: OSError) -> str:
+def _explain_missing_weights(path: str, error: Exception) -> str:
     """Say whether a folder has weights of the wrong kind, or none."""
     pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in Path(path).glob(kind))
     if pickled:

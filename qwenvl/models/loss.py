@@ -65,6 +65,8 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Any], *, num_trained_token
         use_cache=False,  # with a cache, transformers does not look for packed samples and lets them see each other
     )
     targets = labels[:, 1:][kept[:, :-1]]
+    # without the hooks a stock model takes the arguments it does not know without a word
+    assert output.logits.shape[1] == len(targets), "call install_vision_call(model) first"
     total = functional.cross_entropy(output.logits[0].float(), targets.to(output.logits.device), reduction="sum")
     return total / num_trained_tokens
 

@@ -76,7 +76,7 @@ def has_weight_decay(parameter: nn.Parameter) -> bool:
 
     In these families every bias, every norm's weight and the linear attention's ``A_log`` and ``dt_bias`` are vectors,
     and nothing else is; embeddings (the vision tower's position embedding too) and convolutions decay, as in the
-    Hugging Face Trainer. Names would do for most, but not for ``A_log``.
+    Hugging Face Trainer. The Trainer goes by names, and decays ``A_log`` and Qwen2.5-VL's vision norms.
 
     The whole parameter's shape decides. ZeRO-3 leaves each rank a flat empty tensor, which would take decay from
     everything; it keeps the shape in ``ds_shape``.

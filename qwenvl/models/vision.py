@@ -58,7 +58,7 @@ class VisionFeatures:
     deepstack: tuple[Tensor, ...] = ()
 
 
-def encode(visual: nn.Module, inputs: VisionInputs) -> VisionFeatures:
+def encode(visual: PreTrainedModel, inputs: VisionInputs) -> VisionFeatures:
     """Run the vision tower once.
 
     Without media it runs on a blank picture of one merged token, and no row of the result is kept.
@@ -166,7 +166,7 @@ class _LanguageModelHooks:
     A class rather than closures: a deep copy or a pickle of the model then refers to its own tower.
     """
 
-    visual: nn.Module
+    visual: PreTrainedModel
     # set before each call and used after it, so that it never outlives a call, not even one that fails
     kept_positions: Tensor | None = field(default=None, init=False)
 

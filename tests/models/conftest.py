@@ -168,7 +168,10 @@ def flatten_batch(samples: Sequence[StockSample]) -> dict[str, Any]:
     }
 
 
-BATCHES: dict[str, Callable[[Sequence[StockSample]], dict[str, Any]]] = {"padded": pad_batch, "flattened": flatten_batch}
+BATCHES: dict[str, Callable[[Sequence[StockSample]], dict[str, Any]]] = {
+    "padded": pad_batch,
+    "flattened": flatten_batch,
+}
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -215,8 +218,7 @@ def mixture(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], dict[str,
             model = AutoModelForImageTextToText.from_pretrained(path)
             processor = AutoProcessor.from_pretrained(path)
             made[family] = {
-                name: make_sample(model, processor, media, seed)
-                for seed, (name, media) in enumerate(MIXTURE.items())
+                name: make_sample(model, processor, media, seed) for seed, (name, media) in enumerate(MIXTURE.items())
             }
         return made[family]
 

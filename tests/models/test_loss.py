@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,3 +56,162 @@ def test_equals_stock_one_by_one(family_name, layout, attention, load_tiny, mixt
     assert loss.item() == pytest.approx(expected.item(), rel=TOLERANCE)
     errors = gradient_errors(model, stock)
     assert max(errors.values()) < TOLERANCE, errors
+
+
+def run(model: PreTrainedModel, batch: dict[str, Any], num_trained_tokens: float = 1.0) -> Tensor:
+    """Loss and gradients of one batch, with fresh hooks."""
+    handle = install_vision_call(model)
+    loss = causal_loss(model, batch, num_trained_tokens=num_trained_tokens)
+    loss.backward()
+    handle.remove()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("content", ["text", "image", "video", "video, image"])
+def test_each_modality_alone_equals_stock(family_name, layout, content, load_tiny, mixture, make_batch):
+    sample = mixture(family_name)[content]
+    model = load_tiny(family_name)
+    expected = stock_loss(model, [sample])
+    loss = run(model, make_batch(layout, [sample, sample]), 2 * sample.trained_tokens)
+    assert loss.item() == pytest.approx(expected.item(), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_a_cache_would_leak_between_flattened_samples(family, load_tiny, mixture, make_batch):
+    """Why the loss always asks for no cache: with one, stock transformers mixes the samples without a word."""
+    samples = list(mixture(family).values())
+    batch = make_batch("flattened", samples)
+    model = load_tiny(family)
+    right = run(model, batch, 1.0)
+
+    class WithCache(torch.nn.Module):
+        def forward(self, **kwargs: Any) -> Any:
+            return model(**(kwargs | {"use_cache": True}))
+
+    install_vision_call(model)
+    leaked = causal_loss(WithCache(), batch, num_trained_tokens=1.0)
+    assert abs(leaked.item() - right.item()) > 1e-4 * abs(right.item())
+
+
+def test_flattened_samples_do_not_see_each_other(family_name, layout, load_tiny, mixture, make_batch):
+    """Another first sample of the same length leaves the second one's gradient of its own embeddings as it was."""
+    if layout != "flattened":
+        pytest.skip("one row only")
+    first, second = mixture(family_name)["text"], mixture(family_name)["image"]
+    batch = make_batch("flattened", [first, second])
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][:, : first.labels.shape[1]] = -100
+    model = load_tiny(family_name)
+    loss = run(model, batch)
+    batch["input_ids"] = batch["input_ids"].clone()
+    batch["input_ids"][:, : first.labels.shape[1]] = 7
+    assert run(model, batch).item() == loss.item()
+
+
+def test_vocabulary_projection_runs_on_trained_tokens_only(family_name, layout, load_tiny, mixture, make_batch):
+    samples = list(mixture(family_name).values())
+    model = load_tiny(family_name)
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:-1].numel()))
+    run(model, make_batch(layout, samples))
+    assert rows == [sum(sample.trained_tokens for sample in samples)]
+
+
+def test_text_alone_gives_the_tower_gradients_of_exactly_zero(family_name, layout, load_tiny, mixture, make_batch):
+    model = load_tiny(family_name)
+    text = mixture(family_name)["text"]
+    run(model, make_batch(layout, [text, text]))
+    for name, parameter in model.model.visual.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+    assert model.model.language_model.embed_tokens.weight.grad.any()
+
+
+def test_a_batch_without_a_trained_token_gives_zero_everywhere(family_name, layout, load_tiny, mixture, make_batch):
+    batch = make_batch(layout, [mixture(family_name)["image"], mixture(family_name)["text"]])
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    model = load_tiny(family_name)
+    assert run(model, batch, 12.0).item() == 0.0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_trained_positions_are_those_before_trained_tokens():
+    labels = torch.tensor([[-100, -100, 7, 8, -100], [-100, 5, -100, -100, 6]])
+    assert trained_positions(labels).tolist() == [
+        [False, True, True, False, False],
+        [True, False, False, True, False],
+    ]
+
+
+def test_the_last_token_of_a_flattened_sample_predicts_nothing():
+    labels = torch.tensor([[-100, 4, 5, -100, 6, 7]])  # two samples of three tokens
+    assert trained_positions(labels).tolist() == [[True, True, False, True, True, False]]
+
+
+def test_loss_is_float32_and_close_under_autocast(family_name, layout, load_tiny, mixture, make_batch):
+    samples = list(mixture(family_name).values())
+    total = sum(sample.trained_tokens for sample in samples)
+    model = load_tiny(family_name)
+    batch = make_batch(layout, samples)
+    exact = run(model, batch, total)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = run(model, batch, total)
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact.item(), rel=2e-2)
+    assert all(value.grad is not None and value.grad.isfinite().all() for value in model.parameters())
+
+
+def test_bfloat16_weights_take_float32_patches(family_name, layout, load_tiny, mixture, make_batch):
+    model = load_tiny(family_name).to(torch.bfloat16)
+    loss = run(model, make_batch(layout, list(mixture(family_name).values())))
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+
+
+def test_evaluation_gives_the_training_loss_without_a_graph(family_name, layout, load_tiny, mixture, make_batch):
+    batch = make_batch(layout, list(mixture(family_name).values()))
+    model = load_tiny(family_name)
+    trained = run(model, batch)
+    model.eval()
+    install_vision_call(model)
+    with torch.no_grad():
+        evaluated = causal_loss(model, batch, num_trained_tokens=1.0)
+    assert not evaluated.requires_grad
+    assert evaluated.item() == pytest.approx(trained.item(), rel=TOLERANCE)
+
+
+class TestGradientWatch:
+    def test_reports_what_the_loss_does_not_reach(self, load_tiny, mixture, make_batch):
+        model = load_tiny("qwen3_vl")
+        model.unused = torch.nn.Linear(2, 2)
+        model.model.visual.merger.linear_fc1.weight.requires_grad_(False)
+        watch = GradientWatch(model)
+        run(model, make_batch("padded", [mixture("qwen3_vl")["text"]]))
+        model.zero_grad(set_to_none=True)  # as DeepSpeed does before anyone can look at .grad
+        assert watch.missing() == ["unused.weight", "unused.bias"]
+
+    def test_reports_everything_before_the_first_step_and_after_closing(self, load_tiny, mixture, make_batch):
+        model = load_tiny("qwen3_vl")
+        watch = GradientWatch(model)
+        assert len(watch.missing()) == len(list(model.parameters()))
+        watch.close()
+        run(model, make_batch("padded", [mixture("qwen3_vl")["text"]]))
+        model.zero_grad(set_to_none=True)
+        assert len(watch.missing()) == len(list(model.parameters()))
+
+    def test_works_through_ddp_and_gradient_checkpointing(self, tmp_path, load_tiny, mixture, make_batch):
+        model = load_tiny("qwen3_vl")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            install_vision_call(model)
+            watch = GradientWatch(model)
+            batch = make_batch("padded", list(mixture("qwen3_vl").values()))
+            causal_loss(DistributedDataParallel(model), batch, num_trained_tokens=1.0).backward()
+            model.zero_grad(set_to_none=True)
+            assert watch.missing() == []
+        finally:
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,168 @@
+"""The freeze switches against the contract, for every family and every combination."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from qwenvl.models.freezing import (
+    ModuleSummary,
+    configure_checkpointing,
+    format_table,
+    full_size,
+    parameter_modules,
+    set_model,
+    summarize,
+)
+from qwenvl.models.loss import GradientWatch, causal_loss
+from qwenvl.models.vision import install_vision_call
+from qwenvl.utilities.errors import UserError
+
+SWITCHES = ("tune_mm_vision", "tune_mm_mlp", "tune_mm_llm")
+COMBINATIONS = [dict(zip(SWITCHES, values, strict=True)) for values in itertools.product((True, False), repeat=3)]
+TRAINING = [
+    pytest.param(switches, id="+".join(name for name in SWITCHES if switches[name])) for switches in COMBINATIONS[:-1]
+]
+
+
+def switch_of(name: str) -> str:
+    """The contract, spelled a second time by the names of the stock modules."""
+    if not name.startswith("model.visual."):
+        return "tune_mm_llm"
+    part = name.split(".")[2]
+    return "tune_mm_mlp" if part in ("merger", "deepstack_merger_list") else "tune_mm_vision"
+
+
+@pytest.mark.parametrize("switches", TRAINING)
+def test_switches_follow_the_contract(family_name, switches, load_tiny):
+    model = load_tiny(family_name)
+    rows = {row.module: row for row in set_model(model, **switches)}
+    totals = dict.fromkeys(SWITCHES, 0)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == switches[switch_of(name)], name
+        totals[switch_of(name)] += parameter.numel()
+    for module, switch in (("vision", SWITCHES[0]), ("merger", SWITCHES[1]), ("language", SWITCHES[2])):
+        assert rows[module].total == totals[switch] > 0
+        assert rows[module].trainable == totals[switch] * switches[switch]
+
+
+def test_a_model_in_which_nothing_trains_is_an_error(family_name, load_tiny):
+    with pytest.raises(UserError, match="No parameter trains"):
+        set_model(load_tiny(family_name), **COMBINATIONS[-1])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_projection_follows_the_language_model(tied, tiny_checkpoint):
+    config = AutoConfig.from_pretrained(tiny_checkpoint("qwen3_vl"))
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    model = AutoModelForImageTextToText.from_config(config)
+    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
+    with pytest.raises(UserError):
+        set_model(model, tune_mm_vision=False, tune_mm_mlp=False, tune_mm_llm=False)
+    assert not model.lm_head.weight.requires_grad
+    assert not model.model.language_model.embed_tokens.weight.requires_grad
+    rows = set_model(model, tune_mm_vision=False, tune_mm_mlp=False, tune_mm_llm=True)
+    assert model.lm_head.weight.requires_grad
+    assert sum(row.total for row in rows) == model.num_parameters()  # a tied tensor counts once
+
+
+def test_a_frozen_untied_output_projection_does_not_move(load_tiny, mixture, make_batch):
+    model = load_tiny("qwen2_5_vl")
+    assert model.lm_head.weight is not model.model.language_model.embed_tokens.weight
+    set_model(model, tune_mm_vision=True, tune_mm_mlp=True, tune_mm_llm=False)
+    before = model.lm_head.weight.detach().clone()
+    step(model, make_batch("padded", [mixture("qwen2_5_vl")["image"]]))
+    torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1.0).step()
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def step(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Gradients of one batch."""
+    handle = install_vision_call(model)
+    model.zero_grad(set_to_none=True)
+    causal_loss(model, batch, num_trained_tokens=1.0).backward()
+    handle.remove()
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+def count_runs(module: nn.Module) -> list[int]:
+    """A list that grows at each run of the module, also when a checkpoint recomputes it.
+
+    Recomputation ends as soon as nothing more is needed, so the module should be an early one, and its start counts.
+    """
+    runs: list[int] = []
+    module.register_forward_pre_hook(lambda *_: runs.append(1))
+    return runs
+
+
+@pytest.mark.parametrize("switches", TRAINING)
+def test_checkpointing_changes_no_gradient_and_loses_none(family_name, switches, load_tiny, mixture, make_batch):
+    samples = [mixture(family_name)[name] for name in ("text", "video, image")]
+    batch = make_batch("padded", samples)
+    model = load_tiny(family_name)
+    set_model(model, **switches)
+    plain = step(model, batch)
+    configure_checkpointing(model, enabled=True)
+    language = count_runs(model.model.language_model.layers[0].input_layernorm)
+    tower = count_runs(model.model.visual.blocks[0].norm1)
+    watch = GradientWatch(model)
+    checkpointed = step(model, batch)
+    assert watch.missing() == []
+    trainable = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert plain.keys() == checkpointed.keys() == trainable
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    assert len(language) == 2  # forward, and recomputed in the backward pass
+    assert len(tower) == (2 if switches["tune_mm_vision"] else 1)
+    configure_checkpointing(model, enabled=False)
+    language.clear()
+    step(model, batch)
+    assert len(language) == 1
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("switches", TRAINING)
+def test_a_frozen_tower_builds_no_graph(family_name, switches, checkpointing, load_tiny, mixture, make_batch):
+    model = load_tiny(family_name)
+    set_model(model, **switches)
+    configure_checkpointing(model, enabled=checkpointing)
+    graph: dict[str, bool] = {}
+    visual = model.model.visual
+    for name, module in (("patches", visual.patch_embed), ("block", visual.blocks[-1]), ("merger", visual.merger)):
+        module.register_forward_hook(lambda *args, name=name: graph.update({name: args[2].requires_grad}))
+    step(model, make_batch("padded", [mixture(family_name)["image"], mixture(family_name)["text"]]))
+    vision, merger = switches["tune_mm_vision"], switches["tune_mm_mlp"]
+    assert graph == {"patches": vision, "block": vision, "merger": vision or merger}
+
+
+def test_every_parameter_has_one_group(family_name, load_tiny):
+    model = load_tiny(family_name)
+    assert parameter_modules(model).keys() == dict(model.named_parameters()).keys()
+
+
+def test_table_shows_counts_and_learning_rates(load_tiny):
+    model = load_tiny("qwen3_vl")
+    set_model(model, tune_mm_vision=False, tune_mm_mlp=True, tune_mm_llm=True)
+    rows = summarize(model, {"merger": 1e-5, "language": 2e-6})
+    lines = format_table(rows).splitlines()
+    assert [line.split()[0] for line in lines] == ["module", "vision", "merger", "language", "all"]
+    assert lines[1].split()[1:] == ["0", f"{rows[0].total:,}", "0%", "-"]
+    assert lines[2].split()[1:] == [f"{rows[1].total:,}", f"{rows[1].total:,}", "100%", "1e-05"]
+    assert lines[4].split()[2] == f"{model.num_parameters():,}"
+
+
+def test_table_of_a_large_model_stays_aligned():
+    rows = [ModuleSummary("language", 32_000_000_000, 32_000_000_000, 1e-5)]
+    assert len({len(line) for line in format_table(rows).splitlines()}) == 1
+
+
+def test_sizes_of_partitioned_parameters_are_the_whole_ones():
+    parameter = nn.Parameter(torch.empty(0))  # what ZeRO-3 leaves on every rank
+    parameter.ds_numel = 12
+    assert full_size(parameter) == 12
+    assert full_size(nn.Parameter(torch.zeros(3, 5))) == 15

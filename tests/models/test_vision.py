@@ -1,0 +1,127 @@
+"""The vision call: once a batch, checked counts, and nothing left behind in the model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText
+
+from qwenvl.models.loss import causal_loss
+from qwenvl.models.vision import VisionInputs, encode, install_vision_call, sample_index
+
+
+def generate(model: Any, sample: Any) -> list[int]:
+    return model.generate(**sample.inputs, max_new_tokens=4, do_sample=False)[0].tolist()
+
+
+@pytest.mark.parametrize("contents", [["text"], ["image"], ["text", "image", "video", "video, image"]])
+def test_the_tower_runs_once_a_batch(family_name, layout, contents, load_tiny, mixture, make_batch):
+    model = load_tiny(family_name)
+    install_vision_call(model)
+    calls: list[int] = []
+    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    batch = make_batch(layout, [mixture(family_name)[name] for name in contents])
+    causal_loss(model, batch, num_trained_tokens=1.0)
+    with torch.no_grad():
+        causal_loss(model.eval(), batch, num_trained_tokens=1.0)
+    assert calls == [1, 1]
+
+
+def test_generation_and_stock_calls_are_not_disturbed(family_name, load_tiny, mixture, make_batch):
+    sample = mixture(family_name)["video, image"]
+    plain, hooked = load_tiny(family_name).eval(), load_tiny(family_name)
+    install_vision_call(hooked)
+    causal_loss(hooked, make_batch("padded", [sample]), num_trained_tokens=1.0)
+    hooked.eval()
+    assert generate(hooked, sample) == generate(plain, sample)
+    with torch.no_grad():
+        assert torch.equal(hooked(**sample.inputs).logits, plain(**sample.inputs).logits)
+
+
+def test_a_failed_call_leaves_nothing_behind(load_tiny, mixture, make_batch):
+    sample = mixture("qwen3_vl")["image"]
+    model = load_tiny("qwen3_vl")
+    install_vision_call(model)
+    batch = make_batch("padded", [sample])
+    with pytest.raises(ValueError, match="image and video tokens"):
+        causal_loss(model, batch | {"vision_mask": torch.zeros_like(batch["vision_mask"])}, num_trained_tokens=1.0)
+    with torch.no_grad():
+        assert model(**sample.inputs).logits.shape[1] == sample.labels.shape[1]
+
+
+def test_removing_the_handle_restores_the_stock_model(load_tiny, mixture, make_batch):
+    model = load_tiny("qwen3_vl")
+    handle = install_vision_call(model)
+    handle.remove()
+    handle.remove()
+    with pytest.raises(AssertionError, match="install_vision_call"):
+        causal_loss(model, make_batch("padded", [mixture("qwen3_vl")["image"]]), num_trained_tokens=1.0)
+
+
+def test_saved_files_do_not_change(tmp_path: Path, family_name, load_tiny, tiny_checkpoint):
+    model = load_tiny(family_name)
+    install_vision_call(model)
+    model.save_pretrained(tmp_path)
+    with (
+        safe_open(tmp_path / "model.safetensors", "pt") as saved,
+        safe_open(tiny_checkpoint(family_name) / "model.safetensors", "pt") as original,
+    ):
+        assert set(saved.keys()) == set(original.keys())
+    AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
+def test_a_copied_model_calls_its_own_tower(load_tiny, mixture, make_batch):
+    model = load_tiny("qwen3_vl")
+    install_vision_call(model)
+    twin = copy.deepcopy(model)
+    causal_loss(twin, make_batch("padded", [mixture("qwen3_vl")["image"]]), num_trained_tokens=1.0).backward()
+    assert twin.model.visual.patch_embed.proj.weight.grad is not None
+    assert model.model.visual.patch_embed.proj.weight.grad is None
+
+
+class TestEncode:
+    def test_equals_images_and_videos_encoded_apart(self, family_name, load_tiny, mixture):
+        sample = mixture(family_name)["video, image"]
+        model = load_tiny(family_name).eval()
+        inputs = sample.inputs
+        with torch.no_grad():
+            image = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+            video = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+            together = encode(
+                model.model.visual, VisionInputs(sample.pixel_values, sample.grid_thw, sample.vision_mask)
+            )
+        apart = torch.cat([*video.pooler_output, *image.pooler_output])
+        torch.testing.assert_close(together.embeddings, apart, rtol=1e-5, atol=1e-6)
+        assert len(together.deepstack) == len(getattr(image, "deepstack_features", None) or ())
+
+    def test_names_both_counts_when_tokens_were_cut(self, load_tiny, mixture):
+        sample = mixture("qwen3_vl")["image"]
+        mask = sample.vision_mask.clone()
+        mask[0, mask[0].nonzero()[0]] = False
+        features = int(sample.vision_mask.sum())
+        with pytest.raises(ValueError, match=f"{features - 1} image and video tokens.*{features} features"):
+            encode(load_tiny("qwen3_vl").model.visual, VisionInputs(sample.pixel_values, sample.grid_thw, mask))
+
+    def test_names_patches_that_do_not_fit_the_grids(self, load_tiny, mixture):
+        sample = mixture("qwen3_vl")["image"]
+        visual = load_tiny("qwen3_vl").model.visual
+        with pytest.raises(ValueError, match="patches, but pixel_values holds"):
+            encode(visual, VisionInputs(sample.pixel_values[:-1], sample.grid_thw, sample.vision_mask))
+        with pytest.raises(ValueError, match="come together"):
+            encode(visual, VisionInputs(sample.pixel_values, None, sample.vision_mask))
+
+    def test_media_missing_from_a_batch_with_tokens_is_an_error(self, load_tiny, mixture):
+        mask = mixture("qwen3_vl")["image"].vision_mask
+        with pytest.raises(ValueError, match="0 features"):
+            encode(load_tiny("qwen3_vl").model.visual, VisionInputs(None, None, mask))
+
+
+def test_sample_index_numbers_the_samples_of_a_row():
+    index = sample_index(torch.tensor([0, 2, 3, 6], dtype=torch.int32), 6)
+    assert index.tolist() == [[0, 0, 1, 2, 2, 2]]
+    assert index.dtype == torch.int32
