@@ -1,0 +1,191 @@
+"""Opening images and videos: sizes from their headers while planning, pixels in the workers."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from qwenvl.data.media_sources import MediaSources, describe
+from qwenvl.data.types import ImageItem, VideoItem
+from qwenvl.data.video import VideoHeader, choose_backend
+from qwenvl.utilities.errors import SampleError
+
+# Those of Pillow's formats that hold pictures and whose reader is part of it; EPS, for one, would run another program.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+FRAMES_PER_SECOND = 2.0  # of a list of frames that does not say: the default of qwen-vl-utils (sample_fps)
+
+_SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
+                   struct.error, zlib.error, RuntimeError, MemoryError)  # fmt: skip
+_IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+
+
+class MediaReader:
+    """Opens the media of one dataset. Cheap to make and to send to other processes.
+
+    Args:
+        data_path: folder that relative paths start from, or "".
+        allow_remote: fetch http(s) URLs, anew for every use.
+        allow_absolute: absolute paths may lie outside ``data_path``.
+
+    Every method raises :class:`SampleError` for media that cannot be used, naming the file: ``missing_file``,
+    ``zero_byte``, ``truncated``, ``wrong_type``, ``unreadable_file``, ``decompression_bomb``, ``outside_data_path``,
+    ``remote_not_allowed``.
+    """
+
+    def __init__(self, data_path: str, allow_remote: bool = False, allow_absolute: bool = False) -> None:
+        self._sources = MediaSources(data_path, allow_remote, allow_absolute)
+
+    def image_size(self, item: ImageItem) -> tuple[int, int]:
+        """Return (height, width) in pixels, EXIF orientation applied; no pixel is decoded."""
+        return self._image_size(item.source)
+
+    def read_image(self, item: ImageItem) -> Image.Image:
+        """Decode an image to RGB, EXIF orientation applied, transparency laid on white."""
+        return self._read_image(item.source)
+
+    def video_header(self, item: VideoItem) -> VideoHeader:
+        """Return a video's number of frames, average frames a second, and size in pixels."""
+        if isinstance(item.source, tuple):
+            height, width = self._size_of_frames(item.source)
+            return VideoHeader(len(item.source), item.fps or FRAMES_PER_SECOND, height, width)
+        with self._naming(item.source):
+            return choose_backend().header(self._sources.locate(item.source))
+
+    def read_frames(self, item: VideoItem, indices: np.ndarray) -> torch.Tensor:
+        """Decode the frames at ``indices`` (int64 [n]) to uint8 [n, 3, height, width], RGB."""
+        if isinstance(item.source, tuple):
+            self._size_of_frames(item.source)
+            frames = [np.array(self._read_image(item.source[index])) for index in indices.tolist()]
+            return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        with self._naming(item.source):
+            return choose_backend().frames(self._sources.locate(item.source), indices)
+
+    def _image_size(self, source: str) -> tuple[int, int]:
+        with self._opened(source) as image:
+            width, height = image.size
+            return (width, height) if _orientation(image) in _SWAPPING_ORIENTATIONS else (height, width)
+
+    def _read_image(self, source: str) -> Image.Image:
+        with self._opened(source) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+
+    @contextmanager
+    def _opened(self, source: str) -> Iterator[Image.Image]:
+        with self._naming(source):
+            located = self._sources.locate(source)
+            try:
+                with _stream(located) as stream, _open_image(stream) as image:
+                    yield image
+            except SampleError:
+                raise
+            except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+                raise SampleError("decompression_bomb", f"{error}.") from error
+            except _DECODER_ERRORS as error:
+                cut = isinstance(error, EOFError) or re.search("truncated|broken|unexpected end", str(error), re.I)
+                reason = f"the image is {'cut off' if cut else 'damaged'}: {error}."
+                raise SampleError("truncated" if cut else "unreadable_file", reason) from error
+
+    @contextmanager
+    def _naming(self, source: str) -> Iterator[None]:
+        """Begin the reason of a SampleError with the medium it is about."""
+        try:
+            yield
+        except SampleError as error:
+            name = self._sources.describe(source)
+            if name in error.reason:
+                raise
+            raise SampleError(error.category, f"{name}: {error.reason}") from error.__cause__
+
+    def _size_of_frames(self, frames: tuple[str, ...]) -> tuple[int, int]:
+        sizes = [self._image_size(frame) for frame in frames]
+        for frame, size in zip(frames, sizes, strict=True):
+            if size != sizes[0]:
+                raise SampleError(
+                    "bad_record",
+                    f"the frames of a video differ in size: {describe(frames[0])} is {sizes[0][1]} x {sizes[0][0]}, "
+                    f"{describe(frame)} is {size[1]} x {size[0]}. Resize them to one size.",
+                )
+        return sizes[0]
+
+
+def _stream(located: str | bytes) -> IO[bytes]:
+    return io.BytesIO(located) if isinstance(located, bytes) else open(located, "rb")
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of IMAGE_FORMATS that this Pillow has; it fails on names it does not know."""
+    Image.init()
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
+def _open_image(stream: IO[bytes]) -> Image.Image:
+    """Read an image's header.
+
+    Raises:
+        SampleError: it is not an image, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+    """
+    try:
+        image = Image.open(stream, formats=_known_formats())
+    except UnidentifiedImageError as error:
+        stream.seek(0)
+        start = stream.read(16)
+        if start.startswith(_IMAGE_STARTS):
+            raise SampleError("truncated", "the image is cut off or damaged within its header.") from error
+        raise SampleError("wrong_type", f"it is not an image that can be read; it starts with {start!r}.") from error
+    limit = Image.MAX_IMAGE_PIXELS
+    pixels = image.width * image.height
+    if limit is not None and pixels > limit:  # Pillow itself only warns up to twice this number
+        raise SampleError("decompression_bomb", f"the image has {pixels} pixels, more than {limit}. Make it smaller.")
+    if not pixels:
+        raise SampleError("unreadable_file", f"the image has no pixels ({image.width} x {image.height}).")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation that is still to be applied to ``image.size``, without decoding pixels."""
+    if image.format == "TIFF":
+        return 1  # Pillow's TIFF reader turns images itself, and gives their size as turned
+    if image.format == "PNG" and "exif" not in image.info and _metadata_follows_pixels(image):
+        image.load()
+    # For PNG the class's own method decodes the pixels in search of metadata behind them.
+    orientation: int = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    return orientation
+
+
+def _metadata_follows_pixels(image: Image.Image) -> bool:
+    """Whether a PNG has EXIF or text chunks behind its pixels, found by hopping from chunk to chunk."""
+    stream: IO[bytes] = image.fp  # type: ignore[attr-defined, unused-ignore]
+    position, place, found = stream.tell(), 8, False
+    behind = False
+    stream.seek(place)
+    while len(head := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        behind = behind or kind == b"IDAT"
+        found = found or (behind and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
+        place += 12 + length
+        stream.seek(place)
+    stream.seek(position)
+    return found
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB, transparency laid on white: as ``transformers.image_transforms.convert_to_rgb`` does."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,135 @@
+"""Where media come from: files under ``data_path``, data URIs and, when allowed, http(s)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import stat
+import urllib.error
+import urllib.parse
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from qwenvl.utilities.errors import SampleError
+
+DOWNLOAD_SECONDS = 30.0  # that a server may be silent
+DOWNLOAD_BYTES = 512 << 20
+
+_REMOTE = ("http://", "https://")
+
+
+class MediaSources:
+    """Finds media.
+
+    Relative paths start from ``data_path``, and can leave it neither by ``..`` nor through a symbolic link. Absolute
+    paths must lie inside it, unless it is empty or ``allow_absolute`` is set. With an empty ``data_path``, relative
+    paths start from the working folder and nothing is checked.
+
+    Args:
+        data_path: the dataset's media folder, or "".
+        allow_remote: fetch http(s) URLs.
+        allow_absolute: absolute paths may lie anywhere.
+    """
+
+    def __init__(self, data_path: str, allow_remote: bool = False, allow_absolute: bool = False) -> None:
+        self.data_path = data_path
+        self.allow_remote = allow_remote
+        self.allow_absolute = allow_absolute
+
+    def locate(self, source: str) -> str | bytes:
+        """Return the path of an existing, non-empty file, or the bytes of a data URI or download.
+
+        Raises:
+            SampleError: ``missing_file``, ``zero_byte``, ``unreadable_file``, ``wrong_type``, ``outside_data_path`` or
+                ``remote_not_allowed``; names the source.
+        """
+        if source.startswith("data:"):
+            return _decode_data_uri(source)
+        if source.lower().startswith(_REMOTE):
+            return self._download(source)
+        try:
+            path = self._path(source)
+            _check_file(path)
+        except ValueError as error:
+            if isinstance(error, SampleError):
+                raise
+            raise SampleError("missing_file", f"{describe(source)} cannot be a path: {error}.") from error
+        return path
+
+    def describe(self, source: str) -> str:
+        """Name a source in a message: files by their path, data URIs and other long ones cut."""
+        if not source.startswith("data:") and not source.lower().startswith(_REMOTE):
+            source = os.path.join(self.data_path, _without_scheme(source))
+        return describe(source)
+
+    def _path(self, source: str) -> str:
+        source = _without_scheme(source)
+        path = os.path.join(self.data_path, source)
+        if not self.data_path or (self.allow_absolute and os.path.isabs(source)):
+            return path
+        folder = os.path.realpath(self.data_path)
+        if not Path(os.path.realpath(path)).is_relative_to(folder):
+            cure = "Move the file, or change data_path in the dataset's registry entry."
+            if os.path.isabs(source):
+                cure = 'Set "allow_absolute": True, or data_path "", in the dataset\'s registry entry.'
+            raise SampleError("outside_data_path", f"{path} lies outside data_path {self.data_path}. {cure}")
+        return path
+
+    def _download(self, url: str) -> bytes:
+        if not self.allow_remote:
+            raise SampleError(
+                "remote_not_allowed",
+                f"{describe(url)} is on the network. Download it beforehand, or pass --allow_remote_media True.",
+            )
+        try:
+            with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response:
+                content: bytes = response.read(DOWNLOAD_BYTES + 1)
+        except (OSError, HTTPException, ValueError) as error:
+            missing = isinstance(error, urllib.error.HTTPError) and error.code in (404, 410)
+            category = "missing_file" if missing else "unreadable_file"
+            raise SampleError(category, f"{describe(url)} cannot be fetched: {error}.") from error
+        if len(content) > DOWNLOAD_BYTES:
+            raise SampleError("unreadable_file", f"{describe(url)} is larger than {DOWNLOAD_BYTES >> 20} MiB.")
+        if not content:
+            raise SampleError("zero_byte", f"{describe(url)} is empty.")
+        return content
+
+
+def describe(source: str) -> str:
+    """Name a path or URI in a message: long ones, such as data URIs, are cut."""
+    return source if len(source) <= 300 else f"{source[:60]}... ({len(source)} characters)"
+
+
+def _without_scheme(source: str) -> str:
+    if not source.lower().startswith("file://"):
+        return source
+    return urllib.parse.unquote(source[len("file://") :].removeprefix("localhost"))
+
+
+def _decode_data_uri(source: str) -> bytes:
+    header, comma, content = source.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise SampleError("wrong_type", f"{describe(source)} is not a base64 data URI (data:image/png;base64,...).")
+    try:
+        data = base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise SampleError("unreadable_file", f"{describe(source)} is not valid base64: {error}.") from error
+    if not data:
+        raise SampleError("zero_byte", f"{describe(source)} is empty.")
+    return data
+
+
+def _check_file(path: str) -> None:
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SampleError("missing_file", f"{describe(path)} does not exist.") from error
+    except OSError as error:
+        raise SampleError("unreadable_file", f"{describe(path)} cannot be read: {error.strerror}.") from error
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "not an ordinary file"
+        raise SampleError("wrong_type", f"{describe(path)} is {what}.")
+    if status.st_size == 0:
+        raise SampleError("zero_byte", f"{describe(path)} is empty (0 bytes).")

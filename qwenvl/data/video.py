@@ -1,0 +1,197 @@
+"""Video decoding: torchcodec where it works, else decord; chosen once a process and never changed for one file.
+
+Both give the same pixels for the same frames, shown as the file's rotation metadata says. What differs: torchcodec
+needs FFmpeg's shared libraries from the system; decord carries its own FFmpeg, and garbles videos that are turned by a
+quarter, which are refused. Decoders run on one thread, since data loading runs many processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from qwenvl.utilities.errors import SampleError, UserError
+
+_SOURCE_PLACE = re.compile(r"^.*?\.(cpp|cc):\d+[,:] ")  # torchcodec and decord put their own file and line first
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoHeader:
+    """What is known of a video before it is decoded.
+
+    Args:
+        num_frames: frames in the file.
+        fps: their average number a second.
+        height: pixels, as the video is shown.
+        width: pixels.
+    """
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+
+
+class VideoBackend(Protocol):
+    """A way to decode videos. A source is a path, or the bytes of a file."""
+
+    name: str
+
+    def header(self, source: str | bytes) -> VideoHeader:
+        """Read what is known without decoding.
+
+        Raises:
+            SampleError: ``unreadable_file``, without the name of the file.
+        """
+        ...
+
+    def frames(self, source: str | bytes, indices: np.ndarray) -> torch.Tensor:
+        """Decode the frames at ``indices`` (int64 [n]) to uint8 [n, 3, height, width], RGB.
+
+        Raises:
+            SampleError: ``unreadable_file``, without the name of the file.
+        """
+        ...
+
+
+class TorchcodecBackend:
+    """Decodes with torchcodec.
+
+    Raises:
+        ImportError: torchcodec is not installed, or cannot load FFmpeg.
+    """
+
+    name = "torchcodec"
+
+    def __init__(self) -> None:
+        try:
+            import torchcodec
+            import torchcodec.decoders
+        except (RuntimeError, OSError) as error:  # how torchcodec before 0.16 says that a library is missing
+            raise ImportError(f"torchcodec is installed but cannot load its libraries: {_first_line(error)}") from error
+        # From 0.16 it imports without FFmpeg, for the sake of images, and says so here.
+        if getattr(torchcodec, "ffmpeg_major_version", "unsaid") is None:
+            raise ImportError("torchcodec is installed but finds no FFmpeg libraries")
+
+    def header(self, source: str | bytes) -> VideoHeader:
+        """See :class:`VideoBackend`."""
+        with _decoding(self.name):
+            metadata = self._open(source).metadata
+        return _checked_header(metadata.num_frames, metadata.average_fps, metadata.height, metadata.width)
+
+    def frames(self, source: str | bytes, indices: np.ndarray) -> torch.Tensor:
+        """See :class:`VideoBackend`."""
+        with _decoding(self.name):
+            frames: torch.Tensor = self._open(source).get_frames_at(indices=indices.tolist()).data
+        return frames
+
+    def _open(self, source: str | bytes) -> Any:
+        from torchcodec.decoders import VideoDecoder
+
+        return VideoDecoder(source, dimension_order="NCHW", num_ffmpeg_threads=1, seek_mode="exact")
+
+
+class DecordBackend:
+    """Decodes with decord.
+
+    Raises:
+        ImportError: decord is not installed, or its library does not load.
+    """
+
+    name = "decord"
+
+    def __init__(self) -> None:
+        try:
+            import decord  # noqa: F401
+        except (RuntimeError, OSError) as error:
+            raise ImportError(f"decord is installed but cannot load its library: {_first_line(error)}") from error
+
+    def header(self, source: str | bytes) -> VideoHeader:
+        """See :class:`VideoBackend`."""
+        with _decoding(self.name):
+            reader = self._open(source)
+            count, fps = len(reader), reader.get_avg_fps()
+            shape = reader[0].shape if count else (0, 0, 3)
+        _refuse_turned(shape)
+        return _checked_header(count, fps, shape[0], shape[1])
+
+    def frames(self, source: str | bytes, indices: np.ndarray) -> torch.Tensor:
+        """See :class:`VideoBackend`."""
+        with _decoding(self.name):
+            reader = self._open(source)
+            _refuse_turned(reader[0].shape)
+            frames = torch.from_numpy(reader.get_batch(indices.tolist()).asnumpy())
+        return frames.permute(0, 3, 1, 2)
+
+    def _open(self, source: str | bytes) -> Any:
+        from decord import VideoReader
+
+        return VideoReader(io.BytesIO(source) if isinstance(source, bytes) else source, num_threads=1)
+
+
+@functools.cache
+def choose_backend() -> VideoBackend:
+    """Return the video backend of this process: torchcodec if it works, else decord.
+
+    Raises:
+        UserError: neither works; says why.
+    """
+    reasons = []
+    for backend in (TorchcodecBackend, DecordBackend):
+        try:
+            chosen: VideoBackend = backend()
+        except ImportError as error:
+            reasons.append(str(error))
+        else:
+            passed_over = f" ({'; '.join(reasons)})" if reasons else ""
+            logger.info("Videos are decoded by %s%s.", chosen.name, passed_over)
+            return chosen
+    raise UserError(
+        f"No video backend works: {'; '.join(reasons)}. Run 'pip install decord', or 'pip install torchcodec' and "
+        "install FFmpeg ('apt install ffmpeg')."
+    )
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn a decoder's own errors into SampleErrors."""
+    try:
+        yield
+    except SampleError:
+        raise
+    except Exception as error:  # decord's error type derives from Exception alone; torchcodec raises half a dozen
+        raise SampleError("unreadable_file", f"{name} cannot decode it: {_first_line(error)}") from error
+
+
+def _checked_header(num_frames: int | None, fps: float | None, height: int | None, width: int | None) -> VideoHeader:
+    if not num_frames or not height or not width:
+        raise SampleError("unreadable_file", "the video has no frames.")
+    if not fps or not math.isfinite(fps) or fps < 0:
+        raise SampleError("unreadable_file", f"the video has no frame rate ({fps}).")
+    return VideoHeader(int(num_frames), float(fps), int(height), int(width))
+
+
+def _refuse_turned(shape: tuple[int, ...]) -> None:
+    if shape[-1] != 3:  # decord 0.6 gives frames turned by a quarter four channels of garbled bytes
+        raise SampleError(
+            "unreadable_file",
+            "decord cannot decode a video that its metadata turns by a quarter. Install FFmpeg, so that torchcodec can be used "
+            "('apt install ffmpeg'), or turn the frames themselves.",
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = _SOURCE_PLACE.sub("", str(error).strip()).splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,149 @@
+"""Video backends: they work where their libraries do, agree with each other, and explain what they cannot read."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from qwenvl.data.video import DecordBackend, TorchcodecBackend, VideoBackend, VideoHeader, choose_backend
+from qwenvl.utilities.errors import SampleError
+
+FRAMES, FPS, HEIGHT, WIDTH = 24, 8, 48, 64
+
+
+def make_video(path: Path, frames: int = FRAMES, fps: int = FPS) -> Path:
+    """Write an mp4 whose frames get brighter from one to the next; the left third is green."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for number in range(frames):
+            pixels = np.full((HEIGHT, WIDTH, 3), number * 10, dtype=np.uint8)
+            pixels[:, : WIDTH // 3, 1] = 220
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def turn(path: Path, matrix: tuple[int, int, int, int]) -> Path:
+    """Write a copy whose track header says that it is to be shown turned by ``matrix``."""
+    content = bytearray(path.read_bytes())
+    place = content.find(b"tkhd") + 44  # past the fields of a version 0 track header
+    a, b, c, d = (value << 16 for value in matrix)
+    content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    turned = path.with_name("turned.mp4")
+    turned.write_bytes(content)
+    return turned
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_video(tmp_path_factory.mktemp("video") / "a.mp4")
+
+
+def load(kind: type[TorchcodecBackend] | type[DecordBackend]) -> VideoBackend:
+    try:
+        return kind()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=[TorchcodecBackend, DecordBackend])
+def backend(request: pytest.FixtureRequest) -> VideoBackend:
+    return load(request.param)
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_headers_and_frames(backend: VideoBackend, video: Path, as_bytes: bool) -> None:
+    source = video.read_bytes() if as_bytes else str(video)
+    assert backend.header(source) == VideoHeader(FRAMES, FPS, HEIGHT, WIDTH)
+    frames = backend.frames(source, np.array([0, 5, 5, 20, 23]))
+    assert (frames.shape, frames.dtype) == ((5, 3, HEIGHT, WIDTH), torch.uint8)
+    brightness = frames[:, 0, :, WIDTH // 2 :].float().mean((1, 2))
+    assert torch.allclose(brightness, torch.tensor([0.0, 50, 50, 200, 230]), atol=6)
+    assert (frames[0, 1, :, : WIDTH // 3 - 4] > 180).all(), "the left third is green"
+
+
+def test_backends_agree(video: Path) -> None:
+    torchcodec, decord = load(TorchcodecBackend), load(DecordBackend)
+    indices = np.arange(FRAMES)[::-1].copy()
+    assert torchcodec.header(str(video)) == decord.header(str(video))
+    difference = (torchcodec.frames(str(video), indices).int() - decord.frames(str(video), indices).int()).abs()
+    assert difference.float().mean() < 1.5 and difference.max() < 16
+
+
+@pytest.mark.parametrize(
+    ("matrix", "quarter_turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1), ((1, 0, 0, 1), 0)]
+)
+def test_turned_videos_are_shown_turned_or_refused(
+    backend: VideoBackend, video: Path, matrix: tuple[int, int, int, int], quarter_turns: int
+) -> None:
+    turned = str(turn(video, matrix))
+    if isinstance(backend, DecordBackend) and quarter_turns % 2:
+        for read in (backend.header, lambda path: backend.frames(path, np.array([3]))):
+            with pytest.raises(SampleError, match="metadata turns"):
+                read(turned)
+        return
+    upright = backend.frames(str(video), np.array([3]))
+    expected = torch.rot90(upright, quarter_turns, (2, 3))
+    header = backend.header(turned)
+    assert (header.height, header.width) == expected.shape[2:]
+    difference = (backend.frames(turned, np.array([3])).int() - expected.int()).abs()
+    assert difference.float().mean() < 2
+
+
+def test_a_single_frame_is_a_video(backend: VideoBackend, tmp_path: Path) -> None:
+    path = str(make_video(tmp_path / "one.mp4", frames=1))
+    assert backend.header(path).num_frames == 1
+    assert backend.frames(path, np.array([0])).shape[0] == 1
+
+
+@pytest.mark.parametrize("content", ["junk", "cut", "a picture", "sound"])
+def test_what_cannot_be_decoded_is_explained(backend: VideoBackend, video: Path, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.mp4"
+    if content == "sound":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("aac", rate=16000)
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+            sound.sample_rate = 16000
+            container.mux(stream.encode(sound))
+            container.mux(stream.encode())
+    else:
+        whole = video.read_bytes()
+        path.write_bytes({"junk": b"junk" * 999, "cut": whole[: len(whole) // 2], "a picture": b"\x89PNG" * 9}[content])
+    with pytest.raises(SampleError) as caught:
+        backend.header(str(path))
+    assert caught.value.category == "unreadable_file"
+    assert backend.name in caught.value.reason and "\n" not in caught.value.reason and ".cpp" not in caught.value.reason
+
+
+def test_frames_lost_in_the_middle_are_an_error(backend: VideoBackend, video: Path, tmp_path: Path) -> None:
+    """A file whose header promises frames that it does not hold."""
+    content = bytearray(video.read_bytes())
+    start = content.find(b"mdat") + 4
+    content[start : start + (len(content) - start) // 2] = bytes((len(content) - start) // 2)
+    path = tmp_path / "holes.mp4"
+    path.write_bytes(content)
+    with pytest.raises(SampleError):
+        backend.frames(str(path), np.arange(FRAMES))
+
+
+def test_one_backend_is_chosen_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Torchcodec where its libraries load, else decord."""
+    try:
+        expected: str = TorchcodecBackend().name
+    except ImportError:
+        expected = DecordBackend().name
+    choose_backend.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert choose_backend() is choose_backend()
+    assert choose_backend().name == expected
+    assert [
+        record.message for record in caplog.records if f"decoded by {expected}" in record.message
+    ] == caplog.messages
+    assert len(caplog.messages) == 1
