@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 import yaml
@@ -19,6 +19,7 @@ from qwenvl.arguments.settings import Setting, convert, settings_of
 from qwenvl.arguments.training import TrainingArguments
 from qwenvl.utilities.errors import UserError, nearest
 
+T = TypeVar("T")
 SETTINGS_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "dataset_registry")
 INHERITED = transformers.TrainingArguments
 GROUPS: dict[type, str] = {
@@ -92,6 +93,22 @@ def parse_arguments(argv: Sequence[str]) -> ParsedArguments:
     return _build(given, settings, debug)
 
 
+def parse_class(cls: type[T], argv: Sequence[str]) -> T:
+    """Read the flags of a tool into its dataclass, with the rules of :func:`parse_arguments`.
+
+    Args:
+        cls: dataclass whose fields are the flags.
+        argv: the command line without the program's name.
+
+    Raises:
+        UserError: anything wrong with them.
+        SystemExit: with status 0, after ``--help``.
+    """
+    settings = settings_of(cls)
+    given = _converted(read_flags(argv, settings, {cls: "flags"}), settings, where="--")
+    return cls(**{name: value for name, value in given.items() if value is not None})
+
+
 def arguments_to_yaml(parsed: ParsedArguments) -> str:
     """Return a recipe that reruns the job: every setting that the user gave, without secrets such as hub_token.
 
@@ -99,7 +116,10 @@ def arguments_to_yaml(parsed: ParsedArguments) -> str:
     """
     values = {name: value for name, value in parsed.given.items() if not name.endswith(("token", "secret", "password"))}
     header = f"# The settings of this run, a recipe for another: train_qwen.py FILE\n# Run from {Path.cwd()}\n"
-    return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    if yaml.safe_load(text) != values:  # PyYAML writes rare separators, such as U+0085, so that they read as spaces
+        text = yaml.safe_dump(values, sort_keys=False, width=120)
+    return header + text
 
 
 def _converted(values: Mapping[str, Any], settings: Mapping[str, Setting], where: str) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def is_initialized() -> bool:
@@ -41,3 +44,18 @@ def barrier() -> None:
     """Wait until every process is here; nothing to wait for without a process group."""
     if is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the values of all processes, in order of rank; every process has to call it."""
+    if not is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def shut_down() -> None:
+    """Leave the process group, if there is one; call it when every process has finished its work."""
+    if is_initialized():
+        dist.destroy_process_group()

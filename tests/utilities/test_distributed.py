@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+from multiprocessing.queues import Queue
+from pathlib import Path
+
+import pytest
+
+from qwenvl.utilities import distributed
+
+
+def test_alone() -> None:
+    assert (distributed.rank(), distributed.local_rank(), distributed.world_size()) == (0, 0, 1)
+    assert distributed.is_main_process()
+    distributed.barrier()
+
+
+def test_before_the_process_group_exists_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "5"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    assert (distributed.rank(), distributed.local_rank(), distributed.world_size()) == (5, 1, 8)
+    assert not distributed.is_main_process()
+    distributed.barrier()
+
+
+def test_a_world_size_without_a_rank_is_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert distributed.world_size() == 1
+
+
+def one_rank(rank: int, port: int, folder: Path, results: Queue[tuple[int, int, int, bool]]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from qwenvl.arguments import parse_arguments
+
+    flags = f"--model_name_or_path m --dataset_use a --output_dir {folder} --tune_mm_llm --use_cpu"
+    training = parse_arguments(flags.split()).training  # this joins the process group
+    assert distributed.is_initialized()
+    if rank == 0:
+        time.sleep(0.3)  # without a barrier, the other one looks before
+        (folder / "ready").touch()
+    distributed.barrier()
+    seen = (folder / "ready").exists()
+    results.put((distributed.rank(), distributed.world_size(), training.world_size, seen))
+
+
+def test_two_ranks_on_the_cpu(tmp_path: Path) -> None:
+    """Arguments join the process group, so that two processes on a CPU know of each other, and wait at the barrier."""
+    import qwenvl.arguments  # noqa: F401  # so that the children need not import it
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results: Queue[tuple[int, int, int, bool]] = context.Queue()
+    children = [context.Process(target=one_rank, args=(rank, port, tmp_path, results)) for rank in range(2)]
+    for child in children:
+        child.start()
+    try:
+        got = sorted(results.get(timeout=60) for _ in children)
+    finally:
+        for child in children:
+            child.join(20)
+            child.kill()
+    assert got == [(0, 2, 2, True), (1, 2, 2, True)]
