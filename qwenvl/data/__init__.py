@@ -1,0 +1,1 @@
+"""The data path: annotation files to model batches."""

@@ -78,13 +78,23 @@ def build_encoder(
 
     Args:
         processor: the checkpoint's processor.
-        config: the model's config: names the placeholder tokens.
+        config: the model's config.
         family: of the model.
         arguments: limits, template arguments and policies.
         max_length: most tokens of a sample.
+
+    Raises:
+        UserError: processor and model do not belong together.
     """
     settings = vision_settings(family, processor, arguments)
-    vision = VisionTokens.from_checkpoint(config, processor.tokenizer, family.timed_positions)
+    speed = float(config.vision_config.tokens_per_second) if family.timed_positions else None
+    vision = VisionTokens.from_processor(processor, speed)
+    if (vision.image_id, vision.video_id) != (config.image_token_id, config.video_token_id):
+        raise UserError(
+            f"The tokenizer has {vision.image} and {vision.video} at {vision.image_id} and {vision.video_id}, but the "
+            f"model's config expects {config.image_token_id} and {config.video_token_id}: the processor in the folder "
+            "belongs to another checkpoint."
+        )
     template_kwargs = dict(arguments.chat_template_kwargs or {})
     if arguments.add_vision_id:
         template_kwargs["add_vision_id"] = True

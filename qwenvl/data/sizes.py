@@ -144,8 +144,8 @@ def fit(height: int, width: int, factor: int, min_pixels: int, max_pixels: int, 
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise SampleError(
             "extreme_ratio",
-            f"the picture is {width} x {height} pixels (width x height): one side is more than {MAX_ASPECT_RATIO} times "
-            "the other, which these models refuse. Crop it or remove the sample.",
+            f"the picture is {width} x {height} pixels (width x height): one side is more than {MAX_ASPECT_RATIO} "
+            "times the other, which these models refuse. Crop it or remove the sample.",
         )
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     even_frames = frames if frames == 1 else round(frames / 2) * 2
@@ -182,8 +182,8 @@ def plan_video(item: VideoItem, facts: VideoFacts, settings: VisionSettings) -> 
     if available < settings.temporal_patch_size:
         raise SampleError(
             "one_frame",
-            f"the video has {available} frame(s) in the range used; at least {settings.temporal_patch_size} are needed. "
-            "Give a still picture as `image`, or remove the sample.",
+            f"the video has {available} frame(s) in the range used, and at least {settings.temporal_patch_size} are "
+            "needed. Give a still picture as `image`, or remove the sample.",
         )
     indices = first + sample_frames(item, available, facts.fps, settings)
     resized = _frame_size(item, len(indices), facts, settings)

@@ -40,12 +40,12 @@ class VisionTokens:
     tokens_per_second: float | None = None
 
     @classmethod
-    def from_checkpoint(cls, config: Any, tokenizer: Any, timed_positions: bool) -> VisionTokens:
-        """Read them from a model config and a tokenizer."""
-        ids = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
-        image, video, start, end = tokenizer.convert_ids_to_tokens(ids)
-        speed = float(config.vision_config.tokens_per_second) if timed_positions else None
-        return cls(image, video, start, end, ids[0], ids[1], speed)
+    def from_processor(cls, processor: Any, tokens_per_second: float | None = None) -> VisionTokens:
+        """Read them from a processor: pictures' placeholders are its own, their brackets ChatML's of all families."""
+        image, video = processor.image_token, processor.video_token
+        start, end = "<|vision_start|>", "<|vision_end|>"
+        image_id, video_id = processor.tokenizer.convert_tokens_to_ids([image, video])
+        return cls(image, video, start, end, image_id, video_id, tokens_per_second)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Training: the Trainer, its batches and checkpoints, and the entry point."""

@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(error, with_traceback=wants_debug(arguments))
         return 1
-    finally:
-        shut_down()
+    shut_down()  # only here: after an error, other ranks may be waiting for this one in a collective
     return 0
 
 

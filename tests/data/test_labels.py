@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
 from qwenvl.data.rendering import ChatTemplate
 from qwenvl.data.sizes import VisionSettings, plan_image
 from qwenvl.data.tokenization import IGNORE_INDEX, Tokenizer, Tokens, VisionTokens
 from qwenvl.data.types import Conversation, ImageItem, Message, TextPart
 from qwenvl.utilities.errors import SampleError
-from qwenvl.utilities.families import get_family
 from tests.data.test_sizes import settings_for
 
 TEMPLATES = ["qwen2_vl", "qwen3_vl", "qwen3_5"]
@@ -28,8 +27,7 @@ class Pipeline:
     def __init__(self, folder: Path, model_type: str) -> None:
         self.processor: Any = AutoProcessor.from_pretrained(folder)
         self.limits: VisionSettings = settings_for(model_type)
-        config = AutoConfig.from_pretrained(folder)
-        vision = VisionTokens.from_checkpoint(config, self.processor.tokenizer, get_family(model_type).timed_positions)
+        vision = VisionTokens.from_processor(self.processor)
         self.template = ChatTemplate(self.processor)
         self.tokenizer = Tokenizer(self.processor.tokenizer, vision, self.limits)
 

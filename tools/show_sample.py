@@ -1,0 +1,212 @@
+r"""Show samples as the model sees them: rendered text with trained tokens in colour, grids, positions, timestamps.
+
+    python tools/show_sample.py --dataset_use demo_digits --model_name_or_path MODEL --index 3
+    python tools/show_sample.py --annotation_path FILE --data_path DIR --model_name_or_path MODEL --all --json OUT.jsonl
+
+Takes the data flags of training (``--max_pixels``, ``--video_fps``, ``--add_vision_id``, ...) with their defaults.
+MODEL is a checkpoint, or a folder with a processor alone. With ``--json``, one line a sample: ``id``, ``input_ids``,
+``labels``, ``position_ids`` (3 x T: temporal, height, width), ``image_grid_thw``, ``video_grid_thw``, ``pixel_values``
+and ``pixel_values_videos`` (shape, mean, std), or ``id`` and ``error``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import AutoConfig, PretrainedConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
+
+from qwenvl.arguments import DataArguments
+from qwenvl.arguments.parsing import parse_class
+from qwenvl.data.collation import EncodedSample
+from qwenvl.data.dataset import open_tables
+from qwenvl.data.encoding import Plan, SampleEncoder
+from qwenvl.data.processor import build_encoder, open_processor
+from qwenvl.data.registry import load_registry, parse_dataset_use
+from qwenvl.data.sizes import VideoPlan
+from qwenvl.data.tokenization import IGNORE_INDEX
+from qwenvl.data.types import DatasetSpec, Sample
+from qwenvl.utilities.errors import SampleError, UserError
+from qwenvl.utilities.families import FAMILIES, Family, get_family
+from qwenvl.utilities.logging import setup_logging
+
+logger = logging.getLogger("qwenvl.show_sample")
+
+
+@dataclass
+class ShowArguments(DataArguments):
+    """Flags of this tool, besides those of the data."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "Checkpoint, or a folder with its processor."})
+    model_type: str | None = field(
+        default=None, metadata={"help": "Model family, for a folder without config.json. Default: by its processor."}
+    )
+    annotation_path: str | None = field(default=None, metadata={"help": "Annotation file, instead of dataset_use."})
+    data_path: str = field(default="", metadata={"help": "Folder of its media."})
+    index: int = field(default=0, metadata={"help": "Which row to show, from 0."})
+    all: bool = field(default=False, metadata={"help": "Show every row."})
+    json: str | None = field(default=None, metadata={"help": "Write JSON lines to this file instead of showing."})
+    model_max_length: int = field(default=1 << 20, metadata={"help": "Most tokens of a sample."})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Show or write samples; return the exit code: 1 if any sample cannot be used."""
+    setup_logging("info")
+    try:
+        arguments = parse_class(ShowArguments, sys.argv[1:] if argv is None else argv)
+        encoder, processor = open_encoder(arguments)
+        samples = list(select_samples(arguments))
+        if arguments.json is not None:
+            return write_json(samples, encoder, Path(arguments.json))
+        return sum(show(sample, encoder, processor.tokenizer) for sample in samples) and 1
+    except UserError as error:
+        logger.error("%s", error)
+        return 1
+
+
+def open_encoder(arguments: ShowArguments) -> tuple[SampleEncoder, Any]:
+    """Open the processor and build what training would build of it.
+
+    Raises:
+        UserError: no processor, or the model family is unknown.
+    """
+    if not arguments.model_name_or_path:
+        raise UserError("--model_name_or_path is missing: the checkpoint whose tokenizer and template are to be shown.")
+    processor = open_processor(arguments.model_name_or_path)
+    family, config = _family_and_config(arguments, processor)
+    return build_encoder(processor, config, family, arguments, arguments.model_max_length), processor
+
+
+def _family_and_config(arguments: ShowArguments, processor: Any) -> tuple[Family, PretrainedConfig]:
+    """Read them from config.json where there is one, else from the processor's class and its family's defaults."""
+    if (Path(arguments.model_name_or_path) / "config.json").exists() and arguments.model_type is None:
+        config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+        return get_family(config.model_type), config
+    by_class = {"Qwen2VLProcessor": "qwen2_vl", "Qwen2_5_VLProcessor": "qwen2_5_vl", "Qwen3VLProcessor": "qwen3_vl"}
+    model_type = arguments.model_type or by_class.get(type(processor).__name__)
+    if model_type is None:
+        raise UserError(f"The folder has no config.json: give --model_type, one of {', '.join(FAMILIES)}.")
+    config = AutoConfig.for_model(get_family(model_type).model_type)
+    tokens = [processor.image_token, processor.video_token]
+    config.image_token_id, config.video_token_id = processor.tokenizer.convert_tokens_to_ids(tokens)
+    return get_family(model_type), config
+
+
+def select_samples(arguments: ShowArguments) -> Iterator[Sample]:
+    """Yield the samples of the chosen rows.
+
+    Raises:
+        UserError: no dataset is named, or it has no such row.
+    """
+    if arguments.annotation_path is not None:
+        specs = [DatasetSpec("--annotation_path", (arguments.annotation_path,), arguments.data_path)]
+    elif arguments.dataset_use:
+        specs = parse_dataset_use(arguments.dataset_use, load_registry(arguments.dataset_registry))
+    else:
+        raise UserError("Name what to show: --dataset_use NAMES, or --annotation_path FILE with --data_path DIR.")
+    rows = [(table, int(row)) for table in open_tables(specs, seed=42) for row in table.rows]
+    if not arguments.all:
+        if not -len(rows) <= arguments.index < len(rows):
+            raise UserError(f"--index {arguments.index}: there are {len(rows)} rows, 0 to {len(rows) - 1}.")
+        rows = [rows[arguments.index]]
+    for table, row in rows:
+        yield from table.table[row]
+
+
+def write_json(samples: list[Sample], encoder: SampleEncoder, path: Path) -> int:
+    """Write a line a sample; return 1 if any has an error."""
+    failed = 0
+    with path.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            try:
+                plan = encoder.plan(sample)
+                record = _as_record(plan, encoder.encode(plan, sample))
+            except SampleError as error:
+                failed = 1
+                record = {"error": str(error)}
+            file.write(json.dumps({"id": sample.origin.id, **record}, ensure_ascii=False) + "\n")
+    return failed
+
+
+def _as_record(plan: Plan, encoded: EncodedSample) -> dict[str, Any]:
+    is_video = [isinstance(media, VideoPlan) for media in plan.media]
+    sizes = [media.grid[0] * media.grid[1] * media.grid[2] for media in plan.media]
+    patches = [] if encoded.pixel_values is None else encoded.pixel_values.split(sizes)
+    record: dict[str, Any] = {
+        "input_ids": plan.tokens.input_ids.tolist(),
+        "labels": plan.tokens.labels.tolist(),
+        "position_ids": plan.tokens.position_ids[1:].tolist(),
+    }
+    for name, grid_name, wanted in (
+        ("pixel_values", "image_grid_thw", False),
+        ("pixel_values_videos", "video_grid_thw", True),
+    ):
+        grids = [list(media.grid) for media, video in zip(plan.media, is_video, strict=True) if video == wanted]
+        pixels = [values for values, video in zip(patches, is_video, strict=True) if video == wanted]
+        record[grid_name] = grids or None
+        record[name] = _statistics(torch.cat(pixels)) if pixels else None
+    return record
+
+
+def _statistics(values: torch.Tensor) -> dict[str, Any]:
+    return {"shape": list(values.shape), "mean": values.double().mean().item(), "std": values.double().std().item()}
+
+
+def show(sample: Sample, encoder: SampleEncoder, tokenizer: Any) -> int:
+    """Print one sample; return 1 if it cannot be used."""
+    console = Console(soft_wrap=True, highlight=False)
+    console.rule(str(sample.origin), align="left")
+    try:
+        plan = encoder.plan(sample)
+        encoded = encoder.encode(plan, sample)
+    except SampleError as error:
+        console.print(Text(f"error ({error.category}): {error.reason}", style="bold red"))
+        return 1
+    console.print(_coloured(plan, tokenizer))
+    tokens = plan.tokens
+    trained = int((tokens.labels != IGNORE_INDEX).sum())
+    last = tokens.position_ids[1:].amax(dim=1).tolist()
+    console.print(
+        f"{len(tokens)} tokens, {trained} trained (green), {int(tokens.vision_mask.sum())} of pictures; "
+        f"positions up to temporal {last[0]}, height {last[1]}, width {last[2]}",
+        style="bold",
+    )
+    for media in plan.media:
+        kind = "video" if isinstance(media, VideoPlan) else "image"
+        source = media.item.source if isinstance(media.item.source, str) else f"{len(media.item.source)} frames"
+        shown = source if len(source) < 120 else source[:60] + "..."
+        console.print(f"{kind} {shown}: {media.resized[1]} x {media.resized[0]} pixels, grid_thw {list(media.grid)}")
+        if isinstance(media, VideoPlan):
+            seconds = ", ".join(f"{second:.1f}" for second in media.timestamps)
+            console.print(f"  source frames {media.indices.tolist()} at {media.fps:g} fps; timestamps {seconds} s")
+    if encoded.pixel_values is not None:
+        console.print(f"pixel_values {list(encoded.pixel_values.shape)}")
+    return 0
+
+
+def _coloured(plan: Plan, tokenizer: Any) -> Text:
+    """Return the text as it is tokenized; runs of placeholders collapsed, trained tokens green."""
+    tokens, text = plan.tokens, Text()
+    marks = zip(tokens.input_ids.tolist(), (tokens.labels != IGNORE_INDEX).tolist(), tokens.vision_mask, strict=True)
+    for (trained, vision), group in itertools.groupby(marks, key=lambda mark: (mark[1], bool(mark[2]))):
+        ids = [mark[0] for mark in group]
+        if vision:
+            text.append(f"[{tokenizer.decode(ids[:1])} x {len(ids)}]", style="cyan")
+        else:
+            text.append(tokenizer.decode(ids), style="bold green" if trained else "dim")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
