@@ -187,8 +187,8 @@ def _refuse_turned(shape: tuple[int, ...]) -> None:
     if shape[-1] != 3:  # decord 0.6 gives frames turned by a quarter four channels of garbled bytes
         raise SampleError(
             "unreadable_file",
-            "decord cannot decode a video that its metadata turns by a quarter. Install FFmpeg, so that torchcodec can be used "
-            "('apt install ffmpeg'), or turn the frames themselves.",
+            "decord cannot decode a video that its metadata turns by a quarter. Install FFmpeg ('apt install ffmpeg'), "
+            "so that torchcodec can be used, or turn the frames themselves.",
         )
 
 
