@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
@@ -166,22 +167,27 @@ def _orientation(image: Image.Image) -> int:
 
 def _metadata_follows_pixels(image: Image.Image) -> bool:
     """Whether a PNG has EXIF or text chunks behind its pixels, found by hopping from chunk to chunk."""
-    stream: IO[bytes] = image.fp  # type: ignore[attr-defined, unused-ignore]
-    position, place, found = stream.tell(), 8, False
-    behind = False
-    stream.seek(place)
-    while len(head := stream.read(8)) == 8:
+    read_at = _chunk_heads(image.fp)  # type: ignore[attr-defined, unused-ignore]
+    place, behind = len(b"\x89PNG\r\n\x1a\n"), False
+    while len(head := read_at(place)) == 8:
         length, kind = struct.unpack(">I4s", head)
+        if behind and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
         behind = behind or kind == b"IDAT"
-        found = found or (behind and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
-        place += 12 + length
-        stream.seek(place)
-    stream.seek(position)
-    return found
+        place += 12 + length  # with length, kind and checksum
+    return False
+
+
+def _chunk_heads(stream: IO[bytes]) -> Callable[[int], bytes]:
+    """Return what reads the 8 bytes at a place: past the buffer, which would fetch 8 KiB for each of them."""
+    if isinstance(stream, io.BytesIO):
+        content = stream.getvalue()
+        return lambda place: content[place : place + 8]
+    return lambda place: os.pread(stream.fileno(), 8, place)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB, transparency laid on white: as ``transformers.image_transforms.convert_to_rgb`` does."""
+    """Convert to RGB, transparency laid on white, as qwen-vl-utils and newer transformers do."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if "A" in image.getbands() or image.info.get("transparency") is not None:

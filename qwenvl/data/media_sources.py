@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import os
 import stat
 import urllib.error
 import urllib.parse
 import urllib.request
 from http.client import HTTPException
-from pathlib import Path
 
 from qwenvl.utilities.errors import SampleError
 
@@ -69,8 +69,7 @@ class MediaSources:
         path = os.path.join(self.data_path, source)
         if not self.data_path or (self.allow_absolute and os.path.isabs(source)):
             return path
-        folder = os.path.realpath(self.data_path)
-        if not Path(os.path.realpath(path)).is_relative_to(folder):
+        if not _real_path(path).startswith(os.path.join(_real_folder(self.data_path), "")):
             cure = "Move the file, or change data_path in the dataset's registry entry."
             if os.path.isabs(source):
                 cure = 'Set "allow_absolute": True, or data_path "", in the dataset\'s registry entry.'
@@ -100,6 +99,20 @@ class MediaSources:
 def describe(source: str) -> str:
     """Name a path or URI in a message: long ones, such as data URIs, are cut."""
     return source if len(source) <= 300 else f"{source[:60]}... ({len(source)} characters)"
+
+
+def _real_path(path: str) -> str:
+    """Return a file's path without symbolic links, as ``os.path.realpath`` does."""
+    folder, name = os.path.split(path)
+    if name in ("", os.curdir, os.pardir) or os.path.islink(path):
+        return os.path.realpath(path)
+    return os.path.join(_real_folder(folder), name)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _real_folder(folder: str) -> str:
+    """Resolve a folder once a process: it takes a system call for each of its parents, and holds many files."""
+    return os.path.realpath(folder)
 
 
 def _without_scheme(source: str) -> str:

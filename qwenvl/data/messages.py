@@ -66,7 +66,7 @@ def _build(record: Any, reserved_tokens: Collection[str]) -> Conversation:
         raise SampleError("no_answer", "no assistant turn, so nothing to learn from. Add the answer, or take it out.")
     system = _system(record, messages)
     tools = _tools(record)
-    _check_texts("the system text", [part.text for part in (system.parts if system else ())], reserved_tokens)
+    _check_texts("the system text", [system.text] if system else [], reserved_tokens)
     _check_texts("tools", _strings(tools), reserved_tokens)
     return Conversation(tuple([system, *messages] if system else messages), tools)
 
