@@ -6,9 +6,10 @@ import argparse
 import enum
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from qwenvl.arguments.settings import Setting
+from qwenvl.utilities.distributed import is_main_process
 from qwenvl.utilities.errors import UserError, nearest
 
 USAGE = "train_qwen.py [RECIPE.yaml] [--flag VALUE ...]"
@@ -25,6 +26,10 @@ DEBUG_HELP = (
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}. --help lists all flags.")
+
+    def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
+        if is_main_process():  # one page, not one a rank
+            super().print_help(file)
 
 
 def read_flags(argv: Sequence[str], settings: Mapping[str, Setting], groups: Mapping[type, str]) -> dict[str, Any]:

@@ -32,9 +32,12 @@ class ModelArguments:
         default="auto",
         metadata={"help": "Attention kernel. auto takes flash-attention where it is installed and works, else sdpa."},
     )
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+    model_dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
-        metadata={"help": "Type in which the weights are loaded and kept. auto chooses by bf16/fp16 and the device."},
+        metadata={
+            "help": "Type in which the weights are kept. auto is float32, and bfloat16 under DeepSpeed with bf16, which "
+            "keeps float32 copies of its own; AdamW on bfloat16 weights alone loses small updates."
+        },
     )
     trust_remote_code: bool = field(
         default=False,
