@@ -35,8 +35,8 @@ class ModelArguments:
     model_dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
         metadata={
-            "help": "Type in which the weights are kept. auto is float32, and bfloat16 under DeepSpeed with bf16, which "
-            "keeps float32 copies of its own; AdamW on bfloat16 weights alone loses small updates."
+            "help": "Type in which the weights are kept. auto is float32, or bfloat16 under DeepSpeed with bf16, "
+            "which keeps float32 copies; AdamW on bfloat16 weights alone loses small updates."
         },
     )
     trust_remote_code: bool = field(
