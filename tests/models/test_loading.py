@@ -241,12 +241,17 @@ class TestFlattening:
 
     @pytest.mark.parametrize("family_name", ["qwen3_5", "qwen3_5_moe"])
     def test_what_is_refused_would_not_work(self, family_name, load_tiny, mixture, make_batch):
-        """The boundaries reach the linear attention, and transformers has no kernel that heeds them here."""
+        """Without kernels that heed the boundaries, newer transformers refuse them and older ones leak silently."""
         if torch.cuda.is_available():
             pytest.skip("this machine has a GPU")
         samples = list(mixture(family_name).values())
         model = load_tiny(family_name)
         install_vision_call(model)
-        with pytest.raises(ValueError, match="can't keep packed sequences apart"):
-            causal_loss(model, make_batch("flattened", samples), num_trained_tokens=1.0)
-        assert causal_loss(model, make_batch("padded", samples), num_trained_tokens=1.0).isfinite()
+        padded = causal_loss(model, make_batch("padded", samples), num_trained_tokens=1.0)
+        assert padded.isfinite()
+        try:
+            flattened = causal_loss(model, make_batch("flattened", samples), num_trained_tokens=1.0)
+        except ValueError as error:
+            assert "can't keep packed sequences apart" in str(error)  # noqa: PT017 - either outcome is right
+        else:
+            assert abs(flattened.item() - padded.item()) > 1e-5 * padded.item()
