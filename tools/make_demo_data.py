@@ -32,6 +32,7 @@ Record = dict[str, Any]
 
 DIGIT_PIXELS = 64  # 2 x 2 merged patches of Qwen3-VL
 SHAPE_PIXELS = 128  # 4 x 4 merged patches
+GRID_PIXELS = 16  # shapes stand on a grid, so that few different numbers appear in the boxes
 CLIP_PIXELS = 64
 CLIP_FRAMES = 8
 CLIP_FPS = 4
@@ -211,19 +212,19 @@ def write_grounding(output: Path, split: Split, count: int, rng: np.random.Gener
 
 
 def _draw_boxes(rng: np.random.Generator) -> tuple[Box, Box]:
-    """Draw two boxes (left, top, right, bottom; pixels) that do not touch, on a grid of 8 pixels."""
+    """Draw two boxes (left, top, right, bottom; pixels) that do not overlap, on a coarse grid."""
     while True:
         first, second = _draw_box(rng), _draw_box(rng)
-        apart_x = first[2] < second[0] or second[2] < first[0]
-        apart_y = first[3] < second[1] or second[3] < first[1]
+        apart_x = first[2] <= second[0] or second[2] <= first[0]
+        apart_y = first[3] <= second[1] or second[3] <= first[1]
         if apart_x or apart_y:
             return first, second
 
 
 def _draw_box(rng: np.random.Generator) -> Box:
-    """Draw one square box of 32 to 56 pixels."""
-    side = 8 * int(rng.integers(4, 8))
-    left, top = (8 * int(rng.integers(0, (SHAPE_PIXELS - side) // 8 + 1)) for _ in range(2))
+    """Draw one square box, two or three steps of the grid wide."""
+    side = GRID_PIXELS * int(rng.integers(2, 4))
+    left, top = (GRID_PIXELS * int(rng.integers(0, (SHAPE_PIXELS - side) // GRID_PIXELS + 1)) for _ in range(2))
     return left, top, left + side, top + side
 
 
@@ -256,8 +257,8 @@ def write_motion(output: Path, split: Split, count: int, rng: np.random.Generato
 
 
 def _moving_square(direction: str, colour: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """Return the frames, uint8[8, 64, 64, 3]."""
-    side, speed = int(rng.integers(14, 21)), int(rng.integers(4, 7))
+    """Return the frames, uint8[8, 64, 64, 3]; the square crosses most of the picture."""
+    side, speed = int(rng.integers(14, 19)), 6
     travel = speed * (CLIP_FRAMES - 1)
     step_x, step_y = DIRECTIONS[direction]
     frames = np.full((CLIP_FRAMES, CLIP_PIXELS, CLIP_PIXELS, 3), 245, dtype=np.uint8)
@@ -284,8 +285,8 @@ def _write_clip(path: Path, frames: np.ndarray) -> None:
 TASKS = (
     Task("digits", {"train": 1497, "heldout": HELDOUT_DIGITS}, write_digits),
     Task("comparisons", {"train": 400, "heldout": 100}, write_comparisons),
-    Task("grounding", {"train": 400, "heldout": 100}, write_grounding),
-    Task("motion", {"train": 160, "heldout": 40}, write_motion),
+    Task("grounding", {"train": 800, "heldout": 100}, write_grounding),
+    Task("motion", {"train": 240, "heldout": 40}, write_motion),
 )
 
 
