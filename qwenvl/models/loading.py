@@ -75,6 +75,25 @@ def load_model(
     return model
 
 
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """Give a model the weights of a checkpoint saved from it.
+
+    Goes through :func:`load_model`, because files name and lay out some weights otherwise than memory does.
+
+    Args:
+        model: changed in place; not sharded (DeepSpeed and FSDP load their own files).
+        folder: a checkpoint with the same config.
+
+    Raises:
+        UserError: weights are missing, unexpected or of another shape.
+    """
+    saved = load_model(folder, dtype=model.dtype, attn_implementation="sdpa")
+    try:
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise UserError(f"{folder} was saved from another model than the one in training: {error}") from error
+
+
 def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> str:
     """Return ``model_type`` of the checkpoint's ``config.json``.
 
@@ -93,6 +112,8 @@ def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> st
     try:
         config, _ = PreTrainedConfig.get_config_dict(model_name_or_path, cache_dir=cache_dir)
     except OSError as error:
+        if looks_local:
+            raise UserError(f"--model_name_or_path {model_name_or_path}: {_first_line(error)}") from error
         raise UserError(
             f"--model_name_or_path {model_name_or_path}: there is no such folder, and no checkpoint of that name could "
             f"be had from the Hugging Face hub ({_first_line(error)})."
@@ -110,7 +131,7 @@ def _explain_missing_weights(path: str, error: Exception) -> str:
             f"--model_name_or_path {path}: its weights are pickle files ({', '.join(pickled[:3])}), which can run code "
             "when opened and are not loaded. Save the checkpoint as safetensors and use that."
         )
-    return f"--model_name_or_path {path}: its weights could not be loaded: {_first_line(error)}"
+    return f"--model_name_or_path {path}: its weights could not be loaded: {_first_line(error).rstrip('.')}. Download the checkpoint anew."
 
 
 def _first_line(error: Exception) -> str:

@@ -24,20 +24,21 @@ class ShardedDataLoader(DataLoader[Item]):
 
 
 def build_loader(
-    dataset: ConversationDataset, collator: Collator, args: TrainingArguments, *, training: bool
+    dataset: ConversationDataset, collator: Collator, args: TrainingArguments, *, batch_size: int, training: bool
 ) -> ShardedDataLoader:
     """Return this rank's loader.
 
     Args:
         dataset: the samples.
         collator: makes batches of them.
-        args: batch sizes, seed, and the ``dataloader_*`` flags.
+        args: seed and the ``dataloader_*`` flags.
+        batch_size: rows a batch of one rank.
         training: shuffled training batches; otherwise evaluation batches in order.
     """
     seed = args.seed if args.data_seed is None else args.data_seed
     sampler = ShardedBatchSampler(
         len(dataset),
-        args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+        batch_size,
         world_size=args.world_size,
         rank=args.process_index,
         shuffle=training,

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from qwenvl.arguments import TrainingArguments
 from qwenvl.data.collation import Collator
 from qwenvl.data.dataset import ConversationDataset
+from qwenvl.models.loading import load_weights
 from qwenvl.models.loss import GradientWatch, causal_loss, trained_positions
 from qwenvl.models.optimizer import parameter_groups
 from qwenvl.train.checkpoints import write_records
@@ -25,6 +26,8 @@ from qwenvl.train.throughput import Throughput
 from qwenvl.utilities.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -66,28 +69,34 @@ class QwenVLTrainer(Trainer):
         processor: ProcessorMixin,
         records: Records,
     ) -> None:
+        use_cache = vars(model.config).get("use_cache", _ABSENT)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=collator,
-            processing_class=processor,
+            # The processor stays out of the Trainer's hands: it would write the tokenizer's special tokens over those
+            # that the checkpoint's config and generation config declare.
         )
+        _restore(model.config, "use_cache", use_cache)
         self.model_accepts_loss_kwargs = True  # the Trainer counts trained tokens over ranks and accumulation steps
         self.data_report = DataReport(args.output_dir)
+        self._processor = processor
         self._records = records
         self._throughput = Throughput()
         self._gradient_watch: GradientWatch | None = GradientWatch(model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's training batches."""
-        return build_loader(self.train_dataset, self.data_collator, self.args, training=True)
+        size = self._train_batch_size  # that of the flag, or a smaller one found by --auto_find_batch_size
+        return build_loader(self.train_dataset, self.data_collator, self.args, batch_size=size, training=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return this rank's evaluation batches."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return build_loader(dataset, self.data_collator, self.args, training=False)
+        size = self.args.eval_batch_size
+        return build_loader(dataset, self.data_collator, self.args, batch_size=size, training=False)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -113,12 +122,14 @@ class QwenVLTrainer(Trainer):
         """Return this micro-batch's part of the loss of the optimizer step.
 
         Sum of cross entropy over its trained tokens / trained tokens of the step over all ranks and accumulation
-        steps; times the number of ranks, because DDP, DeepSpeed and FSDP average gradients over them.
+        steps; times the number of ranks, because DDP, DeepSpeed and FSDP average gradients over them. With
+        ``--average_tokens_across_devices False`` the count is this rank's own, and ranks weigh alike.
         """
         assert not return_outputs and num_items_in_batch is not None
         # A step in which every sample was left out has no trained token: its loss is zero, not NaN.
         count = torch.as_tensor(num_items_in_batch).clamp(min=1)
-        return causal_loss(model, inputs, num_trained_tokens=count) * self.accelerator.num_processes
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return causal_loss(model, inputs, num_trained_tokens=count) * ranks
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -209,9 +220,37 @@ class QwenVLTrainer(Trainer):
         if error is not None:
             raise error
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights to resume with, every one of them.
+
+        The Trainer matches the names in the files with those in memory, which differ in some families (and the
+        experts of Qwen3-VL-MoE are stored transposed), and goes on with what it could not match.
+        """
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best checkpoint, in the same way."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            logger.info("Loading the best checkpoint, %s.", self.state.best_model_checkpoint)
+            load_weights(self.model, self.state.best_model_checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save weights, config and processor, and the records that make the folder repeatable."""
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
+            self._processor.save_pretrained(folder)
             write_records(folder, self._records.settings_yaml, self._records.original_limits)
+
+
+def _restore(config: PretrainedConfig, name: str, value: Any) -> None:
+    """Undo what the Trainer did to a config for training: saved, it would make inference slow."""
+    if value is _ABSENT:
+        vars(config).pop(name, None)
+    else:
+        setattr(config, name, value)

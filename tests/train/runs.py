@@ -1,0 +1,129 @@
+"""Runs of the trainer through its front door, and what tests look at afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qwenvl.train.train_qwen import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+SETTINGS: dict[str, Any] = {
+    "dataset_use": "mixed",
+    "tune_mm_vision": True,
+    "tune_mm_mlp": True,
+    "tune_mm_llm": True,
+    "max_pixels": "64*64",
+    "min_pixels": "32*32",
+    "video_max_pixels": "4*64*64",
+    "video_min_pixels": "4*32*32",
+    "video_max_frames": 4,
+    "video_min_frames": 2,
+    "model_max_length": 2048,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.1,
+    "max_steps": 3,
+    "save_strategy": "no",
+    "dataloader_num_workers": 0,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "attn_implementation": "sdpa",
+}
+
+
+def flags(model: Path, output: Path, registry: Path, **settings: Any) -> list[str]:
+    """Return the command line of a run: ``SETTINGS``, changed by ``settings``; None leaves a flag out."""
+    named = {"model_name_or_path": model, "output_dir": output, "dataset_registry": registry, **SETTINGS, **settings}
+    return [text for name, value in named.items() if value is not None for text in (f"--{name}", str(value))]
+
+
+def train(model: Path, output: Path, registry: Path, **settings: Any) -> Path:
+    """Train in this process; return the output folder."""
+    assert main(flags(model, output, registry, **settings)) == 0
+    return output
+
+
+@contextmanager
+def _ended_with_all_children(process: subprocess.Popen[str]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def torchrun(script: str, *arguments: str, ranks: int = 2, seconds: float = 200) -> str:
+    """Run Python source on several ranks of this machine; return what they printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    with (
+        subprocess.Popen(
+            [*command, script, *arguments],
+            env=environment,
+            cwd=REPOSITORY,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+        _ended_with_all_children(process),
+    ):
+        output, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors in a folder's safetensors files, by the names they have there."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  not a dict
+    assert found, f"{folder} holds no weights"
+    return found
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Return the largest difference of a weight of two folders, which must hold the same tensors."""
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def equal_bits(one: Path, other: Path) -> bool:
+    """Return whether two folders hold the same tensors, bit for bit."""
+    left, right = weights(one), weights(other)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def history(folder: Path, key: str = "loss") -> list[float]:
+    """Return the logged values of a run, in order."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [line[key] for line in state["log_history"] if key in line]
+
+
+def read_annotations(registry: Path, name: str) -> list[dict[str, Any]]:
+    """Return the records of a dataset that ``registry`` lies beside."""
+    return json.loads((registry.parent / f"{name}.json").read_text())
+
+
+def changed(before: Path, after: Path, prefixes: Sequence[str] = ("",)) -> set[str]:
+    """Return the names of the tensors that differ between two folders, of those that start with a prefix."""
+    left, right = weights(before), weights(after)
+    assert left.keys() == right.keys()
+    return {name for name in left if name.startswith(tuple(prefixes)) and not torch.equal(left[name], right[name])}

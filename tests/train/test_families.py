@@ -1,0 +1,61 @@
+"""Every family goes through the same code: train, save, reload with stock transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from qwenvl.train.train_qwen import main
+from qwenvl.utilities.families import FAMILIES, get_family
+from tests.train.runs import changed, flags, history, train, weights
+
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is here?"}]}]
+
+# Their features enter after the last of the two language layers of the tiny model, where no trained token sees them;
+# of its tensors only those with weight decay change.
+UNREACHED = {
+    f"model.visual.deepstack_merger_list.1.{name}"
+    for name in ("norm.weight", "norm.bias", "linear_fc1.bias", "linear_fc2.bias")
+}
+
+
+def _answers(folder: Path, picture: Path) -> bool:
+    """Return whether stock transformers opens a folder completely and generates from a picture."""
+    model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    processor = AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(QUESTION, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[Image.open(picture)], return_tensors="pt")
+    answer = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+    return bool(answer.shape[1] == inputs["input_ids"].shape[1] + 3)
+
+
+@pytest.mark.parametrize("layout", ["padded", "flattened"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_trains_saves_and_reloads(
+    family: str,
+    layout: str,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    checkpoint = tiny_checkpoint(family)
+    settings = {"data_flatten": layout == "flattened"}
+    if layout == "flattened" and get_family(family).linear_attention and not torch.cuda.is_available():
+        assert main(flags(checkpoint, tmp_path / "out", registry, **settings)) == 1
+        assert "pip install flash-linear-attention causal-conv1d" in caplog.text
+        assert "--data_flatten False" in caplog.text
+        return
+    folder = train(checkpoint, tmp_path / "out", registry, **settings)
+    before, after = weights(checkpoint), weights(folder)
+    assert before.keys() == after.keys()
+    assert set(before) - changed(checkpoint, folder) <= UNREACHED, "a tensor did not train"
+    losses = history(folder)
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert _answers(folder, registry.parent / "1-0.png")

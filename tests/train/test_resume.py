@@ -1,0 +1,166 @@
+"""A run that was stopped and resumed ends with the weights of the run that was not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwenvl.train.train_qwen import main
+from tests.train.runs import equal_bits, flags, history, train
+
+# The 11 samples are 11 batches: 6 optimizer steps an epoch with accumulation 2, 3 with accumulation 4.
+STOPS: dict[str, dict[str, Any]] = {
+    "inside the first epoch": {"gradient_accumulation_steps": 2, "save_steps": 3, "max_steps": 8},
+    "at an epoch's end": {"gradient_accumulation_steps": 4, "save_steps": 3, "max_steps": 6},
+    "inside the second epoch": {"gradient_accumulation_steps": 4, "save_steps": 4, "max_steps": 8},
+}
+MERGER_ONLY = {"tune_mm_vision": False, "tune_mm_llm": False}
+CASES = [
+    ("qwen2_vl", "inside the first epoch", {"data_flatten": True}),
+    ("qwen2_5_vl", "at an epoch's end", {"data_flatten": True}),
+    ("qwen3_vl", "inside the first epoch", {"dataloader_num_workers": 2}),
+    ("qwen3_vl", "inside the second epoch", {"data_flatten": True, "dataloader_num_workers": 2}),
+    ("qwen3_vl", "at an epoch's end", MERGER_ONLY),
+    ("qwen3_vl_moe", "inside the second epoch", {}),
+    ("qwen3_5", "inside the first epoch", {}),
+    ("qwen3_5_moe", "at an epoch's end", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "stop", "extra"), CASES, ids=lambda value: str(value).replace(" ", "_")[:60])
+def test_resumed_run_ends_bitwise_like_the_run_that_was_never_stopped(
+    family: str,
+    stop: str,
+    extra: dict[str, Any],
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = {
+        "per_device_train_batch_size": 1,
+        "save_strategy": "steps",
+        "lr_scheduler_type": "linear",  # the schedule goes on as well
+        "warmup_steps": 2,
+        **STOPS[stop],
+        **extra,
+    }
+    full = train(tiny_checkpoint(family), tmp_path / "full", registry, **settings)
+    name = f"checkpoint-{settings['save_steps']}"
+    assert not equal_bits(full / name, full), "nothing happened after the checkpoint"
+    shutil.copytree(full / name, tmp_path / "resumed" / name)
+    caplog.clear()
+    resumed = train(tiny_checkpoint(family), tmp_path / "resumed", registry, **settings)
+    assert f"Resuming from {tmp_path / 'resumed' / name}." in caplog.text
+    assert history(resumed) == history(full)  # the same samples in the same steps
+    assert equal_bits(resumed, full)
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps with a checkpoint after each second one; copy it before use."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    return train(tiny_checkpoint("qwen3_vl"), folder, registry, **FOUR_STEPS)
+
+
+FOUR_STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "dataset_use": "text"}
+
+
+def _again(stopped: Path, tmp_path: Path, tiny_checkpoint: Callable[[str], Path], registry: Path, **extra: Any) -> Path:
+    folder = tmp_path / "again"
+    if not folder.exists():
+        shutil.copytree(stopped, folder)
+    return train(tiny_checkpoint("qwen3_vl"), folder, registry, **{**FOUR_STEPS, **extra})
+
+
+def test_finished_run_started_again_leaves_the_weights_as_they_are(
+    stopped: Path, tmp_path: Path, tiny_checkpoint: Callable[[str], Path], registry: Path
+) -> None:
+    again = _again(stopped, tmp_path, tiny_checkpoint, registry)
+    assert equal_bits(again, stopped)
+    assert history(again) == history(stopped)
+
+
+def test_false_starts_anew(
+    stopped: Path,
+    tmp_path: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = {"resume_from_checkpoint": "false", "learning_rate": 1e-4, "save_strategy": "no"}
+    again = _again(stopped, tmp_path, tiny_checkpoint, registry, **settings)
+    assert "Resuming" not in caplog.text
+    assert len(history(again)) == 4 and history(again)[0] == history(stopped)[0]
+    assert history(again)[-1] != history(stopped)[-1]
+
+
+def test_incomplete_checkpoint_is_passed_over_with_a_warning(
+    stopped: Path,
+    tmp_path: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(stopped / "checkpoint-2", folder / "checkpoint-2")
+    broken = folder / "checkpoint-4"
+    shutil.copytree(stopped / "checkpoint-4", broken)
+    (broken / "trainer_state.json").write_text('{"global_')  # the machine went down while it was written
+    (folder / "checkpoint-notes").mkdir()
+    again = _again(stopped, tmp_path, tiny_checkpoint, registry)
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert any(str(broken) in message and "not complete" in message for message in warnings)
+    assert f"Resuming from {folder / 'checkpoint-2'}." in caplog.text
+    assert equal_bits(again, stopped)
+
+
+def test_checkpoint_can_be_named(
+    stopped: Path,
+    tmp_path: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = {"resume_from_checkpoint": stopped / "checkpoint-2", "output_dir": tmp_path / "elsewhere"}
+    again = train(tiny_checkpoint("qwen3_vl"), tmp_path / "unused", registry, **{**FOUR_STEPS, **settings})
+    del again
+    assert f"Resuming from {stopped / 'checkpoint-2'}." in caplog.text
+    assert equal_bits(tmp_path / "elsewhere", stopped)
+
+
+@pytest.mark.parametrize(("wanted", "message"), [("true", "holds no complete checkpoint"), ("missing", "no complete")])
+def test_missing_checkpoint_is_an_error(
+    wanted: str,
+    message: str,
+    tmp_path: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = {**FOUR_STEPS, "resume_from_checkpoint": wanted}
+    assert main(flags(tiny_checkpoint("qwen3_vl"), tmp_path / "out", registry, **settings)) == 1
+    assert message in caplog.text
+
+
+def test_weights_of_another_model_are_refused(
+    stopped: Path,
+    tmp_path: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The Trainer of transformers goes on with whatever did not fit."""
+    folder = tmp_path / "again"
+    shutil.copytree(stopped / "checkpoint-2", folder / "checkpoint-2")
+    config = json.loads((folder / "checkpoint-2" / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 3
+    (folder / "checkpoint-2" / "config.json").write_text(json.dumps(config))
+    assert main(flags(tiny_checkpoint("qwen3_vl"), folder, registry, **FOUR_STEPS)) == 1
+    assert "missing in the files" in caplog.text
