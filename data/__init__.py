@@ -11,8 +11,11 @@ An entry names the annotations and the folder of their media:
 Relative paths start from the folder that holds this package (the top of the repository), from wherever you train.
 """
 
-# What tools/make_demo_data.py draws; scripts/demo.sh makes it.
-_DEMO_SUBJECTS = ("digits", "compare", "grounding", "motion")
+import os
+
+# What tools/make_demo_data.py draws; scripts/demo.sh makes it, in DEMO_DIR where that is set.
+_DEMO_TASKS = ("digits", "comparisons", "grounding", "motion")
+_DEMO_DIR = os.environ.get("DEMO_DIR", "demo")
 
 data_dict = {
     # "my_dataset": {
@@ -20,11 +23,11 @@ data_dict = {
     #     "data_path": "/data/my_dataset/images",
     # },
     **{
-        f"demo_{subject}{suffix}": {
-            "annotation_path": f"demo/data/{subject}_{split}.jsonl",
-            "data_path": "demo/data",
+        f"demo_{task}{suffix}": {
+            "annotation_path": f"{_DEMO_DIR}/data/{task}_{split}.jsonl",
+            "data_path": f"{_DEMO_DIR}/data",
         }
-        for subject in _DEMO_SUBJECTS
+        for task in _DEMO_TASKS
         for split, suffix in (("train", ""), ("heldout", "_heldout"))
     },
 }

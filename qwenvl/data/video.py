@@ -164,6 +164,17 @@ def choose_backend() -> VideoBackend:
     )
 
 
+def prepare_backend() -> None:
+    """Choose the backend now, so that processes forked from this one inherit the choice instead of logging it each.
+
+    Having none is no mistake before there is a video to decode.
+    """
+    try:
+        choose_backend()
+    except UserError as error:
+        logger.debug("%s", error)
+
+
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
     """Turn a decoder's own errors into SampleErrors."""

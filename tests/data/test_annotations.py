@@ -95,6 +95,26 @@ def test_tables_travel_to_other_processes(tmp_path: Path, name: str, method: str
             assert got == expected
 
 
+def read_in_turn(table: AnnotationTable, first: int, results: Any) -> None:
+    rows = [*range(first, len(table)), *range(first)]
+    results.put([row for row in rows * 3 if table[row][0].record != {"row": row, "text": "x" * row}])
+
+
+def test_forked_workers_share_an_open_file(tmp_path: Path) -> None:
+    """As the workers of a DataLoader do: the table is inherited, not pickled, with the file handle open."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines([{"row": row, "text": "x" * row} for row in range(500)]))
+    table = open_files(path)
+    context = get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=read_in_turn, args=(table, 125 * number, results)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    assert [results.get(timeout=60) for _ in workers] == [[], [], [], []]
+    for worker in workers:
+        worker.join(60)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

@@ -143,5 +143,5 @@ def test_the_shipped_registry_loads_from_any_folder(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    for name in ("demo_digits", "demo_digits_heldout", "demo_compare", "demo_grounding", "demo_motion_heldout"):
+    for name in ("demo_digits", "demo_digits_heldout", "demo_comparisons", "demo_grounding", "demo_motion_heldout"):
         assert repr(name) in done.stdout
