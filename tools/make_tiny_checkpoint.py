@@ -18,17 +18,17 @@ import torch
 if __package__ in (None, ""):  # run as a script: make the repository's packages importable from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transformers import (  # noqa: E402
+from transformers import (
     AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from qwenvl.utilities.families import FAMILIES  # noqa: E402
-from tools.tiny.processor import TEMPLATES, Template, build_processor, default_template  # noqa: E402
-from tools.tiny.shapes import Size, build_config  # noqa: E402
-from tools.tiny.tokenizer import build_tokenizer  # noqa: E402
+from qwenvl.utilities.families import FAMILIES
+from tools.tiny.processor import TEMPLATES, Template, build_processor, default_template
+from tools.tiny.shapes import Size, build_config
+from tools.tiny.tokenizer import build_tokenizer
 
 
 def build_tiny_checkpoint(

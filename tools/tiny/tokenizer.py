@@ -47,15 +47,13 @@ ADDED_TOKENS = (
     "</think>",
 )
 
-TinyTokenizer = Qwen2Tokenizer | Qwen3_5Tokenizer
 
-
-def tokenizer_class(family: str) -> type[TinyTokenizer]:
+def tokenizer_class(family: str) -> type[Qwen2Tokenizer] | type[Qwen3_5Tokenizer]:
     r"""Return the class that ``AutoTokenizer`` uses for the family; the two differ in how they split marks (\p{M})."""
     return Qwen3_5Tokenizer if family.startswith("qwen3_5") else Qwen2Tokenizer
 
 
-def build_tokenizer(family: str) -> TinyTokenizer:
+def build_tokenizer(family: str) -> Qwen2Tokenizer | Qwen3_5Tokenizer:
     """Train the tokenizer on the corpus of this package.
 
     Args:
