@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
-VERSION = 1  # raise when the samples change, so that older folders are made again
+VERSION = 2  # raise when the samples change, so that older folders are made again
 MANIFEST = "manifest.json"
 
 Split = Literal["train", "heldout"]
