@@ -108,7 +108,7 @@ class AnnotationTable:
                 f'a sample must be a JSON object such as {{"conversations": [...]}}, not {_kind(record)}.',
                 place,
             )
-        return Sample(place, record, self.spec.data_path)
+        return Sample(place, record, self.spec.data_path, bool(self.spec.options.get("allow_absolute")))
 
 
 def open_annotations(spec: DatasetSpec) -> AnnotationTable:

@@ -109,7 +109,7 @@ class SampleEncoder:
 
     def reader(self, sample: Sample) -> MediaReader:
         """Return what opens the media of a sample."""
-        return MediaReader(sample.data_path, self.allow_remote)
+        return MediaReader(sample.data_path, self.allow_remote, sample.allow_absolute)
 
     def _plan(self, conversation: Conversation, sample: Sample) -> Plan:
         reader = self.reader(sample)

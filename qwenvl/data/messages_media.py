@@ -202,6 +202,7 @@ _Reader = Callable[[str, Any], float]
 _IMAGE_SETTINGS: dict[str, _Reader] = {"min_pixels": _whole, "max_pixels": _whole}
 _VIDEO_SETTINGS: dict[str, _Reader] = {
     **_IMAGE_SETTINGS,
+    "total_pixels": _whole,
     "fps": _positive,
     "nframes": _whole,
     "min_frames": _whole,

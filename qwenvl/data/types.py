@@ -60,11 +60,13 @@ class Sample:
         origin: where it stands.
         record: its fields, untouched.
         data_path: folder that its relative media paths start from.
+        allow_absolute: its absolute media paths may lie outside ``data_path``.
     """
 
     origin: Origin
     record: Mapping[str, Any]
     data_path: str = ""
+    allow_absolute: bool = False
 
 
 @dataclass(frozen=True, slots=True)

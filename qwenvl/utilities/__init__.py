@@ -1,0 +1,1 @@
+"""What every layer uses: errors, logging, ranks, and the table of model families."""
