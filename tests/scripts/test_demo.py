@@ -1,0 +1,67 @@
+"""The demo end to end with a few samples and steps, in the environment that runs the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwenvl.arguments import parse_arguments
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Make the demo take this Python for an environment that is up to date: nothing is installed."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    python = venv / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    requirements = (REPOSITORY / "requirements.txt").read_bytes()
+    stamp = subprocess.run(["cksum"], input=requirements, capture_output=True, check=True).stdout
+    (venv / ".stamp-runtime").write_bytes(stamp)
+    keep = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return {**keep, "VENV": str(venv), "DEMO_DIR": str(tmp_path / "my demo"), "DEMO_LIMIT": "6", "OMP_NUM_THREADS": "1"}
+
+
+def run(environment: dict[str, str], cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(REPOSITORY / "scripts" / "demo.sh"), *flags]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_demo_runs_and_a_second_run_reuses_what_exists(tmp_path: Path, environment: dict[str, str]) -> None:
+    flags = ("--max_steps", "3", "--per_device_train_batch_size", "4", "--logging_steps", "1")
+    first = run(environment, tmp_path, *flags)
+    assert first.returncode == 0, first.stdout + first.stderr
+    demo = tmp_path / "my demo"
+    answers = [json.loads(line) for line in (demo / "report.jsonl").read_text().splitlines()]
+    assert {answer["task"] for answer in answers} == {"digits", "comparisons", "grounding", "motion"}
+    history = json.loads((demo / "model" / "trainer_state.json").read_text())["log_history"]
+    assert len([entry for entry in history if "loss" in entry]) == 3
+    assert any("eval_loss" in entry for entry in history)
+    assert "</html>" in (demo / "report.html").read_text()
+    assert "prediction" in first.stdout and "accuracy" in first.stdout
+
+    weights = demo / "model" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    second = run(environment, tmp_path, *flags)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "trained already" in second.stderr
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_every_line_of_the_recipe_has_a_comment_and_is_valid(tmp_path: Path) -> None:
+    recipe = REPOSITORY / "configs" / "demo.yaml"
+    lines = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert lines
+    assert [line for line in lines if "#" not in line] == []
+    parsed = parse_arguments([str(recipe), "--model_name_or_path", "m", "--output_dir", str(tmp_path), "--use_cpu"])
+    assert parsed.data.data_flatten

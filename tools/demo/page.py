@@ -1,0 +1,150 @@
+"""The demo's result as one HTML page that needs nothing else: pictures, styles and chart are inside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import string
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from qwenvl.data.media import MediaReader
+from qwenvl.data.types import VideoItem
+from qwenvl.evaluate.scoring import read_box
+from tools.demo.chart import Losses, draw
+from tools.demo.results import Result, TaskScore
+
+TITLE = "A tiny Qwen3-VL learns to see"
+VIDEO_SUFFIXES = (".mp4",)
+SHOWN_FRAMES = 4
+
+ABOUT = {
+    "digits": "Real handwritten digits that the model has never seen.",
+    "comparisons": "Two pictures in one question.",
+    "grounding": "The answer is a box in JSON, 0 to 1000 across the picture; it counts from an overlap of one half.",
+    "motion": "Short video clips; four of their frames are shown.",
+}
+
+
+def build_page(results: Sequence[Result], scores: Sequence[TaskScore], losses: Losses, *, shown: int = 12) -> str:
+    """Return the page.
+
+    Args:
+        results: all answers.
+        scores: their summary, a task each.
+        losses: of the training run.
+        shown: samples shown of a task, the first ones; wrong answers among the others follow, at most as many.
+    """
+    template = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=TITLE,
+        lead=_lead(scores, losses),
+        scores=_score_table(scores),
+        scores_note="Chance: how often the answer to another sample of the same task would be right.",
+        chart=draw(losses),
+        tasks="".join(_task(one, [result for result in results if result.task == one.task], shown) for one in scores),
+    )
+
+
+def _lead(scores: Sequence[TaskScore], losses: Losses) -> str:
+    last = losses.train[-1][0] if losses.train else None
+    trained = f" for {last:g} steps" if last is not None else ""
+    trained += f" ({losses.seconds / 60:.1f} minutes)" if losses.seconds is not None else ""
+    total = sum(score.total for score in scores)
+    return (
+        "This model started from random weights: no language, no sight. It was trained with this repository's trainer "
+        f"on pictures and short clips{trained}, and then asked {total} questions about ones it had never seen. Its "
+        "folder was opened with the stock classes of transformers, AutoModelForImageTextToText and AutoProcessor."
+    )
+
+
+def _score_table(scores: Sequence[TaskScore]) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(score.task)}</td><td>{score.right} of {score.total}</td>"
+        f"<td>{score.accuracy:.1%}</td><td>{score.chance:.0%}</td></tr>"
+        for score in scores
+    )
+    return f"<table><tr><th>Task</th><th>Right</th><th>Accuracy</th><th>Chance</th></tr>{rows}</table>"
+
+
+def _task(score: TaskScore, results: Sequence[Result], shown: int) -> str:
+    wrong = [result for result in results[shown:] if not result.right]
+    wide = " wide" if any(len(result.media) > 1 or _is_video(result.media[0]) for result in results) else ""
+    about = ABOUT.get(score.task, "")
+    if score.task == "grounding":
+        about += ' <span class="key dashed"></span> expected, <span class="key"></span> the model\'s box.'
+    text = f"<h2>{escape(score.task.capitalize())}</h2><p>{about}</p>{_cards(results[:shown], score.task + wide)}"
+    if wrong:
+        text += (
+            f'<p class="note" style="margin-top:1rem">Wrong answers among the other {len(results) - shown} samples: '
+            f"{len(wrong)}{f', {shown} of them here' if len(wrong) > shown else ''}.</p>"
+            f"{_cards(wrong[:shown], score.task + wide)}"
+        )
+    return f"<section>{text}</section>"
+
+
+def _cards(results: Sequence[Result], classes: str) -> str:
+    return f'<div class="cards {escape(classes)}">{"".join(map(_card, results))}</div>'
+
+
+def _card(result: Result) -> str:
+    verdict = "&#10003; right" if result.right else "&#10007; wrong"
+    return (
+        f'<div class="card {"right" if result.right else "wrong"}"><div class="media">{_pictures(result)}</div>'
+        f'<p class="question">{escape(result.question.strip())}</p>'
+        f"<dl><dt>expected</dt><dd>{escape(_short(result.expected))}</dd>"
+        f"<dt>answer</dt><dd>{escape(_short(result.answer)) or '(nothing)'}</dd></dl>"
+        f'<p class="verdict">{verdict}</p></div>'
+    )
+
+
+def _short(answer: str) -> str:
+    """Return a box as its four numbers, other answers as they are."""
+    box = read_box(answer)
+    return ", ".join(f"{edge:g}" for edge in box) if box is not None else answer.strip()
+
+
+def _pictures(result: Result) -> str:
+    if _is_video(result.media[0]):
+        return "".join(f'<img alt="frame {i}" src="{_uri(frame)}">' for i, frame in enumerate(_frames(result.media[0])))
+    pictures = [Image.open(path).convert("RGB") for path in result.media]
+    if read_box(result.expected) is not None and len(pictures) == 1:
+        return _with_boxes(pictures[0], result)
+    return "".join(f'<img alt="picture {i}" src="{_uri(picture)}">' for i, picture in enumerate(pictures, start=1))
+
+
+def _with_boxes(picture: Image.Image, result: Result) -> str:
+    """Return the picture under its boxes, which are in thousandths of its sides."""
+    boxes = [(read_box(result.expected), "expected-line"), (read_box(result.answer), "answer-line")]
+    rectangles = ""
+    for box, name in boxes:
+        if box is not None:
+            left, top, right, bottom = box
+            place = f'x="{left:g}" y="{top:g}" width="{max(0, right - left):g}" height="{max(0, bottom - top):g}"'
+            rectangles += f'<rect class="expected-box" {place}/><rect class="{name}" {place}/>'
+    return (
+        '<svg viewBox="0 0 1000 1000" role="img" aria-label="picture with boxes">'
+        f'<image href="{_uri(picture)}" width="1000" height="1000" preserveAspectRatio="none"/>{rectangles}</svg>'
+    )
+
+
+def _is_video(path: str) -> bool:
+    return path.endswith(VIDEO_SUFFIXES)
+
+
+def _frames(path: str) -> list[Image.Image]:
+    """Return a few frames of a video, from its first to its last."""
+    reader, item = MediaReader("", allow_absolute=True), VideoItem(path)
+    count = reader.video_header(item).num_frames
+    indices = np.linspace(0, count - 1, min(SHOWN_FRAMES, count)).round().astype(np.int64)
+    return [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in reader.read_frames(item, indices)]
+
+
+def _uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
