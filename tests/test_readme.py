@@ -85,7 +85,7 @@ def test_show_sample(apples: Path, tiny_checkpoint: Callable[..., Path], capsys:
 @pytest.mark.parametrize("command", [*commands("scripts/sft_"), *commands("scripts/launch.sh")])
 def test_launchers_give_valid_flags(command: str) -> None:
     environment = {**os.environ, "DRY_RUN": "1", "PYTHON": "python"}
-    shown = subprocess.run(command, shell=True, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    shown = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     words = shlex.split(shown.stdout)
     parsed = parse_arguments(
