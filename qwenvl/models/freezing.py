@@ -134,21 +134,27 @@ def configure_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
     tower_trains = any(
         parameter.requires_grad and groups[name] == "vision" for name, parameter in model.named_parameters()
     )
-    _checkpoint(model.model.language_model, enabled)
-    _checkpoint(model.model.visual, enabled and tower_trains)
+    if enabled:
+        _enable_checkpointing(model)
+    if not enabled or not tower_trains:
+        _disable_checkpointing(model.model.visual if enabled else model)
 
 
-def _checkpoint(module: PreTrainedModel, enabled: bool) -> None:
-    """Switch the checkpointing of a part of the model; transformers renamed the methods in 5.2x."""
+def _enable_checkpointing(model: PreTrainedModel) -> None:
+    """Checkpoint every layer; transformers renamed the method between 5.19 and 5.23."""
     arguments = {"use_reentrant": False}
-    if not enabled:
-        disable = getattr(module, "activation_checkpointing_disable", None) or module.gradient_checkpointing_disable
-        disable()
-        return
-    if hasattr(module, "activation_checkpointing_enable"):
-        module.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     else:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     # Enabling also makes the embeddings' output require a gradient, which only the reentrant kind needs. It would
     # build a graph through layers that have none.
-    module.disable_input_require_grads()
+    model.disable_input_require_grads()
+
+
+def _disable_checkpointing(module: PreTrainedModel) -> None:
+    """Stop checkpointing in a model or a part of it."""
+    if hasattr(module, "activation_checkpointing_disable"):
+        module.activation_checkpointing_disable()
+    else:
+        module.gradient_checkpointing_disable()

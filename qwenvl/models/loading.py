@@ -131,7 +131,8 @@ def _explain_missing_weights(path: str, error: Exception) -> str:
             f"--model_name_or_path {path}: its weights are pickle files ({', '.join(pickled[:3])}), which can run code "
             "when opened and are not loaded. Save the checkpoint as safetensors and use that."
         )
-    return f"--model_name_or_path {path}: its weights could not be loaded: {_first_line(error).rstrip('.')}. Download the checkpoint anew."
+    reason = _first_line(error).rstrip(".")
+    return f"--model_name_or_path {path}: its weights could not be loaded: {reason}. Download the checkpoint anew."
 
 
 def _first_line(error: Exception) -> str:

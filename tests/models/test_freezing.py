@@ -166,3 +166,14 @@ def test_sizes_of_partitioned_parameters_are_the_whole_ones():
     parameter.ds_numel = 12
     assert full_size(parameter) == 12
     assert full_size(nn.Parameter(torch.zeros(3, 5))) == 15
+
+
+def test_a_frozen_tower_builds_no_graph_even_if_its_patches_require_a_gradient(load_tiny, mixture, make_batch):
+    """Stock checkpointing makes embeddings of every part require one, the tower's patches too."""
+    model = load_tiny("qwen2_5_vl")
+    set_model(model, tune_mm_vision=False, tune_mm_mlp=False, tune_mm_llm=True)
+    model.model.visual.enable_input_require_grads()
+    graph: list[bool] = []
+    model.model.visual.blocks[-1].register_forward_hook(lambda *args: graph.append(args[2].requires_grad))
+    step(model, make_batch("padded", [mixture("qwen2_5_vl")["image"]]))
+    assert graph == [False]
