@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from qwenvl.data.tokenization import IGNORE_INDEX, Tokens
-from qwenvl.utilities.errors import SampleError
+from qwenvl.utilities.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Item:
 
     samples: tuple[EncodedSample, ...] = ()
     events: tuple[Event, ...] = ()
-    error: SampleError | None = None
+    error: UserError | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,36 +96,52 @@ class ConversationDataset(Dataset[Item]):
         return table.table[int(table.rows[index - first])]
 
     def __getitem__(self, index: int) -> Item:
-        """Return the encoded row; nothing for :data:`~qwenvl.data.sampling.FILLER`. Never raises a SampleError."""
+        """Return the encoded row; nothing for :data:`~qwenvl.data.sampling.FILLER`. Never raises a UserError.
+
+        A DataLoader would wrap what its workers raise into a text with their traceback.
+        """
         if index == FILLER:
             return Item()
-        try:
-            members = self.samples(index)
-        except SampleError as error:
-            return self._leave_out(error)
         item = Item()
-        for sample in members:
-            item = self._add(item, sample)
+        try:
+            for sample in self.samples(index):
+                item = self._add(item, sample)
+        except SampleError as error:  # of the row itself
+            return self._leave_out(error)
+        except UserError as error:  # of the run, such as a video without anything that decodes videos
+            return Item(error=error)
         return item
 
-    def require_fitting_sample(self) -> None:
-        """Check that there is a sample to train on at all: stops at the first one that is within the length limit.
+    def require_usable_sample(self) -> None:
+        """Look, without decoding, for a first sample that can be trained on.
 
         Raises:
-            UserError: every single sample is too long.
+            UserError: a sample before it must stop the run, or there is none.
         """
-        shortest = None
+        first: SampleError | None = None
         for index in range(len(self)):
+            problem = self._problem(index)
+            if problem is None:
+                return
+            error = self._leave_out(problem).error
+            if error is not None:
+                raise error
+            first = first or problem
+        raise UserError(f"None of the {len(self)} rows can be used. The first one: {first}")
+
+    def _problem(self, index: int) -> SampleError | None:
+        """What is wrong with a row; None if one of its samples can be used."""
+        problem: SampleError | None = None
+        try:
             for sample in self.samples(index):
                 try:
                     self._encoder.plan(sample)
-                except OverlengthError as error:
-                    shortest = shortest or error
-                    continue
-                except SampleError:
-                    pass  # reported with its policy when training reaches it
-                return
-        raise UserError(f"No sample fits into --model_max_length {self._encoder.max_length}. The first one: {shortest}")
+                    return None
+                except SampleError as error:
+                    problem = problem or error
+        except SampleError as error:
+            problem = error
+        return problem
 
     def _add(self, item: Item, sample: Sample) -> Item:
         """Encode one member and add it, or what is wrong with it."""
@@ -149,7 +165,8 @@ class ConversationDataset(Dataset[Item]):
         overlength = isinstance(error, OverlengthError)
         fatal = error.fatal if isinstance(error, OverlengthError) else not self._skip
         if fatal:
-            return Item(error=error)
+            hint = f"({'--overlength drop' if overlength else '--on_bad_sample skip'} leaves such samples out.)"
+            return Item(error=SampleError(error.category, f"{error.reason} {hint}", error.origin))
         origin = error.origin
         assert origin is not None, error
         record = {

@@ -20,6 +20,7 @@ from qwenvl.utilities.families import Family
 logger = logging.getLogger(__name__)
 
 _VISION_PAD = "<|vision_pad|>"
+_FOREIGN = "The processor's files in the checkpoint's folder are those of another model. Copy its own there."
 
 
 def open_processor(
@@ -28,27 +29,31 @@ def open_processor(
     """Open the processor of a checkpoint.
 
     Raises:
-        UserError: the folder holds no complete processor (tokenizer, image processor, video processor).
+        UserError: the folder holds no complete processor: tokenizer with the tokens of pictures, image processor and
+            video processor.
     """
     try:
         processor = AutoProcessor.from_pretrained(
             model_name_or_path, cache_dir=cache_dir, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{model_name_or_path!r} holds no processor that transformers can open: {_first_line(error)} Copy "
-            "tokenizer, preprocessor_config.json, video_preprocessor_config.json and chat template from the "
-            "original checkpoint into the folder."
-        ) from error
-    missing = [
-        name for name in ("tokenizer", "image_processor", "video_processor") if getattr(processor, name, None) is None
-    ]
+        problem = f"transformers cannot open its processor ({_first_line(error)})"
+        raise UserError(_incomplete(model_name_or_path, problem)) from error
+    missing = [name for name in ("image_processor", "video_processor") if getattr(processor, name, None) is None]
     if missing:
-        raise UserError(
-            f"{model_name_or_path!r} has no {', '.join(missing)}. Copy the processor's files from the original "
-            "checkpoint into the folder."
-        )
+        raise UserError(_incomplete(model_name_or_path, f"it has no {' and no '.join(missing)}"))
+    for token in (processor.image_token, processor.video_token):
+        tokenizer = processor.tokenizer
+        if tokenizer.convert_ids_to_tokens(tokenizer.convert_tokens_to_ids(token)) != token:
+            raise UserError(_incomplete(model_name_or_path, f"its tokenizer is missing, or does not know {token}"))
     return processor
+
+
+def _incomplete(model_name_or_path: str, problem: str) -> str:
+    return (
+        f"--model_name_or_path {model_name_or_path}: {problem}. Copy the files of the original checkpoint's processor "
+        "into the folder: tokenizer*, *processor_config.json and chat_template*."
+    )
 
 
 def vision_settings(family: Family, processor: Any, arguments: DataArguments) -> VisionSettings:
@@ -86,14 +91,14 @@ def build_encoder(
     Raises:
         UserError: processor and model do not belong together.
     """
+    _require_same_patches(processor, config.vision_config)
     settings = vision_settings(family, processor, arguments)
     speed = float(config.vision_config.tokens_per_second) if family.timed_positions else None
     vision = VisionTokens.from_processor(processor, speed)
     if (vision.image_id, vision.video_id) != (config.image_token_id, config.video_token_id):
         raise UserError(
             f"The tokenizer has {vision.image} and {vision.video} at {vision.image_id} and {vision.video_id}, but the "
-            f"model's config expects {config.image_token_id} and {config.video_token_id}: the processor in the folder "
-            "belongs to another checkpoint."
+            f"model's config.json expects {config.image_token_id} and {config.video_token_id}. {_FOREIGN}"
         )
     template_kwargs = dict(arguments.chat_template_kwargs or {})
     if arguments.add_vision_id:
@@ -108,6 +113,24 @@ def build_encoder(
         overlength=arguments.overlength,  # type: ignore[arg-type]  # validated when the flags are parsed
         allow_remote=arguments.allow_remote_media,
     )
+
+
+def _require_same_patches(processor: Any, vision_config: Any) -> None:
+    """Check that the processor cuts patches of the size that the vision tower takes.
+
+    Raises:
+        UserError: it does not.
+    """
+    wanted = {
+        "patch_size": vision_config.patch_size,
+        "merge_size": vision_config.spatial_merge_size,
+        "temporal_patch_size": vision_config.temporal_patch_size,
+    }
+    for part in ("image_processor", "video_processor"):
+        for name, value in wanted.items():
+            found = getattr(getattr(processor, part), name)
+            if found != value:
+                raise UserError(f"The {part} has {name} {found}, but the model's config.json {value}. {_FOREIGN}")
 
 
 def with_training_limits(processor: ProcessorMixin, settings: VisionSettings) -> ProcessorMixin:
@@ -177,4 +200,4 @@ def _as_dict(size: Any) -> dict[str, int]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -125,7 +125,10 @@ class ChatTemplate:
         except ValueError as error:
             if "chat_template" not in str(error) and "chat template" not in str(error):
                 raise
-            raise UserError(f"The checkpoint's processor has no chat template: {error}") from error
+            raise UserError(
+                "The checkpoint's processor has no chat template. Copy the original checkpoint's chat_template.jinja "
+                "or chat_template.json into its folder."
+            ) from error
         return str(rendered)
 
 

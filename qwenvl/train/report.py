@@ -9,15 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qwenvl.data.collation import Event
-from qwenvl.utilities.distributed import gather_objects
+from qwenvl.utilities.distributed import gather_objects, is_main_process
 
 logger = logging.getLogger(__name__)
 
 _MEANING = {
-    "bad": "left out: cannot be used",
-    "overlength": "left out: longer than --model_max_length",
+    "bad": "left out, because they cannot be used",
+    "overlength": "left out, because they are longer than --model_max_length",
     "truncated": "shortened by whole turns to --model_max_length",
-    "thinking_mismatch": "answers whose <think> block does not fit the chat template",
+    "thinking_mismatch": "with a <think> block where the chat template opens none, or without the one it opens",
 }
 _THINKING_ADVICE = (
     "The answer of %s does not fit the checkpoint's chat template: it has a <think> block where the template opens "
@@ -26,7 +26,7 @@ _THINKING_ADVICE = (
 
 
 class DataReport:
-    """Counts events, each sample once however many epochs there are.
+    """Counts events, each sample once however many epochs and ranks meet it.
 
     Args:
         output_dir: ``bad_samples.jsonl`` is written there, a line for each sample left out.
@@ -34,36 +34,53 @@ class DataReport:
 
     def __init__(self, output_dir: str) -> None:
         self._file = Path(output_dir) / "bad_samples.jsonl"
-        self._seen: set[tuple[str, str]] = set()
-        self._counts: Counter[tuple[str, str]] = Counter()
+        self._events: dict[tuple[str, str], Event] = {}
+
+    def start_over(self) -> None:
+        """Remove what an earlier run left in the folder; not to be called by a run that continues it."""
+        if is_main_process():
+            self._file.unlink(missing_ok=True)
 
     def add(self, events: Iterable[Event]) -> None:
-        """Take note of the events of a batch."""
+        """Take note of the events of a batch; the first of each kind is said at once."""
         for event in events:
             key = (event.kind, event.message)
-            if key in self._seen:
+            if key in self._events:
                 continue
-            self._seen.add(key)
-            self._counts[event.kind, event.dataset] += 1
+            if not any(kind == event.kind for kind, _ in self._events):
+                self._say(event)
+            self._events[key] = event
             if event.record:
-                self._write(event)
-            if self._counts[event.kind, event.dataset] > 1:
-                continue
-            if event.kind == "thinking_mismatch":
-                logger.warning(_THINKING_ADVICE, event.message)
-            else:
-                logger.warning("%s (more like it are counted, see the end of the run)", event.message)
+                self._write([_as_line(event)], "a")  # at once, for the sake of runs that are stopped
 
     def summary(self) -> list[str]:
-        """Return a line for each kind and dataset, summed over all ranks. Every rank has to call it."""
-        total: Counter[tuple[str, str]] = Counter()
-        for counts in gather_objects(self._counts):
-            total.update(counts)
-        return [
-            f"dataset {dataset!r}: {count} samples {_MEANING[kind]}" for (kind, dataset), count in sorted(total.items())
-        ]
+        """Return a line for each dataset and kind, over all ranks, and complete the file. Every rank has to call it."""
+        events: dict[tuple[str, str], Event] = {}
+        for of_rank in gather_objects(self._events):
+            events |= of_rank
+        if is_main_process():
+            self._complete_file(events.values())
+        counts = Counter((event.dataset, event.kind) for event in events.values())
+        return [f"Dataset {name!r}: {n} samples {_MEANING[kind]}." for (name, kind), n in sorted(counts.items())]
 
-    def _write(self, event: Event) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a", encoding="utf-8") as file:  # appended in one write, so ranks do not mix lines
-            file.write(json.dumps(event.record, ensure_ascii=False) + "\n")
+    def _say(self, event: Event) -> None:
+        if event.kind != "thinking_mismatch":
+            logger.warning("%s (The first one; all are counted at the end of the run.)", event.message)
+        elif is_main_process():
+            logger.warning(_THINKING_ADVICE, event.message)
+
+    def _complete_file(self, events: Iterable[Event]) -> None:
+        """Add what ranks on other disks wrote, and leave a single line of what several ranks met."""
+        lines = [_as_line(event) for event in events if event.record]
+        if not lines:
+            return
+        written = self._file.read_text(encoding="utf-8").splitlines(keepends=True) if self._file.exists() else []
+        self._write(dict.fromkeys([*written, *lines]), "w")
+
+    def _write(self, lines: Iterable[str], mode: str) -> None:
+        with self._file.open(mode, encoding="utf-8") as file:  # a line is one write, so that ranks do not mix them
+            file.writelines(lines)
+
+
+def _as_line(event: Event) -> str:
+    return json.dumps(event.record, ensure_ascii=False) + "\n"

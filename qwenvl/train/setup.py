@@ -14,12 +14,14 @@ from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, 
 from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.processor import build_encoder, log_limits, open_processor, processor_limits, with_training_limits
 from qwenvl.data.registry import load_registry, parse_dataset_use
+from qwenvl.data.video import prepare_backend
 from qwenvl.models.freezing import configure_checkpointing, format_table, set_model, summarize
 from qwenvl.models.loading import choose_attention, load_model, read_model_type, refuse_flattening, resolve_dtype
 from qwenvl.models.optimizer import learning_rates_of, parameter_groups
 from qwenvl.models.vision import install_vision_call
 from qwenvl.train.checkpoints import find_checkpoint, require_writable
 from qwenvl.train.trainer import QwenVLTrainer, Records
+from qwenvl.utilities.distributed import is_main_process
 from qwenvl.utilities.families import Family, get_family
 
 logger = logging.getLogger(__name__)
@@ -61,11 +63,14 @@ def run(parsed: ParsedArguments) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
+    else:
+        trainer.data_report.start_over()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_model(args.output_dir)
     for line in trainer.data_report.summary():
-        logger.warning("%s", line)
+        if is_main_process():
+            logger.warning("%s", line)
     logger.info(
         "Saved to %s: it opens with transformers' AutoModelForImageTextToText and AutoProcessor.", args.output_dir
     )
@@ -81,6 +86,7 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     processor = open_processor(parsed.model.model_name_or_path, args.cache_dir, parsed.model.trust_remote_code)
     encoder = build_encoder(processor, config, family, arguments, args.model_max_length)
     log_limits(encoder.settings)
+    prepare_backend()
     seed = args.seed if args.data_seed is None else args.data_seed
     registry = load_registry(arguments.dataset_registry)
     tables = open_tables(parse_dataset_use(arguments.dataset_use, registry), seed)
@@ -92,7 +98,7 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     skip = arguments.on_bad_sample == "skip"
     train = ConversationDataset(tables, encoder, skip)
     evaluation = ConversationDataset(held_out, encoder, skip) if held_out else None
-    train.require_fitting_sample()
+    train.require_usable_sample()
     logger.info("Data: %d training rows, %d evaluation rows.", len(train), len(evaluation) if evaluation else 0)
     return RunData(processor, encoder, train, evaluation)
 

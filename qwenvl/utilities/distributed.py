@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from typing import TypeVar
 
@@ -53,6 +54,31 @@ def gather_objects(value: T) -> list[T]:
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def is_first_to_say(what: str) -> bool:
+    """Return whether no other process of the job has asked this before, at any point of its life.
+
+    Asks the store that torchrun keeps for its processes, so that nobody has to wait for the others. Where there is no
+    store to ask, every process is the first.
+
+    Args:
+        what: name of the message.
+    """
+    if world_size() == 1:
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=datetime.timedelta(seconds=5),
+        )
+        return int(store.add(f"qwenvl/{what}/{attempt}", 1)) == 1
+    except (KeyError, ValueError, RuntimeError):  # no address; nobody answers there
+        return True
 
 
 def shut_down() -> None:

@@ -8,6 +8,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from qwenvl.utilities import distributed
 
@@ -67,3 +68,25 @@ def test_two_ranks_on_the_cpu(tmp_path: Path) -> None:
             child.join(20)
             child.kill()
     assert got == [(0, 2, 2, True), (1, 2, 2, True)]
+
+
+def test_one_of_all_is_the_first_to_say_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.is_first_to_say("x")
+    assert distributed.is_first_to_say("x")  # alone, there is nobody who could have said it
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", server.port)):
+        monkeypatch.setenv(name, str(value))
+    assert [distributed.is_first_to_say(what) for what in ("x", "x", "y", "x")] == [True, False, True, False]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert distributed.is_first_to_say("x")
+
+
+def test_where_nobody_can_be_asked_everyone_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, value)
+    assert distributed.is_first_to_say("x")
+    monkeypatch.delenv("MASTER_ADDR")
+    assert distributed.is_first_to_say("x")
