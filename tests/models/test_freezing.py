@@ -119,6 +119,7 @@ def test_checkpointing_changes_no_gradient_and_loses_none(family_name, switches,
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
     assert len(language) == 2  # forward, and recomputed in the backward pass
     assert len(tower) == (2 if switches["tune_mm_vision"] else 1)
+    assert model.model.visual.blocks[0].gradient_checkpointing == switches["tune_mm_vision"]
     configure_checkpointing(model, enabled=False)
     language.clear()
     step(model, batch)
@@ -177,3 +178,12 @@ def test_a_frozen_tower_builds_no_graph_even_if_its_patches_require_a_gradient(l
     model.model.visual.blocks[-1].register_forward_hook(lambda *args: graph.append(args[2].requires_grad))
     step(model, make_batch("padded", [mixture("qwen2_5_vl")["image"]]))
     assert graph == [False]
+
+
+def test_checkpointing_reaches_a_layer_whose_input_requires_no_gradient(load_tiny, mixture, make_batch):
+    """As with adapters: the embeddings are frozen, so reentrant checkpointing would drop the first layer's gradient."""
+    model = load_tiny("qwen3_vl").requires_grad_(False)
+    configure_checkpointing(model, enabled=True)
+    weight = model.model.language_model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    step(model, make_batch("padded", [mixture("qwen3_vl")["image"]]))
+    assert weight.grad is not None and weight.grad.any()

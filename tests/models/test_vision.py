@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,23 @@ def test_sample_index_numbers_the_samples_of_a_row():
     index = sample_index(torch.tensor([0, 2, 3, 6], dtype=torch.int32), 6)
     assert index.tolist() == [[0, 0, 1, 2, 2, 2]]
     assert index.dtype == torch.int32
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl"])
+def test_linear_attention_alone_is_told_the_samples_of_a_row(family, load_tiny, mixture, make_batch):
+    """Seen by the first layer; whether kernels heed it depends on the machine."""
+    model = load_tiny(family)
+    install_vision_call(model)
+    seen: list[Any] = []
+    first = model.model.language_model.layers[0]
+    first.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs.get("seq_idx")), with_kwargs=True)
+    samples = [mixture(family)["text"], mixture(family)["image"]]
+    for layout in ("padded", "flattened"):
+        with contextlib.suppress(ValueError):  # no kernels
+            causal_loss(model, make_batch(layout, samples), num_trained_tokens=1.0)
+    lengths = [sample.labels.shape[1] for sample in samples]
+    assert seen[0] is None
+    if family == "qwen3_5":
+        assert seen[1].tolist() == [[0] * lengths[0] + [1] * lengths[1]]
+    else:
+        assert seen[1] is None
