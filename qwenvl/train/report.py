@@ -14,8 +14,8 @@ from qwenvl.utilities.distributed import gather_objects, is_main_process
 logger = logging.getLogger(__name__)
 
 _MEANING = {
-    "bad": "left out, because they cannot be used",
-    "overlength": "left out, because they are longer than --model_max_length",
+    "bad": "left out: cannot be used (see bad_samples.jsonl)",
+    "overlength": "left out: longer than --model_max_length (see bad_samples.jsonl)",
     "truncated": "shortened by whole turns to --model_max_length",
     "thinking_mismatch": "with a <think> block where the chat template opens none, or without the one it opens",
 }
@@ -61,7 +61,10 @@ class DataReport:
         if is_main_process():
             self._complete_file(events.values())
         counts = Counter((event.dataset, event.kind) for event in events.values())
-        return [f"Dataset {name!r}: {n} samples {_MEANING[kind]}." for (name, kind), n in sorted(counts.items())]
+        return [
+            f"Dataset {name!r}: {count} sample{'s' * (count != 1)} {_MEANING[kind]}."
+            for (name, kind), count in sorted(counts.items())
+        ]
 
     def _say(self, event: Event) -> None:
         if event.kind != "thinking_mismatch":

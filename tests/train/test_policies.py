@@ -1,0 +1,163 @@
+"""What happens to samples that cannot be used, are too long, or are unusual: left out or kept, counted and said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwenvl.data.collation import Event
+from qwenvl.train.report import DataReport
+from qwenvl.train.train_qwen import main
+from tests.train.runs import history, largest_difference, torchrun, weights
+from tests.train.test_errors import GOOD, Place, sample
+
+OTHER = {**GOOD, "id": "other", "conversations": [GOOD["conversations"][0], {"from": "gpt", "value": "Grey and loud."}]}
+BAD = sample("<image>", image="no.jpg")
+TEXT = {"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello you."}]}
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> Place:
+    return Place(tmp_path, tiny_checkpoint("qwen3_vl"))
+
+
+def reported(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "bad_samples.jsonl").read_text().splitlines()]
+
+
+def summary(stderr: str) -> list[str]:
+    return [line.partition("warning: ")[2] for line in stderr.splitlines() if "warning: Dataset 'set': " in line]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_left_out_and_counted_once(
+    place: Place, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mismatch = sample("<image><image>", image=["good.jpg"])
+    place.write(GOOD, BAD, '{"id": 4, ', [GOOD, mismatch, OTHER], OTHER)
+    settings = {"on_bad_sample": "skip", "num_train_epochs": 3, "max_steps": None, "dataloader_num_workers": workers}
+    assert main(place.flags(**settings)) == 0
+    assert summary(capsys.readouterr().err) == [
+        "Dataset 'set': 3 samples left out: cannot be used (see bad_samples.jsonl)."
+    ]
+    records = sorted(reported(place.output), key=lambda record: record["line"])
+    where = {"dataset": "set", "file": str(place.annotations)}
+    reasons = [record.pop("reason") for record in records]
+    assert records == [
+        {**where, "line": 2, "member": None, "id": "bad-7", "category": "missing_file"},
+        {**where, "line": 3, "member": None, "id": None, "category": "bad_json"},
+        {**where, "line": 4, "member": 2, "id": "bad-7", "category": "too_many_tags"},
+    ]
+    assert reasons[0] == f"{place.folder}/no.jpg does not exist."
+
+
+def test_what_an_earlier_run_reported_is_not_kept(place: Place) -> None:
+    place.write(GOOD, BAD)
+    assert main(place.flags(on_bad_sample="skip")) == 0
+    assert len(reported(place.output)) == 1
+    place.write(GOOD, OTHER)
+    assert main(place.flags(on_bad_sample="skip")) == 0
+    assert not (place.output / "bad_samples.jsonl").exists()
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_others_train_as_if_the_bad_sample_were_not_there(place: Place, flatten: bool, packed: bool) -> None:
+    """One batch, plain gradient descent: the weights are those of a run on the good samples alone."""
+    settings = {"max_steps": 1, "per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 0.1}
+    settings |= {"data_flatten": flatten, "on_bad_sample": "skip", "weight_decay": 0.0}
+    good, with_bad = [GOOD, OTHER, TEXT], [GOOD, BAD, OTHER, TEXT]
+    for name, records in (("without", good), ("with", with_bad)):
+        place.write(*([records] if packed else records))
+        assert main(place.flags(output=place.folder / name, **settings)) == 0
+    assert largest_difference(place.folder / "without", place.folder / "with") < 1e-6
+    assert largest_difference(place.folder / "without", place.model) > 1e-3
+    assert history(place.folder / "without") == pytest.approx(history(place.folder / "with"), abs=1e-5)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_batch_of_bad_samples_alone_trains_nothing(place: Place, flatten: bool) -> None:
+    place.write(BAD, GOOD, {**BAD, "image": "empty.jpg"})
+    settings = {"on_bad_sample": "skip", "max_steps": None, "num_train_epochs": 1, "data_flatten": flatten}
+    assert main(place.flags(per_device_train_batch_size=1, **settings)) == 0
+    losses = history(place.output)
+    assert sorted(loss > 0 for loss in losses) == [False, False, True], losses
+    assert all(torch.isfinite(tensor).all() for tensor in weights(place.output).values())
+
+
+def long_sample(words: int) -> dict[str, Any]:
+    turns = [
+        {"from": "human", "value": "<image>\nFirst?"},
+        {"from": "gpt", "value": "One."},
+        {"from": "human", "value": "<image>\n" + "word " * words},
+        {"from": "gpt", "value": "Two."},
+    ]
+    return {"id": "long", "image": ["good.jpg", "good.jpg"], "conversations": turns}
+
+
+def test_too_long_samples_are_dropped_and_counted(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.write(GOOD, long_sample(200), OTHER)
+    assert main(place.flags(model_max_length=100, max_steps=4)) == 0
+    assert summary(capsys.readouterr().err) == [
+        "Dataset 'set': 1 sample left out: longer than --model_max_length (see bad_samples.jsonl)."
+    ]
+    assert [(record["id"], record["category"]) for record in reported(place.output)] == [("long", "overlength")]
+
+
+def test_too_long_samples_are_cut_after_whole_turns(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cut turn's picture goes with it, or the model would be given more patches than it has tokens for."""
+    place.write(long_sample(200), long_sample(300), sample("word " * 200))
+    settings = {"model_max_length": 100, "overlength": "truncate_turns", "max_steps": 4}
+    assert main(place.flags(**settings)) == 0
+    assert summary(capsys.readouterr().err) == [
+        "Dataset 'set': 1 sample left out: longer than --model_max_length (see bad_samples.jsonl).",
+        "Dataset 'set': 2 samples shortened by whole turns to --model_max_length.",
+    ]
+
+
+@pytest.mark.parametrize(("use", "rows"), [("set", 8), ("set%50", 4), ("set%12.5", 1), ("set%250", 20)])
+def test_percents_through_the_front_door(place: Place, use: str, rows: int, capsys: pytest.CaptureFixture[str]) -> None:
+    place.write(*[GOOD] * 8)
+    assert main(place.flags(dataset_use=use, max_steps=1)) == 0
+    assert f"Data: {rows} training rows" in capsys.readouterr().err
+
+
+def test_thinking_that_does_not_fit_is_said_once_and_counted(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    thinking = [
+        sample(
+            id=str(n), conversations=[{"from": "human", "value": "?"}, {"from": "gpt", "value": "<think>x</think>y"}]
+        )
+        for n in range(3)
+    ]
+    place.write(*thinking, GOOD)
+    assert main(place.flags(max_steps=4)) == 0
+    error = capsys.readouterr().err
+    assert error.count("does not fit the checkpoint's chat template") == 1
+    assert summary(error) == [
+        "Dataset 'set': 3 samples with a <think> block where the chat template opens none, or without the one it opens."
+    ]
+
+
+def test_two_ranks_leave_out_what_either_finds(place: Place) -> None:
+    """Over two epochs each bad sample is met by both ranks; it is still one line, and nobody waits for nobody."""
+    place.write(GOOD, BAD, OTHER, {**BAD, "id": "bad-8"}, TEXT)
+    settings = {"on_bad_sample": "skip", "max_steps": None, "num_train_epochs": 4, "per_device_train_batch_size": 1}
+    script = place.folder / "train.py"
+    script.write_text("from qwenvl.train.train_qwen import main\n\nraise SystemExit(main())\n")
+    output = torchrun(script, *place.flags(**settings))
+    assert sorted(record["id"] for record in reported(place.output)) == ["bad-7", "bad-8"]
+    assert summary(output) == ["Dataset 'set': 2 samples left out: cannot be used (see bad_samples.jsonl)."]
+    assert output.count("Videos are decoded by") == 1
+
+
+def test_long_lines_and_other_alphabets_survive(tmp_path: Path) -> None:
+    report = DataReport(str(tmp_path))
+    record = {"dataset": "ü", "reason": "字" * 5000}
+    report.add([Event("bad", "ü", "one", record), Event("bad", "ü", "one", record)])
+    assert report.summary() == ["Dataset 'ü': 1 sample left out: cannot be used (see bad_samples.jsonl)."]
+    assert reported(tmp_path) == [record]
