@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -86,7 +86,8 @@ def _from_yaml(text: str) -> Any:
 class _RecipeLoader(yaml.SafeLoader):
     """YAML without tags that run code, where a name given twice is an error and dates stay text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {  # a copy: PyYAML's own table stays as it is
+    # A copy: PyYAML's own table stays as it is.
+    yaml_implicit_resolvers: dict[str, Any] = {  # noqa: RUF012
         letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

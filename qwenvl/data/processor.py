@@ -110,7 +110,7 @@ def build_encoder(
         settings=settings,
         reserved_tokens=frozenset({vision.image, vision.video, vision.start, vision.end, _VISION_PAD}),
         max_length=max_length,
-        overlength=arguments.overlength,  # type: ignore[arg-type]  # validated when the flags are parsed
+        overlength=arguments.overlength,
         allow_remote=arguments.allow_remote_media,
     )
 
@@ -150,7 +150,7 @@ def with_training_limits(processor: ProcessorMixin, settings: VisionSettings) ->
     video.cap_pixels_per_frame = cap_tokens is not None
     if cap_tokens is not None:
         video.max_video_tokens = cap_tokens
-    return limited  # type: ignore[no-any-return]
+    return limited
 
 
 def processor_limits(processor: Any) -> dict[str, Any]:

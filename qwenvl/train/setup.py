@@ -142,7 +142,7 @@ def open_model(parsed: ParsedArguments, family: Family) -> PreTrainedModel:
 
 def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData, records: Records) -> QwenVLTrainer:
     """Put model, data and settings together."""
-    tokenizer: Any = data.processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer: Any = data.processor.tokenizer
     training_limits = parsed.data.save_processor_limits == "training"
     return QwenVLTrainer(
         model=model,
