@@ -26,8 +26,8 @@ make_folders() {
 choose_threads() {
     local cores
     cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
-    # More threads than this only wait for each other in a model this small.
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}"
+    # Half of the cores, the others prepare samples; more than four only wait for each other in a model this small.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 4 ? 1 : cores < 8 ? cores / 2 : 4))}"
     export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 }
 

@@ -53,14 +53,14 @@ def open_answerer(folder: str, *, device: str | None = None, dtype: torch.dtype 
     Args:
         folder: model folder, or a Hugging Face id.
         device: such as ``cpu`` or ``cuda:1``; None for the accelerator where there is one.
-        dtype: of the weights; None for bfloat16 on a GPU that computes in it, else float32.
+        dtype: of the weights; None for the one they are saved in.
 
     Raises:
         UserError: the folder cannot be opened.
     """
     device = device or _default_device()
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or _default_dtype(device))
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -178,8 +178,3 @@ def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
 def _default_device() -> str:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator is not None else "cpu"
-
-
-def _default_dtype(device: str) -> torch.dtype:
-    on_gpu = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if on_gpu else torch.float32

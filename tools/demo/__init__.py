@@ -1,1 +1,1 @@
-"""What tools/demo_report.py is made of: answers to the held-out samples, the loss chart, the page."""
+"""The parts of make_demo_data.py (drawing) and of demo_report.py: answers to held-out samples, loss chart, page."""
