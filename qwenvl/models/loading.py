@@ -72,7 +72,25 @@ def load_model(
         raise UserError(_explain_missing_weights(model_name_or_path, error)) from error
     model: PreTrainedModel = loaded[0]
     _refuse_incomplete(model_name_or_path, loaded[1])
+    _save_as_published(model)
     return model
+
+
+def _save_as_published(model: PreTrainedModel) -> None:
+    """Make ``save_pretrained`` name and lay out weights as in the files that other readers (vLLM) expect.
+
+    transformers notes on the model how names and layouts were converted on loading, and reverts that on saving. Two
+    faults of that are mended. Under ZeRO-3 it notes every conversion it knows, needed or not, and would save names
+    that no checkpoint has. And it loads the experts of Qwen3-VL-MoE, published as [experts, in, out], to memory's
+    [experts, out, in], but saves them as in memory, which only transformers itself reads, and not under ZeRO-3.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    used = [conversion for conversion in conversions if conversion.was_used()]
+    for conversion in used:
+        for operation in getattr(conversion, "operations", ()):
+            if hasattr(operation, "check_dims"):  # transposes only what has another shape than in memory
+                operation.check_dims = False
+    model._weight_conversions = used
 
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 # What each sample of "mixed" holds, and the words of its answer: counts so different that a mean of means shows.
 MIXED: tuple[tuple[tuple[str, ...], int], ...] = (
@@ -83,3 +86,29 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     entries = {name: {"annotation_path": str(folder / f"{name}.json"), "data_path": str(folder)} for name in sets}
     (folder / "registry.py").write_text(f"data_dict = {entries!r}\n")
     return folder / "registry.py"
+
+
+@pytest.fixture(scope="session")
+def publish(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function of the family that makes a tiny checkpoint with the names and layouts of published ones.
+
+    Qwen2-VL and Qwen2.5-VL: ``model.layers`` and ``visual``; Qwen3-VL-MoE: experts as [experts, in, out].
+    """
+
+    def function(family: str) -> Path:
+        folder = tmp_path_factory.mktemp("published") / family
+        shutil.copytree(tiny_checkpoint(family), folder)
+        tensors = load_file(folder / "model.safetensors")
+        if family.startswith("qwen2"):
+            tensors = {
+                name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
+                for name, tensor in tensors.items()
+            }
+        tensors = {
+            name: tensor.transpose(1, 2).contiguous() if ".experts." in name and family == "qwen3_vl_moe" else tensor
+            for name, tensor in tensors.items()
+        }
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return function

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,35 +56,30 @@ def train(model: Path, output: Path, registry: Path, **settings: Any) -> Path:
     return output
 
 
-@contextmanager
-def _ended_with_all_children(process: subprocess.Popen[str]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def torchrun(script: str, *arguments: str, ranks: int = 2, seconds: float = 200) -> str:
-    """Run Python source on several ranks of this machine; return what they printed."""
+def torchrun(script: Path, *arguments: str, ranks: int = 2, seconds: float = 200) -> str:
+    """Run a Python file on several ranks of this machine; return what they printed, also written beside it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    printed = script.with_suffix(".log")
     with (
+        printed.open("w") as log,
         subprocess.Popen(
-            [*command, script, *arguments],
+            [*command, str(script), *arguments],
             env=environment,
             cwd=REPOSITORY,
-            text=True,
-            stdout=subprocess.PIPE,
+            stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         ) as process,
-        _ended_with_all_children(process),
     ):
-        output, _ = process.communicate(timeout=seconds)
-    assert process.returncode == 0, output[-6000:]
-    return output
+        try:
+            code: int | None = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+            code = None
+    text = printed.read_text()
+    assert code == 0, f"{'stopped after its time' if code is None else code}: {text[-6000:]}"
+    return text
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

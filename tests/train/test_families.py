@@ -59,3 +59,16 @@ def test_family_trains_saves_and_reloads(
     losses = history(folder)
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert _answers(folder, registry.parent / "1-0.png")
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe"])
+def test_saved_weights_have_the_names_and_layout_of_published_checkpoints(
+    family: str, publish: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """Qwen2-VL's and Qwen2.5-VL's files have older names than memory, Qwen3-VL-MoE's experts are transposed."""
+    checkpoint = publish(family)
+    folder = train(checkpoint, tmp_path / "out", registry, max_steps=1, save_strategy="steps", save_steps=1)
+    shapes = {name: tensor.shape for name, tensor in weights(checkpoint).items()}
+    for saved in (folder, folder / "checkpoint-1"):
+        assert {name: tensor.shape for name, tensor in weights(saved).items()} == shapes
+    assert _answers(folder, registry.parent / "1-0.png")

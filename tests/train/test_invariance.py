@@ -1,0 +1,182 @@
+"""The same samples give the same loss and weights, however they are laid out, accumulated and spread over ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwenvl.data.sampling import ShardedBatchSampler
+from tests.train.runs import (
+    REPOSITORY,
+    equal_bits,
+    flags,
+    history,
+    largest_difference,
+    read_annotations,
+    torchrun,
+    weights,
+)
+from tests.train.runs import train as train_here
+
+# Plain gradient descent: Adam divides by the gradient's size, and makes much of rounding where it is nearly zero.
+DESCENT = {"optim": "sgd", "learning_rate": 0.05, "weight_decay": 0}
+EVALUATION = {
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "eval_dataset_use": "held_out",
+    "per_device_eval_batch_size": 3,
+}
+RUNNER = """
+import json, sys
+from accelerate.state import AcceleratorState
+from qwenvl.arguments import parse_arguments
+from qwenvl.train.setup import run
+from qwenvl.utilities.distributed import barrier, shut_down
+from qwenvl.utilities.logging import setup_logging
+
+setup_logging("info")
+for arguments in json.load(open(sys.argv[1])):
+    run(parse_arguments(arguments))
+    barrier()
+    AcceleratorState._reset_state()
+shut_down()
+"""
+
+
+def _run_on_two_ranks(folder: Path, commands: dict[str, list[str]]) -> dict[str, Path]:
+    """Run command lines one after another in the same two processes; return the output folders."""
+    (folder / "runner.py").write_text(RUNNER)
+    (folder / "commands.json").write_text(json.dumps(list(commands.values())))
+    torchrun(folder / "runner.py", str(folder / "commands.json"))
+    return {name: folder / name for name in commands}
+
+
+@pytest.mark.parametrize("trained", [{}, {"tune_mm_vision": False, "tune_mm_llm": False}], ids=["all", "merger only"])
+def test_padded_and_flattened_batches_train_alike(
+    trained: dict[str, Any], tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    padded, flattened = (
+        train_here(tiny_checkpoint("qwen3_vl"), tmp_path / str(flat), registry, data_flatten=flat, **DESCENT, **trained)
+        for flat in (False, True)
+    )
+    assert history(flattened) == pytest.approx(history(padded), rel=1e-5)
+    assert largest_difference(padded, flattened) < 1e-5
+    assert largest_difference(padded, tiny_checkpoint("qwen3_vl")) > 1e-3
+
+
+@pytest.mark.parametrize("layout", [False, True], ids=["padded", "flattened"])
+def test_loss_and_weights_do_not_depend_on_accumulation(
+    layout: bool, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """Eleven samples: the last micro-batches and the last step of an epoch are not full. Five steps: two epochs."""
+    settings = {**DESCENT, "data_flatten": layout, "max_steps": 5}
+    runs = [
+        train_here(
+            tiny_checkpoint("qwen3_vl"),
+            tmp_path / str(size),
+            registry,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            **settings,
+        )
+        for size in (1, 2, 4)
+    ]
+    for run in runs[1:]:
+        assert history(run) == pytest.approx(history(runs[0]), rel=1e-5)
+        assert largest_difference(run, runs[0]) < 1e-5
+
+
+# One process with these settings, and two ranks with half the accumulation.
+SPLITS: dict[str, dict[str, Any]] = {
+    "padded": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 5},
+    "flattened": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "data_flatten": True},
+    "merger": {"gradient_accumulation_steps": 2, "tune_mm_vision": False, "tune_mm_llm": False, **EVALUATION},
+    "checkpointing": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+    "epoch": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "max_steps": 2},
+}
+
+
+@pytest.mark.slow
+def test_two_ranks_train_like_one_process(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """Real DDP over gloo, text on one rank while the other holds pictures or a video."""
+    model = tiny_checkpoint("qwen3_vl")
+    single = {
+        name: train_here(model, tmp_path / "single" / name, registry, **DESCENT, **settings)
+        for name, settings in SPLITS.items()
+    }
+    commands = {
+        name: flags(
+            model,
+            tmp_path / name,
+            registry,
+            **{
+                **DESCENT,
+                **settings,
+                "gradient_accumulation_steps": settings["gradient_accumulation_steps"] // 2,
+                "dataloader_num_workers": 1 if name == "epoch" else 0,
+            },
+        )
+        for name, settings in SPLITS.items()
+    }
+    saving = {**DESCENT, "per_device_train_batch_size": 1, "max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    commands["whole"] = flags(model, tmp_path / "whole", registry, **saving)
+    resume = {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-2"}
+    commands["resumed"] = flags(model, tmp_path / "resumed", registry, **saving, **resume)
+    _require_mixed_ranks(registry)
+    split = _run_on_two_ranks(tmp_path, commands)
+    for name, alone in single.items():
+        assert history(split[name]) == pytest.approx(history(alone), rel=1e-5), name
+        assert largest_difference(split[name], alone) < 1e-5, name
+    assert history(split["merger"], "eval_loss") == pytest.approx(history(single["merger"], "eval_loss"), rel=1e-5)
+    assert history(split["merger"], "eval_loss")
+    assert equal_bits(split["resumed"], split["whole"])
+    assert history(split["resumed"]) == history(split["whole"])
+
+
+def _require_mixed_ranks(registry: Path) -> None:
+    """Check that there is a micro-step in which one rank holds text alone and the other does not."""
+    has_media = ["image" in record or "video" in record for record in read_annotations(registry, "mixed")]
+    ranks = [list(ShardedBatchSampler(len(has_media), 1, 2, rank, seed=42)) for rank in (0, 1)]
+    assert any(has_media[one[0]] != has_media[other[0]] for one, other in zip(*ranks, strict=True))
+
+
+@pytest.mark.slow
+def test_zero3_trains_saves_and_resumes_like_one_process(
+    tiny_checkpoint: Callable[[str], Path], publish: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """Two real ranks with the recipe's ZeRO-3 settings, mixed media; experts are stored transposed."""
+    pytest.importorskip("deepspeed")
+    settings = json.loads((REPOSITORY / "configs" / "zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or a tiny model is never sharded
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    # a large epsilon, because Adam makes much of rounding where a gradient is nearly zero
+    common = {"per_device_train_batch_size": 1, "adam_epsilon": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    single, commands = {}, {}
+    models = {
+        "qwen2_5_vl": publish("qwen2_5_vl"),
+        "qwen3_vl": tiny_checkpoint("qwen3_vl"),
+        "qwen3_vl_moe": publish("qwen3_vl_moe"),
+    }
+    for family, model in models.items():
+        extra = {"data_flatten": family == "qwen3_vl", **common, **EVALUATION}
+        single[family] = train_here(
+            model, tmp_path / "single" / family, registry, gradient_accumulation_steps=2, **extra
+        )
+        extra["deepspeed"] = tmp_path / "zero3.json"
+        commands[family] = flags(model, tmp_path / family, registry, **extra)
+    resume = {"resume_from_checkpoint": tmp_path / "qwen3_vl_moe" / "checkpoint-2"}
+    commands["resumed"] = flags(models["qwen3_vl_moe"], tmp_path / "resumed", registry, **{**extra, **resume})
+    split = _run_on_two_ranks(tmp_path, commands)
+    for family, alone in single.items():
+        names = weights(models[family]).keys()
+        assert weights(split[family]).keys() == weights(split[family] / "checkpoint-2").keys() == names, family
+        assert history(split[family]) == pytest.approx(history(alone), rel=1e-4), family
+        assert history(split[family], "eval_loss") == pytest.approx(history(alone, "eval_loss"), rel=1e-4), family
+        assert largest_difference(split[family], alone) < 1e-5, family
+    assert equal_bits(split["resumed"], split["qwen3_vl_moe"])
