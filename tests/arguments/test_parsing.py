@@ -5,32 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenvl.arguments import ParsedArguments, arguments_to_yaml, parse_arguments, wants_debug
+from qwenvl.arguments import arguments_to_yaml, parse_arguments
 from qwenvl.arguments.parsing import all_settings
 from qwenvl.utilities.errors import UserError
-
-NEEDED = ("--model_name_or_path", "m", "--dataset_use", "a", "--output_dir", "out", "--tune_mm_llm")
-
-
-def parsed(*flags: str) -> ParsedArguments:
-    return parse_arguments([*NEEDED, *flags])
-
-
-def recipe(folder: Path, **values: Any) -> str:
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return str(file)
-
-
-def rejected(*flags: str) -> str:
-    with pytest.raises(UserError) as caught:
-        parsed(*flags)
-    return str(caught.value)
+from tests.arguments.flags import NEEDED, parsed, recipe, rejected
 
 
 def test_every_official_flag_has_its_meaning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -114,18 +95,6 @@ def test_a_null_takes_a_value_of_the_recipe_away(tmp_path: Path) -> None:
     assert parse_arguments([recipe(tmp_path, seed=7), *NEEDED, "--seed", "null"]).training.seed == 42
 
 
-@pytest.mark.parametrize("value", ["true", "True", "1", "yes", None])
-def test_switches(value: str | None) -> None:
-    assert parsed("--data_flatten", *([value] if value else [])).data.data_flatten is True
-    assert parsed("--no-average_tokens_across_devices").training.average_tokens_across_devices is False
-
-
-def test_lists_and_mappings_on_the_command_line() -> None:
-    result = parsed("--label_names", "a", "b", "--chat-template-kwargs", '{"enable_thinking": true}')
-    assert result.training.label_names == ["a", "b"]
-    assert result.data.chat_template_kwargs == {"enable_thinking": True}
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -200,69 +169,6 @@ def test_packs_are_flattened() -> None:
     assert parsed("--data_packing").data.data_flatten is True
 
 
-def test_the_warmup_ratio_reaches_the_schedule() -> None:
-    assert parsed("--warmup_ratio", "0.03").training.get_warmup_steps(1000) == 30
-    assert parsed("--warmup_ratio", "0").training.get_warmup_steps(1000) == 0
-    assert parsed("--warmup_steps", "7").training.get_warmup_steps(1000) == 7
-
-
-def test_evaluation_follows_saving_not_logging() -> None:
-    evaluating = ("--eval_strategy", "steps", "--eval_ratio", "0.1", "--logging_steps", "1")
-    assert parsed(*evaluating, "--save_steps", "200").training.eval_steps == 200
-    assert parsed(*evaluating, "--eval_steps", "30").training.eval_steps == 30
-
-
-@pytest.mark.filterwarnings("error::FutureWarning")
-def test_gradient_checkpointing_under_both_names() -> None:
-    for flags in (["--gradient_checkpointing", "True"], ["--gradient_checkpointing"]):
-        training = parsed(*flags).training
-        assert training.gradient_checkpointing is True
-        assert training.gradient_checkpointing_kwargs == {"use_reentrant": False}
-    assert not parsed().training.gradient_checkpointing
-    if "activation_checkpointing" in all_settings():
-        assert parsed("--activation_checkpointing").training.gradient_checkpointing is True
-        assert "contradict" in rejected("--activation_checkpointing", "--gradient_checkpointing", "False")
-
-
-def test_one_process_uses_one_device() -> None:
-    training = parsed().training
-    assert training.n_gpu <= 1
-    training._n_gpu = 4  # what transformers finds on a machine with four
-    training._keep_to_one_device()
-    assert training.train_batch_size == training.per_device_train_batch_size
-
-
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="has an accelerator")
-def test_without_an_accelerator_the_cpu_is_used() -> None:
-    assert parsed().training.use_cpu is True
-    assert parsed("--bf16").training.bf16 is True
-
-
-@pytest.mark.parametrize(
-    ("flags", "debug", "options"),
-    [
-        (["--debug"], True, []),
-        (["--debug", "True"], True, []),
-        (["--debug=true"], True, []),
-        (["--debug", "False"], False, []),
-        (["--debug", "--seed", "3"], True, []),
-        (["--debug", "underflow_overflow"], False, ["underflow_overflow"]),
-        (["--debug", "underflow_overflow", "--debug"], True, ["underflow_overflow"]),
-        ([], False, []),
-    ],
-)
-def test_debug(flags: list[str], debug: bool, options: list[str]) -> None:
-    result = parsed(*flags)
-    assert result.debug is debug
-    assert wants_debug([*NEEDED, *flags]) is debug
-    assert [option.value for option in result.training.debug] == options
-
-
-def test_debug_in_a_recipe(tmp_path: Path) -> None:
-    assert parse_arguments([recipe(tmp_path, debug=True), *NEEDED]).debug is True
-    assert parse_arguments([recipe(tmp_path, debug="underflow_overflow"), *NEEDED]).training.debug
-
-
 def test_settings_without_effect_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="qwenvl"):
         parsed("--mm_projector_lr", "1e-5", "--vision_tower_lr", "1e-5", "--base_interval", "3", "--eval_ratio", "0.1")
@@ -271,18 +177,6 @@ def test_settings_without_effect_are_logged(caplog: pytest.LogCaptureFixture) ->
     caplog.clear()
     parsed("--mm_projector_lr", "1e-5", "--tune_mm_mlp")
     assert "mm_projector_lr" not in caplog.text
-
-
-def test_help_explains_every_flag_ours_first(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse_arguments(["--help"])
-    assert caught.value.code == 0
-    page = capsys.readouterr().out
-    places = [page.index(f"\n{title}") for title in ("model:", "data:", "training:", "training, as in transformers")]
-    assert places == sorted(places)
-    assert places[2] < page.index("--vision_tower_lr") < places[3] < page.index("--learning_rate ")
-    assert all(f"--{name}" in page for name in all_settings())
-    assert all(setting.help for setting in all_settings().values())
 
 
 def test_every_setting_can_be_given() -> None:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import base64
-import http.server
 import inspect
-import io
-import os
 import pickle
 import struct
-import threading
 import zlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,48 +24,10 @@ from transformers.image_utils import load_image
 from qwenvl.data.media import MediaReader
 from qwenvl.data.types import ImageItem, VideoItem
 from qwenvl.utilities.errors import SampleError
+from tests.data.pictures import both, encoded, picture, reason_of
 from tests.data.test_video import FPS, FRAMES, HEIGHT, WIDTH, make_video
 
 same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-
-
-def picture(width: int = 40, height: int = 20, mode: str = "RGB") -> Image.Image:
-    """Draw a picture without symmetry: brighter to the right, greener to the bottom."""
-    pixels = np.zeros((height, width, 4), dtype=np.uint8)
-    pixels[..., 0] = np.linspace(0, 255, width, dtype=np.uint8)
-    pixels[..., 1] = np.linspace(0, 255, height, dtype=np.uint8)[:, None]
-    pixels[..., 2] = 60
-    pixels[..., 3] = np.linspace(255, 0, width, dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    if mode in ("RGBA", "LA"):
-        return image.convert(mode)
-    if mode == "I;16":
-        return Image.fromarray(pixels[..., 0].astype(np.uint16) * 256)
-    return image.convert("RGB").convert(mode)
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def reason_of(call: Callable[[], Any], category: str) -> str:
-    with pytest.raises(SampleError) as caught:
-        call()
-    assert caught.value.category == category, str(caught.value)
-    return caught.value.reason
-
-
-def both(reader: MediaReader, source: str) -> list[Callable[[], Any]]:
-    return [lambda: reader.image_size(ImageItem(source)), lambda: reader.read_image(ImageItem(source))]
-
-
-@pytest.fixture
-def reader(tmp_path: Path) -> MediaReader:
-    """Return a reader of ``tmp_path/media``, which is made."""
-    (tmp_path / "media").mkdir()
-    return MediaReader(str(tmp_path / "media"))
 
 
 @pytest.mark.parametrize(
@@ -183,54 +140,6 @@ def test_a_transparent_colour_becomes_white(tmp_path: Path, reader: MediaReader,
     assert np.array_equal(pixels, as_transformers(path))
 
 
-def test_sources(tmp_path: Path, reader: MediaReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encoded(picture(), "PNG")
-    (tmp_path / "media" / "in side").mkdir()
-    path = tmp_path / "media" / "in side" / "a#1%.png"
-    path.write_bytes(data)
-    uri = "data:image/png;base64," + base64.b64encode(data).decode()
-    for source in ("in side/a#1%.png", "in side/../in side/a#1%.png", str(path), f"file://{path}", path.as_uri(), uri):
-        assert reader.image_size(ImageItem(source)) == (20, 40)
-        assert reader.read_image(ImageItem(source)).size == (40, 20)
-    monkeypatch.chdir(tmp_path / "media")
-    assert MediaReader("").image_size(ImageItem("in side/a#1%.png")) == (20, 40)
-
-
-@pytest.mark.parametrize("what", ["..", "absolute", "file://", "link", "linked folder", "sibling"])
-def test_media_stay_inside_data_path(tmp_path: Path, reader: MediaReader, what: str) -> None:
-    (tmp_path / "media2").mkdir()
-    outside = tmp_path / "media2" / "a.png"
-    outside.write_bytes(encoded(picture(), "PNG"))
-    (tmp_path / "media" / "link.png").symlink_to(outside)
-    (tmp_path / "media" / "folder").symlink_to(tmp_path / "media2")
-    source = {
-        "..": "../media2/a.png",
-        "absolute": str(outside),
-        "file://": f"file://{outside}",
-        "link": "link.png",
-        "linked folder": "folder/a.png",
-        "sibling": f"{tmp_path}/media/../media2/a.png",
-    }[what]
-    for call in both(reader, source):
-        assert "data_path" in reason_of(call, "outside_data_path")
-    relative = what in ("..", "link", "linked folder")
-    allowed = MediaReader(str(tmp_path / "media"), allow_absolute=True)
-    for call in both(allowed, source):
-        if relative:
-            reason_of(call, "outside_data_path")
-        else:
-            call()
-    for call in both(MediaReader(""), os.path.join(tmp_path, "media", source) if relative else source):
-        call()
-
-
-def test_a_data_path_that_is_a_link_is_fine(tmp_path: Path, reader: MediaReader) -> None:
-    (tmp_path / "media" / "a.png").write_bytes(encoded(picture(), "PNG"))
-    (tmp_path / "link").symlink_to(tmp_path / "media")
-    for source in ("a.png", str(tmp_path / "link" / "a.png"), str(tmp_path / "media" / "a.png")):
-        assert MediaReader(str(tmp_path / "link")).image_size(ImageItem(source)) == (20, 40)
-
-
 def noise(kind: str) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     return encoded(Image.fromarray(pixels), kind)
@@ -267,33 +176,6 @@ def test_cut_pixels_are_found_when_read(tmp_path: Path, reader: MediaReader, kin
     assert str(tmp_path / "media" / "a.jpg") in caught.value.reason
 
 
-def test_missing_and_unusual_files(tmp_path: Path, reader: MediaReader) -> None:
-    for source in ("gone.jpg", "gone/a.jpg", "file:///gone.jpg", "a" * 5000, "a\0b", "\udc80\ud800"):
-        with pytest.raises(SampleError) as caught:
-            reader.image_size(ImageItem(source))
-        assert caught.value.category in ("missing_file", "outside_data_path", "unreadable_file"), source
-    assert str(tmp_path / "media" / "gone.jpg") in reason_of(both(reader, "gone.jpg")[0], "missing_file")
-    os.mkfifo(tmp_path / "media" / "pipe")
-    (tmp_path / "media" / "folder").mkdir()
-    assert "not an ordinary file" in reason_of(both(reader, "pipe")[0], "wrong_type")
-    assert "a folder" in reason_of(both(reader, "folder")[0], "wrong_type")
-
-
-@pytest.mark.parametrize(
-    ("source", "category"),
-    [
-        ("data:image/png;base64,", "zero_byte"),
-        ("data:image/png;base64,@@@@", "unreadable_file"),
-        ("data:image/png,abc", "wrong_type"),
-        ("data:", "wrong_type"),
-        ("data:image/png;base64,AAAA" + "A" * 4000, "wrong_type"),
-    ],
-)
-def test_bad_data_uris(source: str, category: str) -> None:
-    for call in both(MediaReader(""), source):
-        assert len(reason_of(call, category)) < 400
-
-
 def test_decompression_bombs_are_refused(
     tmp_path: Path, reader: MediaReader, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -328,37 +210,6 @@ def test_damaged_files_give_an_image_or_a_sample_error(tmp_path: Path, data: st.
             call()
         except SampleError as error:
             assert str(path) in error.reason
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/a.png" else 404)
-        self.end_headers()
-        self.wfile.write(encoded(picture(), "PNG") if self.path == "/a.png" else b"")
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_remote_media_only_when_allowed(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for call in both(MediaReader("/data"), f"{server}/a.png"):
-        assert "--allow_remote_media" in reason_of(call, "remote_not_allowed")
-    allowed = MediaReader("/data", allow_remote=True)
-    assert allowed.image_size(ImageItem(f"{server}/a.png")) == (20, 40)
-    assert allowed.read_image(ImageItem(f"{server}/a.png")).size == (40, 20)
-    reason_of(both(allowed, f"{server}/gone.png")[0], "missing_file")
-    reason_of(both(allowed, "http://127.0.0.1:1/a.png")[0], "unreadable_file")
-    reason_of(both(allowed, "http://[bad/a.png")[0], "unreadable_file")
-    monkeypatch.setattr("qwenvl.data.media_sources.DOWNLOAD_BYTES", 10)
-    assert "larger than" in reason_of(both(allowed, f"{server}/a.png")[0], "unreadable_file")
 
 
 def test_videos(tmp_path: Path, reader: MediaReader) -> None:

@@ -11,34 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenvl.data.messages import build_conversation
-from qwenvl.data.types import Conversation, ImageItem, Message, Origin, Sample, TextPart, VideoItem
+from qwenvl.data.types import ImageItem, Message, TextPart, VideoItem
 from qwenvl.utilities.errors import SampleError
-
-ORIGIN = Origin("things", "things.jsonl", 5, "x")
-RESERVED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>")
-ANSWER = {"from": "gpt", "value": "yes"}
-
-
-def build(record: Any) -> Conversation:
-    return build_conversation(Sample(ORIGIN, record), RESERVED)
-
-
-def ask(question: Any, **fields: Any) -> Message:
-    """Build one question with its answer, and return the question."""
-    return build({"conversations": [{"from": "human", "value": question}, ANSWER], **fields}).messages[0]
-
-
-def reason_of(record: Any, category: str) -> str:
-    with pytest.raises(SampleError) as caught:
-        build(record)
-    assert caught.value.category == category, str(caught.value)
-    assert caught.value.origin == ORIGIN
-    return caught.value.reason
-
-
-def reason_of_question(question: Any, category: str, **fields: Any) -> str:
-    return reason_of({"conversations": [{"from": "human", "value": question}, ANSWER], **fields}, category)
+from tests.data.records import ANSWER, ORIGIN, ask, build, reason_of
 
 
 def test_sharegpt_and_openai_forms_are_one() -> None:
@@ -88,80 +63,6 @@ def test_tags_in_answers_system_turns_and_typed_text_are_words() -> None:
     assert conversation.messages[3].parts == (TextPart(" <image> "),)
 
 
-def test_images_and_videos_are_bound_in_order() -> None:
-    message = ask("<video><image> x <image><video>", images=["a", "b"], videos=["v", ["f1", "f2"]])
-    assert message.parts == (
-        VideoItem("v"),
-        ImageItem("a"),
-        TextPart("x"),
-        ImageItem("b"),
-        VideoItem(("f1", "f2")),
-    )
-
-
-@pytest.mark.parametrize(
-    ("value", "item"),
-    [
-        ("a.jpg", ImageItem("a.jpg")),
-        ({"image": "a.jpg", "max_pixels": 50176, "min_pixels": None}, ImageItem("a.jpg", max_pixels=50176)),
-        ({"path": "a.jpg", "min_pixels": 784.0}, ImageItem("a.jpg", min_pixels=784)),
-        ({"bytes": b"\x01\x02", "path": "a.jpg"}, ImageItem("data:image;base64,AQI=")),
-        ({"image_url": {"url": "http://x/a.jpg", "detail": "high"}}, ImageItem("http://x/a.jpg")),
-    ],
-)
-def test_forms_of_an_image(value: Any, item: ImageItem) -> None:
-    assert ask("<image>", image=value).parts == (item,)
-    assert ask("<image>", image=[value]).parts == (item,)
-
-
-@pytest.mark.parametrize(
-    ("value", "item"),
-    [
-        ("v.mp4", VideoItem("v.mp4")),
-        ([["a", "b"]], VideoItem(("a", "b"))),
-        ({"video": ["a", "b"], "fps": 2}, VideoItem(("a", "b"), fps=2.0)),
-        ({"frames": ["a", {"path": "b"}], "fps": 4}, VideoItem(("a", "b"), fps=4.0)),
-        ({"video": ["a"], "raw_fps": 30}, VideoItem(("a",), fps=30.0)),
-        ({"video": ["a"], "raw_fps": 30, "fps": 5, "sample_fps": 2}, VideoItem(("a",), fps=2.0)),
-        ({"video": "v.mp4", "nframes": 8, "video_start": 0, "video_end": 2.5},
-         VideoItem("v.mp4", nframes=8, video_start=0.0, video_end=2.5)),
-        ({"video": "v.mp4", "fps": 1.5, "min_frames": 4, "max_frames": 8, "min_pixels": 1, "max_pixels": 9},
-         VideoItem("v.mp4", fps=1.5, min_frames=4, max_frames=8, min_pixels=1, max_pixels=9)),
-    ],
-)  # fmt: skip
-def test_forms_of_a_video(value: Any, item: VideoItem) -> None:
-    assert ask("<video>", video=value).parts == (item,)
-    if isinstance(value, dict):
-        assert ask([{"type": "video", **value}]).parts == (item,)
-        assert ask("<video>", videos=[value]).parts == (item,)
-
-
-def test_typed_parts() -> None:
-    message = ask(
-        [
-            {"type": "image", "image": "a.jpg", "text": None, "max_pixels": 100},
-            {"type": "text", "text": "\n and "},
-            {"type": "image_url", "image_url": {"url": "http://x/b.jpg"}},
-            {"type": "image_url", "image_url": "c.jpg"},
-            {"type": "video_url", "video_url": {"url": "v.mp4"}, "fps": 1},
-            {"type": "text", "text": ""},
-        ]
-    )
-    assert message.parts == (
-        ImageItem("a.jpg", max_pixels=100),
-        TextPart("\n and "),
-        ImageItem("http://x/b.jpg"),
-        ImageItem("c.jpg"),
-        VideoItem("v.mp4", fps=1.0),
-    )
-
-
-def test_typed_parts_without_a_source_stand_for_the_records_media() -> None:
-    parts = [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image", "image": None, "max_pixels": 9}]
-    assert ask(parts, images=["a", "b"]).parts == (ImageItem("a"), TextPart("or"), ImageItem("b", max_pixels=9))
-    assert "1 image" in reason_of_question(parts, "too_many_tags", images=["a"])
-
-
 def test_null_and_empty_fields_are_absent() -> None:
     record = {"image": None, "images": [], "video": "", "tools": None, "system": "", "messages": None}
     assert ask("hi", **record).parts == (TextPart("hi"),)
@@ -192,17 +93,6 @@ def test_a_system_field_that_repeats_the_system_turn_is_not_doubled() -> None:
     turns = [{"from": "system", "value": "short"}, {"from": "human", "value": "hi"}, ANSWER]
     assert len(build({"system": "short", "conversations": turns}).messages) == 3
     assert "differ" in reason_of({"system": "long", "conversations": turns}, "bad_record")
-
-
-def test_counts_of_tags_and_media_are_told() -> None:
-    reason = reason_of_question("<image> or <image>?", "too_many_tags", image="a.jpg")
-    assert "2 <image> tags" in reason and "1 image" in reason
-    assert "3 images" in reason_of_question("<image>", "too_few_tags", images=["a", "b", "c"])
-    assert "Put <image> where" in reason_of_question("what is this?", "too_few_tags", image="a.jpg")
-    assert "0 videos" in reason_of_question("<video>", "too_many_tags", image=None)
-    nested = reason_of_question("<video>", "too_few_tags", video=["a.jpg", "b.jpg"])
-    assert '[["a.jpg", "b.jpg"]]' in nested and '"frames"' in nested
-    assert "frames" not in reason_of_question("<video>", "too_few_tags", video=[["a", "b"], ["c"]])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,47 @@
+"""What our training arguments make of transformers': warmup, evaluation, checkpointing, devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwenvl.arguments.parsing import all_settings
+from tests.arguments.flags import parsed, rejected
+
+
+def test_the_warmup_ratio_reaches_the_schedule() -> None:
+    assert parsed("--warmup_ratio", "0.03").training.get_warmup_steps(1000) == 30
+    assert parsed("--warmup_ratio", "0").training.get_warmup_steps(1000) == 0
+    assert parsed("--warmup_steps", "7").training.get_warmup_steps(1000) == 7
+
+
+def test_evaluation_follows_saving_not_logging() -> None:
+    evaluating = ("--eval_strategy", "steps", "--eval_ratio", "0.1", "--logging_steps", "1")
+    assert parsed(*evaluating, "--save_steps", "200").training.eval_steps == 200
+    assert parsed(*evaluating, "--eval_steps", "30").training.eval_steps == 30
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_gradient_checkpointing_under_both_names() -> None:
+    for flags in (["--gradient_checkpointing", "True"], ["--gradient_checkpointing"]):
+        training = parsed(*flags).training
+        assert training.gradient_checkpointing is True
+        assert training.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert not parsed().training.gradient_checkpointing
+    if "activation_checkpointing" in all_settings():
+        assert parsed("--activation_checkpointing").training.gradient_checkpointing is True
+        assert "contradict" in rejected("--activation_checkpointing", "--gradient_checkpointing", "False")
+
+
+def test_one_process_uses_one_device() -> None:
+    training = parsed().training
+    assert training.n_gpu <= 1
+    training._n_gpu = 4  # what transformers finds on a machine with four
+    training._keep_to_one_device()
+    assert training.train_batch_size == training.per_device_train_batch_size
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="has an accelerator")
+def test_without_an_accelerator_the_cpu_is_used() -> None:
+    assert parsed().training.use_cpu is True
+    assert parsed("--bf16").training.bf16 is True
