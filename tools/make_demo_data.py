@@ -12,16 +12,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from sklearn.datasets import load_digits
+
+if __package__ in (None, ""):  # run as a script: make the repository's packages importable from any directory
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.demo.drawing import (
+    COLOURS,
+    DIRECTIONS,
+    SHAPE_PIXELS,
+    SHAPES,
+    draw_boxes,
+    draw_shapes,
+    moving_square,
+    write_clip,
+)
 
 VERSION = 2  # raise when the samples change, so that older folders are made again
 MANIFEST = "manifest.json"
@@ -31,25 +44,7 @@ SPLITS: tuple[Split, Split] = ("train", "heldout")
 Record = dict[str, Any]
 
 DIGIT_PIXELS = 64  # 2 x 2 merged patches of Qwen3-VL
-SHAPE_PIXELS = 128  # 4 x 4 merged patches
-GRID_PIXELS = 16  # shapes stand on a grid, so that few different numbers appear in the boxes
-CLIP_PIXELS = 64
-CLIP_FRAMES = 8
-CLIP_FPS = 4
 HELDOUT_DIGITS = 300
-
-COLOURS = {
-    "red": (214, 39, 40),
-    "green": (44, 160, 44),
-    "blue": (31, 90, 200),
-    "yellow": (240, 200, 20),
-    "purple": (130, 50, 160),
-    "black": (0, 0, 0),
-}
-SHAPES = ("circle", "square", "triangle")
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-
-Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +189,11 @@ def write_grounding(output: Path, split: Split, count: int, rng: np.random.Gener
     Boxes are integers from 0 to 1000 relative to the picture, as Qwen3-VL writes them.
     """
     for number in range(count):
-        colours = rng.permutation(list(COLOURS))[:2]
-        shapes = rng.permutation(list(SHAPES))[:2]
-        boxes = _draw_boxes(rng)
-        picture = Image.new("RGB", (SHAPE_PIXELS, SHAPE_PIXELS), (245, 245, 245))
-        for colour, shape, box in zip(colours, shapes, boxes, strict=True):
-            _draw_shape(ImageDraw.Draw(picture), str(shape), COLOURS[str(colour)], box)
+        colours = [str(colour) for colour in rng.permutation(list(COLOURS))[:2]]
+        shapes = [str(shape) for shape in rng.permutation(list(SHAPES))[:2]]
+        boxes = draw_boxes(rng)
         path = _media_path(output, f"grounding_{split}/{number:04d}.png")
-        picture.save(path)
+        draw_shapes(zip(colours, shapes, boxes, strict=True)).save(path)
         label = f"{colours[0]} {shapes[0]}"
         answer = {"bbox_2d": [round(edge * 1000 / SHAPE_PIXELS) for edge in boxes[0]], "label": label}
         yield {
@@ -209,34 +201,6 @@ def write_grounding(output: Path, split: Split, count: int, rng: np.random.Gener
             "image": path.relative_to(output).as_posix(),
             "conversations": _conversation(f"<image>\nLocate the {label}.", json.dumps(answer)),
         }
-
-
-def _draw_boxes(rng: np.random.Generator) -> tuple[Box, Box]:
-    """Draw two boxes (left, top, right, bottom; pixels) that do not overlap, on a coarse grid."""
-    while True:
-        first, second = _draw_box(rng), _draw_box(rng)
-        apart_x = first[2] <= second[0] or second[2] <= first[0]
-        apart_y = first[3] <= second[1] or second[3] <= first[1]
-        if apart_x or apart_y:
-            return first, second
-
-
-def _draw_box(rng: np.random.Generator) -> Box:
-    """Draw one square box, two or three steps of the grid wide."""
-    side = GRID_PIXELS * int(rng.integers(2, 4))
-    left, top = (GRID_PIXELS * int(rng.integers(0, (SHAPE_PIXELS - side) // GRID_PIXELS + 1)) for _ in range(2))
-    return left, top, left + side, top + side
-
-
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], box: Box) -> None:
-    """Fill a shape that touches all four edges of its box; the last row and column of pixels are inside."""
-    left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
-    if shape == "circle":
-        draw.ellipse((left, top, right, bottom), fill=colour)
-    elif shape == "square":
-        draw.rectangle((left, top, right, bottom), fill=colour)
-    else:
-        draw.polygon([((left + right) / 2, top), (left, bottom), (right, bottom)], fill=colour)
 
 
 # Clips --------------------------------------------------------------------------------------------------------------
@@ -248,38 +212,12 @@ def write_motion(output: Path, split: Split, count: int, rng: np.random.Generato
         direction = str(rng.permutation(list(DIRECTIONS))[0])
         colour = COLOURS[str(rng.permutation(list(COLOURS))[0])]
         path = _media_path(output, f"motion_{split}/{number:04d}.mp4")
-        _write_clip(path, _moving_square(direction, colour, rng))
+        write_clip(path, moving_square(direction, colour, rng))
         yield {
             "id": f"motion-{split}-{number:04d}",
             "video": path.relative_to(output).as_posix(),
             "conversations": _conversation("<video>\nWhich way does the square move?", direction),
         }
-
-
-def _moving_square(direction: str, colour: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """Return the frames, uint8[8, 64, 64, 3]; the square crosses most of the picture."""
-    side, speed = int(rng.integers(14, 19)), 6
-    travel = speed * (CLIP_FRAMES - 1)
-    step_x, step_y = DIRECTIONS[direction]
-    frames = np.full((CLIP_FRAMES, CLIP_PIXELS, CLIP_PIXELS, 3), 245, dtype=np.uint8)
-    left, top = (
-        int(rng.integers(travel if step < 0 else 0, CLIP_PIXELS - side - (travel if step > 0 else 0) + 1))
-        for step in (step_x, step_y)
-    )
-    for index, frame in enumerate(frames):
-        x, y = left + step_x * speed * index, top + step_y * speed * index
-        frame[y : y + side, x : x + side] = colour
-    return frames
-
-
-def _write_clip(path: Path, frames: np.ndarray) -> None:
-    """Encode frames as H.264 by the encoder inside PyAV, which needs no FFmpeg on the system."""
-    with av.open(str(path), mode="w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(CLIP_FPS), options={"crf": "18", "threads": "1"})
-        stream.width, stream.height, stream.pix_fmt = CLIP_PIXELS, CLIP_PIXELS, "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
 
 
 TASKS = (

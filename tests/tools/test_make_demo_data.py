@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.make_demo_data import COLOURS, MANIFEST, make_demo_data
+from tools.demo.drawing import COLOURS
+from tools.make_demo_data import MANIFEST, make_demo_data
 
 LIMIT = 12
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y downwards
