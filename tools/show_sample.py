@@ -28,6 +28,7 @@ from transformers import AutoConfig, PretrainedConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
 
 from qwenvl.arguments import DataArguments
+from qwenvl.arguments.command_line import HelpPage
 from qwenvl.arguments.parsing import parse_class
 from qwenvl.data.collation import EncodedSample
 from qwenvl.data.dataset import open_tables
@@ -42,6 +43,12 @@ from qwenvl.utilities.families import FAMILIES, Family, get_family
 from qwenvl.utilities.logging import setup_logging
 
 logger = logging.getLogger("qwenvl.show_sample")
+
+PAGE = HelpPage(
+    "show_sample.py --model_name_or_path MODEL --dataset_use NAMES [--flag VALUE ...]",
+    "Show samples as the model sees them: the rendered text with trained tokens in green, grids, positions, "
+    "timestamps. With --json, write them to a file instead. Give training's own data flags to see what it sees.",
+)
 
 
 @dataclass
@@ -64,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     """Show or write samples; return the exit code: 1 if any sample cannot be used."""
     setup_logging("info")
     try:
-        arguments = parse_class(ShowArguments, sys.argv[1:] if argv is None else argv)
+        arguments = parse_class(ShowArguments, sys.argv[1:] if argv is None else argv, PAGE)
         encoder, processor = open_encoder(arguments)
         samples = list(select_samples(arguments))
         if arguments.json is not None:
@@ -103,8 +110,8 @@ def _family_and_config(arguments: ShowArguments, processor: Any) -> tuple[Family
     return get_family(model_type), config
 
 
-def select_samples(arguments: ShowArguments) -> Iterator[Sample]:
-    """Yield the samples of the chosen rows.
+def select_samples(arguments: ShowArguments) -> Iterator[Sample | SampleError]:
+    """Yield the samples of the chosen rows, and the error of a row that cannot be read.
 
     Raises:
         UserError: no dataset is named, or it has no such row.
@@ -121,21 +128,44 @@ def select_samples(arguments: ShowArguments) -> Iterator[Sample]:
             raise UserError(f"--index {arguments.index}: there are {len(rows)} rows, 0 to {len(rows) - 1}.")
         rows = [rows[arguments.index]]
     for table, row in rows:
-        yield from table.table[row]
+        try:
+            yield from table.table[row]
+        except SampleError as error:
+            yield error
 
 
-def write_json(samples: list[Sample], encoder: SampleEncoder, path: Path) -> int:
-    """Write a line a sample; return 1 if any has an error."""
+def encode(sample: Sample | SampleError, encoder: SampleEncoder) -> tuple[Plan, EncodedSample]:
+    """Return a sample before and after its media are decoded.
+
+    Raises:
+        SampleError: it cannot be used.
+    """
+    if isinstance(sample, SampleError):
+        raise sample
+    plan = encoder.plan(sample)
+    return plan, encoder.encode(plan, sample)
+
+
+def write_json(samples: list[Sample | SampleError], encoder: SampleEncoder, path: Path) -> int:
+    """Write a line a sample; return 1 if any has an error.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     failed = 0
-    with path.open("w", encoding="utf-8") as file:
+    try:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error.strerror}. Choose another file.") from error
+    with file:
         for sample in samples:
             try:
-                plan = encoder.plan(sample)
-                record = _as_record(plan, encoder.encode(plan, sample))
+                record = _as_record(*encode(sample, encoder))
             except SampleError as error:
                 failed = 1
                 record = {"error": str(error)}
-            file.write(json.dumps({"id": sample.origin.id, **record}, ensure_ascii=False) + "\n")
+            identifier = sample.origin.id if sample.origin is not None else None
+            file.write(json.dumps({"id": identifier, **record}, ensure_ascii=False) + "\n")
     return failed
 
 
@@ -163,13 +193,12 @@ def _statistics(values: torch.Tensor) -> dict[str, Any]:
     return {"shape": list(values.shape), "mean": values.double().mean().item(), "std": values.double().std().item()}
 
 
-def show(sample: Sample, encoder: SampleEncoder, tokenizer: Any) -> int:
+def show(sample: Sample | SampleError, encoder: SampleEncoder, tokenizer: Any) -> int:
     """Print one sample; return 1 if it cannot be used."""
     console = Console(soft_wrap=True, highlight=False)
     console.rule(str(sample.origin), align="left")
     try:
-        plan = encoder.plan(sample)
-        encoded = encoder.encode(plan, sample)
+        plan, encoded = encode(sample, encoder)
     except SampleError as error:
         console.print(Text(f"error ({error.category}): {error.reason}", style="bold red"))
         return 1

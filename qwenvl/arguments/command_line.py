@@ -6,16 +6,31 @@ import argparse
 import enum
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
 from qwenvl.arguments.settings import Setting
 from qwenvl.utilities.distributed import is_main_process
 from qwenvl.utilities.errors import UserError, nearest
 
-USAGE = "train_qwen.py [RECIPE.yaml] [--flag VALUE ...]"
-DESCRIPTION = (
+
+@dataclass(frozen=True)
+class HelpPage:
+    """The top of a help page.
+
+    Args:
+        usage: name of the program, and how to call it.
+        description: what it does.
+    """
+
+    usage: str
+    description: str
+
+
+TRAINING_PAGE = HelpPage(
+    "train_qwen.py [RECIPE.yaml] [--flag VALUE ...]",
     "Fine-tune a Qwen-VL model. Settings come from flags, from a YAML or JSON recipe given first, or from both: flags "
-    "override the recipe. Whole numbers may be written as expressions (--max_pixels 576*32*32)."
+    "override the recipe. Whole numbers may be written as expressions (--max_pixels 576*32*32).",
 )
 DEBUG_HELP = (
     "alone: show the traceback of errors. With names of debug options of transformers (underflow_overflow): switch "
@@ -32,13 +47,16 @@ class _Parser(argparse.ArgumentParser):
             super().print_help(file)
 
 
-def read_flags(argv: Sequence[str], settings: Mapping[str, Setting], groups: Mapping[type, str]) -> dict[str, Any]:
+def read_flags(
+    argv: Sequence[str], settings: Mapping[str, Setting], groups: Mapping[type, str], page: HelpPage = TRAINING_PAGE
+) -> dict[str, Any]:
     """Read a command line without its recipe.
 
     Args:
         argv: flags and their values. ``--some-flag`` is read as ``--some_flag``; the last of several wins.
         settings: what flags there are.
         groups: title on the help page of each class that owns settings, in the order of the page.
+        page: top of the help page.
 
     Returns:
         The texts of the flags given, by name: a list where the field takes one, ``bare`` where nothing followed.
@@ -46,19 +64,21 @@ def read_flags(argv: Sequence[str], settings: Mapping[str, Setting], groups: Map
     Raises:
         UserError: an unknown flag, a missing value, or text that belongs to no flag.
     """
-    parser = build_parser(settings, groups)
+    parser = build_parser(settings, groups, page)
     values, unknown = parser.parse_known_args([_with_underscores(token) for token in argv])
     if unknown:
         raise UserError(_unknown(unknown[0], settings))
     return vars(values)
 
 
-def build_parser(settings: Mapping[str, Setting], groups: Mapping[type, str]) -> argparse.ArgumentParser:
+def build_parser(
+    settings: Mapping[str, Setting], groups: Mapping[type, str], page: HelpPage = TRAINING_PAGE
+) -> argparse.ArgumentParser:
     """Return the parser of all flags; see :func:`read_flags` for the arguments."""
     parser = _Parser(
-        prog="train_qwen.py",
-        usage=USAGE,
-        description=DESCRIPTION,
+        prog=page.usage.partition(" ")[0],
+        usage=page.usage,
+        description=page.description,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
     )

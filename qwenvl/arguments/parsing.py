@@ -11,7 +11,7 @@ import transformers
 import yaml
 
 from qwenvl.arguments.checks import check_required, check_together, log_without_effect
-from qwenvl.arguments.command_line import read_flags, split_debug
+from qwenvl.arguments.command_line import HelpPage, read_flags, split_debug
 from qwenvl.arguments.data import DataArguments
 from qwenvl.arguments.model import ModelArguments
 from qwenvl.arguments.recipes import find_file, read_recipe
@@ -93,19 +93,20 @@ def parse_arguments(argv: Sequence[str]) -> ParsedArguments:
     return _build(given, settings, debug)
 
 
-def parse_class(cls: type[T], argv: Sequence[str]) -> T:
+def parse_class(cls: type[T], argv: Sequence[str], page: HelpPage) -> T:
     """Read the flags of a tool into its dataclass, with the rules of :func:`parse_arguments`.
 
     Args:
         cls: dataclass whose fields are the flags.
         argv: the command line without the program's name.
+        page: top of its help page.
 
     Raises:
         UserError: anything wrong with them.
         SystemExit: with status 0, after ``--help``.
     """
     settings = settings_of(cls)
-    given = _converted(read_flags(argv, settings, {cls: "flags"}), settings, where="--")
+    given = _converted(read_flags(argv, settings, {cls: "flags"}, page), settings, where="--")
     return cls(**{name: value for name, value in given.items() if value is not None})
 
 

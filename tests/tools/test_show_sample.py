@@ -1,0 +1,145 @@
+"""The tool that shows samples as the model sees them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.data.test_video import make_video
+from tools.show_sample import main
+
+PICTURE = {
+    "id": "one",
+    "image": "a.png",
+    "conversations": [{"from": "human", "value": "<image>\nWhat [bold]is[/bold] it?"}, {"from": "gpt", "value": "It."}],
+}
+CLIP = {
+    "id": "two",
+    "video": "a.mp4",
+    "conversations": [{"from": "human", "value": "<video>Where?"}, {"from": "gpt", "value": "There."}],
+}
+BAD = {**PICTURE, "id": "three", "image": "none.png"}
+Show = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def show(
+    tmp_path: Path,
+    tiny_checkpoint: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Show:
+    """Function of flags that returns the exit code, the output and the messages."""
+    monkeypatch.setenv("COLUMNS", "200")
+    Image.new("RGB", (64, 96)).save(tmp_path / "a.png")
+    make_video(tmp_path / "a.mp4")
+    lines: list[Any] = [json.dumps(PICTURE), json.dumps(CLIP), json.dumps(BAD), '{"id": 4, ', json.dumps(PICTURE)]
+    (tmp_path / "set.jsonl").write_text("\n".join(lines))
+    entry = {"annotation_path": str(tmp_path / "set.jsonl"), "data_path": str(tmp_path)}
+    (tmp_path / "registry.py").write_text(f"data_dict = {{'set': {entry!r}}}")
+
+    def run(*flags: str, model: Path | None = None) -> tuple[int, str, str]:
+        folder = model or tiny_checkpoint("qwen3_vl")
+        code = main(["--model_name_or_path", str(folder), "--dataset_registry", str(tmp_path / "registry.py"), *flags])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_picture(show: Show) -> None:
+    code, output, _ = show("--dataset_use", "set", "--min_pixels", "32*32", "--max_pixels", "64*64")
+    assert code == 0
+    assert "dataset 'set'" in output
+    assert "(id 'one')" in output
+    assert "[<|image_pad|> x 2]" in output  # a run of placeholders is one piece
+    assert "What [bold]is[/bold] it?" in output  # markup of users is text
+    assert "image a.png: 32 x 64 pixels, grid_thw [1, 4, 2]" in output
+    assert re.search(r"\d+ tokens, \d+ trained \(green\), 2 of pictures; positions up to temporal \d+", output)
+
+
+def test_trained_tokens_are_green(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _, output, _ = show("--dataset_use", "set")
+    green, end = "\x1b[1;32m", "\x1b[0m"
+    assert [piece.partition(end)[0] for piece in output.split(green)[1:]] == ["It.<|im_end|>"]
+
+
+def test_a_video(show: Show) -> None:
+    code, output, _ = show("--dataset_use", "set", "--index", "1")
+    assert code == 0
+    assert "video a.mp4: " in output
+    assert "source frames [0, 5, 9, 14, 18, 23] at 8 fps; timestamps 0.3, 1.4, 2.6 s" in output
+    assert " seconds><|vision_start|>" in output
+
+
+def test_a_sample_that_cannot_be_used(show: Show) -> None:
+    code, output, _ = show("--dataset_use", "set", "--index", "2")
+    assert code == 1
+    assert "error (missing_file): " in output
+    assert "none.png does not exist" in output
+
+
+def test_every_row_is_shown_though_some_cannot_be(show: Show) -> None:
+    code, output, _ = show("--dataset_use", "set", "--all")
+    assert code == 1
+    assert [output.count(text) for text in ("(id 'one')", "(id 'two')", "(id 'three')", "error (bad_json)")] == [
+        2,
+        1,
+        1,
+        1,
+    ]
+
+
+def test_json_has_a_line_for_every_sample(show: Show, tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+    flags = ["--annotation_path", str(tmp_path / "set.jsonl"), "--data_path", str(tmp_path), "--all"]
+    assert show(*flags, "--json", str(target))[0] == 1
+    records = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [record["id"] for record in records] == ["one", "two", "three", None, "one"]
+    assert ["error" in record for record in records] == [False, False, True, True, False]
+    one, two = records[:2]
+    length = len(one["input_ids"])
+    assert len(one["labels"]) == length
+    assert [len(row) for row in one["position_ids"]] == [length] * 3
+    assert one["pixel_values"]["shape"][0] == one["image_grid_thw"][0][1] * one["image_grid_thw"][0][2]
+    assert set(one["pixel_values"]) == {"shape", "mean", "std"}
+    assert one["video_grid_thw"] is one["pixel_values_videos"] is two["image_grid_thw"] is two["pixel_values"] is None
+    code, _, messages = show(*flags, "--json", str(tmp_path / "none" / "out.jsonl"))
+    assert code == 1
+    assert "--json" in messages
+    assert "cannot be written" in messages
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--dataset_use", "set", "--index", "5"], ["--index 5", "5 rows, 0 to 4"]),
+        (["--dataset_use", "sat"], ["'sat'", "Did you mean 'set'?"]),
+        ([], ["Name what to show"]),
+        (["--dataset_use", "set", "--indx", "5"], ["--indx", "Did you mean 'index'"]),
+        (["--annotation_path", "none.jsonl"], ["none.jsonl", "does not exist"]),
+    ],
+)
+def test_mistakes_are_one_message(show: Show, flags: list[str], parts: list[str]) -> None:
+    code, output, messages = show(*flags)
+    assert code == 1
+    assert output == ""
+    assert messages.count("error: ") == 1
+    for part in parts:
+        assert part in messages
+
+
+def test_help_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    page = capsys.readouterr().out
+    assert page.startswith("usage: show_sample.py --model_name_or_path MODEL")
+    assert "train_qwen" not in page
+    assert "--annotation_path" in page
