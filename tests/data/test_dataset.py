@@ -19,6 +19,7 @@ from qwenvl.arguments import DataArguments
 from qwenvl.data.collation import Item
 from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, split_tables
 from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.media import MediaReader
 from qwenvl.data.processor import build_encoder, open_processor
 from qwenvl.data.sampling import FILLER
 from qwenvl.data.types import DatasetSpec
@@ -193,3 +194,15 @@ def test_evaluation_rows_are_not_trained(tables: Tables) -> None:
         assert set(one.rows) | set(other.rows) == set(before.rows)
     with pytest.raises(UserError, match="Use --eval_dataset_use"):
         split_tables(tables(a=[talk("1")]), 0.3, seed=1)
+
+
+def test_a_picture_is_decoded_once(make_encoder: MakeEncoder, tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The official recipe decodes each twice more for lengths, and throws them away."""
+    opened, decoded = tables(a=[talk("x", "<image>What?", "It.", image="a.png")]), []
+    read = MediaReader.read_image
+    monkeypatch.setattr(MediaReader, "read_image", lambda self, item: decoded.append(item) or read(self, item))
+    dataset = ConversationDataset(opened, make_encoder())
+    dataset.require_usable_sample()
+    assert decoded == []
+    assert dataset[0].samples
+    assert len(decoded) == 1
