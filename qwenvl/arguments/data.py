@@ -51,8 +51,9 @@ class DataArguments:
     data_packing: bool = field(
         default=False,
         metadata={
-            "help": "Rows of the annotation files are packs: lists of samples. Implies data_flatten; batch sizes then "
-            "count packs."
+            "help": "Put rows together into packs of up to model_max_length tokens, planned at the start from their "
+            "exact lengths; rows of official packed files (lists of samples) stay together. Implies data_flatten; "
+            "batch sizes then count packs."
         },
     )
     base_interval: int = field(

@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 
 from qwenvl.data.annotations import AnnotationTable, open_annotations
 from qwenvl.data.collation import EncodedSample, Event, Item
-from qwenvl.data.encoding import OverlengthError, SampleEncoder
+from qwenvl.data.encoding import OverlengthError, Plan, SampleEncoder
+from qwenvl.data.packing import Packs, pack
 from qwenvl.data.sampling import FILLER, sample_rows, split_rows
 from qwenvl.data.types import DatasetSpec, Sample
 from qwenvl.utilities.errors import SampleError, UserError
@@ -36,13 +37,10 @@ def open_tables(specs: Sequence[DatasetSpec], seed: int) -> list[SampledTable]:
         specs: what ``--dataset_use`` names.
         seed: decides which rows ``name%X`` takes.
     """
-    seen: dict[str, int] = {}
     tables = []
     for spec in specs:
         table = open_annotations(spec)
-        occurrence = seen.get(spec.name, 0)
-        seen[spec.name] = occurrence + 1
-        tables.append(SampledTable(table, sample_rows(len(table), spec.sampling_percent, spec.name, seed, occurrence)))
+        tables.append(SampledTable(table, sample_rows(len(table), spec.sampling_percent, spec.name, seed)))
     return tables
 
 
@@ -66,30 +64,70 @@ def split_tables(
     return train, evaluation
 
 
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What is known of a row before its media are decoded.
+
+    Args:
+        tokens: tokens of its usable samples together; 0 where it has none.
+        events: what there is to report.
+        error: the problem that must stop the run.
+    """
+
+    tokens: int = 0
+    events: tuple[Event, ...] = ()
+    error: UserError | None = None
+
+
 class ConversationDataset(Dataset[Item]):
-    """Rows of several datasets behind one index.
+    """Rows of several datasets behind one index, or packs of such rows.
 
     Args:
         tables: the datasets.
         encoder: record to model inputs.
         skip_bad_samples: leave bad samples out and report them (``--on_bad_sample skip``), rather than stop.
+        packs: rows that make one index each; None where every row is one.
     """
 
-    def __init__(self, tables: Sequence[SampledTable], encoder: SampleEncoder, skip_bad_samples: bool = False) -> None:
+    def __init__(
+        self,
+        tables: Sequence[SampledTable],
+        encoder: SampleEncoder,
+        skip_bad_samples: bool = False,
+        packs: Packs | None = None,
+    ) -> None:
         self._tables = list(tables)
         self._encoder = encoder
         self._skip = skip_bad_samples
+        self._packs = packs
         self._borders = np.cumsum([len(table.rows) for table in self._tables])
 
     def __len__(self) -> int:
-        return int(self._borders[-1])
+        return int(self._borders[-1]) if self._packs is None else len(self._packs)
+
+    def packed(self, lengths: np.ndarray, seed: int) -> ConversationDataset:
+        """Return the same rows in packs of at most the encoder's ``max_length`` tokens.
+
+        Args:
+            lengths: int64 [rows], from :func:`qwenvl.data.lengths.measure_lengths`; rows of 0 are left out.
+            seed: of :func:`qwenvl.data.packing.pack`.
+        """
+        usable = np.flatnonzero(lengths)
+        packs = pack(lengths[usable], self._encoder.max_length, seed)
+        packs = replace(packs, samples=usable[packs.samples])
+        return ConversationDataset(self._tables, self._encoder, self._skip, packs)
 
     def samples(self, index: int) -> tuple[Sample, ...]:
-        """Return the annotation record(s) at an index: several where the row is packed.
+        """Return the annotation record(s) at an index: several where it is a pack, or the row itself is packed.
 
         Raises:
-            SampleError: the row cannot be read.
+            SampleError: a row cannot be read.
         """
+        if self._packs is None:
+            return self._row(index)
+        return tuple(sample for row in self._packs[index].tolist() for sample in self._row(row))
+
+    def _row(self, index: int) -> tuple[Sample, ...]:
         which = int(np.searchsorted(self._borders, index, side="right"))
         table = self._tables[which]
         first = int(self._borders[which - 1]) if which else 0
@@ -111,6 +149,25 @@ class ConversationDataset(Dataset[Item]):
         except UserError as error:  # of the run, such as a video without anything that decodes videos
             return Item(error=error)
         return item
+
+    def measure(self, index: int) -> Measurement:
+        """Return the length of a row without decoding anything. Never raises a UserError, as ``[index]``."""
+        total, events = 0, list[Event]()
+        try:
+            for sample in self.samples(index):
+                try:
+                    total += len(self._plan(sample, total).tokens)
+                except SampleError as error:
+                    out = self._leave_out(error)
+                    if out.error is not None:
+                        return Measurement(error=out.error)
+                    events += out.events
+        except SampleError as error:  # of the row itself
+            out = self._leave_out(error)
+            return Measurement(0, out.events, out.error)
+        except UserError as error:
+            return Measurement(error=error)
+        return Measurement(total, tuple(events))
 
     def require_usable_sample(self) -> None:
         """Look, without decoding, for a first sample that can be trained on.
@@ -147,19 +204,28 @@ class ConversationDataset(Dataset[Item]):
         """Encode one member and add it, or what is wrong with it."""
         used = sum(len(one.tokens) for one in item.samples)
         try:
-            plan = self._encoder.plan(sample)
-            if item.samples and used + len(plan.tokens) > self._encoder.max_length:
-                raise OverlengthError(
-                    "overlength",
-                    f"the packed row is longer than --model_max_length {self._encoder.max_length} with this sample.",
-                    sample.origin,
-                    fatal=self._encoder.overlength == "error",
-                )
+            plan = self._plan(sample, used)
             encoded: EncodedSample = self._encoder.encode(plan, sample)
         except SampleError as error:
             out = self._leave_out(error)
             return Item(item.samples, (*item.events, *out.events), item.error or out.error)
         return Item((*item.samples, encoded), (*item.events, *plan.events), item.error)
+
+    def _plan(self, sample: Sample, used: int) -> Plan:
+        """Plan a member of a row that holds ``used`` tokens before it.
+
+        Raises:
+            SampleError: it cannot be used, or makes the row too long.
+        """
+        plan = self._encoder.plan(sample)
+        if used and used + len(plan.tokens) > self._encoder.max_length:
+            raise OverlengthError(
+                "overlength",
+                f"the packed row is longer than --model_max_length {self._encoder.max_length} with this sample.",
+                sample.origin,
+                fatal=self._encoder.overlength == "error",
+            )
+        return plan
 
     def _leave_out(self, error: SampleError) -> Item:
         overlength = isinstance(error, OverlengthError)

@@ -13,7 +13,7 @@ FILLER = -1
 """Index that stands for no sample: it fills the last step of an epoch, so that all ranks take equally many."""
 
 
-def sample_rows(num_rows: int, percent: float, name: str, seed: int, occurrence: int = 0) -> np.ndarray:
+def sample_rows(num_rows: int, percent: float, name: str, seed: int) -> np.ndarray:
     """Return the rows of a dataset that ``name%percent`` uses: int64, ascending within each repeat.
 
     Without replacement; above 100 every row is used as often as it fits, and the rest sampled: 250 is all rows twice
@@ -24,11 +24,10 @@ def sample_rows(num_rows: int, percent: float, name: str, seed: int, occurrence:
         percent: above 0; decimals are exact ("12.5" of 8 rows is 1).
         name: registry name; different datasets are sampled differently.
         seed: the run's data seed.
-        occurrence: how often the same name came before in ``--dataset_use``.
     """
     wanted = max(1, int(Fraction(str(percent)) * num_rows / 100))
     repeats, rest = divmod(wanted, num_rows)
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), occurrence])
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     some = np.sort(rng.permutation(num_rows)[:rest])
     return np.concatenate([np.tile(np.arange(num_rows), repeats), some]).astype(np.int64)
 

@@ -9,9 +9,10 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
 
 from qwenvl.arguments import ParsedArguments, TrainingArguments, arguments_to_yaml
-from qwenvl.data.collation import Collator
+from qwenvl.data.collation import Collator, Event
 from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, split_tables
 from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.lengths import measure_lengths
 from qwenvl.data.processor import build_encoder, log_limits, open_processor, processor_limits, with_training_limits
 from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.video import prepare_backend
@@ -36,12 +37,14 @@ class RunData:
         encoder: record to model inputs.
         train: training samples.
         evaluation: evaluation samples, or None.
+        events: what there is to report before training starts.
     """
 
     processor: ProcessorMixin
     encoder: SampleEncoder
     train: ConversationDataset
     evaluation: ConversationDataset | None
+    events: tuple[Event, ...] = ()
 
 
 def run(parsed: ParsedArguments) -> None:
@@ -65,6 +68,7 @@ def run(parsed: ParsedArguments) -> None:
         logger.info("Resuming from %s.", checkpoint)
     else:
         trainer.data_report.start_over()
+    trainer.data_report.add(data.events)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_model(args.output_dir)
@@ -100,7 +104,14 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     evaluation = ConversationDataset(held_out, encoder, skip) if held_out else None
     train.require_usable_sample()
     logger.info("Data: %d training rows, %d evaluation rows.", len(train), len(evaluation) if evaluation else 0)
-    return RunData(processor, encoder, train, evaluation)
+    if not arguments.data_packing:
+        return RunData(processor, encoder, train, evaluation)
+    lengths = measure_lengths(train, args.dataloader_num_workers)
+    packs = train.packed(lengths.tokens, seed)
+    tokens = int(lengths.tokens.sum())
+    fill = tokens / (len(packs) * args.model_max_length)
+    logger.info("Packs: %d of up to %d tokens, %.2f%% full.", len(packs), args.model_max_length, 100 * fill)
+    return RunData(processor, encoder, packs, evaluation, lengths.events)
 
 
 def open_model(parsed: ParsedArguments, family: Family) -> PreTrainedModel:

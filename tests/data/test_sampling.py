@@ -27,7 +27,6 @@ def test_percent_is_exact_and_seeded() -> None:
     assert sample_rows(1000, 30, "a", 0).tolist() == sample_rows(1000, 30, "a", 0).tolist()
     assert sample_rows(1000, 30, "a", 0).tolist() != sample_rows(1000, 30, "b", 0).tolist()
     assert sample_rows(1000, 30, "a", 0).tolist() != sample_rows(1000, 30, "a", 1).tolist()
-    assert sample_rows(1000, 30, "a", 0).tolist() != sample_rows(1000, 30, "a", 0, occurrence=1).tolist()
     assert sample_rows(5, 100, "a", 0).tolist() == [0, 1, 2, 3, 4]
 
 

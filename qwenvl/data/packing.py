@@ -1,0 +1,135 @@
+"""Samples to packs: rows that are nearly as long as the limit allows. Integers only, no tensors.
+
+Best fit decreasing (Johnson, 1973: at most 11/9 of the best number of packs, plus a constant; on mixtures with many
+short samples within a few packs of it). Lengths are whole numbers up to the capacity, so packs are kept in buckets by
+the room they have left, and all samples of one length go into all packs of one bucket in a single step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Packs:
+    """A division of samples into packs.
+
+    Args:
+        samples: int64 [n], every sample once, pack after pack.
+        borders: int64 [packs + 1]: pack k holds ``samples[borders[k]:borders[k + 1]]``.
+    """
+
+    samples: np.ndarray
+    borders: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.borders) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return the samples of one pack: int64 [members]."""
+        members: np.ndarray = self.samples[self.borders[index] : self.borders[index + 1]]
+        return members
+
+    def tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """Return the length of every pack: int64 [packs]."""
+        return np.add.reduceat(lengths[self.samples], self.borders[:-1])
+
+
+def lower_bound(lengths: np.ndarray, capacity: int) -> int:
+    """Return a number of packs that no division can stay below: all tokens over the capacity, rounded up."""
+    return -(-int(lengths.sum()) // capacity)
+
+
+def pack(lengths: np.ndarray, capacity: int, seed: int = 0) -> Packs:
+    """Divide samples into packs of at most ``capacity`` tokens.
+
+    The same lengths and seed give the same packs. Worked example: lengths 5 4 3 3 2 1 and capacity 6 give packs of
+    lengths 5+1, 4+2 and 3+3.
+
+    Args:
+        lengths: int64 [n], tokens of each sample, from 1 to ``capacity``.
+        capacity: most tokens of a pack (``--model_max_length``).
+        seed: decides which of several samples of one length goes where.
+
+    Raises:
+        ValueError: a length is out of range; samples that are too long are left out before.
+    """
+    if len(lengths) == 0:
+        return Packs(np.empty(0, np.int64), np.zeros(1, np.int64))
+    if int(lengths.min()) < 1 or int(lengths.max()) > capacity:
+        raise ValueError(f"lengths must lie between 1 and {capacity}, not {lengths.min()} to {lengths.max()}")
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    pack_of = _assign(lengths[order], capacity)
+    by_pack = np.argsort(pack_of, kind="stable")
+    borders = np.concatenate([[0], np.cumsum(np.bincount(pack_of))])
+    return Packs(order[by_pack], borders.astype(np.int64))
+
+
+def _assign(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Return the pack of every sample, int64 [n], for lengths in descending order."""
+    starts = np.flatnonzero(np.concatenate([[True], lengths[1:] != lengths[:-1]]))
+    stops = np.concatenate([starts[1:], [len(lengths)]])
+    pack_of = np.empty(len(lengths), np.int64)
+    rooms = _Rooms(capacity)
+    for length, start, stop in zip(lengths[starts].tolist(), starts.tolist(), stops.tolist(), strict=True):
+        place = start
+        while place < stop:
+            packs = rooms.take(length, stop - place)
+            if packs is None:
+                pack_of[place:stop] = rooms.open(length, stop - place)
+                break
+            pack_of[place : place + len(packs)] = packs
+            place += len(packs)
+    return pack_of
+
+
+class _Rooms:
+    """Open packs by the room they have left.
+
+    Args:
+        capacity: room of an empty pack.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._buckets: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
+        self._occupied = 0  # bit r is set where bucket r holds packs; finds the next one without a search
+        self._count = 0
+
+    def take(self, length: int, wanted: int) -> np.ndarray | None:
+        """Put one sample of ``length`` into each of up to ``wanted`` packs with the least room for it.
+
+        Returns:
+            The packs, int64; None where no open pack has room.
+        """
+        fitting = self._occupied >> length
+        if not fitting:
+            return None
+        room = length + (fitting & -fitting).bit_length() - 1
+        bucket = self._buckets[room]
+        packs = bucket.pop()
+        if len(packs) > wanted:
+            bucket.append(packs[wanted:])
+            packs = packs[:wanted]
+        elif not bucket:
+            self._occupied &= ~(1 << room)
+        self._add(packs, room - length)
+        return packs
+
+    def open(self, length: int, wanted: int) -> np.ndarray:
+        """Open packs for ``wanted`` samples of one length, each as full as they make it; returns int64 [wanted]."""
+        each = self._capacity // length
+        full, rest = divmod(wanted, each)
+        packs = np.arange(self._count, self._count + full + (rest > 0))
+        self._count += len(packs)
+        self._add(packs[:full], self._capacity - each * length)
+        self._add(packs[full:], self._capacity - rest * length)
+        return np.repeat(packs, each)[:wanted]
+
+    def _add(self, packs: np.ndarray, room: int) -> None:
+        if len(packs):
+            self._buckets[room].append(packs)
+            self._occupied |= 1 << room
