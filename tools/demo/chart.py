@@ -13,7 +13,7 @@ Point = tuple[float, float]
 """Optimizer step, loss."""
 
 WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 34, 50
+LEFT, RIGHT, TOP, BOTTOM = 62, 24, 34, 50
 
 
 @dataclass(frozen=True)

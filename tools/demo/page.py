@@ -37,7 +37,7 @@ def build_page(results: Sequence[Result], scores: Sequence[TaskScore], losses: L
         results: all answers.
         scores: their summary, a task each.
         losses: of the training run.
-        shown: samples shown of a task, the first ones; wrong answers among the others follow, at most as many.
+        shown: samples shown of a task, the first ones; wrong answers among the others follow, at most half as many.
     """
     template = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
@@ -73,18 +73,23 @@ def _score_table(scores: Sequence[TaskScore]) -> str:
 
 def _task(score: TaskScore, results: Sequence[Result], shown: int) -> str:
     wrong = [result for result in results[shown:] if not result.right]
-    wide = " wide" if any(len(result.media) > 1 or _is_video(result.media[0]) for result in results) else ""
+    wide = " wide" if any(map(_needs_room, results)) else ""
     about = ABOUT.get(score.task, "")
     if score.task == "grounding":
         about += ' <span class="key dashed"></span> expected, <span class="key"></span> the model\'s box.'
     text = f"<h2>{escape(score.task.capitalize())}</h2><p>{about}</p>{_cards(results[:shown], score.task + wide)}"
     if wrong:
+        most = max(1, shown // 2)
         text += (
-            f'<p class="note" style="margin-top:1rem">Wrong answers among the other {len(results) - shown} samples: '
-            f"{len(wrong)}{f', {shown} of them here' if len(wrong) > shown else ''}.</p>"
-            f"{_cards(wrong[:shown], score.task + wide)}"
+            f'<p class="note rest">Wrong answers among the other {len(results) - shown} samples: '
+            f"{len(wrong)}{f', {most} of them here' if len(wrong) > most else ''}.</p>"
+            f"{_cards(wrong[:most], score.task + wide)}"
         )
     return f"<section>{text}</section>"
+
+
+def _needs_room(result: Result) -> bool:
+    return len(result.media) > 1 or _is_video(result.media[0]) or read_box(result.expected) is not None
 
 
 def _cards(results: Sequence[Result], classes: str) -> str:
@@ -127,7 +132,7 @@ def _with_boxes(picture: Image.Image, result: Result) -> str:
             place = f'x="{left:g}" y="{top:g}" width="{max(0, right - left):g}" height="{max(0, bottom - top):g}"'
             rectangles += f'<rect class="expected-box" {place}/><rect class="{name}" {place}/>'
     return (
-        '<svg viewBox="0 0 1000 1000" role="img" aria-label="picture with boxes">'
+        '<svg viewBox="-8 -8 1016 1016" role="img" aria-label="picture with boxes">'
         f'<image href="{_uri(picture)}" width="1000" height="1000" preserveAspectRatio="none"/>{rectangles}</svg>'
     )
 
