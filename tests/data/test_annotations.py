@@ -117,14 +117,20 @@ def test_forked_workers_share_an_open_file(tmp_path: Path) -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5),
+    max_leaves=20,
 )
-json_objects = st.dictionaries(st.text(), json_values)
+json_objects = st.dictionaries(st.text(), json_values, max_size=5)
 blanks = st.lists(st.sampled_from([b"\n", b"  \n", b"\t\r\n", b"\r\n"]), max_size=3).map(b"".join)
 
 
 @same_folder
-@given(rows=st.lists(st.tuples(blanks, json_objects), min_size=1), end=blanks, bom=st.booleans(), data=st.data())
+@given(
+    rows=st.lists(st.tuples(blanks, json_objects), min_size=1, max_size=8),
+    end=blanks,
+    bom=st.booleans(),
+    data=st.data(),
+)
 def test_blank_lines_and_encodings_change_nothing(
     tmp_path: Path, rows: list[tuple[bytes, dict[str, Any]]], end: bytes, bom: bool, data: st.DataObject
 ) -> None:
