@@ -243,7 +243,8 @@ def sample_frames(item: VideoItem, available: int, fps: float, settings: VisionS
         high = math.floor(min(high, available) / step) * step
         count = math.floor(min(max(available / fps * target_fps, low), high, available) / step) * step
     count = max(step, count)
-    return np.floor(np.arange(count) * (available / count)).astype(np.int64)
+    # Whole numbers: in float64, 45 x (140 / 50) is just below 126. The processors' float32 rounds such products back.
+    return np.arange(count, dtype=np.int64) * available // count
 
 
 def _spread(available: int, count: int) -> np.ndarray:
