@@ -41,7 +41,7 @@ if [[ "${nnodes}" == 1 ]]; then
 fi
 
 command=(
-    "${python}" -m torch.distributed.run
+    "${python}" "${root}/qwenvl/train/launch.py" # torchrun, without a traceback of its own
     --nnodes "${nnodes}"
     --node_rank "${NODE_RANK:-0}"
     --nproc_per_node "${NPROC_PER_NODE:-$(count_devices)}"

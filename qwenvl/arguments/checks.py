@@ -11,6 +11,9 @@ from qwenvl.utilities.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+BATCH_FLAGS = frozenset({"group_by_length", "train_sampling_strategy", "length_column_name", "dataloader_drop_last"})
+"""Flags of transformers that choose or drop samples in ways that batches here are not made."""
+
 
 def check_required(model: ModelArguments, data: DataArguments, output_dir: str | None) -> None:
     """Check that what no default can replace was given.
@@ -30,12 +33,14 @@ def check_together(model: ModelArguments, data: DataArguments, training: Trainin
     """Check settings of different classes against each other.
 
     Raises:
-        UserError: nothing is trained, or evaluation is asked for without data.
+        UserError: nothing is trained, evaluation is asked for without data, or a flag is not supported.
     """
     if not (model.tune_mm_llm or model.tune_mm_mlp or model.tune_mm_vision):
         raise UserError(
             "nothing would be trained: set one or more of --tune_mm_llm, --tune_mm_mlp and --tune_mm_vision to True."
         )
+    if training.label_smoothing_factor:
+        raise UserError("--label_smoothing_factor is not supported: the loss is plain cross entropy. Leave it out.")
     if _evaluates(training) and not _has_evaluation_data(data):
         raise UserError(
             "there is nothing to evaluate on, and --eval_strategy or --eval_on_start asks for it. Add "
@@ -59,6 +64,8 @@ def log_without_effect(
     for rate, switch in (("mm_projector_lr", "tune_mm_mlp"), ("vision_tower_lr", "tune_mm_vision")):
         if getattr(training, rate) is not None and not getattr(model, switch):
             logger.warning("--%s has no effect: --%s is False.", rate, switch)
+    for name in sorted(given & BATCH_FLAGS):
+        logger.warning("--%s has no effect: every epoch holds each sample once, in a new order.", name)
     if adapters := sorted(given & {"lora_r", "lora_alpha", "lora_dropout"}):
         logger.info("%s: no effect without adapters.", ", ".join(adapters))
     if _has_evaluation_data(data) and not _evaluates(training):

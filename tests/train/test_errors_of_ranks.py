@@ -65,3 +65,13 @@ def test_one_message_under_torchrun_for_what_one_rank_finds(place: Place) -> Non
     assert own_tracebacks(output) == [], output
     assert seconds < 200
     assert list(place.output.glob("checkpoint-*"))
+
+
+def test_the_launcher_adds_no_traceback_of_its_own(place: Place) -> None:
+    launcher = str(REPOSITORY / "qwenvl" / "train" / "launch.py")
+    code, output, _ = start(
+        launcher, "--standalone", "--nproc_per_node=2", SCRIPT, *place.flags(dataset_use="sat"), folder=place.folder
+    )
+    assert code == 1
+    assert len(ERROR.findall(output)) == 1, output
+    assert "Traceback" not in output

@@ -16,13 +16,6 @@ from tests.train.runs import changed, flags, history, train, weights
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is here?"}]}]
 
-# Their features enter after the last of the two language layers of the tiny model, where no trained token sees them;
-# of its tensors only those with weight decay change.
-UNREACHED = {
-    f"model.visual.deepstack_merger_list.1.{name}"
-    for name in ("norm.weight", "norm.bias", "linear_fc1.bias", "linear_fc2.bias")
-}
-
 
 def _answers(folder: Path, picture: Path) -> bool:
     """Return whether stock transformers opens a folder completely and generates from a picture."""
@@ -46,7 +39,8 @@ def test_family_trains_saves_and_reloads(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     checkpoint = tiny_checkpoint(family)
-    settings = {"data_flatten": layout == "flattened"}
+    # All samples in every step, so that the losses of the steps can be compared.
+    settings = {"data_flatten": layout == "flattened", "per_device_train_batch_size": 11}
     if layout == "flattened" and get_family(family).linear_attention and not torch.cuda.is_available():
         assert main(flags(checkpoint, tmp_path / "out", registry, **settings)) == 1
         assert "pip install flash-linear-attention causal-conv1d" in caplog.text
@@ -55,9 +49,9 @@ def test_family_trains_saves_and_reloads(
     folder = train(checkpoint, tmp_path / "out", registry, **settings)
     before, after = weights(checkpoint), weights(folder)
     assert before.keys() == after.keys()
-    assert set(before) - changed(checkpoint, folder) <= UNREACHED, "a tensor did not train"
+    assert changed(checkpoint, folder) == set(before), "a tensor did not train"
     losses = history(folder)
-    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert len(losses) == 3 and losses[0] > losses[1] > losses[2]
     assert _answers(folder, registry.parent / "1-0.png")
 
 

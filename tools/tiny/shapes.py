@@ -40,7 +40,7 @@ class Shape:
 
     hidden_size: int = 64
     intermediate_size: int = 96
-    num_hidden_layers: int = 2
+    num_hidden_layers: int = 3  # one more than deepstack has levels: the last one enters before the last layer
     num_attention_heads: int = 4
     head_dim: int = 16
     mrope_section: tuple[int, int, int] = (4, 2, 2)
