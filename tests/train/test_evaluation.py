@@ -144,7 +144,8 @@ def test_best_checkpoint_is_loaded_at_the_end(
         tiny_checkpoint("qwen3_vl_moe"),
         tmp_path,
         registry,
-        learning_rate=0.5,  # so high that the first checkpoint is the best
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that an earlier checkpoint than the last one has to be loaded
         eval_dataset_use="held_out",
         eval_strategy="steps",
         eval_steps=1,
@@ -153,7 +154,7 @@ def test_best_checkpoint_is_loaded_at_the_end(
         load_best_model_at_end=True,
     )
     losses = history(folder, "eval_loss")
-    best = losses.index(min(losses)) + 1
+    best = losses.index(max(losses)) + 1
     assert best < 3
     assert equal_bits(folder, folder / f"checkpoint-{best}")
 

@@ -160,7 +160,7 @@ def test_weights_of_another_model_are_refused(
     folder = tmp_path / "again"
     shutil.copytree(stopped / "checkpoint-2", folder / "checkpoint-2")
     config = json.loads((folder / "checkpoint-2" / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 3
+    config["text_config"]["num_hidden_layers"] += 1
     (folder / "checkpoint-2" / "config.json").write_text(json.dumps(config))
     assert main(flags(tiny_checkpoint("qwen3_vl"), folder, registry, **FOUR_STEPS)) == 1
     assert "missing in the files" in caplog.text
