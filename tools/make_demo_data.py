@@ -1,4 +1,4 @@
-r"""Make the demo's data: real handwritten digits, comparisons of two of them, drawn shapes to locate, short clips.
+r"""Make the demo's data: real handwritten digits, comparisons of two of them, a drawn shape to locate, short clips.
 
     python tools/make_demo_data.py --output DIR [--seed 0] [--limit N]
 
@@ -30,13 +30,13 @@ from tools.demo.drawing import (
     DIRECTIONS,
     SHAPE_PIXELS,
     SHAPES,
-    draw_boxes,
-    draw_shapes,
+    draw_box,
+    draw_shape,
     moving_square,
     write_clip,
 )
 
-VERSION = 2  # raise when the samples change, so that older folders are made again
+VERSION = 3  # raise when the samples change, so that older folders are made again
 MANIFEST = "manifest.json"
 
 Split = Literal["train", "heldout"]
@@ -184,18 +184,18 @@ def _draw_pair(digits: list[tuple[int, int]], rng: np.random.Generator) -> tuple
 
 
 def write_grounding(output: Path, split: Split, count: int, rng: np.random.Generator) -> Iterator[Record]:
-    """Draw two shapes of different colour and kind; the question names one, the answer is its box.
+    """Draw a coloured shape; the question names it, the answer is its box.
 
-    Boxes are integers from 0 to 1000 relative to the picture, as Qwen3-VL writes them.
+    Boxes are integers from 0 to 1000 relative to the picture, as Qwen3-VL writes them. There is one shape only: to tell
+    two apart takes a model from random weights several times the demo's minutes.
     """
     for number in range(count):
-        colours = [str(colour) for colour in rng.permutation(list(COLOURS))[:2]]
-        shapes = [str(shape) for shape in rng.permutation(list(SHAPES))[:2]]
-        boxes = draw_boxes(rng)
+        colour, shape = str(rng.permutation(list(COLOURS))[0]), str(rng.permutation(list(SHAPES))[0])
+        box = draw_box(rng)
         path = _media_path(output, f"grounding_{split}/{number:04d}.png")
-        draw_shapes(zip(colours, shapes, boxes, strict=True)).save(path)
-        label = f"{colours[0]} {shapes[0]}"
-        answer = {"bbox_2d": [round(edge * 1000 / SHAPE_PIXELS) for edge in boxes[0]], "label": label}
+        draw_shape(shape, COLOURS[colour], box).save(path)
+        label = f"{colour} {shape}"
+        answer = {"bbox_2d": [round(edge * 1000 / SHAPE_PIXELS) for edge in box], "label": label}
         yield {
             "id": f"grounding-{split}-{number:04d}",
             "image": path.relative_to(output).as_posix(),
@@ -223,7 +223,7 @@ def write_motion(output: Path, split: Split, count: int, rng: np.random.Generato
 TASKS = (
     Task("digits", {"train": 1497, "heldout": HELDOUT_DIGITS}, write_digits),
     Task("comparisons", {"train": 400, "heldout": 100}, write_comparisons),
-    Task("grounding", {"train": 800, "heldout": 100}, write_grounding),
+    Task("grounding", {"train": 1200, "heldout": 100}, write_grounding),
     Task("motion", {"train": 240, "heldout": 40}, write_motion),
 )
 

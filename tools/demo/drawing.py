@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,32 +29,21 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 Box = tuple[int, int, int, int]
 
 
-def draw_boxes(rng: np.random.Generator) -> tuple[Box, Box]:
-    """Draw two boxes (left, top, right, bottom; pixels) that do not overlap, on a coarse grid."""
-    while True:
-        first, second = _draw_box(rng), _draw_box(rng)
-        apart_x = first[2] <= second[0] or second[2] <= first[0]
-        apart_y = first[3] <= second[1] or second[3] <= first[1]
-        if apart_x or apart_y:
-            return first, second
-
-
-def _draw_box(rng: np.random.Generator) -> Box:
-    """Draw one square box, two or three steps of the grid wide."""
+def draw_box(rng: np.random.Generator) -> Box:
+    """Draw one square box (left, top, right, bottom; pixels), two or three steps of the grid wide."""
     side = GRID_PIXELS * int(rng.integers(2, 4))
     left, top = (GRID_PIXELS * int(rng.integers(0, (SHAPE_PIXELS - side) // GRID_PIXELS + 1)) for _ in range(2))
     return left, top, left + side, top + side
 
 
-def draw_shapes(drawn: Iterable[tuple[str, str, Box]]) -> Image.Image:
-    """Return an RGB picture of 128 x 128 pixels with one shape for each (colour, shape, box)."""
+def draw_shape(shape: str, colour: tuple[int, int, int], box: Box) -> Image.Image:
+    """Return an RGB picture of 128 x 128 pixels with one shape in it."""
     picture = Image.new("RGB", (SHAPE_PIXELS, SHAPE_PIXELS), (245, 245, 245))
-    for colour, shape, box in drawn:
-        _draw_shape(ImageDraw.Draw(picture), shape, COLOURS[colour], box)
+    _fill(ImageDraw.Draw(picture), shape, colour, box)
     return picture
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], box: Box) -> None:
+def _fill(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], box: Box) -> None:
     """Fill a shape that touches all four edges of its box; the last row and column of pixels are inside."""
     left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
     if shape == "circle":
