@@ -7,13 +7,13 @@ quarter, which are refused. Decoders run on one thread, since data loading runs 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import logging
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -113,6 +113,10 @@ class DecordBackend:
     name = "decord"
 
     def __init__(self) -> None:
+        # Loaded before torchcodec, decord's libraries take the place of torchcodec's zlib, and transformers, which
+        # opens pictures with torchcodec, can no longer read a PNG in this process.
+        with contextlib.suppress(ImportError, RuntimeError, OSError):
+            import torchcodec.decoders  # noqa: F401
         try:
             import decord  # noqa: F401
         except (RuntimeError, OSError) as error:
@@ -175,7 +179,7 @@ def prepare_backend() -> None:
         logger.debug("%s", error)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _decoding(name: str) -> Iterator[None]:
     """Turn a decoder's own errors into SampleErrors."""
     try:

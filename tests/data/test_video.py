@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qwenvl.data.video import DecordBackend, TorchcodecBackend, VideoBackend, VideoHeader, choose_backend
 from qwenvl.utilities.errors import SampleError
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 FRAMES, FPS, HEIGHT, WIDTH = 24, 8, 48, 64
 
 
@@ -147,3 +151,15 @@ def test_one_backend_is_chosen_and_logged_once(caplog: pytest.LogCaptureFixture)
         record.message for record in caplog.records if f"decoded by {expected}" in record.message
     ] == caplog.messages
     assert len(caplog.messages) == 1
+
+
+def test_decord_leaves_pictures_to_transformers(tmp_path: Path) -> None:
+    """In a process that has opened decord, stock transformers still reads a PNG (its libraries must not meet)."""
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "a.png")
+    code = (
+        "from qwenvl.data.video import DecordBackend; DecordBackend();"
+        "from transformers.image_utils import load_image_as_tensor as load; print(tuple(load(r'%s').shape))"
+    )
+    command = [sys.executable, "-c", code % (tmp_path / "a.png")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "(3, 30, 20)", done.stderr
