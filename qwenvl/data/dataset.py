@@ -56,7 +56,10 @@ def split_tables(
     for table in tables:
         unique = np.unique(table.rows)
         if len(unique) < 2:
-            raise UserError("--eval_ratio cannot split a dataset of one row. Use --eval_dataset_use instead.")
+            raise UserError(
+                f"--eval_ratio cannot split dataset {table.table.spec.name!r}, of which one row is used. Use "
+                "--eval_dataset_use instead."
+            )
         _, held_out = split_rows(len(unique), ratio, seed)
         is_held_out = np.isin(table.rows, unique[held_out])
         train.append(replace(table, rows=table.rows[~is_held_out]))
@@ -169,8 +172,11 @@ class ConversationDataset(Dataset[Item]):
             return Measurement(error=error)
         return Measurement(total, tuple(events))
 
-    def require_usable_sample(self) -> None:
+    def require_usable_sample(self, purpose: str = "training") -> None:
         """Look, without decoding, for a first sample that can be trained on.
+
+        Args:
+            purpose: what the rows are for, for the message.
 
         Raises:
             UserError: a sample before it must stop the run, or there is none.
@@ -184,7 +190,7 @@ class ConversationDataset(Dataset[Item]):
             if error is not None:
                 raise error
             first = first or problem
-        raise UserError(f"None of the {len(self)} rows can be used. The first one: {first}")
+        raise UserError(f"None of the {len(self)} {purpose} rows can be used. The first one: {first}")
 
     def _problem(self, index: int) -> SampleError | None:
         """What is wrong with a row; None if one of its samples can be used."""

@@ -66,7 +66,9 @@ def load_registry(path: str | None = None) -> Registry:
     return Registry(entries, file, file.parents[1] if is_package else file.parent)
 
 
-def parse_dataset_use(dataset_use: str, registry: Mapping[str, Mapping[str, Any]]) -> list[DatasetSpec]:
+def parse_dataset_use(
+    dataset_use: str, registry: Mapping[str, Mapping[str, Any]], flag: str = "--dataset_use"
+) -> list[DatasetSpec]:
     """Turn ``--dataset_use`` into the datasets it names, in order of first mention.
 
     ``name%X`` uses X percent of the rows; X may be a decimal, and above 100 repeats rows. A name that stands twice
@@ -75,6 +77,7 @@ def parse_dataset_use(dataset_use: str, registry: Mapping[str, Mapping[str, Any]
     Args:
         dataset_use: names separated by commas.
         registry: what :func:`load_registry` returned. (Relative paths of a plain dict start from the working folder.)
+        flag: where the names were given, for messages.
 
     Raises:
         UserError: an empty list, an unknown name, a percent that is not a number above 0, or an entry that is not
@@ -82,12 +85,12 @@ def parse_dataset_use(dataset_use: str, registry: Mapping[str, Mapping[str, Any]
     """
     percents: dict[str, float] = {}
     for item in filter(None, (item.strip() for item in dataset_use.split(","))):
-        name, percent = _split_percent(item)
-        _require_known(name, registry)
+        name, percent = _split_percent(item, flag)
+        _require_known(name, registry, flag)
         percents[name] = percents.get(name, 0.0) + percent
     if not percents:
         raise UserError(
-            f"--dataset_use names no dataset. Give names from {_source(registry)}, such as 'a%50,b'. "
+            f"{flag} names no dataset. Give names from {_source(registry)}, such as 'a%50,b'. "
             f"It has: {_known_names(registry)}."
         )
     return [_to_spec(name, registry, percent) for name, percent in percents.items()]
@@ -127,22 +130,22 @@ def _failing_line(error: Exception, file: Path) -> int | None:
     return lines[-1] if lines else None
 
 
-def _split_percent(item: str) -> tuple[str, float]:
+def _split_percent(item: str, flag: str) -> tuple[str, float]:
     name, sign, percent = item.partition("%")
     if not sign:
         return name, 100.0
     if not _PERCENT.fullmatch(percent.strip()) or float(percent) <= 0:
         raise UserError(
-            f"--dataset_use {item!r}: after '%' stands the percent of the dataset to use, a number above 0 "
+            f"{flag} {item!r}: after '%' stands the percent of the dataset to use, a number above 0 "
             f"such as {name}%50, {name}%12.5 or {name}%250; not {percent!r}."
         )
     return name.strip(), float(percent)
 
 
-def _require_known(name: str, registry: Mapping[str, Mapping[str, Any]]) -> None:
+def _require_known(name: str, registry: Mapping[str, Mapping[str, Any]], flag: str) -> None:
     if name not in registry:
         raise UserError(
-            f"Dataset {name!r} of --dataset_use is not in {_source(registry)}.{nearest(name, registry)} "
+            f"Dataset {name!r} of {flag} is not in {_source(registry)}.{nearest(name, registry)} "
             f"It has: {_known_names(registry)}. Add an entry there, or give another file by --dataset_registry."
         )
 

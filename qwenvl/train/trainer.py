@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -190,7 +191,7 @@ class QwenVLTrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss_sum, tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
         metrics = {
-            f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1.0),
+            f"{metric_key_prefix}_loss": loss_sum / tokens if tokens else math.nan,  # 0 would pass for the best loss
             f"{metric_key_prefix}_trained_tokens": int(tokens),
         }
         return EvalLoopOutput(

@@ -151,7 +151,7 @@ def test_a_usable_sample_is_looked_for(make_encoder: MakeEncoder, tables: Tables
     ConversationDataset(
         tables(a=[long, BAD, [long, talk("fits")]]), fine, skip_bad_samples=True
     ).require_usable_sample()
-    with pytest.raises(UserError, match=r"None of the 2 rows can be used\. The first one: .*a\.jsonl:1 \(id 'long'\)"):
+    with pytest.raises(UserError, match=r"None of the 2 training rows.* The first one: .*a\.jsonl:1 \(id 'long'\)"):
         ConversationDataset(tables(a=[long, BAD]), fine, skip_bad_samples=True).require_usable_sample()
     with pytest.raises(SampleError, match=r"a\.jsonl:2 \(id 'bad'\).*--on_bad_sample skip"):
         ConversationDataset(tables(a=[long, BAD, talk("fits")]), fine).require_usable_sample()

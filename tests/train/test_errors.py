@@ -133,8 +133,16 @@ def test_bad_samples_of_evaluation(place: Place, fail: Callable[[list[str]], str
     (place.folder / "held.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(sample("<image>", image="no.jpg")))
     text = place.registry.read_text()
     place.registry.write_text(f"{text}\ndata_dict['held'] = {other!r}")
-    message = fail(place.flags(eval_dataset_use="held", eval_strategy="steps", eval_steps=1))
+    evaluating = {"eval_dataset_use": "held", "eval_strategy": "steps", "eval_steps": 1}
+    message = fail(place.flags(**evaluating))
     says(message, "dataset 'held'", "held.jsonl:2", "no.jpg does not exist")
+    (place.folder / "held.jsonl").write_text(json.dumps(sample("<image>", image="no.jpg")))
+    message = fail(place.flags(**evaluating, on_bad_sample="skip"))  # a loss of 0 would pass for the best one
+    says(message, "None of the 1 evaluation rows", "held.jsonl:1", "no.jpg")
+    message = fail(place.flags(**{**evaluating, "eval_dataset_use": "hold"}))
+    says(message, "'hold' of --eval_dataset_use", "Did you mean 'held'?")
+    place.write(GOOD)
+    says(fail(place.flags(eval_ratio=0.5, eval_strategy="steps")), "--eval_ratio", "dataset 'set'", "one row")
 
 
 def test_datasets(place: Place, fail: Callable[[list[str]], str]) -> None:
@@ -152,13 +160,21 @@ def test_datasets(place: Place, fail: Callable[[list[str]], str]) -> None:
 def test_a_length_that_no_sample_fits(place: Place, fail: Callable[[list[str]], str]) -> None:
     message = fail(place.flags(model_max_length=8))
     says(
-        message, "None of the 2 rows", f"{place.annotations}:1 (id 'good')", "more than --model_max_length 8. Raise it"
+        message,
+        "None of the 2 training rows",
+        f"{place.annotations}:1 (id 'good')",
+        "more than --model_max_length 8. Raise it",
     )
 
 
 def test_no_sample_can_be_used(place: Place, fail: Callable[[list[str]], str]) -> None:
     place.write(sample("<image>", image="no.jpg"), sample("<image>", image="empty.jpg"))
-    says(fail(place.flags(on_bad_sample="skip")), "None of the 2 rows", f"{place.annotations}:1 (id 'bad-7')", "no.jpg")
+    says(
+        fail(place.flags(on_bad_sample="skip")),
+        "None of the 2 training rows",
+        f"{place.annotations}:1 (id 'bad-7')",
+        "no.jpg",
+    )
 
 
 def test_a_length_that_is_an_error(place: Place, fail: Callable[[list[str]], str]) -> None:
@@ -247,6 +263,8 @@ def test_settings(place: Place, fail: Callable[[list[str]], str]) -> None:
     says(fail([str(recipe)]), f"recipe {recipe}: learning_rat", "Did you mean 'learning_rate'")
     (place.folder / "file").touch()  # a folder under a file cannot be made, by root neither
     output = place.folder / "file" / "output"
+    says(fail(place.flags(output=output)), f"--output_dir {output}", "cannot be written to", "Choose another")
+    output = Path("/proc/output")  # where the system says that there is no such folder
     says(fail(place.flags(output=output)), f"--output_dir {output}", "cannot be written to", "Choose another")
 
 
