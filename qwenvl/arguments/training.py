@@ -83,7 +83,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     gradient_checkpointing_kwargs: dict[str, Any] | None = field(
         default_factory=lambda: {"use_reentrant": False},  # the reentrant kind loses gradients of side outputs
-        metadata={"help": "Arguments of gradient checkpointing, as JSON. use_reentrant is false unless given."},
+        metadata={"help": "Leave as it is: checkpointing is not reentrant, and other arguments of it are an error."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Leave as it is: samples are not columns of a table here."}
@@ -149,6 +149,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def _name_checkpointing(self) -> None:
         """Fill in ``use_reentrant`` and, where transformers has them, the newer names of gradient checkpointing."""
         older = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+        _refuse_checkpointing_arguments("gradient_checkpointing_kwargs", older)
         self.gradient_checkpointing_kwargs = older
         if not hasattr(self, "activation_checkpointing"):  # transformers 5.19 and older
             return
@@ -159,9 +160,8 @@ class TrainingArguments(transformers.TrainingArguments):
                 "--gradient_checkpointing and --activation_checkpointing are two names of one switch, and contradict "
                 "each other: keep one."
             )
-        newer = self.activation_checkpointing_kwargs
-        if isinstance(newer, dict | None):
-            self.activation_checkpointing_kwargs = {**older, **(newer or {})}
+        _refuse_checkpointing_arguments("activation_checkpointing_kwargs", self.activation_checkpointing_kwargs or {})
+        self.activation_checkpointing_kwargs = older
 
     def _choose_device(self) -> None:
         """Say ``use_cpu`` where there is nothing else: without it, accelerate under torchrun sees one rank only."""
@@ -180,6 +180,19 @@ class TrainingArguments(transformers.TrainingArguments):
                 self._n_gpu,
             )
             self._n_gpu = 1
+
+
+def _refuse_checkpointing_arguments(flag: str, arguments: Any) -> None:
+    """Refuse what would have no effect: the model is checkpointed by this trainer, part by part.
+
+    Raises:
+        UserError: anything but ``use_reentrant: false``.
+    """
+    if arguments not in ({}, {"use_reentrant": False}):
+        raise UserError(
+            f"--{flag} {arguments}: checkpointing here is not reentrant, which would lose gradients of frozen and of "
+            "deepstack parts, and takes no other arguments. Leave the flag out."
+        )
 
 
 def choose_reporters(report_to: str | list[str] | None) -> str | list[str]:

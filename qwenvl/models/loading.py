@@ -182,12 +182,13 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(names[:_LISTED_KEYS]) + more
 
 
-def choose_attention(requested: str = "auto") -> str:
+def choose_attention(requested: str = "auto", *, half_precision: bool = True) -> str:
     """Choose the attention implementation, and log the choice.
 
     Args:
         requested: ``auto``: flash attention 3, then 2, where installed and the GPU can run it, else SDPA; or the name
             of an implementation.
+        half_precision: the model computes in bfloat16 or float16, the only types that flash attention has.
 
     Returns:
         The name that transformers knows.
@@ -196,7 +197,7 @@ def choose_attention(requested: str = "auto") -> str:
         UserError: flash attention is asked for by name and cannot run here.
     """
     if requested in ATTENTION_PACKAGES:
-        obstacle = _flash_obstacle(requested)
+        obstacle = _flash_obstacle(requested, half_precision)
         if obstacle:
             raise UserError(
                 f"--attn_implementation {requested}: {obstacle}. It needs {_INSTALL[requested]}; "
@@ -205,7 +206,9 @@ def choose_attention(requested: str = "auto") -> str:
     elif requested not in ("auto", "sdpa", "eager"):
         names = ", ".join(["auto", "sdpa", "eager", *ATTENTION_PACKAGES])
         raise UserError(f"--attn_implementation {requested!r} is not one of {names}.")
-    obstacles = {name: _flash_obstacle(name) for name in ATTENTION_PACKAGES} if requested == "auto" else {}
+    obstacles = (
+        {name: _flash_obstacle(name, half_precision) for name in ATTENTION_PACKAGES} if requested == "auto" else {}
+    )
     chosen = next((name for name, obstacle in obstacles.items() if not obstacle), "sdpa")
     chosen = chosen if requested == "auto" else requested
     reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items() if obstacle)
@@ -213,10 +216,12 @@ def choose_attention(requested: str = "auto") -> str:
     return chosen
 
 
-def _flash_obstacle(name: str) -> str:
+def _flash_obstacle(name: str, half_precision: bool) -> str:
     """Why a flash attention implementation cannot run here; empty where it can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
+    if not half_precision:
+        return "it cannot compute in float32; --bf16 True lets it run"
     major, minor = torch.cuda.get_device_capability()
     # version 3 is written for Hopper's instructions and has no kernels for what came after
     if major < 8 or (name == "flash_attention_3" and major != 9):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl import __version__
+from qwenvl.utilities.distributed import rank
 from qwenvl.utilities.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -20,27 +21,40 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers")
 
 
-def find_checkpoint(output_dir: str, wanted: str | None) -> str | None:
+def find_checkpoint(output_dir: str, wanted: str | None, *, deepspeed: bool = False) -> str | None:
     """Return the checkpoint to resume from, or None to start anew.
 
     Args:
         output_dir: of the run.
         wanted: ``--resume_from_checkpoint``: a folder; ``true`` for the newest one, which must exist; ``false`` for
             none; None for the newest one if there is any, as the official recipe does.
+        deepspeed: DeepSpeed trains, and keeps the optimizer's state in files of its own.
 
     Raises:
-        UserError: there is no such checkpoint.
+        UserError: there is no such checkpoint, or it holds no state of this kind of optimizer.
     """
     if wanted is not None and wanted.lower() in ("false", "no", "0"):
         return None
     if wanted is not None and wanted.lower() not in ("true", "yes", "1"):
         if not _is_complete(Path(wanted)):
             raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint (no trainer_state.json) there.")
-        return wanted
+        return _with_optimizer(Path(wanted), deepspeed)
     found = _newest(Path(output_dir))
     if wanted is not None and found is None:
         raise UserError(f"--resume_from_checkpoint {wanted}: {output_dir} holds no complete checkpoint-* folder.")
-    return None if found is None else str(found)
+    return None if found is None else _with_optimizer(found, deepspeed)
+
+
+def _with_optimizer(path: Path, deepspeed: bool) -> str:
+    """Refuse a checkpoint from which the Trainer would go on with a new optimizer and schedule, without a word."""
+    if not any(path.glob("global_step*" if deepspeed else "optimizer*")):
+        raise UserError(
+            f"{path} holds no state of the optimizer that {'DeepSpeed' if deepspeed else 'a run without DeepSpeed'} "
+            "can continue with (--save_only_model, or saved with other settings of --deepspeed). Resume with the "
+            "settings it was saved with, or start anew from its weights: --model_name_or_path with that folder, and "
+            "another --output_dir."
+        )
+    return str(path)
 
 
 def _newest(output_dir: Path) -> Path | None:
@@ -70,13 +84,11 @@ def require_writable(output_dir: str) -> None:
     Raises:
         UserError: it cannot be created or written to.
     """
-    probe = Path(output_dir) / ".write_test"
+    probe = Path(output_dir) / f".write_test_{rank()}"  # one a rank: ranks on one disk check at the same time
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("", encoding="utf-8")
         probe.unlink()
-    except FileNotFoundError:
-        return  # another rank on the same disk has removed the probe: it is writable
     except OSError as error:
         raise UserError(
             f"--output_dir {output_dir} cannot be written to: {error.strerror or error}. Choose another."

@@ -41,16 +41,22 @@ class DataReport:
         if is_main_process():
             self._file.unlink(missing_ok=True)
 
-    def add(self, events: Iterable[Event]) -> None:
-        """Take note of the events of a batch; the first of each kind is said at once."""
+    def add(self, events: Iterable[Event], *, common: bool = False) -> None:
+        """Take note of the events of a batch; the first of each kind is said at once.
+
+        Args:
+            events: what there is to report.
+            common: every rank has these, so that process 0 alone says and writes them.
+        """
+        speaks = is_main_process() or not common
         for event in events:
             key = (event.kind, event.message)
             if key in self._events:
                 continue
-            if not any(kind == event.kind for kind, _ in self._events):
+            if speaks and not any(kind == event.kind for kind, _ in self._events):
                 self._say(event)
             self._events[key] = event
-            if event.record:
+            if speaks and event.record:
                 self._write([_as_line(event)], "a")  # at once, for the sake of runs that are stopped
 
     def summary(self) -> list[str]:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
 
 from qwenvl.arguments import ParsedArguments, TrainingArguments, arguments_to_yaml
@@ -63,12 +64,12 @@ def run(parsed: ParsedArguments) -> None:
     model = open_model(parsed, family)
     records = Records(settings_yaml, processor_limits(data.processor))
     trainer = build_trainer(parsed, model, data, records)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, deepspeed=bool(args.deepspeed))
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
     else:
         trainer.data_report.start_over()
-    trainer.data_report.add(data.events)
+    trainer.data_report.add(data.events, common=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_model(args.output_dir)
@@ -96,13 +97,16 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     tables = open_tables(parse_dataset_use(arguments.dataset_use, registry), seed)
     held_out: list[SampledTable] = []
     if arguments.eval_dataset_use:
-        held_out = open_tables(parse_dataset_use(arguments.eval_dataset_use, registry), seed)
+        named = parse_dataset_use(arguments.eval_dataset_use, registry, "--eval_dataset_use")
+        held_out = open_tables(named, seed)
     elif arguments.eval_ratio:
         tables, held_out = split_tables(tables, arguments.eval_ratio, seed)
     skip = arguments.on_bad_sample == "skip"
     train = ConversationDataset(tables, encoder, skip)
     evaluation = ConversationDataset(held_out, encoder, skip) if held_out else None
-    train.require_usable_sample()
+    train.require_usable_sample("training")
+    if evaluation is not None:
+        evaluation.require_usable_sample("evaluation")
     logger.info("Data: %d training rows, %d evaluation rows.", len(train), len(evaluation) if evaluation else 0)
     if not arguments.data_packing:
         return RunData(processor, encoder, train, evaluation)
@@ -124,10 +128,12 @@ def open_model(parsed: ParsedArguments, family: Family) -> PreTrainedModel:
     set_seed(args.seed)
     if args.deepspeed:
         _start_deepspeed()
+    dtype = resolve_dtype(arguments.model_dtype, bf16=args.bf16, fp16=args.fp16, deepspeed=bool(args.deepspeed))
+    half_precision = args.bf16 or args.fp16 or dtype == torch.bfloat16
     model = load_model(
         arguments.model_name_or_path,
-        dtype=resolve_dtype(arguments.model_dtype, bf16=args.bf16, fp16=args.fp16, deepspeed=bool(args.deepspeed)),
-        attn_implementation=choose_attention(arguments.attn_implementation),
+        dtype=dtype,
+        attn_implementation=choose_attention(arguments.attn_implementation, half_precision=half_precision),
         **_origin_options(parsed),
     )
     if parsed.data.data_flatten:

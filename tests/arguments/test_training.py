@@ -33,6 +33,14 @@ def test_gradient_checkpointing_under_both_names() -> None:
         assert "contradict" in rejected("--activation_checkpointing", "--gradient_checkpointing", "False")
 
 
+@pytest.mark.parametrize("arguments", ['{"use_reentrant": true}', '{"every_n_layers": 2}'])
+def test_arguments_of_checkpointing_that_would_have_no_effect_are_refused(arguments: str) -> None:
+    names = {"gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"} & all_settings().keys()
+    for name in names:
+        assert "Leave the flag out" in rejected(f"--{name}", arguments)
+        parsed(f"--{name}", '{"use_reentrant": false}')
+
+
 def test_one_process_uses_one_device() -> None:
     training = parsed().training
     assert training.n_gpu <= 1

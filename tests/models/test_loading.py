@@ -198,6 +198,9 @@ class TestAttention:
         with pytest.raises(UserError, match=f"{name}.*pip install flash-attn"):
             choose_attention(name)
 
+    def test_auto_is_sdpa_in_float32(self):
+        assert choose_attention("auto", half_precision=False) == "sdpa"
+
     def test_unknown_name(self):
         with pytest.raises(UserError, match="'flash' is not one of auto, sdpa"):
             choose_attention("flash")

@@ -155,6 +155,19 @@ def test_two_ranks_leave_out_what_either_finds(place: Place) -> None:
     assert output.count("Videos are decoded by") == 1
 
 
+def test_what_all_ranks_know_is_said_by_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    event = Event("bad", "set", "one", {"dataset": "set"})
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        report = DataReport(str(tmp_path))
+        report.add([event], common=True)
+        report.add([event])  # met again in training: known
+        assert (tmp_path / "bad_samples.jsonl").exists() == (rank == "0")
+    assert len(caplog.records) == 1
+
+
 def test_long_lines_and_other_alphabets_survive(tmp_path: Path) -> None:
     report = DataReport(str(tmp_path))
     record = {"dataset": "ü", "reason": "字" * 5000}

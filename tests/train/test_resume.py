@@ -149,6 +149,24 @@ def test_missing_checkpoint_is_an_error(
     assert message in caplog.text
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_checkpoint_without_optimizer_is_refused(
+    named: bool,
+    stopped: Path,
+    tmp_path: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The Trainer of transformers goes on with a new optimizer and a new warm-up, without a word."""
+    folder = tmp_path / "again"
+    shutil.copytree(stopped / "checkpoint-2", folder / "checkpoint-2")
+    (folder / "checkpoint-2" / "optimizer.pt").unlink()  # as with --save_only_model
+    settings = {**FOUR_STEPS, "resume_from_checkpoint": folder / "checkpoint-2" if named else None}
+    assert main(flags(tiny_checkpoint("qwen3_vl"), folder, registry, **settings)) == 1
+    assert "holds no state of the optimizer" in caplog.text
+
+
 def test_weights_of_another_model_are_refused(
     stopped: Path,
     tmp_path: Path,
