@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from qwenvl.models.vision import install_vision_call
 from qwenvl.train.checkpoints import find_checkpoint, require_writable
 from qwenvl.train.trainer import QwenVLTrainer, Records
 from qwenvl.utilities.distributed import is_main_process
+from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import Family, get_family
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ def run(parsed: ParsedArguments) -> None:
         UserError: something in the user's input must be changed.
     """
     args = parsed.training
+    if args.deepspeed:
+        _require_launcher()
     settings_yaml = arguments_to_yaml(parsed)
     path, options = parsed.model.model_name_or_path, _origin_options(parsed)
     family = get_family(read_model_type(path, cache_dir=args.cache_dir))
@@ -178,6 +182,19 @@ def _checkpoint_trained_parts(model: PreTrainedModel, args: TrainingArguments) -
     args.gradient_checkpointing = False
     if hasattr(args, "activation_checkpointing"):  # its newer name
         args.activation_checkpointing = False
+
+
+def _require_launcher() -> None:
+    """DeepSpeed asks for the rank even where there is one process; without it, it looks for MPI.
+
+    Raises:
+        UserError: nothing has told this process its rank.
+    """
+    if "RANK" not in os.environ:
+        raise UserError(
+            "--deepspeed needs a launcher, for one GPU too: torchrun --nproc_per_node=1 "
+            "qwenvl/train/train_qwen.py ..., or leave --deepspeed out."
+        )
 
 
 def _start_deepspeed() -> None:

@@ -153,9 +153,16 @@ class QwenVLTrainer(Trainer):
         return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer with a learning rate for each part and no weight decay on biases and norms."""
+        """Create the optimizer with a learning rate for each part and no weight decay on biases and norms.
+
+        Raises:
+            UserError: ``--optim`` needs a package that is missing.
+        """
         if self.optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            try:
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            except ImportError as error:
+                raise UserError(f"--optim {self.args.optim}: {error}") from error
             self.optimizer = optimizer_class(
                 parameter_groups(
                     self.model,

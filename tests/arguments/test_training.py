@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -53,3 +55,10 @@ def test_one_process_uses_one_device() -> None:
 def test_without_an_accelerator_the_cpu_is_used() -> None:
     assert parsed().training.use_cpu is True
     assert parsed("--bf16").training.bf16 is True
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_reporter_whose_package_is_missing_is_refused(name: str) -> None:
+    if find_spec(name) is not None:
+        pytest.skip(f"{name} is installed")
+    assert f"pip install {name}" in rejected("--report_to", name)

@@ -27,6 +27,7 @@ CASES = [
     ("qwen3_vl", "inside the first epoch", {"dataloader_num_workers": 2}),
     ("qwen3_vl", "inside the second epoch", {"data_flatten": True, "dataloader_num_workers": 2}),
     ("qwen3_vl", "at an epoch's end", MERGER_ONLY),
+    ("qwen3_vl", "inside the first epoch", {"data_packing": True, "model_max_length": 128}),
     ("qwen3_vl_moe", "inside the second epoch", {}),
     ("qwen3_5", "inside the first epoch", {}),
     ("qwen3_5_moe", "at an epoch's end", {}),
