@@ -63,5 +63,7 @@ def measure_lengths(dataset: ConversationDataset, workers: int) -> RowLengths:
                 tokens[row] = measurement.tokens
                 events += measurement.events
             progress.update(len(measurements))
-    gathered = gather_objects((tokens, tuple(events)))
-    return RowLengths(np.sum([one[0] for one in gathered], axis=0), tuple(e for one in gathered for e in one[1]))
+    gathered = gather_objects((tokens[rank() :: world_size()], tuple(events)))
+    for number, (of_rank, _) in enumerate(gathered):
+        tokens[number :: len(gathered)] = of_rank
+    return RowLengths(tokens, tuple(event for _, of_rank in gathered for event in of_rank))

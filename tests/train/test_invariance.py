@@ -94,6 +94,7 @@ def test_loss_and_weights_do_not_depend_on_accumulation(
 SPLITS: dict[str, dict[str, Any]] = {
     "padded": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 5},
     "flattened": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "data_flatten": True},
+    "packed": {"gradient_accumulation_steps": 2, "data_packing": True, "model_max_length": 128, "max_steps": 4},
     "merger": {"gradient_accumulation_steps": 2, "tune_mm_vision": False, "tune_mm_llm": False, **EVALUATION},
     "checkpointing": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
     "epoch": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "max_steps": 2},
