@@ -38,6 +38,7 @@ from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.sizes import VideoPlan
 from qwenvl.data.tokenization import IGNORE_INDEX
 from qwenvl.data.types import DatasetSpec, Sample
+from qwenvl.models.loading import read_model_type
 from qwenvl.utilities.errors import SampleError, UserError
 from qwenvl.utilities.families import FAMILIES, Family, get_family
 from qwenvl.utilities.logging import setup_logging
@@ -96,10 +97,15 @@ def open_encoder(arguments: ShowArguments) -> tuple[SampleEncoder, Any]:
 
 
 def _family_and_config(arguments: ShowArguments, processor: Any) -> tuple[Family, PretrainedConfig]:
-    """Read them from config.json where there is one, else from the processor's class and its family's defaults."""
-    if (Path(arguments.model_name_or_path) / "config.json").exists() and arguments.model_type is None:
-        config = AutoConfig.from_pretrained(arguments.model_name_or_path)
-        return get_family(config.model_type), config
+    """Read them from config.json; in a folder without one, from the processor's class and its family's defaults.
+
+    Raises:
+        UserError: the checkpoint has no config that can be read, or the family cannot be told.
+    """
+    folder = Path(arguments.model_name_or_path)
+    if arguments.model_type is None and ((folder / "config.json").exists() or not folder.is_dir()):
+        family = get_family(read_model_type(arguments.model_name_or_path))
+        return family, AutoConfig.from_pretrained(arguments.model_name_or_path)
     by_class = {"Qwen2VLProcessor": "qwen2_vl", "Qwen2_5_VLProcessor": "qwen2_5_vl", "Qwen3VLProcessor": "qwen3_vl"}
     model_type = arguments.model_type or by_class.get(type(processor).__name__)
     if model_type is None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,3 +147,27 @@ def test_help_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert page.startswith("usage: show_sample.py --model_name_or_path MODEL")
     assert "train_qwen" not in page
     assert "--annotation_path" in page
+
+
+def test_a_name_on_the_hub_is_shown_with_its_own_config(
+    show: Show, tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """Found in the cache of downloads. Seconds count otherwise here than by the defaults of the family."""
+    snapshot = tmp_path / "home" / "hub" / "models--some--model" / "snapshots" / "0123"
+    shutil.copytree(tiny_checkpoint("qwen2_5_vl"), snapshot)
+    config = json.loads((snapshot / "config.json").read_text())
+    config["vision_config"]["tokens_per_second"] = 7
+    (snapshot / "config.json").write_text(json.dumps(config))
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123")
+    chosen = ["--dataset_use", "set", "--index", "1", "--video_fps", "1", "--json"]
+    assert show(*chosen, str(tmp_path / "folder.jsonl"), model=snapshot)[0] == 0
+    named = ["--model_name_or_path", "some/model", "--dataset_registry", str(tmp_path / "registry.py")]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    tool = Path(__file__).resolve().parents[2] / "tools" / "show_sample.py"
+    command = [sys.executable, str(tool), *named, *chosen, str(tmp_path / "named.jsonl")]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert (tmp_path / "named.jsonl").read_text() == (tmp_path / "folder.jsonl").read_text()
