@@ -112,6 +112,8 @@ def _family_and_config(arguments: ShowArguments, processor: Any) -> tuple[Family
         raise UserError(f"The folder has no config.json: give --model_type, one of {', '.join(FAMILIES)}.")
     config = AutoConfig.for_model(get_family(model_type).model_type)
     tokens = [processor.image_token, processor.video_token]
+    if get_family(model_type).timed_positions:
+        config.vision_config.tokens_per_second = 2  # config.json of every Qwen2.5-VL; transformers' default is 4
     config.image_token_id, config.video_token_id = processor.tokenizer.convert_tokens_to_ids(tokens)
     return get_family(model_type), config
 

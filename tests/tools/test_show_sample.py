@@ -171,3 +171,19 @@ def test_a_name_on_the_hub_is_shown_with_its_own_config(
     shown = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     assert (tmp_path / "named.jsonl").read_text() == (tmp_path / "folder.jsonl").read_text()
+
+
+def test_a_folder_with_a_processor_alone_counts_seconds_as_published(
+    show: Show, tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    shutil.copytree(tiny_checkpoint("qwen2_5_vl"), tmp_path / "processor")
+    (tmp_path / "processor" / "config.json").unlink()
+    flags = ["--dataset_use", "set", "--index", "1", "--video_fps", "1", "--json", str(tmp_path / "out.jsonl")]
+    assert show(*flags, model=tmp_path / "processor")[0] == 0
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    pad = max(set(record["input_ids"]), key=record["input_ids"].count)
+    temporal = sorted(
+        {t for t, token in zip(record["position_ids"][0], record["input_ids"], strict=True) if token == pad}
+    )
+    assert len(temporal) > 1
+    assert temporal[1] - temporal[0] == pytest.approx(2 * 2, abs=1)  # two frames, a second apart; 8 by the default
