@@ -71,8 +71,8 @@ def vision_settings(family: Family, processor: Any, arguments: DataArguments) ->
         video_min_frame_pixels=arguments.video_min_frame_pixels,
         video_max_frame_pixels=arguments.video_max_frame_pixels,
         video_fps=arguments.video_fps,
-        video_min_frames=arguments.video_min_frames or 1,
-        video_max_frames=arguments.video_max_frames or 768,
+        video_min_frames=arguments.video_min_frames,
+        video_max_frames=arguments.video_max_frames,
     )
 
 

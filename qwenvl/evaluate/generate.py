@@ -77,7 +77,7 @@ def split_sample(sample: Sample) -> tuple[Prompt, str]:
     messages = build_conversation(sample, ()).messages
     if messages[-1].role != "assistant" or len(messages) < 2:
         raise SampleError("no_answer", "the sample does not end in an answer to a question.", sample.origin)
-    return Prompt(messages[:-1], MediaReader(sample.data_path)), messages[-1].text
+    return Prompt(messages[:-1], MediaReader(sample.data_path, allow_absolute=sample.allow_absolute)), messages[-1].text
 
 
 def generate(

@@ -34,6 +34,12 @@ def find_checkpoint(output_dir: str, wanted: str | None, *, deepspeed: bool = Fa
         UserError: there is no such checkpoint, or it holds no state of this kind of optimizer.
     """
     if wanted is not None and wanted.lower() in ("false", "no", "0"):
+        if any(map(_matches, Path(output_dir).glob("checkpoint-*"))):
+            logger.warning(
+                "%s holds checkpoints of an earlier run. Started again, a run resumes from the highest number, "
+                "whichever run it is of: remove them, or choose another --output_dir.",
+                output_dir,
+            )
         return None
     if wanted is not None and wanted.lower() not in ("true", "yes", "1"):
         if not _is_complete(Path(wanted)):

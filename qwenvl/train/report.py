@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qwenvl.data.collation import Event
+from qwenvl.data.types import Origin
 from qwenvl.utilities.distributed import gather_objects, is_main_process
+from qwenvl.utilities.errors import SampleError
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,17 @@ class DataReport:
         """Remove what an earlier run left in the folder; not to be called by a run that continues it."""
         if is_main_process():
             self._file.unlink(missing_ok=True)
+
+    def take_up(self) -> None:
+        """Count what the run that is resumed has left out; for a run that continues it."""
+        if not self._file.exists():
+            return
+        for line in self._file.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            origin = Origin(*(record[name] for name in ("dataset", "file", "line", "id", "member")))
+            kind = "overlength" if record["category"] == "overlength" else "bad"
+            message = str(SampleError(record["category"], record["reason"], origin))
+            self._events[kind, message] = Event(kind, origin.dataset, message, record)
 
     def add(self, events: Iterable[Event], *, common: bool = False) -> None:
         """Take note of the events of a batch; the first of each kind is said at once.

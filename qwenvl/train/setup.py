@@ -71,6 +71,7 @@ def run(parsed: ParsedArguments) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, deepspeed=bool(args.deepspeed))
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
+        trainer.data_report.take_up()
     else:
         trainer.data_report.start_over()
     trainer.data_report.add(data.events, common=True)
@@ -96,7 +97,7 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     encoder = build_encoder(processor, config, family, arguments, args.model_max_length)
     log_limits(encoder.settings)
     prepare_backend()
-    seed = args.seed if args.data_seed is None else args.data_seed
+    seed = 0 if args.data_seed is None else args.data_seed  # not --seed: another one must not move held-out rows
     registry = load_registry(arguments.dataset_registry)
     tables = open_tables(parse_dataset_use(arguments.dataset_use, registry), seed)
     held_out: list[SampledTable] = []

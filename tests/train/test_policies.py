@@ -174,3 +174,16 @@ def test_long_lines_and_other_alphabets_survive(tmp_path: Path) -> None:
     report.add([Event("bad", "ü", "one", record), Event("bad", "ü", "one", record)])
     assert report.summary() == ["Dataset 'ü': 1 sample left out: cannot be used (see bad_samples.jsonl)."]
     assert reported(tmp_path) == [record]
+
+
+def test_a_resumed_run_counts_what_was_left_out_before(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.write(GOOD, BAD, OTHER, TEXT)
+    settings = {"on_bad_sample": "skip", "max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    assert main(place.flags(**settings)) == 0
+    before = reported(place.output)
+    capsys.readouterr()
+    assert main(place.flags(**settings)) == 0  # resumes at its end and meets no sample
+    assert summary(capsys.readouterr().err) == [
+        "Dataset 'set': 1 sample left out: cannot be used (see bad_samples.jsonl)."
+    ]
+    assert reported(place.output) == before

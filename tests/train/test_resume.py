@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qwenvl.train.checkpoints import find_checkpoint
 from qwenvl.train.train_qwen import main
 from tests.train.runs import equal_bits, flags, history, train
 
@@ -183,3 +184,9 @@ def test_weights_of_another_model_are_refused(
     (folder / "checkpoint-2" / "config.json").write_text(json.dumps(config))
     assert main(flags(tiny_checkpoint("qwen3_vl"), folder, registry, **FOUR_STEPS)) == 1
     assert "missing in the files" in caplog.text
+
+
+def test_starting_anew_beside_checkpoints_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "checkpoint-7").mkdir()
+    assert find_checkpoint(str(tmp_path), "false") is None
+    assert "holds checkpoints of an earlier run" in caplog.text
