@@ -26,8 +26,8 @@ ABOUT = {
     "digits": "Real handwritten digits that the model has never seen.",
     "comparisons": "Two pictures in one question.",
     "grounding": "The answer is a box in JSON, 0 to 1000 across the picture; it counts from an overlap of one half.",
-    "motion": "Short video clips; four of their frames are shown. The square crosses most of the picture, so where it starts "
-    "already tells which way it goes.",
+    "motion": "Short video clips; four of their frames are shown. The square crosses most of the picture, so where it "
+    "starts already tells which way it goes.",
 }
 
 
