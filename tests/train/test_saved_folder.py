@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.video_utils import VideoMetadata
 
 from qwenvl.arguments import parse_arguments
 from qwenvl.data.collation import EncodedSample
+from qwenvl.data.video import choose_backend
 from qwenvl.train.setup import open_data
 from qwenvl.train.train_qwen import main
 from qwenvl.utilities.families import get_family
@@ -138,24 +140,31 @@ def _encoded(trained: Trained) -> list[EncodedSample]:
 
 
 def _stock(folder: Path, record: dict[str, Any], media: Path) -> dict[str, Any]:
-    """Return what the saved folder makes of a record with stock transformers alone."""
-    content: list[dict[str, str]] = []
+    """Return what the saved folder makes of a record with stock transformers alone.
+
+    Only the decoding of videos is not transformers' own, which needs FFmpeg: it gets all frames, and samples them.
+    """
     question, answer = (turn["value"] for turn in record["conversations"])
     kinds = {"<image>": "image", "<video>": "video"}
-    files = {kind: iter(record.get(kind, [])) for kind in kinds.values()}
-    for line in question.split("\n"):
-        if line in kinds:
-            kind = kinds[line]
-            content.append({"type": kind, "path": str(media / next(files[kind]))})
-        else:
-            content.append({"type": "text", "text": line})
+    content = [
+        {"type": kinds[line]} if line in kinds else {"type": "text", "text": line} for line in question.split("\n")
+    ]
     messages = [
         {"role": "user", "content": content},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
+    files: dict[str, Any] = {}
+    if "image" in record:
+        files["images"] = [str(media / name) for name in record["image"]]
+    if "video" in record:
+        backend, paths = choose_backend(), [str(media / name) for name in record["video"]]
+        headers = [backend.header(path) for path in paths]
+        counts = [np.arange(header.num_frames) for header in headers]
+        files["videos"] = [backend.frames(path, count) for path, count in zip(paths, counts, strict=True)]
+        files["video_metadata"] = [VideoMetadata(total_num_frames=h.num_frames, fps=h.fps) for h in headers]
     processor = AutoProcessor.from_pretrained(folder)
-    arguments = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return dict(processor.apply_chat_template(messages, **arguments))
+    text = processor.apply_chat_template(messages, tokenize=False)
+    return dict(processor(text=[text], return_tensors="pt", **files))
 
 
 def test_saved_processor_makes_of_pictures_what_training_was_fed(trained: Trained, registry: Path) -> None:
