@@ -15,6 +15,7 @@ from qwenvl.data.collation import Collator, Event
 from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, split_tables
 from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.lengths import measure_lengths
+from qwenvl.data.packing import lower_bound
 from qwenvl.data.processor import build_encoder, log_limits, open_processor, processor_limits, with_training_limits
 from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.video import prepare_backend
@@ -117,9 +118,9 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
         return RunData(processor, encoder, train, evaluation)
     lengths = measure_lengths(train, args.dataloader_num_workers)
     packs = train.packed(lengths.tokens, seed)
-    tokens = int(lengths.tokens.sum())
-    fill = tokens / (len(packs) * args.model_max_length)
-    logger.info("Packs: %d of up to %d tokens, %.2f%% full.", len(packs), args.model_max_length, 100 * fill)
+    fewest, limit = lower_bound(lengths.tokens, args.model_max_length), args.model_max_length
+    fill = int(lengths.tokens.sum()) / (len(packs) * limit)
+    logger.info("Packs: %d of up to %d tokens, %.2f%% full; no fewer than %d.", len(packs), limit, 100 * fill, fewest)
     return RunData(processor, encoder, packs, evaluation, lengths.events)
 
 

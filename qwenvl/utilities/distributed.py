@@ -21,11 +21,6 @@ def rank() -> int:
     return dist.get_rank() if is_initialized() else int(os.environ.get("RANK", "0"))
 
 
-def local_rank() -> int:
-    """Return the number of this process on its machine, from 0, as torchrun has set it."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 def world_size() -> int:
     """Return the number of processes, 1 when torchrun started none.
 
@@ -39,12 +34,6 @@ def world_size() -> int:
 def is_main_process() -> bool:
     """Return whether this is process 0 of all: the one that prints, and writes what exists once."""
     return rank() == 0
-
-
-def barrier() -> None:
-    """Wait until every process is here; nothing to wait for without a process group."""
-    if is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
 
 
 def gather_objects(value: T) -> list[T]:

@@ -18,7 +18,6 @@ class Family:
             span, after a text timestamp such as ``<1.5 seconds>``.
         timed_positions: temporal M-RoPE positions count seconds (``tokens_per_second`` of the vision config) rather
             than frames.
-        boxes: ``relative``: integers 0-1000; ``absolute``: pixels of the resized image.
         moe: feed-forward layers are mixtures of experts.
         linear_attention: some layers are linear attention, whose state crosses packed samples unless its kernels
             are told the boundaries.
@@ -27,7 +26,6 @@ class Family:
     model_type: str
     video_layout: Literal["clip", "frames"]
     timed_positions: bool = False
-    boxes: Literal["relative", "absolute"] = "relative"
     moe: bool = False
     linear_attention: bool = False
 
@@ -36,7 +34,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("qwen2_vl", video_layout="clip"),
-        Family("qwen2_5_vl", video_layout="clip", timed_positions=True, boxes="absolute"),
+        Family("qwen2_5_vl", video_layout="clip", timed_positions=True),
         Family("qwen3_vl", video_layout="frames"),
         Family("qwen3_vl_moe", video_layout="frames", moe=True),
         Family("qwen3_5", video_layout="frames", linear_attention=True),

@@ -60,31 +60,6 @@ def _join(library: str) -> None:
         logger.removeHandler(handler)
 
 
-def warn_once(logger: logging.Logger, message: str) -> None:
-    """Log a warning the first time this logger is given this message.
-
-    Args:
-        logger: it remembers what it has said, in a filter that lets everything pass.
-        message: the warning, already formatted.
-    """
-    memory = next((item for item in logger.filters if isinstance(item, _Memory)), None)
-    if memory is None:
-        memory = _Memory()
-        logger.addFilter(memory)
-    if message not in memory.said:
-        memory.said.add(message)
-        logger.warning("%s", message)
-
-
-class _Memory(logging.Filter):
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return True
-
-
 class _AboveProgressBars:
     """Standard error as it is at the time of writing, above any progress bar of tqdm."""
 

@@ -7,7 +7,7 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from qwenvl.utilities.errors import UserError
-from qwenvl.utilities.logging import setup_logging, warn_once
+from qwenvl.utilities.logging import setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -80,12 +80,3 @@ def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_level_is_named() -> None:
     with pytest.raises(UserError, match="'loud' is not one of debug"):
         setup_logging("loud")
-
-
-def test_warn_once(capsys: pytest.CaptureFixture[str]) -> None:
-    setup_logging()
-    logger = logging.getLogger("qwenvl.once")
-    for message in ("100% one", "100% one", "two"):
-        warn_once(logger, message)
-    logger.warning("100% one")
-    assert [line.split(": ", 1)[1] for line in lines(capsys)] == ["100% one", "two", "100% one"]
