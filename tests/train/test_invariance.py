@@ -35,13 +35,13 @@ import json, sys
 from accelerate.state import AcceleratorState
 from qwenvl.arguments import parse_arguments
 from qwenvl.train.setup import run
-from qwenvl.utilities.distributed import barrier, shut_down
+from qwenvl.utilities.distributed import gather_objects, shut_down
 from qwenvl.utilities.logging import setup_logging
 
 setup_logging("info")
 for arguments in json.load(open(sys.argv[1])):
     run(parse_arguments(arguments))
-    barrier()
+    gather_objects(None)
     AcceleratorState._reset_state()
 shut_down()
 """
