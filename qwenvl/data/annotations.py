@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from qwenvl.data.annotations_json import JsonArray, JsonLines, TextFile
 from qwenvl.data.annotations_parquet import PARQUET_MAGIC, ParquetRows
 from qwenvl.data.types import DatasetSpec, Origin, Sample
+from qwenvl.utilities.cache import fingerprint
 from qwenvl.utilities.errors import SampleError, UserError
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
@@ -31,6 +32,11 @@ class Rows(Protocol):
     """The rows of one annotation file."""
 
     path: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the file's content: equal for equal rows, another one once the file has changed."""
+        ...
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -83,6 +89,11 @@ class AnnotationTable:
 
     def __iter__(self) -> Iterator[tuple[Sample, ...]]:
         return (self[row] for row in range(len(self)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the content of all files, in order; another one once a file has changed."""
+        return fingerprint(*(rows.fingerprint for rows in self._files))
 
     def origin(self, row: int) -> Origin:
         """Where a row stands, without parsing it."""

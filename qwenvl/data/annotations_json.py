@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from qwenvl.utilities.cache import new_hash
 from qwenvl.utilities.errors import SampleError, UserError
 
 _CHUNK = 1 << 24  # bytes read at a time while lines are counted
@@ -59,6 +60,15 @@ class TextFile:
             start += len(piece)
         return b"".join(pieces)
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the content."""
+        digest, position = new_hash(), self.start
+        while piece := self._pread(position, _CHUNK):
+            digest.update(piece)
+            position += len(piece)
+        return digest.hexdigest()
+
     def first_character(self) -> str:
         """The first character that is not white space; "" in an empty file."""
         position = self.start
@@ -98,6 +108,11 @@ class JsonLines:
         self._offsets = _line_offsets(text)
         self._rows = _filled_lines(text, self._offsets)
 
+    @property
+    def fingerprint(self) -> str:
+        """See :class:`qwenvl.data.annotations.Rows`."""
+        return self._text.fingerprint
+
     def __len__(self) -> int:
         return len(self._offsets) - 1 if self._rows is None else len(self._rows)
 
@@ -129,6 +144,11 @@ class JsonArray:
         content = _decode(text.read(text.start))
         spans = _item_spans(content)
         self._spans = text.start + _to_byte_offsets(content, spans)
+
+    @property
+    def fingerprint(self) -> str:
+        """See :class:`qwenvl.data.annotations.Rows`."""
+        return self._text.fingerprint
 
     def __len__(self) -> int:
         return len(self._spans)

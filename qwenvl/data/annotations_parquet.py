@@ -8,6 +8,7 @@ from collections import OrderedDict
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from qwenvl.utilities.cache import fingerprint
 from qwenvl.utilities.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,6 +45,16 @@ class ParquetRows:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_groups": OrderedDict()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its footer (schema, sizes and statistics of every column), its size and the time it was written.
+
+        Such a file can hold pictures: reading all of it takes too long.
+        """
+        status = os.stat(self.path)
+        footer = repr(self._open().metadata.to_dict())
+        return fingerprint(footer, status.st_size, status.st_mtime_ns)
 
     def line(self, row: int) -> int:
         """The row's place in the table, counted from 1."""
