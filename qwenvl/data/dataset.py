@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import add
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 from qwenvl.data.annotations import AnnotationTable, open_annotations
 from qwenvl.data.collation import EncodedSample, Event, Item
 from qwenvl.data.encoding import OverlengthError, Plan, SampleEncoder
+from qwenvl.data.measures import NOTHING, Measures, measure_sample
 from qwenvl.data.packing import Packs, pack
 from qwenvl.data.sampling import FILLER, sample_rows, split_rows
 from qwenvl.data.types import DatasetSpec, Sample
@@ -72,12 +74,12 @@ class Measurement:
     """What is known of a row before its media are decoded.
 
     Args:
-        tokens: tokens of its usable samples together; 0 where it has none.
+        measures: of its usable samples together.
         events: what there is to report.
         error: the problem that must stop the run.
     """
 
-    tokens: int = 0
+    measures: Measures = NOTHING
     events: tuple[Event, ...] = ()
     error: UserError | None = None
 
@@ -155,11 +157,13 @@ class ConversationDataset(Dataset[Item]):
 
     def measure(self, index: int) -> Measurement:
         """Return the length of a row without decoding anything. Never raises a UserError, as ``[index]``."""
-        total, events = 0, list[Event]()
+        total, events = NOTHING, list[Event]()
         try:
             for sample in self.samples(index):
                 try:
-                    total += len(self._plan(sample, total).tokens)
+                    plan = self._plan(sample, total.tokens)
+                    measures = measure_sample(len(plan.tokens), plan.tokens.trained, plan.media)
+                    total = Measures(*map(add, total, measures))
                 except SampleError as error:
                     out = self._leave_out(error)
                     if out.error is not None:
@@ -167,7 +171,7 @@ class ConversationDataset(Dataset[Item]):
                     events += out.events
         except SampleError as error:  # of the row itself
             out = self._leave_out(error)
-            return Measurement(0, out.events, out.error)
+            return Measurement(events=out.events, error=out.error)
         except UserError as error:
             return Measurement(error=error)
         return Measurement(total, tuple(events))

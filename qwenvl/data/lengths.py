@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from qwenvl.data.collation import Event
 from qwenvl.data.dataset import ConversationDataset, Measurement
+from qwenvl.data.measures import MEASURES
 from qwenvl.utilities.distributed import gather_objects, is_main_process, rank, world_size
 
 _ROWS_A_TASK = 64
@@ -21,11 +22,11 @@ class RowLengths:
     """The lengths of a dataset's rows.
 
     Args:
-        tokens: int64 [rows]; 0 for a row that is left out.
+        measures: :data:`~qwenvl.data.measures.MEASURES` [rows]; all zeros for a row that is left out.
         events: what there is to report of them.
     """
 
-    tokens: np.ndarray
+    measures: np.ndarray
     events: tuple[Event, ...]
 
 
@@ -53,17 +54,17 @@ def measure_lengths(dataset: ConversationDataset, workers: int) -> RowLengths:
     """
     share = range(rank(), len(dataset), world_size())
     loader = DataLoader(_Measured(dataset, share), batch_size=_ROWS_A_TASK, num_workers=workers, collate_fn=list)
-    tokens = np.zeros(len(dataset), np.int64)
+    measures = np.zeros(len(dataset), MEASURES)
     events: list[Event] = []
     with tqdm(total=len(share), desc="Measuring lengths", unit=" rows", disable=not is_main_process()) as progress:
         for place, measurements in enumerate(loader):
             for row, measurement in zip(share[place * _ROWS_A_TASK :], measurements, strict=False):
                 if measurement.error is not None:
                     raise measurement.error
-                tokens[row] = measurement.tokens
+                measures[row] = measurement.measures
                 events += measurement.events
             progress.update(len(measurements))
-    gathered = gather_objects((tokens[rank() :: world_size()], tuple(events)))
+    gathered = gather_objects((measures[rank() :: world_size()], tuple(events)))
     for number, (of_rank, _) in enumerate(gathered):
-        tokens[number :: len(gathered)] = of_rank
-    return RowLengths(tokens, tuple(event for _, of_rank in gathered for event in of_rank))
+        measures[number :: len(gathered)] = of_rank
+    return RowLengths(measures, tuple(event for _, of_rank in gathered for event in of_rank))

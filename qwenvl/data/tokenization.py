@@ -67,6 +67,11 @@ class Tokens:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    @property
+    def trained(self) -> int:
+        """Number of tokens that are trained."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
 
 class Tokenizer:
     """Turns a rendering into tokens.

@@ -117,9 +117,10 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     if not arguments.data_packing:
         return RunData(processor, encoder, train, evaluation)
     lengths = measure_lengths(train, args.dataloader_num_workers)
-    packs = train.packed(lengths.tokens, seed)
-    fewest, limit = lower_bound(lengths.tokens, args.model_max_length), args.model_max_length
-    fill = int(lengths.tokens.sum()) / (len(packs) * limit)
+    tokens, limit = lengths.measures["tokens"], args.model_max_length
+    packs = train.packed(tokens, seed)
+    fewest = lower_bound(tokens, limit)
+    fill = int(tokens.sum()) / (len(packs) * limit)
     logger.info("Packs: %d of up to %d tokens, %.2f%% full; no fewer than %d.", len(packs), limit, 100 * fill, fewest)
     return RunData(processor, encoder, packs, evaluation, lengths.events)
 

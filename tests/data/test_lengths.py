@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
 from qwenvl.arguments import DataArguments
+from qwenvl.data.collation import Item
 from qwenvl.data.dataset import ConversationDataset, open_tables
 from qwenvl.data.lengths import measure_lengths
 from qwenvl.data.processor import build_encoder
@@ -60,21 +61,29 @@ def open_dataset(folder: Path, checkpoint: Path, skip: bool) -> ConversationData
     return ConversationDataset(open_tables([spec], seed=0), encoder, skip)
 
 
+def measured_when_decoded(item: Item) -> tuple[int, ...]:
+    """Count what training gets, in the order of MEASURES."""
+    lengths = [len(sample.tokens) for sample in item.samples]
+    trained = [int((sample.tokens.labels != -100).sum()) for sample in item.samples]
+    patches = [len(sample.pixel_values) for sample in item.samples if sample.pixel_values is not None]
+    grids = [grid for sample in item.samples if sample.grid_thw is not None for grid in sample.grid_thw.tolist()]
+    squares = sum(length * length for length in lengths), sum(t * (h * w) ** 2 for t, h, w in grids)
+    return len(lengths), sum(lengths), sum(trained), sum(patches), *squares
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_lengths_are_those_of_training(dataset: ConversationDataset, workers: int) -> None:
     measured = measure_lengths(dataset, workers)
-    real = [sum(len(sample.tokens) for sample in dataset[index].samples) for index in range(len(dataset))]
-    assert measured.tokens.tolist() == real
+    assert measured.measures.tolist() == [measured_when_decoded(dataset[index]) for index in range(len(dataset))]
     assert {event.kind for event in measured.events} == {"bad", "overlength"}
     assert sorted(event.message for event in measured.events) == sorted(
         event.message for index in range(len(dataset)) for event in dataset[index].events
     )
-    assert measured.tokens[5] == 0
-    assert measured.tokens[9] == 0
+    assert measured.measures["tokens"][[5, 9]].tolist() == [0, 0]
 
 
 def test_packs_hold_every_usable_row_once(dataset: ConversationDataset) -> None:
-    lengths = measure_lengths(dataset, 0).tokens
+    lengths = measure_lengths(dataset, 0).measures["tokens"]
     packs = dataset.packed(lengths, seed=0)
     assert len(packs) < np.count_nonzero(lengths)
     held = [sample.origin for index in range(len(packs)) for sample in packs.samples(index)]
