@@ -107,6 +107,13 @@ class DataArguments:
     allow_remote_media: bool = field(
         default=False, metadata={"help": "Load media from http(s) addresses named in the annotations."}
     )
+    data_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for counted lengths, packs and indexes of annotation files. Default: $QWENVL_CACHE, or "
+            "~/.cache/qwenvl."
+        },
+    )
     save_processor_limits: Literal["training", "original"] = field(
         default="training",
         metadata={
