@@ -6,16 +6,24 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from qwenvl import __version__
-from qwenvl.utilities.distributed import rank
+from qwenvl.train import manifest
+from qwenvl.utilities.distributed import rank, wait_for_all
 from qwenvl.utilities.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+DRAFTS = ".saving"
+"""Folder inside the output folder in which checkpoints are written until they are whole."""
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers")
@@ -42,8 +50,9 @@ def find_checkpoint(output_dir: str, wanted: str | None, *, deepspeed: bool = Fa
             )
         return None
     if wanted is not None and wanted.lower() not in ("true", "yes", "1"):
-        if not _is_complete(Path(wanted)):
-            raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint (no trainer_state.json) there.")
+        problem = problem_of(Path(wanted))
+        if problem is not None:
+            raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there: {problem}.")
         return _with_optimizer(Path(wanted), deepspeed)
     found = _newest(Path(output_dir))
     if wanted is not None and found is None:
@@ -66,9 +75,10 @@ def _with_optimizer(path: Path, deepspeed: bool) -> str:
 def _newest(output_dir: Path) -> Path | None:
     folders = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _matches(path))]
     for _, path in sorted(folders, reverse=True):
-        if _is_complete(path):
+        problem = problem_of(path)
+        if problem is None:
             return path
-        logger.warning("%s is not complete (the run stopped while saving it): ignored.", path)
+        logger.warning("%s is not complete: %s. It is ignored.", path, problem)
     return None
 
 
@@ -76,12 +86,70 @@ def _matches(path: Path) -> re.Match[str] | None:
     return _CHECKPOINT.fullmatch(path.name) if path.is_dir() else None
 
 
-def _is_complete(path: Path) -> bool:
-    """The Trainer writes its state last."""
+def problem_of(path: Path) -> str | None:
+    """Return why a checkpoint cannot be resumed from, or None.
+
+    It is held against its manifest: every file, its size and its content. Checkpoints of the stock Trainer have none;
+    they count as whole if the Trainer's state, which is written last, can be read.
+    """
     try:
-        return "global_step" in json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+        if "global_step" not in json.loads((path / "trainer_state.json").read_text(encoding="utf-8")):
+            return "trainer_state.json does not say its step"
+    except FileNotFoundError:
+        return "there is no trainer_state.json"
+    except (OSError, ValueError) as error:
+        return f"trainer_state.json cannot be read ({error})"
+    return manifest.problem_of(path)
+
+
+@contextmanager
+def published(output_dir: str, name: str | None, *, writes: bool) -> Iterator[Path]:
+    """Give a folder to save to, and move what is in it to its place once all of it is there.
+
+    Whatever stops the run before that (a full disk, ``kill -9``, the machine), the place holds what it held before.
+    Every process has to call it, and they wait for each other.
+
+    Args:
+        output_dir: of the run.
+        name: of the checkpoint, which gets a manifest; None for the files of the run's own folder.
+        writes: this process is the one that writes (of a machine, with ``--save_on_each_node``).
+
+    Raises:
+        UserError: the files cannot be written.
+    """
+    place = Path(output_dir) if name is None else Path(output_dir) / name
+    draft = Path(output_dir) / DRAFTS / (name or "final")
+    if writes:
+        shutil.rmtree(draft.parent, ignore_errors=True)  # of a run that stopped while saving
+        draft.parent.mkdir(parents=True, exist_ok=True)
+    wait_for_all()
+    try:
+        yield draft
+        wait_for_all()
+        if writes:
+            _move(draft, place, whole=name is not None)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        free = shutil.disk_usage(output_dir).free
+        shutil.rmtree(draft.parent, ignore_errors=True)
+        raise UserError(
+            f"{place} could not be saved: {error}. Nothing of it is left; earlier checkpoints are as they were, and "
+            f"the run resumes from the newest one. The disk has {free / 1e9:.1f} GB free: if that is too little, free "
+            "some, or keep fewer checkpoints (--save_total_limit)."
+        ) from error
+    wait_for_all()
+
+
+def _move(draft: Path, place: Path, *, whole: bool) -> None:
+    if whole:
+        manifest.write(draft)
+        shutil.rmtree(place, ignore_errors=True)  # a broken one of the same step
+        draft.replace(place)
+    else:
+        # Weights first and what names them last: a reader finds the old set or the new one.
+        for file in sorted(draft.iterdir(), key=lambda file: (not file.name.endswith(".safetensors"), file.name)):
+            file.replace(place / file.name)
+        draft.rmdir()
+    draft.parent.rmdir()
 
 
 def require_writable(output_dir: str) -> None:

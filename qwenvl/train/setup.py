@@ -24,8 +24,9 @@ from qwenvl.models.loading import choose_attention, load_model, read_model_type,
 from qwenvl.models.optimizer import learning_rates_of, parameter_groups
 from qwenvl.models.vision import install_vision_call
 from qwenvl.train.checkpoints import find_checkpoint, require_writable
-from qwenvl.train.trainer import QwenVLTrainer, Records
-from qwenvl.utilities.distributed import is_main_process
+from qwenvl.train.saving import Records
+from qwenvl.train.trainer import QwenVLTrainer
+from qwenvl.utilities.distributed import from_main_process, is_main_process
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import Family, get_family
 
@@ -69,7 +70,8 @@ def run(parsed: ParsedArguments) -> None:
     model = open_model(parsed, family)
     records = Records(settings_yaml, processor_limits(data.processor))
     trainer = build_trainer(parsed, model, data, records)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, deepspeed=bool(args.deepspeed))
+    wanted, deepspeed = args.resume_from_checkpoint, bool(args.deepspeed)
+    checkpoint = from_main_process(lambda: find_checkpoint(args.output_dir, wanted, deepspeed=deepspeed))
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
         trainer.data_report.take_up()
@@ -78,7 +80,7 @@ def run(parsed: ParsedArguments) -> None:
     trainer.data_report.add(data.events, common=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
-    trainer.save_model(args.output_dir)
+    trainer.save_final()
     for line in trainer.data_report.summary():
         if is_main_process():
             logger.warning("%s", line)

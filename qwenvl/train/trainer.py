@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin, Trainer
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.trainer_utils import EvalLoopOutput
 
 from qwenvl.arguments import TrainingArguments
 from qwenvl.data.collation import Collator
 from qwenvl.data.dataset import ConversationDataset
-from qwenvl.models.loading import load_weights
 from qwenvl.models.loss import GradientWatch, causal_loss, trained_positions
 from qwenvl.models.optimizer import parameter_groups
-from qwenvl.train.checkpoints import write_records
 from qwenvl.train.loader import build_loader
 from qwenvl.train.report import DataReport
+from qwenvl.train.saving import Records, SavingTrainer
 from qwenvl.train.throughput import Throughput
 from qwenvl.utilities.errors import UserError
 
@@ -31,20 +29,7 @@ logger = logging.getLogger(__name__)
 _ABSENT = object()
 
 
-@dataclass(frozen=True)
-class Records:
-    """What is written beside the weights of every checkpoint.
-
-    Args:
-        settings_yaml: recipe that reruns the job.
-        original_limits: pixel and frame limits of the checkpoint's processor before training.
-    """
-
-    settings_yaml: str
-    original_limits: Mapping[str, Any]
-
-
-class QwenVLTrainer(Trainer):
+class QwenVLTrainer(SavingTrainer):
     """Trains on conversations; the loss is per trained token of the whole optimizer step.
 
     Args:
@@ -72,19 +57,17 @@ class QwenVLTrainer(Trainer):
     ) -> None:
         use_cache = vars(model.config).get("use_cache", _ABSENT)
         super().__init__(
+            processor,
+            records,
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=collator,
-            # The processor stays out of the Trainer's hands: it would write the tokenizer's special tokens over those
-            # that the checkpoint's config and generation config declare.
         )
         _restore(model.config, "use_cache", use_cache)
         self.model_accepts_loss_kwargs = True  # the Trainer counts trained tokens over ranks and accumulation steps
         self.data_report = DataReport(args.output_dir)
-        self._processor = processor
-        self._records = records
         self._throughput = Throughput()
         self._gradient_watch: GradientWatch | None = GradientWatch(model)
 
@@ -227,33 +210,6 @@ class QwenVLTrainer(Trainer):
         error = batch.pop("error")
         if error is not None:
             raise error
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the weights to resume with, every one of them.
-
-        The Trainer matches the names in the files with those in memory, which differ in some families (and the
-        experts of Qwen3-VL-MoE are stored transposed), and goes on with what it could not match.
-        """
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        """Load the weights of the best checkpoint, in the same way."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            logger.info("Loading the best checkpoint, %s.", self.state.best_model_checkpoint)
-            load_weights(self.model, self.state.best_model_checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save weights, config and processor, and the records that make the folder repeatable."""
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save:
-            folder = self.args.output_dir if output_dir is None else output_dir
-            self._processor.save_pretrained(folder)
-            write_records(folder, self._records.settings_yaml, self._records.original_limits)
 
 
 def _restore(config: PretrainedConfig, name: str, value: Any) -> None:

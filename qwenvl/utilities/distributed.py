@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
+
+from qwenvl.utilities.errors import UserError
 
 T = TypeVar("T")
 
@@ -43,6 +46,30 @@ def gather_objects(value: T) -> list[T]:
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def wait_for_all() -> None:
+    """Return when every process has called this."""
+    if is_initialized():
+        dist.barrier()
+
+
+def from_main_process(function: Callable[[], T]) -> T:
+    """Call a function in process 0 and return its result in all; every process has to call it.
+
+    Raises:
+        UserError: the function raised it; in all processes.
+    """
+    outcome: T | UserError | None = None
+    if is_main_process():
+        try:
+            outcome = function()
+        except UserError as error:
+            outcome = error
+    outcome = gather_objects(outcome)[0]
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome  # type: ignore[return-value]
 
 
 def is_first_to_say(what: str) -> bool:

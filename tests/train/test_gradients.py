@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig
 
 from qwenvl.arguments import parse_arguments
+from qwenvl.train.saving import Records
 from qwenvl.train.setup import build_trainer, open_data, open_model
-from qwenvl.train.trainer import Records
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import get_family
 from tests.train.runs import flags

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qwenvl.train import manifest
 from qwenvl.train.checkpoints import find_checkpoint
 from qwenvl.train.train_qwen import main
 from tests.train.runs import equal_bits, flags, history, train
@@ -164,6 +165,7 @@ def test_checkpoint_without_optimizer_is_refused(
     folder = tmp_path / "again"
     shutil.copytree(stopped / "checkpoint-2", folder / "checkpoint-2")
     (folder / "checkpoint-2" / "optimizer.pt").unlink()  # as with --save_only_model
+    manifest.write(folder / "checkpoint-2")
     settings = {**FOUR_STEPS, "resume_from_checkpoint": folder / "checkpoint-2" if named else None}
     assert main(flags(tiny_checkpoint("qwen3_vl"), folder, registry, **settings)) == 1
     assert "holds no state of the optimizer" in caplog.text
@@ -182,6 +184,7 @@ def test_weights_of_another_model_are_refused(
     config = json.loads((folder / "checkpoint-2" / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] += 1
     (folder / "checkpoint-2" / "config.json").write_text(json.dumps(config))
+    manifest.write(folder / "checkpoint-2")
     assert main(flags(tiny_checkpoint("qwen3_vl"), folder, registry, **FOUR_STEPS)) == 1
     assert "missing in the files" in caplog.text
 

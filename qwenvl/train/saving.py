@@ -1,0 +1,109 @@
+"""The part of the Trainer that saves and loads: a checkpoint is whole or absent, and every weight finds its place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import ProcessorMixin, Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from qwenvl.arguments import TrainingArguments
+from qwenvl.models.loading import load_weights
+from qwenvl.train.checkpoints import published, write_records
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Records:
+    """What is written beside the weights of every checkpoint.
+
+    Args:
+        settings_yaml: recipe that reruns the job.
+        original_limits: pixel and frame limits of the checkpoint's processor before training.
+    """
+
+    settings_yaml: str
+    original_limits: Mapping[str, Any]
+
+
+class SavingTrainer(Trainer):
+    """A Trainer that saves folders which load alone.
+
+    The processor stays out of the stock Trainer's hands: it would write the tokenizer's special tokens over those that
+    the checkpoint's config and generation config declare.
+
+    Args:
+        processor: saved with every checkpoint.
+        records: saved with every checkpoint.
+        options: of the stock Trainer.
+    """
+
+    args: TrainingArguments
+
+    def __init__(self, processor: ProcessorMixin, records: Records, **options: Any) -> None:
+        super().__init__(**options)
+        self._processor = processor
+        self._records = records
+        self._drafts: str | None = None  # where a checkpoint is written, while one is
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights to resume with, every one of them.
+
+        The Trainer matches the names in the files with those in memory, which differ in some families (and the
+        experts of Qwen3-VL-MoE are stored transposed), and goes on with what it could not match.
+        """
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best checkpoint, in the same way."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            logger.info("Loading the best checkpoint, %s.", self.state.best_model_checkpoint)
+            load_weights(self.model, self.state.best_model_checkpoint)
+
+    def save_final(self) -> None:
+        """Save the finished model to the output folder itself."""
+        with published(self.args.output_dir, None, writes=self.args.should_save) as folder:
+            self.save_model(str(folder), _internal_call=True)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer looks for and writes checkpoints: during a save, the folder of drafts."""
+        return super()._get_output_dir(trial) if self._drafts is None else self._drafts
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint under another name, and give it its own when it is whole."""
+        if self.state.best_global_step:  # the Trainer would look for it beside the draft
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            if best.exists() or self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(best)
+        name = f"checkpoint-{self.state.global_step}"
+        with published(self.args.output_dir, name, writes=self.args.should_save) as draft:
+            self._drafts = str(draft.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._drafts = None
+        if self.args.should_save:
+            rotate_checkpoints(
+                self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save weights, config and processor, and the records that make the folder repeatable."""
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            folder = self.args.output_dir if output_dir is None else output_dir
+            self._processor.save_pretrained(folder)
+            write_records(folder, self._records.settings_yaml, self._records.original_limits)

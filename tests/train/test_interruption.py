@@ -1,0 +1,157 @@
+"""Whatever stops a run, and whenever: what is left is whole, and a new start ends like the run that was not stopped."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwenvl.train import manifest
+from qwenvl.train.checkpoints import DRAFTS, find_checkpoint, problem_of
+from qwenvl.train.train_qwen import main
+from tests.train.runs import REPOSITORY, equal_bits, flags, history, train
+
+STEPS: dict[str, Any] = {
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 2,
+    "per_device_train_batch_size": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "eval_dataset_use": "held_out",
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing stopped."""
+    return train(tiny_checkpoint("qwen3_vl"), tmp_path_factory.mktemp("whole") / "run", registry, **STEPS)
+
+
+def start(model: Path, output: Path, registry: Path) -> subprocess.Popen[bytes]:
+    script = REPOSITORY / "qwenvl" / "train" / "train_qwen.py"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *flags(model, output, registry, **STEPS)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:
+    """Send SIGKILL as soon as ``moment()`` is true."""
+    deadline = time.monotonic() + 120
+    while not moment():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_killed_while_saving_and_while_training(
+    whole: Path, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    model, output = tiny_checkpoint("qwen3_vl"), tmp_path / "run"
+    drafts = output / DRAFTS
+    moments: list[Callable[[], bool]] = [
+        (drafts / "checkpoint-2" / "config.json").exists,  # the weights are being written
+        (drafts / "checkpoint-4" / "trainer_state.json").exists,  # the last file, before it is renamed
+        lambda: (output / "checkpoint-5").exists() and not drafts.exists(),  # training, evaluating or rotating
+    ]
+    for moment in moments:
+        kill_when(start(model, output, registry), moment)
+        for folder in output.glob("checkpoint-*"):
+            assert problem_of(folder) is None, folder
+        assert find_checkpoint(str(output), None) is not None
+    resumed = train(model, output, registry, **STEPS)
+    assert history(resumed) == history(whole)
+    assert equal_bits(resumed, whole)
+    assert not drafts.exists()
+
+
+@pytest.mark.slow
+def test_full_disk_is_said_and_the_last_checkpoint_stays(
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    whole: Path,
+) -> None:
+    """A limit on the size of files makes writing fail in the middle of one, as a full disk does."""
+    output = tmp_path / "run"
+    shutil.copytree(whole / "checkpoint-5", output / "checkpoint-5")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+        assert main(flags(tiny_checkpoint("qwen3_vl"), output, registry, **STEPS)) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        signal.signal(signal.SIGXFSZ, old)
+    assert "checkpoint-6 could not be saved" in caplog.text
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert problem_of(output / "checkpoint-5") is None
+    assert not (output / DRAFTS).exists()
+    resumed = train(tiny_checkpoint("qwen3_vl"), output, registry, **STEPS)
+    assert equal_bits(resumed, whole)
+
+
+def damage_bit(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "optimizer.pt is missing": lambda folder: (folder / "optimizer.pt").unlink(),
+    "bytes, and": lambda folder: os.truncate(folder / "optimizer.pt", 1000),
+    "model.safetensors is not as it was saved": damage_bit,
+    "manifest.json cannot be read": lambda folder: (folder / manifest.NAME).write_text('{"fil'),
+    "there is no trainer_state.json": lambda folder: (folder / "trainer_state.json").unlink(),
+    "trainer_state.json cannot be read": lambda folder: (folder / "trainer_state.json").write_text('{"global_'),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damaged_checkpoint_is_passed_over(
+    message: str, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("checkpoint-5", "checkpoint-6"):
+        shutil.copytree(whole / name, tmp_path / name)
+    assert find_checkpoint(str(tmp_path), None) == str(tmp_path / "checkpoint-6")
+    DAMAGES[message](tmp_path / "checkpoint-6")
+    assert find_checkpoint(str(tmp_path), None) == str(tmp_path / "checkpoint-5")
+    assert message in caplog.text
+
+
+def test_checkpoint_of_the_stock_trainer_has_no_manifest(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / manifest.NAME).unlink()
+    assert find_checkpoint(str(tmp_path), None) == str(tmp_path / "checkpoint-6")
+
+
+def test_files_added_later_do_not_matter(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "notes.txt").write_text("good one")
+    assert problem_of(tmp_path / "checkpoint-6") is None
+
+
+def test_rotation_and_best_checkpoint_work_on_whole_folders(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, whole: Path
+) -> None:
+    assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    settings = {**STEPS, "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True, "learning_rate": 1e-9}
+    output = train(tiny_checkpoint("qwen3_vl"), tmp_path / "best", registry, **settings)
+    losses = history(output, "eval_loss")
+    best = 2 * (losses.index(min(losses)) + 1)
+    assert f"checkpoint-{best}" in {path.name for path in output.glob("checkpoint-*")}
+    assert equal_bits(output, output / f"checkpoint-{best}")
