@@ -21,6 +21,7 @@ class Family:
         moe: feed-forward layers are mixtures of experts.
         linear_attention: some layers are linear attention, whose state crosses packed samples unless its kernels
             are told the boundaries.
+        gated_vision: feed-forward layers of the vision tower are gated: three matrices rather than two.
     """
 
     model_type: str
@@ -28,13 +29,14 @@ class Family:
     timed_positions: bool = False
     moe: bool = False
     linear_attention: bool = False
+    gated_vision: bool = False
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("qwen2_vl", video_layout="clip"),
-        Family("qwen2_5_vl", video_layout="clip", timed_positions=True),
+        Family("qwen2_5_vl", video_layout="clip", timed_positions=True, gated_vision=True),
         Family("qwen3_vl", video_layout="frames"),
         Family("qwen3_vl_moe", video_layout="frames", moe=True),
         Family("qwen3_5", video_layout="frames", linear_attention=True),

@@ -1,0 +1,118 @@
+"""The operations computed from a config are those that torch counts while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from qwenvl.data.measures import MEASURES, measure_sample
+from qwenvl.data.sizes import ImagePlan
+from qwenvl.data.types import ImageItem
+from qwenvl.models.flops import Trained, forward_flops, training_flops
+from qwenvl.models.freezing import set_model
+from qwenvl.models.loss import causal_loss
+from qwenvl.models.vision import install_vision_call
+from qwenvl.utilities.families import FAMILIES, get_family
+
+GRIDS = ((1, 16, 24), (3, 16, 8), (1, 8, 8))  # whole windows of Qwen2.5-VL
+TEXT, ANSWER = 180, 60  # with the pictures 448 tokens: whole chunks of linear attention
+FROZEN = [
+    Trained(vision=False),
+    Trained(vision=False, merger=False),
+    Trained(vision=False, language=False),
+    Trained(merger=False, language=False),
+]
+
+
+@pytest.fixture(scope="module")
+def build(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedModel]:
+    """Function of the family that builds a model with real proportions of its parts, in small."""
+    models: dict[str, PreTrainedModel] = {}
+
+    def function(family: str) -> PreTrainedModel:
+        if family not in models:
+            config = AutoConfig.from_pretrained(tiny_checkpoint(family))
+            text = config.get_text_config()
+            text.hidden_size, text.vocab_size = 256, 1024
+            text.num_attention_heads, text.num_key_value_heads = 16, 8  # heads as wide as the tiny model's
+            if hasattr(text, "intermediate_size"):
+                text.intermediate_size = 640
+            if hasattr(text, "moe_intermediate_size"):
+                text.moe_intermediate_size = 160
+            if hasattr(config.vision_config, "out_hidden_size"):
+                config.vision_config.out_hidden_size = 256
+            else:
+                config.vision_config.hidden_size = 256
+            model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+            model.set_experts_implementation("eager")
+            install_vision_call(model)
+            models[family] = model.train()
+        return models[family]
+
+    return function
+
+
+def one_batch(model: PreTrainedModel) -> tuple[dict[str, Any], np.ndarray]:
+    """A sample with pictures and a video, as a batch and as its measures."""
+    vision = model.config.vision_config
+    grids = torch.tensor(GRIDS)
+    patches = int(grids.prod(-1).sum())
+    visual = patches // vision.spatial_merge_size**2
+    length = visual + TEXT + ANSWER
+    labels = torch.full((1, length), -100)
+    labels[:, -ANSWER:] = 7
+    mask = torch.zeros(1, length, dtype=torch.bool)
+    mask[:, TEXT : TEXT + visual] = True
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    batch = {
+        "input_ids": torch.full((1, length), 7).masked_fill(mask, model.config.image_token_id),
+        "labels": labels,
+        "position_ids": torch.arange(length).expand(4, 1, length),
+        "vision_mask": mask,
+        "pixel_values": torch.zeros(patches, width),
+        "grid_thw": grids,
+    }
+    plans = [ImagePlan(ImageItem(""), (0, 0), grid) for grid in GRIDS]
+    return batch, np.array(measure_sample(length, ANSWER, plans), MEASURES)
+
+
+@pytest.mark.parametrize(
+    ("family", "trained"), [*((name, Trained()) for name in FAMILIES), *(("qwen3_vl", one) for one in FROZEN)], ids=str
+)
+def test_flops_are_what_torch_counts(family: str, trained: Trained, build: Callable[[str], PreTrainedModel]) -> None:
+    model = build(family)
+    set_model(model, tune_mm_vision=trained.vision, tune_mm_mlp=trained.merger, tune_mm_llm=trained.language)
+    batch, measures = one_batch(model)
+    with FlopCounterMode(display=False) as forward:
+        loss = causal_loss(model, batch, num_trained_tokens=1.0)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    model.zero_grad()
+    ours = forward_flops(model.config, get_family(family), causal=False)
+    assert ours.count(measures) == pytest.approx(forward.get_total_flops(), rel=0.005)
+    tower = sum(forward.get_flop_counts()[f"{type(model).__name__}.model.visual"].values())
+    assert ours.split(measures)[0] == pytest.approx(tower, rel=0.005)
+    both = training_flops(model.config, get_family(family), trained, causal=False)
+    # torch counts the backward pass of the depthwise convolution of linear attention as that of a full one
+    assert both.count(measures) == pytest.approx(forward.get_total_flops() + backward.get_total_flops(), rel=0.02)
+
+
+def test_flops_add_up_and_causal_attention_is_half(build: Callable[[str], PreTrainedModel]) -> None:
+    """The cost of a pack is the sum of its samples', and grows with their squares, not with the square of the pack."""
+    config, family = build("qwen3_vl").config, get_family("qwen3_vl")
+    flops = training_flops(config, family, Trained())
+    plan = ImagePlan(ImageItem(""), (0, 0), (1, 16, 24))
+    rows = np.array([measure_sample(300, 20, [plan]), measure_sample(500, 100, [])], MEASURES)
+    pack = np.array(tuple(rows[name].sum() for name in MEASURES.names), MEASURES)
+    assert flops.count(pack) == pytest.approx(flops.count(rows).sum())
+    assert flops.split(rows)[0][1] == 0
+    whole = training_flops(config, family, Trained(), causal=False)
+    assert whole.language["tokens_squared"] == 2 * flops.language["tokens_squared"]
+    assert whole.vision == flops.vision
