@@ -2,26 +2,42 @@
 
     python qwenvl/train/launch.py --nproc_per_node 8 qwenvl/train/train_qwen.py recipe.yaml
 
-takes the arguments of ``torchrun``.
+takes the arguments of ``torchrun``. SIGTERM and SIGUSR1 go on to the processes, which save a checkpoint and end;
+``torchrun`` itself gives them 30 seconds after a SIGTERM, and ends at once on SIGUSR1.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
+import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the processes and wait for them; return the exit code of the first one that failed, or 0."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _forward)
     try:
-        torchrun(list(sys.argv[1:] if argv is None else argv))
+        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *(sys.argv[1:] if argv is None else argv)])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode  # killed by a signal
     return 0
+
+
+def _forward(number: int, frame: FrameType | None) -> None:
+    """Send a signal on to the processes; without any yet, end."""
+    del frame
+    children = psutil.Process().children()
+    if not children:
+        sys.exit(128 + number)
+    for child in children:
+        child.send_signal(number)
 
 
 if __name__ == "__main__":

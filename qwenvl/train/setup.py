@@ -23,6 +23,7 @@ from qwenvl.models.freezing import configure_checkpointing, format_table, set_mo
 from qwenvl.models.loading import choose_attention, load_model, read_model_type, refuse_flattening, resolve_dtype
 from qwenvl.models.optimizer import learning_rates_of, parameter_groups
 from qwenvl.models.vision import install_vision_call
+from qwenvl.train import interruption
 from qwenvl.train.checkpoints import find_checkpoint, require_writable
 from qwenvl.train.saving import Records
 from qwenvl.train.trainer import QwenVLTrainer
@@ -52,8 +53,8 @@ class RunData:
     events: tuple[Event, ...] = ()
 
 
-def run(parsed: ParsedArguments) -> None:
-    """Train, evaluate and save as the arguments say.
+def run(parsed: ParsedArguments) -> int:
+    """Train, evaluate and save as the arguments say; return the exit code: 0, or 75 if a signal stopped the run.
 
     Raises:
         UserError: something in the user's input must be changed.
@@ -78,7 +79,16 @@ def run(parsed: ParsedArguments) -> None:
     else:
         trainer.data_report.start_over()
     trainer.data_report.add(data.events, common=True)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with trainer.stop_request.listening():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stop_request.stopped_at is not None:
+        logger.info(
+            "Stopped on request after step %d of %d, which is saved in %s. The same command goes on from there.",
+            trainer.stop_request.stopped_at,
+            trainer.state.max_steps,
+            args.output_dir,
+        )
+        return interruption.EXIT_CODE
     trainer.save_state()
     trainer.save_final()
     for line in trainer.data_report.summary():
@@ -87,6 +97,7 @@ def run(parsed: ParsedArguments) -> None:
     logger.info(
         "Saved to %s: it opens with transformers' AutoModelForImageTextToText and AutoProcessor.", args.output_dir
     )
+    return 0
 
 
 def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig) -> RunData:

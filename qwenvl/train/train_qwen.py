@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; return the exit code.
 
     A user's mistake is one message without a traceback, anything else a traceback; of all ranks, the first one to fail
-    speaks, since the others fail of the same mistake or for want of the first. With ``--debug`` all of them do.
+    speaks, since the others fail of the same mistake or for want of the first. With ``--debug`` all of them do. A run
+    that SIGTERM or SIGUSR1 stopped has saved a checkpoint and returns 75.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes fork after the tokenizer was used
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from qwenvl.train.setup import run  # takes seconds, which --help and mistakes in flags need not wait for
 
         setup_logging(parsed.training.log_level)  # after all imports: some libraries bring handlers of their own
-        run(parsed)
+        code = run(parsed)
     except UserError as error:
         if debug or is_first_to_say("error"):
             logger.error("%s", error, exc_info=error if debug else None)
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 1
     shut_down()  # only here: after an error, other ranks may be waiting for this one in a collective
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ from qwenvl.data.collation import Collator
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.models.loss import GradientWatch, causal_loss, trained_positions
 from qwenvl.models.optimizer import parameter_groups
+from qwenvl.train.interruption import StopRequest
 from qwenvl.train.loader import build_loader
 from qwenvl.train.report import DataReport
 from qwenvl.train.saving import Records, SavingTrainer
 from qwenvl.train.throughput import Throughput
+from qwenvl.train.unused_parts import UnusedVision
 from qwenvl.utilities.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,10 @@ class QwenVLTrainer(SavingTrainer):
         _restore(model.config, "use_cache", use_cache)
         self.model_accepts_loss_kwargs = True  # the Trainer counts trained tokens over ranks and accumulation steps
         self.data_report = DataReport(args.output_dir)
+        self.stop_request = StopRequest()
+        self._unused_vision = UnusedVision()
+        for callback in (self.stop_request, self._unused_vision):
+            self.add_callback(callback)
         self._throughput = Throughput()
         self._gradient_watch: GradientWatch | None = GradientWatch(model)
 
@@ -94,6 +100,9 @@ class QwenVLTrainer(SavingTrainer):
         for batch in batches:
             self._receive(batch)
             self._throughput.count(batch)
+        pictures, stop = self._any_rank(any("grid_thw" in batch for batch in batches), self.stop_request.received)
+        self._unused_vision.begin_step(self.optimizer, pictures=pictures)
+        self.stop_request.begin_step(agreed=stop)
         return batches, num_items
 
     def compute_loss(
@@ -194,6 +203,11 @@ class QwenVLTrainer(SavingTrainer):
             totals = self.accelerator.reduce(self._throughput.counts(self.args.device), reduction="sum")
             logs = {**logs, **self._throughput.rates(totals)}
         super().log(logs, start_time)
+
+    def _any_rank(self, *statements: bool) -> list[bool]:
+        """Return which statements hold on any rank; every rank has to call it."""
+        flags = torch.tensor(statements, dtype=torch.float32, device=self.args.device)
+        return [value > 0 for value in self.accelerator.reduce(flags, reduction="sum").tolist()]
 
     def _zeros(self, count: int) -> Tensor:
         """Return float64 zeros, or float32 on devices without it: sums over millions of tokens need the digits."""

@@ -56,7 +56,7 @@ def train(model: Path, output: Path, registry: Path, **settings: Any) -> Path:
     return output
 
 
-def torchrun(script: Path, *arguments: str, ranks: int = 2, seconds: float = 200) -> str:
+def torchrun(script: Path, *arguments: str, ranks: int = 2, seconds: float = 280) -> str:
     """Run a Python file on several ranks of this machine; return what they printed, also written beside it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

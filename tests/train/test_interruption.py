@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from qwenvl.train import manifest
@@ -103,6 +104,63 @@ def test_full_disk_is_said_and_the_last_checkpoint_stays(
     assert not (output / DRAFTS).exists()
     resumed = train(tiny_checkpoint("qwen3_vl"), output, registry, **STEPS)
     assert equal_bits(resumed, whole)
+
+
+def start_ranks(model: Path, output: Path, registry: Path, log: Path, **settings: Any) -> subprocess.Popen[bytes]:
+    """Start two ranks as the launchers do, with what they say going to ``log``."""
+    train_folder = REPOSITORY / "qwenvl" / "train"
+    command = [sys.executable, str(train_folder / "launch.py"), "--standalone", "--nproc_per_node=2"]
+    command += [str(train_folder / "train_qwen.py"), *flags(model, output, registry, **settings)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+LONG: dict[str, Any] = {
+    "max_steps": 60,
+    "save_strategy": "steps",
+    "save_steps": 30,
+    "per_device_train_batch_size": 1,
+    "dataloader_num_workers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def whole_on_two_ranks(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    with start_ranks(tiny_checkpoint("qwen3_vl"), folder / "run", registry, folder / "log", **LONG) as process:
+        assert process.wait(timeout=200) == 0, (folder / "log").read_text()
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("receiver", ["all ranks", "one rank"])
+def test_signal_saves_and_the_next_start_goes_on(
+    receiver: str, whole_on_two_ranks: Path, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    model, output, log = tiny_checkpoint("qwen3_vl"), tmp_path / "run", tmp_path / "log"
+    with start_ranks(model, output, registry, log, **LONG) as process:
+        deadline = time.monotonic() + 200
+        while b"'loss'" not in log.read_bytes():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        ranks = psutil.Process(process.pid).children()
+        if receiver == "all ranks":
+            process.send_signal(signal.SIGTERM)
+        else:
+            ranks[-1].send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=100) == 75, log.read_text()
+    (checkpoint,) = output.glob("checkpoint-*")
+    assert problem_of(checkpoint) is None
+    assert checkpoint.name not in ("checkpoint-30", "checkpoint-60")
+    assert f"Stopped on request after step {checkpoint.name[11:]} of 60" in log.read_text()
+    assert not list(output.glob("*.safetensors")), "an unfinished run has no final model"
+    with start_ranks(model, output, registry, log, **LONG) as process:
+        assert process.wait(timeout=200) == 0, log.read_text()
+    assert history(output) == history(whole_on_two_ranks)
+    assert equal_bits(output, whole_on_two_ranks)
 
 
 def damage_bit(folder: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from qwenvl.data.sampling import ShardedBatchSampler
 from tests.train.runs import (
     REPOSITORY,
+    changed,
     equal_bits,
     flags,
     history,
@@ -173,6 +174,8 @@ def test_zero3_trains_saves_and_resumes_like_one_process(
         commands[family] = flags(model, tmp_path / family, registry, **extra)
     resume = {"resume_from_checkpoint": tmp_path / "qwen3_vl_moe" / "checkpoint-2"}
     commands["resumed"] = flags(models["qwen3_vl_moe"], tmp_path / "resumed", registry, **{**extra, **resume})
+    text_alone = {"deepspeed": tmp_path / "zero3.json", "dataset_use": "text"}
+    commands["text"] = flags(models["qwen3_vl"], tmp_path / "text", registry, **text_alone)
     split = _run_on_two_ranks(tmp_path, commands)
     for family, alone in single.items():
         names = weights(models[family]).keys()
@@ -181,3 +184,5 @@ def test_zero3_trains_saves_and_resumes_like_one_process(
         assert history(split[family], "eval_loss") == pytest.approx(history(alone, "eval_loss"), rel=1e-4), family
         assert largest_difference(split[family], alone) < 1e-5, family
     assert equal_bits(split["resumed"], split["qwen3_vl_moe"])
+    assert changed(models["qwen3_vl"], split["text"])
+    assert not changed(models["qwen3_vl"], split["text"], ["model.visual"]), "no sample had a picture"
