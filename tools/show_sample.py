@@ -39,6 +39,7 @@ from qwenvl.data.sizes import VideoPlan
 from qwenvl.data.tokenization import IGNORE_INDEX
 from qwenvl.data.types import DatasetSpec, Sample
 from qwenvl.models.loading import read_model_type
+from qwenvl.models.patches import Patchify
 from qwenvl.utilities.errors import SampleError, UserError
 from qwenvl.utilities.families import FAMILIES, Family, get_family
 from qwenvl.utilities.logging import setup_logging
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         encoder, processor = open_encoder(arguments)
         samples = list(select_samples(arguments))
         if arguments.json is not None:
-            return write_json(samples, encoder, Path(arguments.json))
+            return write_json(samples, encoder, Patchify.from_processor(processor), Path(arguments.json))
         return sum(show(sample, encoder, processor.tokenizer) for sample in samples) and 1
     except UserError as error:
         logger.error("%s", error)
@@ -154,7 +155,7 @@ def encode(sample: Sample | SampleError, encoder: SampleEncoder) -> tuple[Plan, 
     return plan, encoder.encode(plan, sample)
 
 
-def write_json(samples: list[Sample | SampleError], encoder: SampleEncoder, path: Path) -> int:
+def write_json(samples: list[Sample | SampleError], encoder: SampleEncoder, patchify: Patchify, path: Path) -> int:
     """Write a line a sample; return 1 if any has an error.
 
     Raises:
@@ -168,7 +169,7 @@ def write_json(samples: list[Sample | SampleError], encoder: SampleEncoder, path
     with file:
         for sample in samples:
             try:
-                record = _as_record(*encode(sample, encoder))
+                record = _as_record(*encode(sample, encoder), patchify)
             except SampleError as error:
                 failed = 1
                 record = {"error": str(error)}
@@ -177,10 +178,10 @@ def write_json(samples: list[Sample | SampleError], encoder: SampleEncoder, path
     return failed
 
 
-def _as_record(plan: Plan, encoded: EncodedSample) -> dict[str, Any]:
+def _as_record(plan: Plan, encoded: EncodedSample, patchify: Patchify) -> dict[str, Any]:
     is_video = [isinstance(media, VideoPlan) for media in plan.media]
     sizes = [media.grid[0] * media.grid[1] * media.grid[2] for media in plan.media]
-    patches = [] if encoded.pixel_values is None else encoded.pixel_values.split(sizes)
+    patches = [] if encoded.pixels is None else patchify(encoded.pixels, encoded.media).split(sizes)
     record: dict[str, Any] = {
         "input_ids": plan.tokens.input_ids.tolist(),
         "labels": plan.tokens.labels.tolist(),
@@ -227,8 +228,9 @@ def show(sample: Sample | SampleError, encoder: SampleEncoder, tokenizer: Any) -
         if isinstance(media, VideoPlan):
             seconds = ", ".join(f"{second:.1f}" for second in media.timestamps)
             console.print(f"  source frames {media.indices.tolist()} at {media.fps:g} fps; timestamps {seconds} s")
-    if encoded.pixel_values is not None:
-        console.print(f"pixel_values {list(encoded.pixel_values.shape)}")
+    if encoded.pixels is not None:
+        patches = sum(temporal * height * width for _, temporal, height, width in encoded.media)
+        console.print(f"{patches} patches of {len(encoded.pixels)} bytes of pixels")
     return 0
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from qwenvl.data.tokenization import IGNORE_INDEX, Tokens
 from qwenvl.utilities.errors import UserError
+
+MediumShape: TypeAlias = tuple[int, int, int, int]
+"""(frames, temporal, height, width): frames of a picture or video, and its grid in patches. A picture has one frame; a
+video may have fewer frames than its patches hold, in which the last one is then repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +23,14 @@ class EncodedSample:
 
     Args:
         tokens: ids, labels and positions.
-        pixel_values: float32 [patches, values of a patch] of all its media in token order; None without media.
-        grid_thw: int64 [media, 3], the patch grids of its media in token order; None without media.
+        pixels: uint8 [sum of frames x height x width x 3] in pixels: the resized frames of all its media in token
+            order, one after another, RGB interleaved; None without media.
+        media: the shape of each medium, in the same order.
     """
 
     tokens: Tokens
-    pixel_values: torch.Tensor | None = None
-    grid_thw: torch.Tensor | None = None
+    pixels: torch.Tensor | None = None
+    media: tuple[MediumShape, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +70,10 @@ class Collator:
     """Makes a batch of items.
 
     Keys of the batch: ``input_ids``, ``labels`` int64 [B, T]; ``position_ids`` int64 [4, B, T]; ``vision_mask`` bool
-    [B, T]; ``pixel_values`` and ``grid_thw`` where it holds media, in token order; ``attention_mask`` int64 [B, T] if
-    padded; ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [samples + 1], ``max_length_q`` and ``max_length_k`` if
-    flattened; ``events`` and ``error`` for the trainer.
+    [B, T] and ``num_vision_tokens``, an int, the number of True in it; ``pixels`` and ``media`` where it holds media,
+    those of all samples in token order, as in :class:`EncodedSample` (``media`` are ints and stay on the host);
+    ``attention_mask`` int64 [B, T] if padded; ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [samples + 1],
+    ``max_length_q`` and ``max_length_k`` if flattened; ``events`` and ``error`` for the trainer.
 
     Args:
         pad_token_id: fills short rows; masked from attention, never trained.
@@ -82,10 +88,11 @@ class Collator:
         samples = [sample for item in items for sample in item.samples] or [self._empty_sample()]
         tokens = [sample.tokens for sample in samples]
         batch = self._flattened(tokens) if self.flatten else self._padded(tokens)
-        pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-        grids = [sample.grid_thw for sample in samples if sample.grid_thw is not None]
+        batch["num_vision_tokens"] = int(batch["vision_mask"].sum())
+        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
         if pixels:
-            batch["pixel_values"], batch["grid_thw"] = torch.cat(pixels), torch.cat(grids)
+            batch["pixels"] = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
+            batch["media"] = tuple(shape for sample in samples for shape in sample.media)
         batch["events"] = [event for item in items for event in item.events]
         batch["error"] = next((item.error for item in items if item.error is not None), None)
         return batch

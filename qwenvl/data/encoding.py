@@ -11,9 +11,9 @@ import torch
 from qwenvl.data.collation import EncodedSample, Event
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import build_conversation
-from qwenvl.data.pixels import PixelProcessor
+from qwenvl.data.pixels import read_resized
 from qwenvl.data.rendering import ChatTemplate, Rendering
-from qwenvl.data.sizes import MediaPlan, VisionSettings, plan_image, plan_video
+from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings, plan_image, plan_video
 from qwenvl.data.tokenization import Tokenizer, Tokens
 from qwenvl.data.types import Conversation, ImageItem, Sample
 from qwenvl.utilities.errors import SampleError
@@ -55,7 +55,6 @@ class SampleEncoder:
     Args:
         template: the checkpoint's chat template.
         tokenizer: rendering to tokens.
-        pixels: plans to patches.
         settings: limits of pictures and videos.
         reserved_tokens: strings that no text may contain.
         max_length: most tokens a sample may have.
@@ -65,7 +64,6 @@ class SampleEncoder:
 
     template: ChatTemplate
     tokenizer: Tokenizer
-    pixels: PixelProcessor
     settings: VisionSettings
     reserved_tokens: Collection[str]
     max_length: int
@@ -101,11 +99,12 @@ class SampleEncoder:
             return EncodedSample(plan.tokens)
         reader = self.reader(sample)
         try:
-            pixels = torch.cat([self.pixels(media, reader) for media in plan.media])
+            frames = [read_resized(media, reader).flatten() for media in plan.media]
         except SampleError as error:
             error.origin = error.origin or sample.origin
             raise
-        return EncodedSample(plan.tokens, pixels, torch.tensor([media.grid for media in plan.media]))
+        shapes = tuple((1 if isinstance(m, ImagePlan) else len(m.indices), *m.grid) for m in plan.media)
+        return EncodedSample(plan.tokens, torch.cat(frames) if len(frames) > 1 else frames[0], shapes)
 
     def reader(self, sample: Sample) -> MediaReader:
         """Return what opens the media of a sample."""

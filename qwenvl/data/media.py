@@ -55,6 +55,10 @@ class MediaReader:
         """Decode an image to RGB, EXIF orientation applied, transparency laid on white."""
         return self._read_image(item.source)
 
+    def read_pixels(self, item: ImageItem) -> torch.Tensor:
+        """Decode an image to uint8 [3, height, width]: the pixels of :meth:`read_image`."""
+        return self._read_pixels(item.source)
+
     def video_header(self, item: VideoItem) -> VideoHeader:
         """Return a video's number of frames, average frames a second, and size in pixels."""
         if isinstance(item.source, tuple):
@@ -67,8 +71,7 @@ class MediaReader:
         """Decode the frames at ``indices`` (int64 [n]) to uint8 [n, 3, height, width], RGB."""
         if isinstance(item.source, tuple):
             self._size_of_frames(item.source)
-            frames = [np.array(self._read_image(item.source[index])) for index in indices.tolist()]
-            return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+            return torch.stack([self._read_pixels(item.source[index]) for index in indices.tolist()])
         with self._naming(item.source):
             return choose_backend().frames(self._sources.locate(item.source), indices)
 
@@ -80,6 +83,9 @@ class MediaReader:
     def _read_image(self, source: str) -> Image.Image:
         with self._opened(source) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
+
+    def _read_pixels(self, source: str) -> torch.Tensor:
+        return torch.from_numpy(np.array(self._read_image(source))).permute(2, 0, 1)
 
     @contextmanager
     def _opened(self, source: str) -> Iterator[Image.Image]:

@@ -1,67 +1,56 @@
-"""Pixels through the checkpoint's own image and video processors, at the sizes planned from the headers."""
+"""Decoded pictures and videos at the sizes planned from the headers, eight bits a value.
+
+Nothing else is done to them here: the training device rescales and normalises them and cuts patches
+(:mod:`qwenvl.models.patches`), so that an eighth of the bytes of float32 patches travels from worker to trainer.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torchvision.transforms.v2 import functional as transforms
 
-from qwenvl.data.sizes import ImagePlan, MediaPlan, VideoPlan
+from qwenvl.data.sizes import ImagePlan, MediaPlan
 from qwenvl.data.types import ImageItem, VideoItem
 
 
-class FrameReader(Protocol):
+class PixelReader(Protocol):
     """The part of :class:`qwenvl.data.media.MediaReader` that decodes."""
 
-    def read_image(self, item: ImageItem) -> Image:
-        """Decode an image to RGB."""
+    def read_pixels(self, item: ImageItem) -> torch.Tensor:
+        """Decode an image: uint8 [3, height, width], RGB."""
 
     def read_frames(self, item: VideoItem, indices: np.ndarray) -> torch.Tensor:
-        """Decode frames of a video: uint8 [n, 3, height, width]."""
+        """Decode frames of a video: uint8 [n, 3, height, width], RGB."""
 
 
-class PixelProcessor:
-    """Makes patches of pictures and videos.
+def read_resized(plan: MediaPlan, reader: PixelReader) -> torch.Tensor:
+    """Decode a picture or video and resize it as planned.
 
-    Args:
-        processor: the checkpoint's processor; its mean, standard deviation and patch sizes are used as they are.
+    The size is that of the checkpoint's own processor, and so is the operation: torchvision's bicubic resize with
+    antialiasing, on integers. The pixels are the same to the bit.
+
+    Returns:
+        uint8 [frames, height, width, 3], RGB, contiguous; one frame for a picture.
+
+    Raises:
+        SampleError: the file cannot be decoded.
     """
-
-    def __init__(self, processor: Any) -> None:
-        self._image_processor = processor.image_processor
-        self._video_processor = processor.video_processor
-
-    def __call__(self, plan: MediaPlan, reader: FrameReader) -> torch.Tensor:
-        """Return float32 [patches, channels x temporal x patch x patch], normalised, in the order of the tokens.
-
-        Raises:
-            SampleError: the file cannot be decoded.
-        """
-        patches = self._image(plan, reader) if isinstance(plan, ImagePlan) else self._video(plan, reader)
-        assert patches.shape[0] == plan.grid[0] * plan.grid[1] * plan.grid[2], (patches.shape, plan)
-        return patches
-
-    def _image(self, plan: ImagePlan, reader: FrameReader) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(reader.read_image(plan.item))).permute(2, 0, 1)
-        result = self._image_processor(images=[_resize(pixels, plan.resized)], do_resize=False, return_tensors="pt")
-        patches: torch.Tensor = result["pixel_values"]
-        return patches
-
-    def _video(self, plan: VideoPlan, reader: FrameReader) -> torch.Tensor:
-        frames = _resize(reader.read_frames(plan.item, plan.indices), plan.resized)
-        # Frames are sampled and resized here, once; the processor normalises them and cuts patches.
-        options: dict[str, Any] = {"do_resize": False, "do_sample_frames": False, "return_tensors": "pt"}
-        if hasattr(self._video_processor, "cap_pixels_per_frame"):
-            options["cap_pixels_per_frame"] = False
-        patches: torch.Tensor = self._video_processor(videos=[frames], **options)["pixel_values_videos"]
-        return patches
+    if isinstance(plan, ImagePlan):
+        frames = reader.read_pixels(plan.item)[None]
+    else:
+        frames = reader.read_frames(plan.item, plan.indices)
+    return _resize(frames, plan.resized).permute(0, 2, 3, 1).contiguous()
 
 
-def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize uint8 [..., height, width] as the processors do: bicubic with antialiasing, on integers."""
-    if tuple(pixels.shape[-2:]) == size:
-        return pixels
-    return transforms.resize(pixels, list(size), interpolation=transforms.InterpolationMode.BICUBIC, antialias=True)
+def _resize(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize uint8 [n, 3, height, width].
+
+    Values that lie interleaved in memory (RGBRGB...), as decoders give them, are resized faster, stay so, and need no
+    copy to be sent.
+    """
+    if tuple(frames.shape[-2:]) == size:
+        return frames
+    return transforms.resize(frames, list(size), interpolation=transforms.InterpolationMode.BICUBIC, antialias=True)

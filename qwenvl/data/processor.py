@@ -7,10 +7,10 @@ import logging
 from typing import Any
 
 from transformers import AutoProcessor, PretrainedConfig, ProcessorMixin
+from transformers.image_utils import PILImageResampling
 
 from qwenvl.arguments import DataArguments
 from qwenvl.data.encoding import SampleEncoder
-from qwenvl.data.pixels import PixelProcessor
 from qwenvl.data.rendering import ChatTemplate
 from qwenvl.data.sizes import VisionSettings
 from qwenvl.data.tokenization import Tokenizer, VisionTokens
@@ -91,7 +91,7 @@ def build_encoder(
     Raises:
         UserError: processor and model do not belong together.
     """
-    _require_same_patches(processor, config.vision_config)
+    _require_same_pixels(processor, config.vision_config)
     settings = vision_settings(family, processor, arguments)
     speed = float(config.vision_config.tokens_per_second) if family.timed_positions else None
     vision = VisionTokens.from_processor(processor, speed)
@@ -106,7 +106,6 @@ def build_encoder(
     return SampleEncoder(
         template=ChatTemplate(processor, template_kwargs),
         tokenizer=Tokenizer(processor.tokenizer, vision, settings),
-        pixels=PixelProcessor(processor),
         settings=settings,
         reserved_tokens=frozenset({vision.image, vision.video, vision.start, vision.end, _VISION_PAD}),
         max_length=max_length,
@@ -115,8 +114,8 @@ def build_encoder(
     )
 
 
-def _require_same_patches(processor: Any, vision_config: Any) -> None:
-    """Check that the processor cuts patches of the size that the vision tower takes.
+def _require_same_pixels(processor: Any, vision_config: Any) -> None:
+    """Check that the processor cuts patches of the size that the vision tower takes, and resizes as training does.
 
     Raises:
         UserError: it does not.
@@ -131,6 +130,9 @@ def _require_same_patches(processor: Any, vision_config: Any) -> None:
             found = getattr(getattr(processor, part), name)
             if found != value:
                 raise UserError(f"The {part} has {name} {found}, but the model's config.json {value}. {_FOREIGN}")
+        resample = getattr(processor, part).resample
+        if resample != PILImageResampling.BICUBIC:
+            raise UserError(f"The {part} resizes with resample {resample}, but these models by bicubic (3). {_FOREIGN}")
 
 
 def with_training_limits(processor: ProcessorMixin, settings: VisionSettings) -> ProcessorMixin:

@@ -15,7 +15,7 @@ from qwenvl.models.vision import VisionInputs
 IGNORED_LABEL = -100
 """Label of a token that is not trained; what ``torch.nn.functional.cross_entropy`` leaves out by default."""
 
-_OWN_KEYS = frozenset({"labels", "pixel_values", "grid_thw", "vision_mask"})
+_OWN_KEYS = frozenset({"labels", "pixels", "media", "vision_mask", "num_vision_tokens"})
 
 
 def trained_positions(labels: Tensor) -> Tensor:
@@ -48,8 +48,9 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Any], *, num_trained_token
     Args:
         model: a model with :func:`qwenvl.models.vision.install_vision_call`, wrapped or not.
         batch: ``input_ids`` and ``labels`` int64 [B, T], ``position_ids`` int64 [4, B, T], ``vision_mask`` bool
-            [B, T], ``pixel_values`` and ``grid_thw`` where it holds media, ``attention_mask`` if padded,
-            ``cu_seq_lens_q`` and the like if flattened.
+            [B, T] and ``num_vision_tokens``, the number of True in it; ``pixels`` and ``media`` where it holds media
+            (see :class:`~qwenvl.models.vision.VisionInputs`), ``attention_mask`` if padded, ``cu_seq_lens_q`` and the
+            like if flattened.
         num_trained_tokens: what to divide by: the trained tokens of the whole optimizer step, over all ranks and
             accumulation steps, so that the parts' sum does not depend on the split.
 
@@ -60,7 +61,9 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Any], *, num_trained_token
     kept = trained_positions(labels)
     output = model(
         **{key: value for key, value in batch.items() if key not in _OWN_KEYS},
-        vision_inputs=VisionInputs(batch.get("pixel_values"), batch.get("grid_thw"), batch["vision_mask"]),
+        vision_inputs=VisionInputs(
+            batch.get("pixels"), batch.get("media", ()), batch["vision_mask"], batch["num_vision_tokens"]
+        ),
         kept_positions=kept,
         use_cache=False,  # with a cache, transformers does not look for packed samples and lets them see each other
     )

@@ -18,6 +18,7 @@ A call without them, such as ``generate``, is left as it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,21 +28,25 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from qwenvl.models.patches import MediumShape, Patchify
+
 
 @dataclass(frozen=True, slots=True)
 class VisionInputs:
     """All images and videos of a micro-batch.
 
     Args:
-        pixel_values: float [sum of patches, channels * temporal patch * patch * patch], in the order the media's
-            tokens appear in the batch; None for text alone.
-        grid_thw: int64 [number of media, 3], patches along time, height and width; None for text alone.
+        pixels: uint8 [values], the frames of all media in the order of their tokens, as
+            :class:`qwenvl.models.patches.Patchify` takes them; None for text alone.
+        media: the shape of each medium, Python numbers; empty for text alone.
         mask: bool [B, T], True at each image or video token.
+        num_tokens: how many of them there are, a Python number.
     """
 
-    pixel_values: Tensor | None
-    grid_thw: Tensor | None
+    pixels: Tensor | None
+    media: Sequence[MediumShape]
     mask: Tensor
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +63,33 @@ class VisionFeatures:
     deepstack: tuple[Tensor, ...] = ()
 
 
-def encode(visual: PreTrainedModel, inputs: VisionInputs) -> VisionFeatures:
+def encode(visual: PreTrainedModel, patchify: Patchify, inputs: VisionInputs) -> VisionFeatures:
     """Run the vision tower once.
 
     Without media it runs on a blank picture of one merged token, and no row of the result is kept.
 
     Args:
         visual: the vision tower of a stock model.
+        patchify: makes the patches it takes.
         inputs: the micro-batch's media.
 
     Returns:
         Features with a graph where a parameter of the tower trains and gradients are enabled, without one otherwise.
 
     Raises:
-        ValueError: tokens, grids and patches do not belong together.
+        ValueError: tokens, shapes and pixels do not belong together.
     """
-    _check_counts(visual, inputs)
+    _check_counts(visual, patchify, inputs)
     device = inputs.mask.device
-    pixel_values, grid_thw = inputs.pixel_values, inputs.grid_thw
-    if pixel_values is None or grid_thw is None:
-        pixel_values, grid_thw = _blank_picture(visual.config, device)
+    if inputs.pixels is None:
+        patches, grids = _blank_picture(visual.config, device)
+    else:
+        patches = patchify.to(device)(inputs.pixels.to(device), inputs.media)
+        grids = _on_device([shape[1:] for shape in inputs.media], device)
     with _graph_if_trained(visual):
-        output = visual(pixel_values.to(device, visual.dtype), grid_thw=grid_thw.to(device), return_dict=True)
+        output = visual(patches.to(visual.dtype), grid_thw=grids, return_dict=True)
     features = _read_output(output)
-    if inputs.pixel_values is None:
+    if inputs.pixels is None:
         return VisionFeatures(features.embeddings[:0], tuple(layer[:0] for layer in features.deepstack))
     return features
 
@@ -91,28 +99,31 @@ def _read_output(output: Any) -> VisionFeatures:
     return VisionFeatures(output.pooler_output, tuple(getattr(output, "deepstack_features", None) or ()))
 
 
-def _check_counts(visual: Any, inputs: VisionInputs) -> None:
-    """Name tokens, features and patches that do not match, before the device fails on an index."""
-    if (inputs.pixel_values is None) != (inputs.grid_thw is None):
-        raise ValueError("pixel_values and grid_thw come together: one of them is missing in the batch.")
-    grid_patches = 0 if inputs.grid_thw is None else int(inputs.grid_thw.prod(-1).sum())
-    patches = 0 if inputs.pixel_values is None else inputs.pixel_values.shape[0]
-    if patches != grid_patches:
-        raise ValueError(f"The batch's grids describe {grid_patches} patches, but pixel_values holds {patches}.")
-    features = grid_patches // visual.config.spatial_merge_size**2
-    tokens = int(inputs.mask.sum())
-    if tokens != features:
+def _check_counts(visual: Any, patchify: Patchify, inputs: VisionInputs) -> None:
+    """Name tokens, features and pixels that do not match, before the device fails on an index."""
+    values = 0 if inputs.pixels is None else inputs.pixels.numel()
+    expected = patchify.count_values(inputs.media)
+    if values != expected:
+        raise ValueError(f"The batch's media have {expected} values, but pixels holds {values}.")
+    features = patchify.count_patches(inputs.media) // visual.config.spatial_merge_size**2
+    if inputs.num_tokens != features:
         raise ValueError(
-            f"The batch holds {tokens} image and video tokens, but its media give {features} features. "
+            f"The batch holds {inputs.num_tokens} image and video tokens, but its media give {features} features. "
             "Tokens were cut or added after the media's sizes were fixed."
         )
+
+
+def _on_device(grids: Sequence[MediumShape], device: torch.device) -> Tensor:
+    """Return int64 [media, 3] on the device; from pinned memory, as an ordinary copy waits for all earlier work."""
+    on_host = torch.tensor([tuple(grid) for grid in grids], pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
 
 
 def _blank_picture(config: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Patches (zeros) and grid of the smallest picture the tower takes: one merged token."""
     merge = config.spatial_merge_size
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    return torch.zeros(merge * merge, width, device=device), torch.tensor([[1, merge, merge]], device=device)
+    return torch.zeros(merge * merge, width, device=device), _on_device([(1, merge, merge)], device)
 
 
 def _graph_if_trained(visual: nn.Module) -> AbstractContextManager[None]:
@@ -167,6 +178,7 @@ class _LanguageModelHooks:
     """
 
     visual: PreTrainedModel
+    patchify: Patchify
     # set before each call and used after it, so that it never outlives a call, not even one that fails
     kept_positions: Tensor | None = field(default=None, init=False)
 
@@ -178,7 +190,7 @@ class _LanguageModelHooks:
         self.kept_positions = kwargs.pop("kept_positions", None)
         inputs: VisionInputs | None = kwargs.pop("vision_inputs", None)
         if inputs is not None:
-            kwargs |= place(kwargs["inputs_embeds"], inputs.mask, encode(self.visual, inputs))
+            kwargs |= place(kwargs["inputs_embeds"], inputs.mask, encode(self.visual, self.patchify, inputs))
         if kwargs.get("cu_seq_lens_q") is not None and _has_linear_attention(language_model):
             kwargs.setdefault("seq_idx", sample_index(kwargs["cu_seq_lens_q"], kwargs["inputs_embeds"].shape[1]))
         return args, kwargs
@@ -203,18 +215,19 @@ class HookHandles:
             handle.remove()
 
 
-def install_vision_call(model: PreTrainedModel) -> HookHandles:
+def install_vision_call(model: PreTrainedModel, patchify: Patchify) -> HookHandles:
     """Teach a stock model the arguments ``vision_inputs`` and ``kept_positions``.
 
     Install once, before the model is wrapped (DDP, DeepSpeed, PEFT). Saved files and ``generate`` are not affected.
 
     Args:
         model: a stock ``...ForConditionalGeneration`` of a family this trainer knows.
+        patchify: makes patches as the checkpoint's processor does.
 
     Returns:
         A handle that removes it.
     """
-    hooks = _LanguageModelHooks(model.model.visual)
+    hooks = _LanguageModelHooks(model.model.visual, patchify)
     language_model = model.model.language_model
     return HookHandles(
         (

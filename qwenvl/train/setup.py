@@ -22,6 +22,7 @@ from qwenvl.data.video import prepare_backend
 from qwenvl.models.freezing import configure_checkpointing, format_table, set_model, summarize
 from qwenvl.models.loading import choose_attention, load_model, read_model_type, refuse_flattening, resolve_dtype
 from qwenvl.models.optimizer import learning_rates_of, parameter_groups
+from qwenvl.models.patches import Patchify
 from qwenvl.models.vision import install_vision_call
 from qwenvl.train import interruption
 from qwenvl.train.checkpoints import find_checkpoint, require_writable
@@ -68,7 +69,7 @@ def run(parsed: ParsedArguments) -> int:
     config = AutoConfig.from_pretrained(path, **options)
     require_writable(args.output_dir)
     data = open_data(parsed, family, config)
-    model = open_model(parsed, family)
+    model = open_model(parsed, family, data.processor)
     records = Records(settings_yaml, processor_limits(data.processor))
     trainer = build_trainer(parsed, model, data, records)
     wanted, deepspeed = args.resume_from_checkpoint, bool(args.deepspeed)
@@ -138,13 +139,15 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     return RunData(processor, encoder, packs, evaluation, lengths.events)
 
 
-def open_model(parsed: ParsedArguments, family: Family) -> PreTrainedModel:
+def open_model(parsed: ParsedArguments, family: Family, processor: ProcessorMixin) -> PreTrainedModel:
     """Load the checkpoint, freeze what is not trained, and install the vision call.
 
     Raises:
-        UserError: the checkpoint is incomplete, nothing trains, or samples could not be kept apart in a row.
+        UserError: the checkpoint is incomplete, its processor normalises in a way that is not known, nothing trains,
+            or samples could not be kept apart in a row.
     """
     arguments, args = parsed.model, parsed.training
+    patchify = Patchify.from_processor(processor)
     set_seed(args.seed)
     if args.deepspeed:
         _start_deepspeed()
@@ -173,7 +176,7 @@ def open_model(parsed: ParsedArguments, family: Family) -> PreTrainedModel:
     )
     logger.info("Trained parts:\n%s", format_table(summarize(model, learning_rates_of(groups))))
     _checkpoint_trained_parts(model, args)
-    install_vision_call(model)
+    install_vision_call(model, patchify)
     return model
 
 

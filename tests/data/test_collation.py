@@ -20,7 +20,7 @@ def sample(length: int, media: int = 0) -> EncodedSample:
     tokens = Tokens(ids, labels, positions, torch.arange(length) < media)
     if not media:
         return EncodedSample(tokens)
-    return EncodedSample(tokens, torch.full((4 * media, 6), float(length)), torch.tensor([[1, 2, 2]] * media))
+    return EncodedSample(tokens, torch.full((4 * media,), length, dtype=torch.uint8), ((1, 1, 2, length),) * media)
 
 
 LENGTHS = st.lists(st.integers(2, 9), min_size=1, max_size=5)
@@ -39,9 +39,12 @@ def test_flattened_rows_hold_every_sample_whole(lengths: list[int]) -> None:
         assert torch.equal(batch["input_ids"][0, start:stop], one.tokens.input_ids)
         assert torch.equal(batch["position_ids"][:, 0, start:stop], one.tokens.position_ids)
         assert batch["labels"][0, start] == IGNORE_INDEX
-    media = sum(length % 2 for length in lengths)
-    assert ("pixel_values" in batch) == bool(media)
-    assert int(batch["vision_mask"].sum()) == media
+    odd = [length for length in lengths if length % 2]
+    assert batch["num_vision_tokens"] == int(batch["vision_mask"].sum()) == len(odd)
+    assert batch.get("media", ()) == tuple((1, 1, 2, length) for length in odd)
+    assert ("pixels" in batch) == bool(odd)
+    if odd:
+        assert batch["pixels"].tolist() == [length for length in odd for _ in range(4)]
 
 
 @given(LENGTHS)

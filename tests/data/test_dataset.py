@@ -140,9 +140,9 @@ def test_another_process_encodes_the_same(make_encoder: MakeEncoder, tables: Tab
     here, there = dataset[0].samples[0], pickle.loads(pickle.dumps(dataset))[0].samples[0]
     assert torch.equal(here.tokens.input_ids, there.tokens.input_ids)
     assert torch.equal(here.tokens.labels, there.tokens.labels)
-    assert here.pixel_values is not None
-    assert there.pixel_values is not None
-    assert torch.equal(here.pixel_values, there.pixel_values)
+    assert here.pixels is not None
+    assert there.pixels is not None
+    assert torch.equal(here.pixels, there.pixels)
 
 
 def test_a_usable_sample_is_looked_for(make_encoder: MakeEncoder, tables: Tables) -> None:
@@ -177,10 +177,10 @@ def test_truncation_keeps_whole_turns_and_their_media(make_encoder: MakeEncoder,
             assert (item.samples, [event.kind for event in item.events]) == ((), ["overlength"])
             continue
         (sample,) = item.samples
-        assert sample.pixel_values is not None
+        assert sample.pixels is not None
         assert torch.equal(sample.tokens.input_ids, fitting[-1].tokens.input_ids)
         assert torch.equal(sample.tokens.labels, fitting[-1].tokens.labels)
-        assert len(sample.pixel_values) == 4 * int(sample.tokens.vision_mask.sum())
+        assert len(sample.pixels) == 3 * 32 * 32 * int(sample.tokens.vision_mask.sum())
         assert [event.kind for event in item.events] == (["truncated"] if limit < lengths[-1] else [])
 
 
@@ -199,8 +199,8 @@ def test_evaluation_rows_are_not_trained(tables: Tables) -> None:
 def test_a_picture_is_decoded_once(make_encoder: MakeEncoder, tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     """The official recipe decodes each twice more for lengths, and throws them away."""
     opened, decoded = tables(a=[talk("x", "<image>What?", "It.", image="a.png")]), []
-    read = MediaReader.read_image
-    monkeypatch.setattr(MediaReader, "read_image", lambda self, item: decoded.append(item) or read(self, item))
+    read = MediaReader.read_pixels
+    monkeypatch.setattr(MediaReader, "read_pixels", lambda self, item: decoded.append(item) or read(self, item))
     dataset = ConversationDataset(opened, make_encoder())
     dataset.require_usable_sample()
     assert decoded == []

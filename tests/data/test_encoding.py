@@ -18,6 +18,7 @@ from qwenvl.data.processor import build_encoder
 from qwenvl.data.sizes import VideoPlan
 from qwenvl.data.types import Origin, Sample
 from qwenvl.utilities.families import FAMILIES, get_family
+from tests.patches import patches_of
 
 
 def write_video(path: Path, frames: int, fps: int) -> None:
@@ -66,7 +67,7 @@ def test_two_videos_and_a_picture_stand_where_the_stock_model_puts_them(
     assert torch.equal(plan.tokens.position_ids[1:], expected[:, 0])
 
     encoded = encoder.encode(plan, sample)
-    assert encoded.pixel_values is not None
-    assert encoded.grid_thw is not None
-    assert encoded.grid_thw.tolist() == [list(media.grid) for media in plan.media]
-    assert len(encoded.pixel_values) == int(encoded.grid_thw.prod(-1).sum()) == 4 * int(plan.tokens.vision_mask.sum())
+    assert encoded.pixels is not None
+    frames = [8, 1, 8]
+    assert encoded.media == tuple((count, *media.grid) for count, media in zip(frames, plan.media, strict=True))
+    assert len(patches_of(encoded, checkpoint)) == 4 * int(plan.tokens.vision_mask.sum())

@@ -26,8 +26,10 @@ from qwenvl.data.processor import (
 )
 from qwenvl.data.types import Origin, Sample
 from qwenvl.data.video import choose_backend
+from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import FAMILIES, get_family
 from tests.data.test_video import make_video
+from tests.patches import grids_of, patches_of
 
 LIMITS: dict[str, Any] = {
     "min_pixels": 40 * 40,
@@ -65,10 +67,17 @@ def test_pictures_equal_the_stock_processors(
     low, high = own.get("min_pixels", LIMITS["min_pixels"]), own.get("max_pixels", LIMITS["max_pixels"])
     limits = {"shortest_edge": low, "longest_edge": max(low, high)}
     stock = processor.image_processor(images=[picture], size=limits, return_tensors="pt")
-    assert encoded.grid_thw is not None
-    assert encoded.pixel_values is not None
-    assert encoded.grid_thw.tolist() == stock["image_grid_thw"].tolist()
-    torch.testing.assert_close(encoded.pixel_values, stock["pixel_values"], rtol=0, atol=1e-5)
+    assert grids_of(encoded) == stock["image_grid_thw"].tolist()
+    assert torch.equal(patches_of(encoded, tiny_checkpoint(family)), stock["pixel_values"])
+
+
+def test_processors_that_resize_differently_are_refused(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("qwen3_vl")
+    processor: Any = open_processor(str(folder))
+    processor.video_processor.resample = 2
+    config, arguments = AutoConfig.from_pretrained(folder), DataArguments()
+    with pytest.raises(UserError, match="video_processor resizes with resample 2"):
+        build_encoder(processor, config, get_family("qwen3_vl"), arguments, 100)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,10 +96,8 @@ def test_videos_equal_the_stock_processors_with_the_saved_limits(
     whole = choose_backend().frames(str(path), np.arange(frames))
     metadata = VideoMetadata(total_num_frames=frames, fps=fps, duration=frames / fps, video_backend="torchcodec")
     stock = saved.video_processor(videos=[whole], video_metadata=[metadata], return_tensors="pt")
-    assert encoded.grid_thw is not None
-    assert encoded.pixel_values is not None
-    assert encoded.grid_thw.tolist() == stock["video_grid_thw"].tolist()
-    torch.testing.assert_close(encoded.pixel_values, stock["pixel_values_videos"], rtol=0, atol=1e-5)
+    assert grids_of(encoded) == stock["video_grid_thw"].tolist()
+    assert torch.equal(patches_of(encoded, tiny_checkpoint(family)), stock["pixel_values_videos"])
     text = encoder.template.render(plan.conversation).text
     if encoder.settings.family.video_layout == "frames":
         # The stock processor writes brackets around every frame. Until transformers 5.6 it replaced the ones that the

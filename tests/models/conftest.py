@@ -15,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from qwenvl.data.collation import MediumShape
 from qwenvl.utilities.families import FAMILIES, get_family
+from tests.patches import frames_of
 
 # what each sample of the mixture holds, in order
 MIXTURE: dict[str, tuple[str, ...]] = {
@@ -35,16 +37,16 @@ class StockSample:
         inputs: arguments of the stock model, without labels.
         labels: int64 [1, T].
         position_ids: int64 [4, 1, T]; rows 1-3 from the stock ``get_rope_index``.
-        pixel_values: patches of all media in the order of their tokens; None for text alone.
-        grid_thw: their grids.
+        pixels: uint8, the frames of all media in the order of their tokens; None for text alone.
+        media: their frames and grids.
         vision_mask: bool [1, T].
     """
 
     inputs: dict[str, Any]
     labels: Tensor
     position_ids: Tensor
-    pixel_values: Tensor | None
-    grid_thw: Tensor | None
+    pixels: Tensor | None
+    media: tuple[MediumShape, ...]
     vision_mask: Tensor
 
     @property
@@ -81,8 +83,8 @@ def _process(processor: Any, media: Sequence[str], seed: int) -> dict[str, Any]:
     return dict(processor(text=[text], return_tensors="pt", **extra))
 
 
-def _media_in_token_order(inputs: dict[str, Any], merge: int) -> tuple[Tensor | None, Tensor | None]:
-    """Interleave the processor's images and videos as their tokens stand in the text."""
+def _media_in_token_order(inputs: dict[str, Any], processor: Any) -> tuple[Tensor | None, tuple[MediumShape, ...]]:
+    """Interleave the processor's images and videos as their tokens stand in the text, and undo its patches."""
     sources = {
         kind: iter(_split_media(inputs.get(pixels), inputs.get(grids)))
         for kind, pixels, grids in (
@@ -90,24 +92,26 @@ def _media_in_token_order(inputs: dict[str, Any], merge: int) -> tuple[Tensor | 
             (2, "pixel_values_videos", "video_grid_thw"),
         )
     }
-    patches, grids, pending = [], [], 0
+    frames, shapes, pending = [], list[MediumShape](), 0
     for kind, run in itertools.groupby(inputs["mm_token_type_ids"][0].tolist()):
         if kind == 0:
             continue
         if pending == 0:  # a video whose frames stand apart goes on over several runs
             rows, grid = next(sources[kind])
-            patches.append(rows)
-            grids.append(grid)
-            pending = len(rows) // merge**2
+            shown = frames_of(rows, grid, processor.image_processor if kind == 1 else processor.video_processor)
+            frames.append(shown[:1] if kind == 1 else shown)
+            shapes.append((len(frames[-1]), *grid))
+            pending = len(rows) // processor.image_processor.merge_size**2
         pending -= len(list(run))
     assert pending == 0 and all(next(source, None) is None for source in sources.values())
-    return (torch.cat(patches), torch.stack(grids)) if patches else (None, None)
+    return torch.cat([one.flatten() for one in frames]) if frames else None, tuple(shapes)
 
 
-def _split_media(pixels: Tensor | None, grids: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+def _split_media(pixels: Tensor | None, grids: Tensor | None) -> list[tuple[Tensor, tuple[int, int, int]]]:
     if pixels is None or grids is None:
         return []
-    return list(zip(pixels.split(grids.prod(-1).tolist()), grids, strict=True))
+    shapes = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
+    return list(zip(pixels.split(grids.prod(-1).tolist()), shapes, strict=True))
 
 
 def make_sample(model: PreTrainedModel, processor: Any, media: Sequence[str], seed: int) -> StockSample:
@@ -123,15 +127,16 @@ def make_sample(model: PreTrainedModel, processor: Any, media: Sequence[str], se
     trained = torch.arange(ids.shape[1]) % 3 != 0
     labels[(types != 0) | ~trained[None]] = -100
     labels[:, : ids.shape[1] // 3] = -100
-    pixel_values, grid_thw = _media_in_token_order(inputs, model.config.vision_config.spatial_merge_size)
+    pixels, media = _media_in_token_order(inputs, processor)
     position_ids = torch.cat([text_positions, positions])
-    return StockSample(inputs, labels, position_ids, pixel_values, grid_thw, types != 0)
+    return StockSample(inputs, labels, position_ids, pixels, media, types != 0)
 
 
-def _media(samples: Sequence[StockSample]) -> dict[str, Tensor]:
-    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-    grids = [sample.grid_thw for sample in samples if sample.grid_thw is not None]
-    return {"pixel_values": torch.cat(pixels), "grid_thw": torch.cat(grids)} if pixels else {}
+def _media(samples: Sequence[StockSample]) -> dict[str, Any]:
+    count = sum(int(sample.vision_mask.sum()) for sample in samples)
+    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+    shapes = tuple(shape for sample in samples for shape in sample.media)
+    return {"num_vision_tokens": count, **({"pixels": torch.cat(pixels), "media": shapes} if pixels else {})}
 
 
 def pad_batch(samples: Sequence[StockSample]) -> dict[str, Any]:

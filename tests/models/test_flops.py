@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from qwenvl.models.freezing import set_model
 from qwenvl.models.loss import causal_loss
 from qwenvl.models.vision import install_vision_call
 from qwenvl.utilities.families import FAMILIES, get_family
+from tests.patches import patchify_of
 
 GRIDS = ((1, 16, 24), (3, 16, 8), (1, 8, 8))  # whole windows of Qwen2.5-VL
 TEXT, ANSWER = 180, 60  # with the pictures 448 tokens: whole chunks of linear attention
@@ -52,7 +54,7 @@ def build(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedM
                 config.vision_config.hidden_size = 256
             model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
             model.set_experts_implementation("eager")
-            install_vision_call(model)
+            install_vision_call(model, patchify_of(tiny_checkpoint(family)))
             models[family] = model.train()
         return models[family]
 
@@ -62,22 +64,22 @@ def build(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedM
 def one_batch(model: PreTrainedModel) -> tuple[dict[str, Any], np.ndarray]:
     """A sample with pictures and a video, as a batch and as its measures."""
     vision = model.config.vision_config
-    grids = torch.tensor(GRIDS)
-    patches = int(grids.prod(-1).sum())
-    visual = patches // vision.spatial_merge_size**2
+    visual = sum(math.prod(grid) for grid in GRIDS) // vision.spatial_merge_size**2
     length = visual + TEXT + ANSWER
     labels = torch.full((1, length), -100)
     labels[:, -ANSWER:] = 7
     mask = torch.zeros(1, length, dtype=torch.bool)
     mask[:, TEXT : TEXT + visual] = True
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    media = [(2 * grid[0] - 1, *grid) for grid in GRIDS]  # one frame of each is shown twice
+    values = sum(frames * height * width for frames, _, height, width in media) * 3 * vision.patch_size**2
     batch = {
         "input_ids": torch.full((1, length), 7).masked_fill(mask, model.config.image_token_id),
         "labels": labels,
         "position_ids": torch.arange(length).expand(4, 1, length),
         "vision_mask": mask,
-        "pixel_values": torch.zeros(patches, width),
-        "grid_thw": grids,
+        "num_vision_tokens": visual,
+        "pixels": torch.zeros(values, dtype=torch.uint8),
+        "media": media,
     }
     plans = [ImagePlan(ImageItem(""), (0, 0), grid) for grid in GRIDS]
     return batch, np.array(measure_sample(length, ANSWER, plans), MEASURES)

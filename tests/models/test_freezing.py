@@ -20,8 +20,8 @@ from qwenvl.models.freezing import (
     summarize,
 )
 from qwenvl.models.loss import GradientWatch, causal_loss
-from qwenvl.models.vision import install_vision_call
 from qwenvl.utilities.errors import UserError
+from tests.patches import install
 
 SWITCHES = ("tune_mm_vision", "tune_mm_mlp", "tune_mm_llm")
 COMBINATIONS = [dict(zip(SWITCHES, values, strict=True)) for values in itertools.product((True, False), repeat=3)]
@@ -83,7 +83,7 @@ def test_a_frozen_untied_output_projection_does_not_move(load_tiny, mixture, mak
 
 def step(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Gradients of one batch."""
-    handle = install_vision_call(model)
+    handle = install(model)
     model.zero_grad(set_to_none=True)
     causal_loss(model, batch, num_trained_tokens=1.0).backward()
     handle.remove()

@@ -14,9 +14,9 @@ from transformers import AutoConfig
 
 from qwenvl.models.loading import choose_attention, load_model, refuse_flattening, resolve_dtype
 from qwenvl.models.loss import causal_loss
-from qwenvl.models.vision import install_vision_call
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import get_family
+from tests.patches import install
 
 
 def load(path: Path | str):
@@ -249,7 +249,7 @@ class TestFlattening:
             pytest.skip("this machine has a GPU")
         samples = list(mixture(family_name).values())
         model = load_tiny(family_name)
-        install_vision_call(model)
+        install(model)
         padded = causal_loss(model, make_batch("padded", samples), num_trained_tokens=1.0)
         assert padded.isfinite()
         try:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from qwenvl.models.freezing import parameter_modules
 from qwenvl.models.loss import GradientWatch, causal_loss, trained_positions
-from qwenvl.models.vision import install_vision_call
+from tests.patches import install
 
 TOLERANCE = 1e-5
 
@@ -49,7 +49,7 @@ def test_equals_stock_one_by_one(family_name, layout, attention, load_tiny, mixt
     expected.backward()
     stock = gradients(model)
     model.zero_grad()
-    install_vision_call(model)
+    install(model)
     total = sum(sample.trained_tokens for sample in samples)
     loss = causal_loss(model, make_batch(layout, samples), num_trained_tokens=total)
     loss.backward()
@@ -60,7 +60,7 @@ def test_equals_stock_one_by_one(family_name, layout, attention, load_tiny, mixt
 
 def run(model: PreTrainedModel, batch: dict[str, Any], num_trained_tokens: float = 1.0) -> Tensor:
     """Loss and gradients of one batch, with fresh hooks."""
-    handle = install_vision_call(model)
+    handle = install(model)
     loss = causal_loss(model, batch, num_trained_tokens=num_trained_tokens)
     loss.backward()
     handle.remove()
@@ -88,7 +88,7 @@ def test_a_cache_would_leak_between_flattened_samples(family, load_tiny, mixture
         def forward(self, **kwargs: Any) -> Any:
             return model(**(kwargs | {"use_cache": True}))
 
-    install_vision_call(model)
+    install(model)
     leaked = causal_loss(WithCache(), batch, num_trained_tokens=1.0)
     assert abs(leaked.item() - right.item()) > 1e-4 * abs(right.item())
 
@@ -176,7 +176,7 @@ def test_evaluation_gives_the_training_loss_without_a_graph(family_name, layout,
     model = load_tiny(family_name)
     trained = run(model, batch)
     model.eval()
-    install_vision_call(model)
+    install(model)
     with torch.no_grad():
         evaluated = causal_loss(model, batch, num_trained_tokens=1.0)
     assert not evaluated.requires_grad
@@ -207,7 +207,7 @@ class TestGradientWatch:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
         try:
-            install_vision_call(model)
+            install(model)
             watch = GradientWatch(model)
             batch = make_batch("padded", list(mixture("qwen3_vl").values()))
             causal_loss(DistributedDataParallel(model), batch, num_trained_tokens=1.0).backward()

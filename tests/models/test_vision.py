@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
 from qwenvl.models.loss import causal_loss
-from qwenvl.models.vision import VisionInputs, encode, install_vision_call, sample_index
+from qwenvl.models.patches import Patchify
+from qwenvl.models.vision import VisionInputs, encode, sample_index
+from tests.patches import install, patchify_of
 
 
 def generate(model: Any, sample: Any) -> list[int]:
@@ -23,7 +26,7 @@ def generate(model: Any, sample: Any) -> list[int]:
 @pytest.mark.parametrize("contents", [["text"], ["image"], ["text", "image", "video", "video, image"]])
 def test_the_tower_runs_once_a_batch(family_name, layout, contents, load_tiny, mixture, make_batch):
     model = load_tiny(family_name)
-    install_vision_call(model)
+    install(model)
     calls: list[int] = []
     model.model.visual.register_forward_hook(lambda *_: calls.append(1))
     batch = make_batch(layout, [mixture(family_name)[name] for name in contents])
@@ -36,7 +39,7 @@ def test_the_tower_runs_once_a_batch(family_name, layout, contents, load_tiny, m
 def test_generation_and_stock_calls_are_not_disturbed(family_name, load_tiny, mixture, make_batch):
     sample = mixture(family_name)["video, image"]
     plain, hooked = load_tiny(family_name).eval(), load_tiny(family_name)
-    install_vision_call(hooked)
+    install(hooked)
     causal_loss(hooked, make_batch("padded", [sample]), num_trained_tokens=1.0)
     hooked.eval()
     assert generate(hooked, sample) == generate(plain, sample)
@@ -47,17 +50,17 @@ def test_generation_and_stock_calls_are_not_disturbed(family_name, load_tiny, mi
 def test_a_failed_call_leaves_nothing_behind(load_tiny, mixture, make_batch):
     sample = mixture("qwen3_vl")["image"]
     model = load_tiny("qwen3_vl")
-    install_vision_call(model)
+    install(model)
     batch = make_batch("padded", [sample])
     with pytest.raises(ValueError, match="image and video tokens"):
-        causal_loss(model, batch | {"vision_mask": torch.zeros_like(batch["vision_mask"])}, num_trained_tokens=1.0)
+        causal_loss(model, batch | {"num_vision_tokens": 0}, num_trained_tokens=1.0)
     with torch.no_grad():
         assert model(**sample.inputs).logits.shape[1] == sample.labels.shape[1]
 
 
 def test_removing_the_handle_restores_the_stock_model(load_tiny, mixture, make_batch):
     model = load_tiny("qwen3_vl")
-    handle = install_vision_call(model)
+    handle = install(model)
     handle.remove()
     handle.remove()
     with pytest.raises(AssertionError, match="install_vision_call"):
@@ -66,7 +69,7 @@ def test_removing_the_handle_restores_the_stock_model(load_tiny, mixture, make_b
 
 def test_saved_files_do_not_change(tmp_path: Path, family_name, load_tiny, tiny_checkpoint):
     model = load_tiny(family_name)
-    install_vision_call(model)
+    install(model)
     model.save_pretrained(tmp_path)
     with (
         safe_open(tmp_path / "model.safetensors", "pt") as saved,
@@ -78,11 +81,16 @@ def test_saved_files_do_not_change(tmp_path: Path, family_name, load_tiny, tiny_
 
 def test_a_copied_model_calls_its_own_tower(load_tiny, mixture, make_batch):
     model = load_tiny("qwen3_vl")
-    install_vision_call(model)
+    install(model)
     twin = copy.deepcopy(model)
     causal_loss(twin, make_batch("padded", [mixture("qwen3_vl")["image"]]), num_trained_tokens=1.0).backward()
     assert twin.model.visual.patch_embed.proj.weight.grad is not None
     assert model.model.visual.patch_embed.proj.weight.grad is None
+
+
+def call(model: Any, sample: Any) -> tuple[Patchify, VisionInputs]:
+    inputs = VisionInputs(sample.pixels, sample.media, sample.vision_mask, int(sample.vision_mask.sum()))
+    return patchify_of(model.config._name_or_path), inputs
 
 
 class TestEncode:
@@ -93,33 +101,30 @@ class TestEncode:
         with torch.no_grad():
             image = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
             video = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
-            together = encode(
-                model.model.visual, VisionInputs(sample.pixel_values, sample.grid_thw, sample.vision_mask)
-            )
+            together = encode(model.model.visual, *call(model, sample))
         apart = torch.cat([*video.pooler_output, *image.pooler_output])
         torch.testing.assert_close(together.embeddings, apart, rtol=1e-5, atol=1e-6)
         assert len(together.deepstack) == len(getattr(image, "deepstack_features", None) or ())
 
     def test_names_both_counts_when_tokens_were_cut(self, load_tiny, mixture):
-        sample = mixture("qwen3_vl")["image"]
-        mask = sample.vision_mask.clone()
-        mask[0, mask[0].nonzero()[0]] = False
+        sample, model = mixture("qwen3_vl")["image"], load_tiny("qwen3_vl")
+        patchify, inputs = call(model, sample)
         features = int(sample.vision_mask.sum())
         with pytest.raises(ValueError, match=f"{features - 1} image and video tokens.*{features} features"):
-            encode(load_tiny("qwen3_vl").model.visual, VisionInputs(sample.pixel_values, sample.grid_thw, mask))
+            encode(model.model.visual, patchify, replace(inputs, num_tokens=features - 1))
 
-    def test_names_patches_that_do_not_fit_the_grids(self, load_tiny, mixture):
-        sample = mixture("qwen3_vl")["image"]
-        visual = load_tiny("qwen3_vl").model.visual
-        with pytest.raises(ValueError, match="patches, but pixel_values holds"):
-            encode(visual, VisionInputs(sample.pixel_values[:-1], sample.grid_thw, sample.vision_mask))
-        with pytest.raises(ValueError, match="come together"):
-            encode(visual, VisionInputs(sample.pixel_values, None, sample.vision_mask))
+    def test_names_pixels_that_do_not_fit_the_shapes(self, load_tiny, mixture):
+        sample, model = mixture("qwen3_vl")["image"], load_tiny("qwen3_vl")
+        patchify, inputs = call(model, sample)
+        for wrong in ({"pixels": sample.pixels[:-1]}, {"pixels": None}, {"media": ()}):
+            with pytest.raises(ValueError, match=r"media have \d+ values, but pixels holds"):
+                encode(model.model.visual, patchify, replace(inputs, **wrong))
 
     def test_media_missing_from_a_batch_with_tokens_is_an_error(self, load_tiny, mixture):
-        mask = mixture("qwen3_vl")["image"].vision_mask
+        sample, model = mixture("qwen3_vl")["image"], load_tiny("qwen3_vl")
+        patchify, inputs = call(model, sample)
         with pytest.raises(ValueError, match="0 features"):
-            encode(load_tiny("qwen3_vl").model.visual, VisionInputs(None, None, mask))
+            encode(model.model.visual, patchify, replace(inputs, pixels=None, media=()))
 
 
 def test_sample_index_numbers_the_samples_of_a_row():
@@ -132,7 +137,7 @@ def test_sample_index_numbers_the_samples_of_a_row():
 def test_linear_attention_alone_is_told_the_samples_of_a_row(family, load_tiny, mixture, make_batch):
     """Seen by the first layer; whether kernels heed it depends on the machine."""
     model = load_tiny(family)
-    install_vision_call(model)
+    install(model)
     seen: list[Any] = []
     first = model.model.language_model.layers[0]
     first.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs.get("seq_idx")), with_kwargs=True)

@@ -18,6 +18,7 @@ from qwenvl.data.collation import EncodedSample
 from qwenvl.models.freezing import parameter_modules
 from qwenvl.train.setup import open_data
 from qwenvl.utilities.families import get_family
+from tests.patches import grids_of, patches_of
 from tests.train.runs import equal_bits, flags, history, largest_difference, train, weights
 
 FAMILY = "qwen3_vl"
@@ -34,10 +35,11 @@ def stock_loss_sum(model: PreTrainedModel, sample: EncodedSample) -> tuple[float
     config: Any = model.config
     ids, labels = sample.tokens.input_ids[None], sample.tokens.labels[None]
     inputs: dict[str, Tensor] = {"input_ids": ids, "position_ids": sample.tokens.position_ids[1:, None]}
-    if sample.pixel_values is not None and sample.grid_thw is not None:
+    if sample.media:
         # in this order the media's patches lie one after another; their kind shows at their tokens
-        kinds = _kinds(ids[0], config, sample.grid_thw)
-        patches = sample.pixel_values.split(sample.grid_thw.prod(-1).tolist())
+        grid_thw = torch.tensor(grids_of(sample))
+        kinds = _kinds(ids[0], config, grid_thw)
+        patches = patches_of(sample, config._name_or_path).split(grid_thw.prod(-1).tolist())
         for kind, pixels, grids in (
             ("image", "pixel_values", "image_grid_thw"),
             ("video", "pixel_values_videos", "video_grid_thw"),
@@ -45,7 +47,7 @@ def stock_loss_sum(model: PreTrainedModel, sample: EncodedSample) -> tuple[float
             chosen = [index for index, found in enumerate(kinds) if found == kind]
             if chosen:
                 inputs[pixels] = torch.cat([patches[index] for index in chosen])
-                inputs[grids] = sample.grid_thw[chosen]
+                inputs[grids] = grid_thw[chosen]
     with torch.no_grad():
         logits = model(**inputs).logits.float()
     loss = nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
