@@ -8,6 +8,9 @@ An entry names the annotations and the folder of their media:
     }
     data_dict = {..., "my_dataset": MY_DATASET}
 
+Boxes in its texts count as the model family writes them. Where they count pixels of the original pictures, add
+``"bbox_format": "pixel"``, and they are converted for the family in use (qwenvl/data/boxes.py).
+
 Relative paths start from the folder that holds this package (the top of the repository), from wherever you train.
 """
 

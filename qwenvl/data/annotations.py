@@ -119,7 +119,10 @@ class AnnotationTable:
                 f'a sample must be a JSON object such as {{"conversations": [...]}}, not {_kind(record)}.',
                 place,
             )
-        return Sample(place, record, self.spec.data_path, bool(self.spec.options.get("allow_absolute")))
+        options = self.spec.options
+        return Sample(
+            place, record, self.spec.data_path, bool(options.get("allow_absolute")), options.get("bbox_format")
+        )
 
 
 def open_annotations(spec: DatasetSpec) -> AnnotationTable:

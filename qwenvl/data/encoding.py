@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from qwenvl.data.boxes import convert_boxes
 from qwenvl.data.collation import EncodedSample, Event
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import build_conversation
@@ -118,6 +119,7 @@ class SampleEncoder:
             else plan_video(item, reader.video_header(item), self.settings)
             for item in conversation.media()
         )
+        conversation = convert_boxes(conversation, media, sample, self.settings.family)
         return self._tokenize(conversation, media)
 
     def _tokenize(self, conversation: Conversation, media: Sequence[MediaPlan]) -> Plan:

@@ -94,11 +94,13 @@ class ImagePlan:
         item: the image.
         resized: (height, width) in pixels after resizing.
         grid: (1, height, width) in patches.
+        size: (height, width) in pixels before resizing, as the image is shown.
     """
 
     item: ImageItem
     resized: tuple[int, int]
     grid: tuple[int, int, int]
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,8 @@ def plan_image(item: ImageItem, size: tuple[int, int], settings: VisionSettings)
     """
     low, high = _image_limits(item, settings)
     resized = fit(*size, settings.factor, low, high)
-    return ImagePlan(item, resized, (1, resized[0] // settings.patch_size, resized[1] // settings.patch_size))
+    grid = (1, resized[0] // settings.patch_size, resized[1] // settings.patch_size)
+    return ImagePlan(item, resized, grid, size)
 
 
 def plan_video(item: VideoItem, facts: VideoFacts, settings: VisionSettings) -> VideoPlan:

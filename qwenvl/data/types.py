@@ -61,12 +61,15 @@ class Sample:
         record: its fields, untouched.
         data_path: folder that its relative media paths start from.
         allow_absolute: its absolute media paths may lie outside ``data_path``.
+        bbox_format: what the coordinates in its texts count, where the record does not say; see
+            :mod:`qwenvl.data.boxes`.
     """
 
     origin: Origin
     record: Mapping[str, Any]
     data_path: str = ""
     allow_absolute: bool = False
+    bbox_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
+from qwenvl.data.boxes import bbox_format
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import build_conversation
 from qwenvl.data.types import ImageItem, Message, Sample, TextPart, VideoItem
@@ -72,8 +73,12 @@ def split_sample(sample: Sample) -> tuple[Prompt, str]:
     """Return what a sample asks before its last answer, and that answer.
 
     Raises:
-        SampleError: the record cannot be used, or does not end in an answer.
+        SampleError: the record cannot be used, does not end in an answer, or has a ``bbox_format``, whose boxes only
+            training converts.
     """
+    if bbox_format(sample) is not None:
+        reason = "its boxes are not as the model writes them. Convert them (qwenvl.data.boxes) and drop bbox_format."
+        raise SampleError("bad_boxes", reason, sample.origin)
     messages = build_conversation(sample, ()).messages
     if messages[-1].role != "assistant" or len(messages) < 2:
         raise SampleError("no_answer", "the sample does not end in an answer to a question.", sample.origin)

@@ -22,6 +22,8 @@ class Family:
         linear_attention: some layers are linear attention, whose state crosses packed samples unless its kernels
             are told the boundaries.
         gated_vision: feed-forward layers of the vision tower are gated: three matrices rather than two.
+        boxes: how coordinates of boxes and points are written. ``relative_1000``: whole numbers from 0 to 1000, the
+            left or top edge to the right or bottom one; ``resized_pixels``: pixels of the picture after resizing.
     """
 
     model_type: str
@@ -30,13 +32,14 @@ class Family:
     moe: bool = False
     linear_attention: bool = False
     gated_vision: bool = False
+    boxes: Literal["relative_1000", "resized_pixels"] = "relative_1000"
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("qwen2_vl", video_layout="clip"),
-        Family("qwen2_5_vl", video_layout="clip", timed_positions=True, gated_vision=True),
+        Family("qwen2_5_vl", video_layout="clip", timed_positions=True, gated_vision=True, boxes="resized_pixels"),
         Family("qwen3_vl", video_layout="frames"),
         Family("qwen3_vl_moe", video_layout="frames", moe=True),
         Family("qwen3_5", video_layout="frames", linear_attention=True),

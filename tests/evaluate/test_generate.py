@@ -111,6 +111,12 @@ def test_a_sample_that_ends_in_a_question_is_refused() -> None:
         split_sample(sample)
 
 
+def test_boxes_that_training_would_convert_are_refused() -> None:
+    turns = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": '{"bbox_2d": [1, 2, 3, 4]}'}]
+    with pytest.raises(SampleError, match=r"f\.jsonl:3.*drop bbox_format"):
+        split_sample(Sample(Origin("d", "f.jsonl", 3), {"conversations": turns}, bbox_format="pixel"))
+
+
 def test_a_missing_folder_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be opened"):
         open_answerer(str(tmp_path / "none"), device="cpu")

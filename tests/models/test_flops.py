@@ -81,7 +81,7 @@ def one_batch(model: PreTrainedModel) -> tuple[dict[str, Any], np.ndarray]:
         "pixels": torch.zeros(values, dtype=torch.uint8),
         "media": media,
     }
-    plans = [ImagePlan(ImageItem(""), (0, 0), grid) for grid in GRIDS]
+    plans = [ImagePlan(ImageItem(""), (0, 0), grid, (0, 0)) for grid in GRIDS]
     return batch, np.array(measure_sample(length, ANSWER, plans), MEASURES)
 
 
@@ -112,7 +112,7 @@ def test_flops_add_up_and_causal_attention_is_half(build: Callable[[str], PreTra
     """The cost of a pack is the sum of its samples', and grows with their squares, not with the square of the pack."""
     config, family = build("qwen3_vl").config, get_family("qwen3_vl")
     flops = training_flops(config, family, Trained())
-    plan = ImagePlan(ImageItem(""), (0, 0), (1, 16, 24))
+    plan = ImagePlan(ImageItem(""), (0, 0), (1, 16, 24), (0, 0))
     rows = np.array([measure_sample(300, 20, [plan]), measure_sample(500, 100, [])], MEASURES)
     pack = np.array(tuple(rows[name].sum() for name in MEASURES.names), MEASURES)
     assert flops.count(pack) == pytest.approx(flops.count(rows).sum())

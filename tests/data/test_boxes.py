@@ -1,0 +1,320 @@
+"""Boxes: converters against independent arithmetic, what of a text changes, and which picture a box lies in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+from transformers import AutoConfig, AutoProcessor
+
+from qwenvl.arguments import DataArguments
+from qwenvl.data.annotations import open_annotations
+from qwenvl.data.boxes import bbox_format, convert_boxes, from_coco, from_voc, from_yolo, to_family, to_pixels
+from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.media import MediaReader
+from qwenvl.data.messages import build_conversation
+from qwenvl.data.processor import build_encoder
+from qwenvl.data.sizes import ImagePlan, VideoPlan, fit
+from qwenvl.data.types import Conversation, DatasetSpec, ImageItem, Origin, Sample, VideoItem
+from qwenvl.utilities.errors import SampleError
+from qwenvl.utilities.families import FAMILIES, get_family
+
+RELATIVE, RESIZED = get_family("qwen3_vl"), get_family("qwen2_5_vl")
+SIZE, FITTED = (480, 640), (476, 644)
+sides = st.integers(1, 5000)
+
+
+def picture(size: tuple[int, int] = SIZE, resized: tuple[int, int] = FITTED, name: str = "a.jpg") -> ImagePlan:
+    return ImagePlan(ImageItem(name), resized, (1, resized[0] // 14, resized[1] // 14), size)
+
+
+def sample_of(*values: str, **fields: Any) -> Sample:
+    turns = [{"from": ("human", "gpt")[place % 2], "value": value} for place, value in enumerate(values)]
+    return Sample(Origin("set", "set.jsonl", 1), {"conversations": turns, "bbox_format": "pixel", **fields})
+
+
+def convert(sample: Sample, *media: Any, family: Any = RELATIVE) -> Conversation:
+    return convert_boxes(build_conversation(sample, ()), media or (picture(),), sample, family)
+
+
+def answer(text: str, family: Any = RELATIVE, **fields: Any) -> str:
+    """Convert an answer about one picture of 640 x 480 pixels, resized to 644 x 476."""
+    sample = sample_of("<image>Where?", text, image="a.jpg", **fields)
+    return convert(sample, family=family).messages[-1].text
+
+
+def reason(call: Callable[[], Any], category: str = "bad_boxes") -> str:
+    with pytest.raises(SampleError) as caught:
+        call()
+    assert caught.value.category == category
+    return caught.value.reason
+
+
+def test_families_write_boxes_as_their_cookbooks_say() -> None:
+    assert {name for name, family in FAMILIES.items() if family.boxes == "resized_pixels"} == {"qwen2_5_vl"}
+
+
+def test_the_example_of_the_official_notebook() -> None:
+    """Its box and its picture, at its limits (14 * 14 * 4 * 1280 pixels, factor 28)."""
+    size = (428, 640)
+    assert to_family([146, 137, 615, 415], size, (0, 0), RELATIVE) == [228, 320, 961, 970]
+    resized = fit(*size, 28, 56 * 56, 14 * 14 * 4 * 1280)
+    assert to_family([146, 137, 615, 415], size, resized, RESIZED) == [147, 134, 619, 407]
+
+
+def nearest(value: int, extent: int, written: int) -> int:
+    """Round value * written / extent in whole numbers, halves to the even one."""
+    whole, rest = divmod(value * written, extent)
+    return whole + (2 * rest > extent or (2 * rest == extent and whole % 2 == 1))
+
+
+@given(st.data(), sides, sides, sides, sides)
+def test_coordinates_against_whole_number_arithmetic(
+    data: st.DataObject, height: int, width: int, rows: int, columns: int
+) -> None:
+    x, y = data.draw(st.integers(0, width)), data.draw(st.integers(0, height))
+    assert to_family([x, y], (height, width), (rows, columns), RELATIVE) == [
+        nearest(x, width, 1000),
+        nearest(y, height, 1000),
+    ]
+    assert to_family([x, y], (height, width), (rows, columns), RESIZED) == [
+        min(nearest(x, width, columns), columns - 1),
+        min(nearest(y, height, rows), rows - 1),
+    ]
+
+
+@given(st.data(), sides, sides, sides, sides)
+def test_there_and_back_is_within_one_unit(
+    data: st.DataObject, height: int, width: int, rows: int, columns: int
+) -> None:
+    x, y = data.draw(st.floats(0, width)), data.draw(st.floats(0, height))
+    for family, units in ((RELATIVE, (1000, 1000)), (RESIZED, (columns, rows))):
+        written = to_family([x, y], (height, width), (rows, columns), family)
+        back = to_pixels(written, (rows, columns), family, (height, width))
+        assert abs(back[0] - x) <= width / units[0] * (1 + 1e-9)
+        assert abs(back[1] - y) <= height / units[1] * (1 + 1e-9)
+
+
+def test_boxes_of_other_datasets() -> None:
+    """One box, columns 10 to 29 and rows 20 to 59 of a picture of 100 x 200 pixels, in four notations."""
+    assert from_coco((10, 20, 20, 40)) == (10, 20, 30, 60)
+    assert from_voc((11, 21, 30, 60)) == (10, 20, 30, 60)
+    assert from_yolo((0.2, 0.2, 0.2, 0.2), (200, 100)) == pytest.approx((10, 20, 30, 60))
+
+
+BOX = [64, 48, 320, 240]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ('{"bbox_2d": [64, 48, 320, 240], "label": "cup 64"}', '{"bbox_2d": [100, 100, 500, 500], "label": "cup 64"}'),
+        (
+            '```json\n[\n\t{"bbox_2d" :[64,\n 48.0,320,240 ]}\n]\n```',
+            '```json\n[\n\t{"bbox_2d" :[100,\n 100,500,500 ]}\n]\n```',
+        ),
+        ('{"point_2d": [319.9999, 2.4e2]}', '{"point_2d": [500, 500]}'),
+        ("<|box_start|>(64,48), (320,240)<|box_end|>.", "<|box_start|>(100,100), (500,500)<|box_end|>."),
+        (
+            "<|quad_start|>(64,48),(320,48),(320,240),(64,240)<|quad_end|>",
+            "<|quad_start|>(100,100),(500,100),(500,500),(100,500)<|quad_end|>",
+        ),
+        ("{'bbox_2d': [64, 48, 320, 240]}", "{'bbox_2d': [100, 100, 500, 500]}"),
+        (r'"{\"bbox_2d\": [64, 48, 320, 240]}"', r'"{\"bbox_2d\": [100, 100, 500, 500]}"'),
+        ('{"bbox_2d": [-0.5, 0, 640.01, 480]}', '{"bbox_2d": [0, 0, 1000, 1000]}'),
+        ("[64, 48, 320, 240] bbox_2d: [64]", "[64, 48, 320, 240] bbox_2d: [64]"),
+        ('Write {"bbox_2d": [x1, y1, x2, y2]}, or [].', 'Write {"bbox_2d": [x1, y1, x2, y2]}, or [].'),
+        ('{"bbox_2d": [], "bbox_3d": [1, 2]}', '{"bbox_2d": [], "bbox_3d": [1, 2]}'),
+        ('{"bbox_2d": null, "a": "<|box_start|>"}', '{"bbox_2d": null, "a": "<|box_start|>"}'),
+    ],
+)
+def test_written_forms(written: str, expected: str) -> None:
+    assert answer(written) == expected
+
+
+def test_pixels_of_the_resized_picture() -> None:
+    written = '{"bbox_2d": [64, 48, 640, 480]}<|box_start|>(64,48),(640,480)<|box_end|>'
+    assert answer(written, RESIZED) == '{"bbox_2d": [64, 48, 643, 475]}<|box_start|>(64,48),(643,475)<|box_end|>'
+
+
+@given(st.text(), st.text(), st.text())
+def test_the_rest_of_a_text_stays(before: str, between: str, after: str) -> None:
+    def text(*values: int) -> str:
+        return f'{before}"bbox_2d": {list(values)}{between}<|box_start|>({values[0]},1),(9,9)<|box_end|>{after}'
+
+    sample = sample_of("<image>", text(*BOX).replace("(64,1),(9,9)", "(64,48),(320,240)"), image="a.jpg")
+    try:
+        build_conversation(sample, ())
+    except SampleError:  # half of a surrogate pair
+        return
+    expected = text(100, 100, 500, 500).replace("(100,1),(9,9)", "(100,100),(500,500)")
+    assert convert(sample).messages[-1].text == expected
+
+
+def test_all_turns_and_only_their_text() -> None:
+    box = json.dumps({"bbox_2d": BOX})
+    sample = sample_of(f"Is {box} in <image> red?", box, f"And {box}?", box, image="a.jpg", system=box)
+    messages = convert(sample).messages
+    assert [message.text.count("[100, 100, 500, 500]") for message in messages] == [1] * 5
+    assert messages[1].parts[1] == ImageItem("a.jpg")
+    assert convert(replace(sample, record={**sample.record, "bbox_format": None})).messages[1].text.count("64") == 1
+
+
+def test_tool_calls_and_reasoning() -> None:
+    call = {"name": "zoom", "arguments": {"bbox_2d": BOX, "box": [1, 2], "schema": {"bbox_2d": {"type": "array"}}}}
+    written = {"function": {"name": "zoom", "arguments": json.dumps({"point_2d": [64, 48]}, indent=1)}}
+    turn = {"role": "assistant", "tool_calls": [call, written], "reasoning_content": f'"bbox_2d": {BOX}'}
+    record = {"messages": [{"role": "user", "content": "<image>?"}, turn], "image": "a", "bbox_format": "pixel"}
+    extra = convert(Sample(Origin("d", "f", 1), record)).messages[-1].extra
+    assert extra["tool_calls"][0]["arguments"] == call["arguments"] | {"bbox_2d": [100, 100, 500, 500]}
+    assert json.loads(extra["tool_calls"][1]["function"]["arguments"]) == {"point_2d": [100, 100]}
+    assert extra["reasoning_content"] == '"bbox_2d": [100, 100, 500, 500]'
+    turn["tool_calls"] = [{"bbox_2d": [1, 2, "3", 4]}]
+    assert "4 numbers are needed" in reason(lambda: convert(Sample(Origin("d", "f", 1), record)))
+
+
+@pytest.mark.parametrize(
+    ("written", "parts"),
+    [
+        ('{"bbox_2d": [64, 48, 641, 240]}', ["[64, 48, 641, 240]", "assistant", "a.jpg", "640 pixels wide"]),
+        ('{"bbox_2d": [64, 48, 320, 481]}', ["640 pixels wide and 480 high"]),
+        ('{"point_2d": [-1, 48]}', ["640 pixels wide and 480 high"]),
+        ('{"bbox_2d": [1e999, 48, 320, 240]}', ["640 pixels wide and 480 high"]),
+        ('{"bbox_2d": [320, 48, 320, 240]}', ["x1 < x2 and y1 < y2"]),
+        ('{"bbox_2d": [64, 240, 320, 48]}', ["x1 < x2 and y1 < y2"]),
+        ('{"bbox_2d": [64, 48, 320]}', ["4 numbers"]),
+        ('{"point_2d": [64, 48, 320]}', ["2 numbers"]),
+        ('{"bbox_2d": [64, 48, 32O, 240]}', ["4 numbers"]),
+        ('{"bbox_2d": [[64, 48, 320, 240]]}', ["4 numbers"]),
+        ('{"bbox_2d": [64, 48, ', ["4 numbers"]),
+        ("<|box_start|>(64,48)<|box_end|>", ["4 numbers", "<|box_start|>(64,48)<|box_end|>"]),
+    ],
+)
+def test_boxes_that_cannot_be_converted(written: str, parts: list[str]) -> None:
+    found = reason(lambda: answer(written))
+    assert all(part in found for part in parts), found
+
+
+def test_several_pictures_of_one_size() -> None:
+    box = json.dumps({"bbox_2d": BOX})
+    sample = sample_of("<image><image>Where?", box, image=["a.jpg", "b.jpg"])
+    assert "[100, 100, 500, 500]" in convert(sample, picture(), picture(name="b.jpg")).messages[-1].text
+    found = reason(lambda: convert(sample, picture(), picture((960, 640))))
+    assert "cannot be told in which picture" in found
+    assert "process_bbox.ipynb" in found
+
+
+def test_a_picture_in_every_user_turn() -> None:
+    box = json.dumps({"bbox_2d": BOX})
+    media = (picture(), picture((960, 1280), name="b.jpg"))
+    two = ["<image>Where?", box, f"And {box} here?<image>", box]
+    texts = [message.text for message in convert(sample_of(*two, image=["a", "b"]), *media).messages]
+    assert ["[100, 100, 500, 500]" in text for text in texts] == [False, True, False, False]
+    assert ["[50, 50, 250, 250]" in text for text in texts] == [False, False, True, True]
+    found = reason(lambda: convert(sample_of(*two, image=["a", "b"], system=box), *media))
+    assert "before the first picture" in found
+    assert "cannot be told" in reason(lambda: convert(sample_of(*two, "And?", box, image=["a", "b"]), *media))
+
+
+def test_no_picture_and_videos() -> None:
+    box = json.dumps({"bbox_2d": BOX})
+    sample = sample_of("Where?", box)
+    assert "no picture" in reason(lambda: convert_boxes(build_conversation(sample, ()), (), sample, RELATIVE))
+    clip = VideoPlan(VideoItem("v.mp4"), 8, 2.0, np.arange(8), FITTED, (4, 34, 46), (0.0,) * 4)
+    assert "videos" in reason(lambda: convert(sample_of("<video>?", box, video="v.mp4"), clip))
+    assert convert(sample_of("<video>?", "No box.", video="v.mp4"), clip).messages[-1].text == "No box."
+
+
+def test_relative_coordinates_for_a_family_of_pixels() -> None:
+    fields = {"bbox_format": "relative_1000"}
+    box = json.dumps({"bbox_2d": [100, 100, 500, 1000]})
+    assert answer(box, **fields) == box
+    assert answer(box, RESIZED, **fields) == '{"bbox_2d": [64, 48, 322, 475]}'
+    assert "0 to 1000" in reason(lambda: answer('{"bbox_2d": [1, 1, 1001, 2]}', **fields))
+
+
+@pytest.mark.parametrize("value", ["pixels", 3, ["pixel"]])
+def test_unknown_formats(value: Any) -> None:
+    found = reason(lambda: answer("No box.", bbox_format=value), "bad_record")
+    assert repr(value) in found
+    assert '"pixel"' in found
+
+
+# --- through files -----------------------------------------------------------------------------------------------
+
+
+def build(checkpoint: Path, family: str, **flags: Any) -> SampleEncoder:
+    limits = DataArguments(dataset_use="d", max_pixels=300 * 300, **flags)
+    config = AutoConfig.from_pretrained(checkpoint)
+    return build_encoder(AutoProcessor.from_pretrained(checkpoint), config, get_family(family), limits, 4096)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_box_stays_on_its_object_through_orientation_and_resizing(
+    family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A red box on a picture that a camera stored lying on its side, shown upright: found again where the text says."""
+    shown = Image.new("RGB", (900, 1300), "white")
+    box = [150, 800, 420, 1180]
+    ImageDraw.Draw(shown).rectangle((150, 800, 419, 1179), fill="red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    stored = shown.transpose(Image.Transpose.ROTATE_90)
+    assert stored.size == (1300, 900)
+    stored.save(tmp_path / "a.jpg", exif=exif, quality=95)
+
+    sample = sample_of("<image>Where?", json.dumps({"bbox_2d": box}), image="a.jpg")
+    sample = replace(sample, data_path=str(tmp_path))
+    encoder = build(tiny_checkpoint(family), family)
+    plan = encoder.plan(sample)
+    written = json.loads(plan.conversation.messages[-1].text)["bbox_2d"]
+    assert json.dumps({"bbox_2d": written}) in plan.rendering.text  # what is tokenized
+    (media,) = plan.media
+    height, width = media.resized
+    assert (height, width) != (1300, 900)
+    extent = (width, height) if family == "qwen2_5_vl" else (1000, 1000)
+    assert written == [round(value * extent[axis % 2] / (900, 1300)[axis % 2]) for axis, value in enumerate(box)]
+
+    resized = MediaReader(str(tmp_path)).read_image(ImageItem("a.jpg")).resize((width, height))
+    red = np.array(resized)[:, :, 1] < 128
+    left, top, right, bottom = to_pixels(written, media.resized, get_family(family), media.resized)
+    rows, columns = np.flatnonzero(red.any(axis=1)), np.flatnonzero(red.any(axis=0))
+    found = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    unit = math.ceil(max(width, height) / 1000)
+    assert np.abs(np.array(found) - (left, top, right, bottom)).max() <= unit + 1
+
+
+def test_the_format_of_a_dataset_and_of_a_sample(tmp_path: Path) -> None:
+    records = [{"bbox_format": written} for written in (None, "relative_1000")] + [{}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for written, expected in ((None, [None, "relative_1000", None]), ("pixel", ["pixel", "relative_1000", "pixel"])):
+        options = {"bbox_format": written}
+        table = open_annotations(DatasetSpec("d", (str(tmp_path / "a.jsonl"),), "", options=options))
+        assert [bbox_format(sample) for (sample,) in table] == expected
+
+
+def test_turns_left_out_are_not_converted_twice(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
+    box = json.dumps({"bbox_2d": BOX})
+    sample = sample_of("<image>Where?", box, "long " * 300, "No.", image="a.png")
+    encoder = build(tiny_checkpoint("qwen3_vl"), "qwen3_vl", overlength="truncate_turns")
+    whole = encoder.plan(replace(sample, data_path=str(tmp_path)))
+    encoder = replace(encoder, max_length=len(whole.tokens) - 1)
+    plan = encoder.plan(replace(sample, data_path=str(tmp_path)))
+    assert [message.text for message in plan.conversation.messages] == ["Where?", '{"bbox_2d": [100, 100, 500, 500]}']
+
+
+def test_a_bad_box_names_its_sample(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    sample = replace(sample_of("<image>?", json.dumps({"bbox_2d": BOX}), image="a.png"), data_path=str(tmp_path))
+    with pytest.raises(SampleError, match=r"dataset 'set', set.jsonl:1: .*outside the picture a.png"):
+        build(tiny_checkpoint("qwen3_vl"), "qwen3_vl").plan(sample)
