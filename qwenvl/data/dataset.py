@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import add
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -12,7 +11,7 @@ from torch.utils.data import Dataset
 from qwenvl.data.annotations import AnnotationTable, open_annotations
 from qwenvl.data.collation import EncodedSample, Event, Item
 from qwenvl.data.encoding import OverlengthError, Plan, SampleEncoder
-from qwenvl.data.measures import NOTHING, Measures, measure_sample
+from qwenvl.data.measures import NOTHING, Measures
 from qwenvl.data.packing import Packs, pack
 from qwenvl.data.sampling import FILLER, sample_rows, split_rows
 from qwenvl.data.types import DatasetSpec, Sample
@@ -75,11 +74,13 @@ class Measurement:
 
     Args:
         measures: of its usable samples together.
+        whole: of all its samples, however long they are; None where one has another problem.
         events: what there is to report.
         error: the problem that must stop the run.
     """
 
     measures: Measures = NOTHING
+    whole: Measures | None = None
     events: tuple[Event, ...] = ()
     error: UserError | None = None
 
@@ -101,11 +102,11 @@ class ConversationDataset(Dataset[Item]):
         skip_bad_samples: bool = False,
         packs: Packs | None = None,
     ) -> None:
-        self._tables = list(tables)
+        self.tables = list(tables)
         self._encoder = encoder
         self._skip = skip_bad_samples
         self._packs = packs
-        self._borders = np.cumsum([len(table.rows) for table in self._tables])
+        self._borders = np.cumsum([len(table.rows) for table in self.tables])
 
     def __len__(self) -> int:
         return int(self._borders[-1]) if self._packs is None else len(self._packs)
@@ -120,7 +121,7 @@ class ConversationDataset(Dataset[Item]):
         usable = np.flatnonzero(lengths)
         packs = pack(lengths[usable], self._encoder.max_length, seed)
         packs = replace(packs, samples=usable[packs.samples])
-        return ConversationDataset(self._tables, self._encoder, self._skip, packs)
+        return ConversationDataset(self.tables, self._encoder, self._skip, packs)
 
     def samples(self, index: int) -> tuple[Sample, ...]:
         """Return the annotation record(s) at an index: several where it is a pack, or the row itself is packed.
@@ -132,11 +133,15 @@ class ConversationDataset(Dataset[Item]):
             return self._row(index)
         return tuple(sample for row in self._packs[index].tolist() for sample in self._row(row))
 
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return which of :attr:`tables` the row of an index is in, where there are no packs, and its row there."""
+        number = int(np.searchsorted(self._borders, index, side="right"))
+        first = int(self._borders[number - 1]) if number else 0
+        return number, int(self.tables[number].rows[index - first])
+
     def _row(self, index: int) -> tuple[Sample, ...]:
-        which = int(np.searchsorted(self._borders, index, side="right"))
-        table = self._tables[which]
-        first = int(self._borders[which - 1]) if which else 0
-        return table.table[int(table.rows[index - first])]
+        number, row = self.locate(index)
+        return self.tables[number].table[row]
 
     def __getitem__(self, index: int) -> Item:
         """Return the encoded row; nothing for :data:`~qwenvl.data.sampling.FILLER`. Never raises a UserError.
@@ -155,26 +160,36 @@ class ConversationDataset(Dataset[Item]):
             return Item(error=error)
         return item
 
-    def measure(self, index: int) -> Measurement:
-        """Return the length of a row without decoding anything. Never raises a UserError, as ``[index]``."""
-        total, events = NOTHING, list[Event]()
+    def measure(self, table: int, row: int, known: Measures | None = None) -> Measurement:
+        """Return the length of a row without decoding anything. Never raises a UserError, as ``[index]``.
+
+        Args:
+            table: which of :attr:`tables`.
+            row: row of its annotations.
+            known: ``whole`` of an earlier measurement, so that a single sample need not be counted again.
+        """
+        used = whole = NOTHING
+        usable, events = True, list[Event]()
         try:
-            for sample in self.samples(index):
+            samples = self.tables[table].table[row]
+            for sample in samples:
                 try:
-                    plan = self._plan(sample, total.tokens)
-                    measures = measure_sample(len(plan.tokens), plan.tokens.trained, plan.media)
-                    total = Measures(*map(add, total, measures))
+                    counted = known if known is not None and len(samples) == 1 else self._encoder.measure(sample)
+                    whole = whole.plus(counted)
+                    self._encoder.require_length(counted.tokens, sample, used.tokens)
+                    used = used.plus(counted)
                 except SampleError as error:
                     out = self._leave_out(error)
                     if out.error is not None:
                         return Measurement(error=out.error)
+                    usable = usable and isinstance(error, OverlengthError)
                     events += out.events
         except SampleError as error:  # of the row itself
             out = self._leave_out(error)
             return Measurement(events=out.events, error=out.error)
         except UserError as error:
             return Measurement(error=error)
-        return Measurement(total, tuple(events))
+        return Measurement(used, whole if usable else None, tuple(events))
 
     def require_usable_sample(self, purpose: str = "training") -> None:
         """Look, without decoding, for a first sample that can be trained on.
@@ -228,13 +243,7 @@ class ConversationDataset(Dataset[Item]):
             SampleError: it cannot be used, or makes the row too long.
         """
         plan = self._encoder.plan(sample)
-        if used and used + len(plan.tokens) > self._encoder.max_length:
-            raise OverlengthError(
-                "overlength",
-                f"the packed row is longer than --model_max_length {self._encoder.max_length} with this sample.",
-                sample.origin,
-                fatal=self._encoder.overlength == "error",
-            )
+        self._encoder.require_length(len(plan.tokens), sample, used)
         return plan
 
     def _leave_out(self, error: SampleError) -> Item:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,12 +10,13 @@ import torch
 
 from qwenvl.data.boxes import convert_boxes
 from qwenvl.data.collation import EncodedSample, Event
+from qwenvl.data.measures import Measures, measure_sample
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import build_conversation
 from qwenvl.data.pixels import read_resized
 from qwenvl.data.rendering import ChatTemplate, Rendering
 from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings, plan_image, plan_video
-from qwenvl.data.tokenization import Tokenizer, Tokens
+from qwenvl.data.tokenization import Encoding, Tokenizer, Tokens
 from qwenvl.data.types import Conversation, ImageItem, Sample
 from qwenvl.utilities.errors import SampleError
 
@@ -49,6 +50,16 @@ class Plan:
     events: tuple[Event, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A sample as far as its length goes: headers read and text tokenized, no tensor made."""
+
+    conversation: Conversation
+    rendering: Rendering
+    media: tuple[MediaPlan, ...]
+    encoding: Encoding
+
+
 @dataclass(frozen=True)
 class SampleEncoder:
     """Everything that turns samples of one run into model inputs. Safe to send to DataLoader workers.
@@ -77,18 +88,51 @@ class SampleEncoder:
         Raises:
             SampleError: the sample cannot be used; says why, and where it stands.
         """
-        try:
-            conversation = build_conversation(sample, self.reserved_tokens)
-            plan = self._plan(conversation, sample)
-            if len(plan.tokens) > self.max_length:
-                plan = self._shorten(plan, sample)
-        except SampleError as error:
-            error.origin = error.origin or sample.origin
-            raise
-        if self.template.thinking_mismatch(plan.conversation):
-            event = Event("thinking_mismatch", sample.origin.dataset, str(sample.origin))
-            plan = replace(plan, events=(*plan.events, event))
-        return plan
+        whole, kept = self._fitted(sample)
+        self.require_length(kept.encoding.length, sample)
+        events = []
+        if kept is not whole:
+            removed = len(whole.conversation.messages) - len(kept.conversation.messages)
+            message = f"{sample.origin}: {whole.encoding.length} tokens; the last {removed} turns left out"
+            events.append(Event("truncated", sample.origin.dataset, message))
+        if self.template.thinking_mismatch(kept.conversation):
+            events.append(Event("thinking_mismatch", sample.origin.dataset, str(sample.origin)))
+        tokens = self.tokenizer.expand(kept.encoding)
+        return Plan(kept.conversation, kept.rendering, kept.media, tokens, tuple(events))
+
+    def measure(self, sample: Sample) -> Measures:
+        """Count what :meth:`plan` would make of a sample, without making it.
+
+        A sample that stays longer than ``max_length`` is counted as it is: what becomes of it is not decided here, so
+        that the numbers hold for other limits too (unless turns are left out).
+
+        Raises:
+            SampleError: the sample cannot be used, whatever the limit.
+        """
+        _, kept = self._fitted(sample)
+        return measure_sample(kept.encoding.length, kept.encoding.trained, kept.media)
+
+    def require_length(self, tokens: int, sample: Sample, used: int = 0) -> None:
+        """Check that a sample is no longer than ``max_length``, nor with the rest of its packed row.
+
+        Args:
+            tokens: length of the sample.
+            sample: for the message.
+            used: tokens of the members of its packed row that stand before it.
+
+        Raises:
+            OverlengthError: it is.
+        """
+        if tokens > self.max_length:
+            reason = (
+                f"the sample has {tokens} tokens, more than --model_max_length {self.max_length}. Raise it, lower "
+                "--max_pixels or --video_max_pixels, or shorten the sample."
+            )
+        elif used and used + tokens > self.max_length:
+            reason = f"the packed row is longer than --model_max_length {self.max_length} with this sample."
+        else:
+            return
+        raise OverlengthError("overlength", reason, sample.origin, fatal=self.overlength == "error")
 
     def encode(self, plan: Plan, sample: Sample) -> EncodedSample:
         """Decode the media of a planned sample.
@@ -111,7 +155,18 @@ class SampleEncoder:
         """Return what opens the media of a sample."""
         return MediaReader(sample.data_path, self.allow_remote, sample.allow_absolute)
 
-    def _plan(self, conversation: Conversation, sample: Sample) -> Plan:
+    def _fitted(self, sample: Sample) -> tuple[_Draft, _Draft]:
+        """Return the whole sample and what the over-length policy keeps of it: mostly the same."""
+        try:
+            whole = self._draft(build_conversation(sample, self.reserved_tokens), sample)
+            if whole.encoding.length <= self.max_length or self.overlength != "truncate_turns":
+                return whole, whole
+            return whole, self._without_last_turns(whole) or whole
+        except SampleError as error:
+            error.origin = error.origin or sample.origin
+            raise
+
+    def _draft(self, conversation: Conversation, sample: Sample) -> _Draft:
         reader = self.reader(sample)
         media = tuple(
             plan_image(item, reader.image_size(item), self.settings)
@@ -122,28 +177,18 @@ class SampleEncoder:
         conversation = convert_boxes(conversation, media, sample, self.settings.family)
         return self._tokenize(conversation, media)
 
-    def _tokenize(self, conversation: Conversation, media: Sequence[MediaPlan]) -> Plan:
+    def _tokenize(self, conversation: Conversation, media: tuple[MediaPlan, ...]) -> _Draft:
         rendering = self.template.render(conversation)
-        return Plan(conversation, rendering, tuple(media), self.tokenizer(rendering, media))
+        return _Draft(conversation, rendering, media, self.tokenizer.encode(rendering, media))
 
-    def _shorten(self, plan: Plan, sample: Sample) -> Plan:
-        """Apply the over-length policy: turns go from the end, whole, and their media with them."""
-        length = len(plan.tokens)
-        if self.overlength == "truncate_turns":
-            messages = plan.conversation.messages
-            for stop in range(len(messages) - 1, 0, -1):
-                if messages[stop - 1].role != "assistant":
-                    continue
-                shorter = replace(plan.conversation, messages=messages[:stop])
-                cut = self._tokenize(shorter, plan.media[: len(shorter.media())])
-                if len(cut.tokens) <= self.max_length:
-                    message = f"{sample.origin}: {length} tokens; the last {len(messages) - stop} turns left out"
-                    event = Event("truncated", sample.origin.dataset, message)
-                    return replace(cut, events=(event,))
-        raise OverlengthError(
-            "overlength",
-            f"the sample has {length} tokens, more than --model_max_length {self.max_length}. Raise it, lower "
-            "--max_pixels or --video_max_pixels, or shorten the sample.",
-            sample.origin,
-            fatal=self.overlength == "error",
-        )
+    def _without_last_turns(self, draft: _Draft) -> _Draft | None:
+        """Leave out turns from the end, whole, and their media with them, until the rest fits; None if nothing does."""
+        messages = draft.conversation.messages
+        for stop in range(len(messages) - 1, 0, -1):
+            if messages[stop - 1].role != "assistant":
+                continue
+            shorter = replace(draft.conversation, messages=messages[:stop])
+            cut = self._tokenize(shorter, draft.media[: len(shorter.media())])
+            if cut.encoding.length <= self.max_length:
+                return cut
+        return None

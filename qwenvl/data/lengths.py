@@ -39,7 +39,7 @@ class _Measured(Dataset[Measurement]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Measurement:
-        return self._dataset.measure(self._rows[index])
+        return self._dataset.measure(*self._dataset.locate(self._rows[index]))
 
 
 def measure_lengths(dataset: ConversationDataset, workers: int) -> RowLengths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,10 @@ class Measures(NamedTuple):
     patches: int = 0
     tokens_squared: int = 0
     patches_squared: int = 0
+
+    def plus(self, other: Measures) -> Measures:
+        """Return both together."""
+        return Measures(*map(add, self, other))
 
 
 MEASURES = np.dtype([(name, np.int64) for name in Measures._fields])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from qwenvl.data.image_headers import HEADER_BYTES, jpeg_size
 from qwenvl.data.media_sources import MediaSources, describe
 from qwenvl.data.types import ImageItem, VideoItem
 from qwenvl.data.video import VideoHeader, choose_backend
@@ -76,32 +77,21 @@ class MediaReader:
             return choose_backend().frames(self._sources.locate(item.source), indices)
 
     def _image_size(self, source: str) -> tuple[int, int]:
-        with self._opened(source) as image:
-            width, height = image.size
-            return (width, height) if _orientation(image) in _SWAPPING_ORIENTATIONS else (height, width)
+        with self._naming(source):
+            located = self._sources.locate(source)
+            size = jpeg_size(_first_bytes(located))
+            if size is not None and not _is_bomb(*size):
+                return size
+            with _opened(located) as image:
+                width, height = image.size
+                return (width, height) if _orientation(image) in _SWAPPING_ORIENTATIONS else (height, width)
 
     def _read_image(self, source: str) -> Image.Image:
-        with self._opened(source) as image:
+        with self._naming(source), _opened(self._sources.locate(source)) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
 
     def _read_pixels(self, source: str) -> torch.Tensor:
         return torch.from_numpy(np.array(self._read_image(source))).permute(2, 0, 1)
-
-    @contextmanager
-    def _opened(self, source: str) -> Iterator[Image.Image]:
-        with self._naming(source):
-            located = self._sources.locate(source)
-            try:
-                with _stream(located) as stream, _open_image(stream) as image:
-                    yield image
-            except SampleError:
-                raise
-            except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-                raise SampleError("decompression_bomb", f"{error}.") from error
-            except _DECODER_ERRORS as error:
-                cut = isinstance(error, EOFError) or re.search("truncated|broken|unexpected end", str(error), re.I)
-                reason = f"the image is {'cut off' if cut else 'damaged'}: {error}."
-                raise SampleError("truncated" if cut else "unreadable_file", reason) from error
 
     @contextmanager
     def _naming(self, source: str) -> Iterator[None]:
@@ -130,6 +120,36 @@ def _stream(located: str | bytes) -> IO[bytes]:
     return io.BytesIO(located) if isinstance(located, bytes) else open(located, "rb")
 
 
+@contextmanager
+def _opened(located: str | bytes) -> Iterator[Image.Image]:
+    """Open an image; what goes wrong while it is in use becomes a SampleError."""
+    try:
+        with _stream(located) as stream, _open_image(stream) as image:
+            yield image
+    except SampleError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SampleError("decompression_bomb", f"{error}.") from error
+    except _DECODER_ERRORS as error:
+        cut = isinstance(error, EOFError) or re.search("truncated|broken|unexpected end", str(error), re.I)
+        reason = f"the image is {'cut off' if cut else 'damaged'}: {error}."
+        raise SampleError("truncated" if cut else "unreadable_file", reason) from error
+
+
+def _first_bytes(located: str | bytes) -> bytes:
+    """Return the first bytes of a file; none where it cannot be read, which opening it will explain."""
+    if isinstance(located, bytes):
+        return located[:HEADER_BYTES]
+    try:
+        descriptor = os.open(located, os.O_RDONLY)  # a file object would take longer than all the rest
+        try:
+            return os.read(descriptor, HEADER_BYTES)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return b""
+
+
 @functools.cache
 def _known_formats() -> tuple[str, ...]:
     """Those of IMAGE_FORMATS that this Pillow has; it fails on names it does not know."""
@@ -151,13 +171,16 @@ def _open_image(stream: IO[bytes]) -> Image.Image:
         if start.startswith(_IMAGE_STARTS):
             raise SampleError("truncated", "the image is cut off or damaged within its header.") from error
         raise SampleError("wrong_type", f"it is not an image that can be read; it starts with {start!r}.") from error
-    limit = Image.MAX_IMAGE_PIXELS
-    pixels = image.width * image.height
-    if limit is not None and pixels > limit:  # Pillow itself only warns up to twice this number
-        raise SampleError("decompression_bomb", f"the image has {pixels} pixels, more than {limit}. Make it smaller.")
-    if not pixels:
+    if _is_bomb(image.height, image.width):  # Pillow itself only warns up to twice this number
+        reason = f"the image has {image.width * image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}."
+        raise SampleError("decompression_bomb", f"{reason} Make it smaller.")
+    if not image.width * image.height:
         raise SampleError("unreadable_file", f"the image has no pixels ({image.width} x {image.height}).")
     return image
+
+
+def _is_bomb(height: int, width: int) -> bool:
+    return Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,7 +1,9 @@
 """Messages to text through the checkpoint's own chat template, with the stretches that are trained.
 
-Where each turn ends is read from the rendering itself: every turn's text gets a marker character, the template is
-rendered with and without markers, and the two must agree once the markers are taken out. Words that users type
+Where each turn ends is read from the rendering itself. Conversations of one form (speakers, and where media stand) are
+mostly rendered alike: what the template writes around their texts is found once, and where it explains a rendering to
+the last character, the places of the texts are known. Otherwise every turn's text gets a marker character, and the
+template is rendered a second time: the two must agree once the markers are taken out. Words that users type
 (``assistant``, ``<|im_end|>``, whole fake turns) cannot move a border.
 """
 
@@ -9,14 +11,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from qwenvl.data.types import Conversation, ImageItem, Message, TextPart
+from qwenvl.data.types import Conversation, ImageItem, Message, Role, TextPart
 from qwenvl.utilities.errors import SampleError, UserError
 
 _TOOL_RESPONSE_END = "</tool_response>"
+_HOLE = "\ue000"
+_MOST_FORMS = 10_000
 _PRIVATE_USE = [chr(code) for code in range(0xE000, 0xE100)]
+
+_Form = tuple[tuple[Role, tuple[type, ...]], ...]
 
 
 class ChatProcessor(Protocol):
@@ -54,15 +60,16 @@ class ChatTemplate:
     def __init__(self, processor: ChatProcessor, template_kwargs: Mapping[str, Any] | None = None) -> None:
         self._processor = processor
         self._kwargs = dict(template_kwargs or {})
+        self._forms: dict[_Form, tuple[str, ...]] = {}
         question = {"role": "user", "content": "Q"}
         prompt = self._render([question])
         opening = self._render([question], add_generation_prompt=True)
-        answered = self._render([question, {"role": "assistant", "content": "\ue000"}])
-        if not opening.startswith(prompt) or "\ue000" not in answered or "\n" not in opening[len(prompt) :]:
+        answered = self._render([question, {"role": "assistant", "content": _HOLE}])
+        if not opening.startswith(prompt) or _HOLE not in answered or "\n" not in opening[len(prompt) :]:
             raise UserError("The checkpoint's chat template has no assistant header, so that labels cannot be placed.")
         generation_prompt = opening[len(prompt) :]
         self.header = generation_prompt[: generation_prompt.index("\n") + 1]
-        self.turn_end = answered[answered.index("\ue000") + 1 :]
+        self.turn_end = answered[answered.index(_HOLE) + 1 :]
         self.opens_thinking = "<think>" in generation_prompt and "</think>" not in generation_prompt
         if not self.turn_end:
             raise UserError(
@@ -75,23 +82,69 @@ class ChatTemplate:
         Raises:
             SampleError: the template refuses the conversation, or changes it so that its turns cannot be told apart.
         """
-        marker = _unused_character(conversation)
-        plain = self._render_messages(conversation, None)
-        marked = self._render_messages(conversation, marker)
-        has_marker = [bool(message.text) for message in conversation.messages]
-        if marked.replace(marker, "") != plain or marked.count(marker) != sum(has_marker):
-            raise SampleError(
-                "template",
-                "the checkpoint's chat template rewrites the text of this sample, so that it cannot be told where its "
-                "turns end. Look at the rendered text with tools/show_sample.py and reword or remove the sample.",
-            )
-        return Rendering(plain, self._spans(plain, conversation.messages, _marker_positions(marked, marker)))
+        text = self._render_messages(conversation, None)
+        ends = self._ends_by_form(text, conversation)
+        if ends is None:
+            ends = self._ends_by_markers(text, conversation)
+        return Rendering(text, self._spans(text, conversation.messages, ends))
 
     def thinking_mismatch(self, conversation: Conversation) -> bool:
         """Whether the last answer has a ``<think>`` block the template does not open, or lacks the one it opens."""
         answer = next(message for message in reversed(conversation.messages) if message.role == "assistant")
         thinks = "<think>" in answer.text or bool(answer.extra.get("reasoning_content"))
         return thinks != self.opens_thinking
+
+    def _ends_by_form(self, text: str, conversation: Conversation) -> list[int] | None:
+        """Return where the text of every turn that has any ends; None where its form does not explain the rendering."""
+        literals = self._literals(conversation)
+        if not literals:
+            return None
+        following = iter(literals)
+        written = [next(following)]
+        place, end, ends = len(written[0]), 0, []
+        for message in conversation.messages:
+            for part in message.parts:
+                if isinstance(part, TextPart):
+                    written += [part.text, next(following)]
+                    end = place + len(part.text)
+                    place = end + len(written[-1])
+            if message.text:
+                ends.append(end)
+        return ends if "".join(written) == text else None
+
+    def _literals(self, conversation: Conversation) -> tuple[str, ...]:
+        """Return what the template writes before, between and after the texts of conversations of this form.
+
+        Nothing where that cannot be told: there are tools or calls, or the template looks into the texts.
+        """
+        messages = conversation.messages
+        if conversation.tools or any(message.extra for message in messages):
+            return ()
+        form = tuple((message.role, tuple(type(part) for part in message.parts)) for message in messages)
+        found = self._forms.get(form)
+        if found is None:
+            try:
+                literals = self._render_messages(_emptied(conversation), None).split(_HOLE)
+            except SampleError:  # without its texts the template refuses it
+                literals = []
+            holes = sum(kinds.count(TextPart) for _, kinds in form)
+            found = tuple(literals) if len(literals) == holes + 1 else ()
+            if len(self._forms) < _MOST_FORMS:
+                self._forms[form] = found
+        return found
+
+    def _ends_by_markers(self, text: str, conversation: Conversation) -> list[int]:
+        """Return where the text of every turn that has any ends, white space behind it left out."""
+        marker = _unused_character(conversation)
+        marked = self._render_messages(conversation, marker)
+        has_marker = [bool(message.text) for message in conversation.messages]
+        if marked.replace(marker, "") != text or marked.count(marker) != sum(has_marker):
+            raise SampleError(
+                "template",
+                "the checkpoint's chat template rewrites the text of this sample, so that it cannot be told where its "
+                "turns end. Look at the rendered text with tools/show_sample.py and reword or remove the sample.",
+            )
+        return _marker_positions(marked, marker)
 
     def _spans(self, text: str, messages: Sequence[Message], ends: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """Return the trained stretches; ``ends`` are the ends of the texts of the turns that have text."""
@@ -146,6 +199,15 @@ def _as_template_message(message: Message, marker: str | None) -> dict[str, Any]
     # A plain string is what templates handle best: some look into it for <think> and tool responses.
     body: Any = "".join(item["text"] for item in content) if only_text else content
     return {"role": message.role, "content": body, **message.extra}
+
+
+def _emptied(conversation: Conversation) -> Conversation:
+    """Return the conversation with a single character for every text."""
+    messages = []
+    for message in conversation.messages:
+        parts = tuple(TextPart(_HOLE) if isinstance(part, TextPart) else part for part in message.parts)
+        messages.append(replace(message, parts=parts))
+    return Conversation(tuple(messages))
 
 
 def _mark(text: str, marker: str) -> str:
