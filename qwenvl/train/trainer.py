@@ -100,7 +100,7 @@ class QwenVLTrainer(SavingTrainer):
         for batch in batches:
             self._receive(batch)
             self._throughput.count(batch)
-        pictures, stop = self._any_rank(any("grid_thw" in batch for batch in batches), self.stop_request.received)
+        pictures, stop = self._any_rank(any("media" in batch for batch in batches), self.stop_request.received)
         self._unused_vision.begin_step(self.optimizer, pictures=pictures)
         self.stop_request.begin_step(agreed=stop)
         return batches, num_items
