@@ -56,6 +56,14 @@ class DataArguments:
             "batch sizes then count packs."
         },
     )
+    group_by_cost: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure all rows at the start and make each step of rows that cost about the same to train on (of "
+            "similar length too, where batches are padded), so that no rank waits for another. Steps are made anew "
+            "each epoch and come in random order. With data_packing, steps are balanced without it."
+        },
+    )
     base_interval: int = field(
         default=2,
         metadata={"help": "Accepted for the sake of older scripts; without effect, as in the official recipe."},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -15,6 +16,7 @@ from qwenvl.data.measures import NOTHING, Measures
 from qwenvl.data.packing import Packs, pack
 from qwenvl.data.sampling import FILLER, sample_rows, split_rows
 from qwenvl.data.types import DatasetSpec, Sample
+from qwenvl.utilities.cache import array_hash, fingerprint
 from qwenvl.utilities.errors import SampleError, UserError
 
 
@@ -122,6 +124,22 @@ class ConversationDataset(Dataset[Item]):
         packs = pack(lengths[usable], self._encoder.max_length, seed)
         packs = replace(packs, samples=usable[packs.samples])
         return ConversationDataset(self.tables, self._encoder, self._skip, packs)
+
+    def add_up(self, measures: np.ndarray) -> np.ndarray:
+        """Return the measures of every index of this packed dataset, from those of the rows it was packed from."""
+        assert self._packs is not None
+        return self._packs.add_up(measures)
+
+    @cached_property
+    def content(self) -> dict[str, str | None]:
+        """Hashes of what stands at the indices.
+
+        ``rows``: the content of the annotation files, and which of their rows are used. ``packs``: which of these rows
+        make each pack; None where every row is an index of its own.
+        """
+        rows = [(table.table.fingerprint, array_hash(table.rows)) for table in self.tables]
+        packs = None if self._packs is None else array_hash(self._packs.samples, self._packs.borders)
+        return {"rows": fingerprint(*rows), "packs": packs}
 
     def samples(self, index: int) -> tuple[Sample, ...]:
         """Return the annotation record(s) at an index: several where it is a pack, or the row itself is packed.

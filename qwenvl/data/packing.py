@@ -32,9 +32,23 @@ class Packs:
         members: np.ndarray = self.samples[self.borders[index] : self.borders[index + 1]]
         return members
 
-    def tokens(self, lengths: np.ndarray) -> np.ndarray:
-        """Return the length of every pack: int64 [packs]."""
-        return np.add.reduceat(lengths[self.samples], self.borders[:-1])
+    def add_up(self, counts: np.ndarray) -> np.ndarray:
+        """Return the sums over the samples of every pack.
+
+        Args:
+            counts: of each sample, a plain array or a structured one, whose fields are summed each.
+
+        Returns:
+            An array of the same type, [packs].
+        """
+        if not len(self):
+            return counts[:0]
+        if counts.dtype.names is None:
+            return np.add.reduceat(counts[self.samples], self.borders[:-1])
+        sums = np.empty(len(self), counts.dtype)
+        for name in counts.dtype.names:
+            sums[name] = np.add.reduceat(counts[name][self.samples], self.borders[:-1])
+        return sums
 
 
 def lower_bound(lengths: np.ndarray, capacity: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,6 +12,9 @@ from torch.utils.data import Sampler
 
 FILLER = -1
 """Index that stands for no sample: it fills the last step of an epoch, so that all ranks take equally many."""
+
+_STEPS_OF_SIMILAR_LENGTH = 8
+"""Steps of similar cost that are sorted by length together: measured, more of them cost more balance than padding."""
 
 
 def sample_rows(num_rows: int, percent: float, name: str, seed: int) -> np.ndarray:
@@ -42,45 +46,168 @@ def split_rows(num_rows: int, ratio: float, seed: int) -> tuple[np.ndarray, np.n
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-class ShardedBatchSampler(Sampler[list[int]]):
-    """Gives every rank its batches of one epoch; together they hold each index exactly once.
-
-    Batches are dealt to the ranks in turn, so that an optimizer step sees the same samples however they are split
-    over ranks and accumulation steps: 1 rank with 4 accumulation steps and 2 ranks with 2 get the same four batches.
-    What is missing at the end of an epoch is filled with :data:`FILLER`, which trains nothing.
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How the indices of an epoch are split.
 
     Args:
-        num_samples: indices are 0 to this, excluded.
         batch_size: indices a batch.
         world_size: number of ranks.
         rank: this rank.
-        shuffle: a new order each epoch; otherwise ascending.
-        seed: of the order.
+        accumulation: batches of a rank that make one optimizer step.
     """
 
-    def __init__(
-        self, num_samples: int, batch_size: int, world_size: int = 1, rank: int = 0, shuffle: bool = True, seed: int = 0
-    ) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.world_size = world_size
-        self.rank = rank
-        self.shuffle = shuffle
-        self.seed = seed
+    batch_size: int
+    world_size: int = 1
+    rank: int = 0
+    accumulation: int = 1
+
+    @property
+    def round_size(self) -> int:
+        """Indices of one batch of every rank."""
+        return self.batch_size * self.world_size
+
+    @property
+    def step_size(self) -> int:
+        """Indices of one optimizer step, over all ranks."""
+        return self.round_size * self.accumulation
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOrder:
+    """The order of the indices in every epoch; each epoch holds every index once.
+
+    What is random: with ``costs``, steps are made of indices of nearly equal cost. Which of them meet is drawn anew for
+    each epoch: every index first moves by a random number of places among those that cost up to ``tolerance`` more (and
+    at least among as many as one step holds) in the order of costs. The order of the steps is random. What is not: a
+    step does not mix the costliest indices with the cheapest. Without ``costs``, all is random.
+
+    The arithmetic is exact in IEEE 754, without a logarithm, so that ranks on different machines agree.
+
+    Args:
+        num_samples: indices are 0 to this, excluded.
+        seed: of the order.
+        shuffle: a new order each epoch; otherwise ascending.
+        costs: float64 [num_samples], what each index costs to train on; None: steps are not balanced.
+        lengths: int64 [num_samples], given where batches are padded to their longest sample: among indices of similar
+            cost, steps are then made of those of similar length.
+        tolerance: by how much the costs within a step differ where there are indices enough: 0.02 is 2 %.
+    """
+
+    num_samples: int
+    seed: int = 0
+    shuffle: bool = True
+    costs: np.ndarray | None = None
+    lengths: np.ndarray | None = None
+    tolerance: float = 0.02
+
+    def steps(self, epoch: int, step_size: int) -> np.ndarray:
+        """Return the indices of an epoch: int64 [num_samples], of which each ``step_size`` make one step.
+
+        Inside a step they ascend by cost (by length where lengths are given). What is left for a short step comes
+        last, and is from another place in the order of costs each time.
+
+        Args:
+            epoch: counted from 0.
+            step_size: indices of one optimizer step over all ranks; the order depends on nothing else of the split.
+        """
+        if not self.shuffle:
+            return np.arange(self.num_samples)
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.costs is None:
+            return rng.permutation(self.num_samples)
+        order = _shifted(self.costs, self.tolerance, step_size, rng)
+        inside = self.costs
+        if self.lengths is not None:
+            inside = self.lengths
+            order = _sorted_in_blocks(order, inside, _STEPS_OF_SIMILAR_LENGTH * step_size)
+        full, rest = divmod(self.num_samples, step_size)
+        start = int(rng.integers(full + 1)) * step_size
+        short, order = order[start : start + rest], np.delete(order, slice(start, start + rest))
+        order = _sorted_in_blocks(order, inside, step_size).reshape(full, step_size)
+        return np.concatenate([order[rng.permutation(full)].ravel(), short[np.argsort(inside[short], kind="stable")]])
+
+
+def _shifted(costs: np.ndarray, tolerance: float, least: int, rng: np.random.Generator) -> np.ndarray:
+    """Return indices in ascending order of cost after each has moved up by a random number of places.
+
+    It moves among the indices that cost up to 1 + ``tolerance`` times as much, or the next ``least``, if that is more.
+    """
+    order = np.argsort(costs, kind="stable")
+    ascending = costs[order]
+    places = np.arange(len(costs))
+    reach = np.maximum(np.searchsorted(ascending, ascending * (1 + tolerance), side="right") - places, least)
+    moved: np.ndarray = order[np.argsort(places + reach * rng.random(len(costs)), kind="stable")]
+    return moved
+
+
+def _sorted_in_blocks(order: np.ndarray, keys: np.ndarray, block: int) -> np.ndarray:
+    """Return ``order`` with each block of so many indices sorted by their keys; a short last block too."""
+    blocks = np.arange(len(order)) // block
+    by_key: np.ndarray = order[np.lexsort((keys[order], blocks))]
+    return by_key
+
+
+def deal(order: np.ndarray, sharding: Sharding) -> np.ndarray:
+    """Return the batches of one rank: int64 [batches, batch_size], :data:`FILLER` where indices are missing at the end.
+
+    Indices are dealt one at a time to each rank in turn, and back again in the next round, so that where they ascend
+    by cost, all ranks get nearly the same; those that are missing at the end are missing on all ranks alike. Each
+    ``round_size`` indices of the order make one batch of every rank: 1 rank with 4 accumulation steps and 2 ranks with
+    2 train on the same indices in each optimizer step.
+    """
+    rounds = -(-len(order) // sharding.round_size)
+    padded = np.full(rounds * sharding.round_size, FILLER)
+    padded[: len(order)] = order
+    dealt = padded.reshape(rounds, sharding.batch_size, sharding.world_size)
+    forth, back = dealt[:, ::2, sharding.rank], dealt[:, 1::2, sharding.world_size - 1 - sharding.rank]
+    batches = np.empty((rounds, sharding.batch_size), np.int64)
+    batches[:, ::2], batches[:, 1::2] = forth, back
+    return batches
+
+
+def costs_of_ranks(costs: np.ndarray, order: np.ndarray, sharding: Sharding) -> np.ndarray:
+    """Return what each rank's batch costs: float64 [rounds, ranks]; in each round, all wait for the costliest.
+
+    Args:
+        costs: float64, what each index costs.
+        order: indices of an epoch.
+        sharding: how they are split; its own rank does not matter.
+    """
+    known = np.append(costs, 0.0)  # FILLER is -1, the last place
+    ranks = (deal(order, replace(sharding, rank=rank)) for rank in range(sharding.world_size))
+    return np.stack([known[batches].sum(axis=1) for batches in ranks], axis=1)
+
+
+def imbalance(costs: np.ndarray) -> float:
+    """Return how long ranks take that wait for each other in each round, over how long if they did not; at least 1.
+
+    Args:
+        costs: float64 [rounds, ranks].
+    """
+    return float(costs.max(axis=1).sum() / costs.mean(axis=1).sum())
+
+
+class ShardedBatchSampler(Sampler[list[int]]):
+    """Gives one rank its batches of one epoch; all ranks together hold each index exactly once.
+
+    Args:
+        order: of the indices.
+        sharding: which of them are this rank's.
+    """
+
+    def __init__(self, order: SampleOrder, sharding: Sharding) -> None:
+        self.order = order
+        self.sharding = sharding
         self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-self.num_samples // (self.batch_size * self.world_size))
+        return -(-self.order.num_samples // self.sharding.round_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch, counted from 0."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.num_samples)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
-        padded = np.full(len(self) * self.world_size * self.batch_size, FILLER)
-        padded[: self.num_samples] = order
-        for batch in padded.reshape(len(self), self.world_size, self.batch_size)[:, self.rank]:
+        for batch in deal(self.order.steps(self.epoch, self.sharding.step_size), self.sharding):
             yield batch.tolist()

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from qwenvl.arguments import TrainingArguments
 from qwenvl.data.collation import Collator, Item
 from qwenvl.data.dataset import ConversationDataset
-from qwenvl.data.sampling import ShardedBatchSampler
+from qwenvl.data.sampling import SampleOrder, ShardedBatchSampler, Sharding
 
 
 class ShardedDataLoader(DataLoader[Item]):
@@ -24,26 +24,17 @@ class ShardedDataLoader(DataLoader[Item]):
 
 
 def build_loader(
-    dataset: ConversationDataset, collator: Collator, args: TrainingArguments, *, batch_size: int, training: bool
+    dataset: ConversationDataset, collator: Collator, args: TrainingArguments, order: SampleOrder, sharding: Sharding
 ) -> ShardedDataLoader:
     """Return this rank's loader.
 
     Args:
         dataset: the samples.
         collator: makes batches of them.
-        args: seed and the ``dataloader_*`` flags.
-        batch_size: rows a batch of one rank.
-        training: shuffled training batches; otherwise evaluation batches in order.
+        args: the ``dataloader_*`` flags.
+        order: of the dataset's indices.
+        sharding: which of them are this rank's.
     """
-    seed = args.seed if args.data_seed is None else args.data_seed
-    sampler = ShardedBatchSampler(
-        len(dataset),
-        batch_size,
-        world_size=args.world_size,
-        rank=args.process_index,
-        shuffle=training,
-        seed=seed,
-    )
     workers = args.dataloader_num_workers
     options: dict[str, Any] = {}
     if workers > 0:
@@ -54,7 +45,7 @@ def build_loader(
         }
     return ShardedDataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=ShardedBatchSampler(order, sharding),
         collate_fn=collator,
         num_workers=workers,
         pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",

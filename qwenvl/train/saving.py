@@ -78,6 +78,13 @@ class SavingTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def save_position(self, folder: Path) -> None:
+        """Write what a checkpoint says of the data, for the run that resumes from it; nothing here.
+
+        Args:
+            folder: where the checkpoint is being written.
+        """
+
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer looks for and writes checkpoints: during a save, the folder of drafts."""
         return super()._get_output_dir(trial) if self._drafts is None else self._drafts
@@ -93,6 +100,8 @@ class SavingTrainer(Trainer):
             self._drafts = str(draft.parent)
             try:
                 super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    self.save_position(draft)
             finally:
                 self._drafts = None
         if self.args.should_save:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,9 @@ from qwenvl.arguments import ParsedArguments, TrainingArguments, arguments_to_ya
 from qwenvl.data.collation import Collator, Event
 from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, split_tables
 from qwenvl.data.encoding import SampleEncoder
-from qwenvl.data.lengths import measure_lengths
-from qwenvl.data.packing import lower_bound
 from qwenvl.data.processor import build_encoder, log_limits, open_processor, processor_limits, with_training_limits
 from qwenvl.data.registry import load_registry, parse_dataset_use
+from qwenvl.data.sampling import SampleOrder
 from qwenvl.data.video import prepare_backend
 from qwenvl.models.freezing import configure_checkpointing, format_table, set_model, summarize
 from qwenvl.models.loading import choose_attention, load_model, read_model_type, refuse_flattening, resolve_dtype
@@ -25,6 +25,7 @@ from qwenvl.models.optimizer import learning_rates_of, parameter_groups
 from qwenvl.models.patches import Patchify
 from qwenvl.models.vision import install_vision_call
 from qwenvl.train import interruption
+from qwenvl.train.arrangement import arrange
 from qwenvl.train.checkpoints import find_checkpoint, require_writable
 from qwenvl.train.saving import Records
 from qwenvl.train.trainer import QwenVLTrainer
@@ -43,6 +44,7 @@ class RunData:
         processor: the checkpoint's, as it was.
         encoder: record to model inputs.
         train: training samples.
+        order: in which they are trained on.
         evaluation: evaluation samples, or None.
         events: what there is to report before training starts.
     """
@@ -50,6 +52,7 @@ class RunData:
     processor: ProcessorMixin
     encoder: SampleEncoder
     train: ConversationDataset
+    order: SampleOrder
     evaluation: ConversationDataset | None
     events: tuple[Event, ...] = ()
 
@@ -76,6 +79,8 @@ def run(parsed: ParsedArguments) -> int:
     checkpoint = from_main_process(lambda: find_checkpoint(args.output_dir, wanted, deepspeed=deepspeed))
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
+        if not args.ignore_data_skip:
+            from_main_process(partial(trainer.require_same_order, checkpoint))
         trainer.data_report.take_up()
     else:
         trainer.data_report.start_over()
@@ -128,15 +133,8 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     if evaluation is not None:
         evaluation.require_usable_sample("evaluation")
     logger.info("Data: %d training rows, %d evaluation rows.", len(train), len(evaluation) if evaluation else 0)
-    if not arguments.data_packing:
-        return RunData(processor, encoder, train, evaluation)
-    lengths = measure_lengths(train, args.dataloader_num_workers)
-    tokens, limit = lengths.measures["tokens"], args.model_max_length
-    packs = train.packed(tokens, seed)
-    fewest = lower_bound(tokens, limit)
-    fill = int(tokens.sum()) / (len(packs) * limit)
-    logger.info("Packs: %d of up to %d tokens, %.2f%% full; no fewer than %d.", len(packs), limit, 100 * fill, fewest)
-    return RunData(processor, encoder, packs, evaluation, lengths.events)
+    arranged = arrange(train, parsed, config, family)
+    return RunData(processor, encoder, arranged.dataset, arranged.order, evaluation, arranged.events)
 
 
 def open_model(parsed: ParsedArguments, family: Family, processor: ProcessorMixin) -> PreTrainedModel:
@@ -188,6 +186,7 @@ def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData
         model=model,
         args=parsed.training,
         train_dataset=data.train,
+        order=data.order,
         eval_dataset=data.evaluation,
         collator=Collator(tokenizer.pad_token_id, parsed.data.data_flatten),
         processor=with_training_limits(data.processor, data.encoder.settings) if training_limits else data.processor,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +18,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from qwenvl.arguments import TrainingArguments
 from qwenvl.data.collation import Collator
 from qwenvl.data.dataset import ConversationDataset
+from qwenvl.data.sampling import SampleOrder, Sharding
 from qwenvl.models.loss import GradientWatch, causal_loss, trained_positions
 from qwenvl.models.optimizer import parameter_groups
 from qwenvl.train.interruption import StopRequest
 from qwenvl.train.loader import build_loader
+from qwenvl.train.position import describe_order, read_batch_size, require_same_order, write_position
 from qwenvl.train.report import DataReport
 from qwenvl.train.saving import Records, SavingTrainer
 from qwenvl.train.throughput import Throughput
@@ -38,6 +42,7 @@ class QwenVLTrainer(SavingTrainer):
         model: with frozen and trainable parts set and the vision call installed.
         args: training arguments.
         train_dataset: training samples.
+        order: in which they are trained on.
         eval_dataset: evaluation samples, or None.
         collator: makes batches.
         processor: saved with every checkpoint.
@@ -52,6 +57,7 @@ class QwenVLTrainer(SavingTrainer):
         model: PreTrainedModel,
         args: TrainingArguments,
         train_dataset: ConversationDataset,
+        order: SampleOrder,
         eval_dataset: ConversationDataset | None,
         collator: Collator,
         processor: ProcessorMixin,
@@ -74,19 +80,44 @@ class QwenVLTrainer(SavingTrainer):
         self._unused_vision = UnusedVision()
         for callback in (self.stop_request, self._unused_vision):
             self.add_callback(callback)
+        self._order = order
         self._throughput = Throughput()
         self._gradient_watch: GradientWatch | None = GradientWatch(model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's training batches."""
-        size = self._train_batch_size  # that of the flag, or a smaller one found by --auto_find_batch_size
-        return build_loader(self.train_dataset, self.data_collator, self.args, batch_size=size, training=True)
+        return build_loader(self.train_dataset, self.data_collator, self.args, self._order, self._sharding())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return this rank's evaluation batches."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        size = self.args.eval_batch_size
-        return build_loader(dataset, self.data_collator, self.args, batch_size=size, training=False)
+        sharding = Sharding(self.args.eval_batch_size, self.args.world_size, self.args.process_index)
+        order = SampleOrder(len(dataset), shuffle=False)
+        return build_loader(dataset, self.data_collator, self.args, order, sharding)
+
+    def require_same_order(self, checkpoint: str) -> None:
+        """Check that a checkpoint's next sample is the one that comes next here.
+
+        Raises:
+            UserError: it was saved with other data or other settings of the order.
+        """
+        sharding = self._sharding()
+        if self.args.auto_find_batch_size:  # the Trainer goes on with the size it had found
+            sharding = replace(sharding, batch_size=read_batch_size(checkpoint) or sharding.batch_size)
+        require_same_order(checkpoint, self._describe_order(sharding))
+
+    def save_position(self, folder: Path) -> None:
+        """Write how far the data are used, and what their order is made of."""
+        sharding = self._sharding()
+        write_position(folder, self._describe_order(sharding), sharding, self.state.global_step)
+
+    def _describe_order(self, sharding: Sharding) -> dict[str, Any]:
+        return describe_order(self._order, sharding.step_size, self.train_dataset.content)
+
+    def _sharding(self) -> Sharding:
+        size = self._train_batch_size  # that of the flag, or a smaller one found by --auto_find_batch_size
+        accumulation = self.args.gradient_accumulation_steps
+        return Sharding(size, self.args.world_size, self.args.process_index, accumulation)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device

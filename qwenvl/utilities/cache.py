@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _DIGEST_BYTES = 20
 
 
@@ -39,6 +41,15 @@ def fingerprint(*parts: Any) -> str:
 def new_hash() -> hashlib.blake2b:
     """Return the hash that content is identified by, to be fed with the content's bytes."""
     return hashlib.blake2b(digest_size=_DIGEST_BYTES)
+
+
+def array_hash(*arrays: np.ndarray) -> str:
+    """Return a short text that is the same for arrays of equal content and another one otherwise."""
+    state = new_hash()
+    for array in arrays:
+        state.update(f"{array.dtype}{array.shape}".encode())
+        state.update(np.ascontiguousarray(array).tobytes())
+    return state.hexdigest()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def test_every_sample_is_in_one_pack_and_no_pack_is_too_long(capacity: int, data
     assert all(one for one in members)
     assert all(lengths[one].sum() <= capacity for one in members)
     if len(packs):
-        assert packs.tokens(lengths).tolist() == [int(lengths[one].sum()) for one in members]
+        assert packs.add_up(lengths).tolist() == [int(lengths[one].sum()) for one in members]
     # Two packs that fit into one would be a fit missed: at most one is half empty.
     assert sum(2 * lengths[one].sum() <= capacity for one in members) <= 1
 

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenvl.data.sampling import FILLER, ShardedBatchSampler, sample_rows, split_rows
+from qwenvl.data.sampling import (
+    FILLER,
+    SampleOrder,
+    ShardedBatchSampler,
+    Sharding,
+    costs_of_ranks,
+    imbalance,
+    sample_rows,
+    split_rows,
+)
 
 
 @given(st.integers(1, 500), st.floats(0.1, 450).map(lambda x: round(x, 1)), st.integers(0, 3))
@@ -39,37 +49,117 @@ def test_split_is_disjoint_complete_and_repeatable(rows: int, ratio: float, seed
     assert np.array_equal(split_rows(rows, ratio, seed)[1], held_out)
 
 
-@given(st.integers(1, 200), st.integers(1, 5), st.integers(1, 5), st.integers(0, 2), st.booleans())
-def test_ranks_together_hold_every_sample_once(samples: int, batch: int, world: int, epoch: int, shuffle: bool) -> None:
+def long_tailed(count: int, seed: int) -> np.ndarray:
+    """Costs of packs: most near each other, some far above and below."""
+    return np.random.default_rng(seed).lognormal(0, 0.15, count) * 1e12
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> SampleOrder:
+    count, seed = draw(st.integers(1, 200)), draw(st.integers(0, 3))
+    costs = draw(st.sampled_from([None, long_tailed(count, seed), np.zeros(count), np.arange(count) // 7 * 1.0]))
+    lengths = None if costs is None or draw(st.booleans()) else np.random.default_rng(seed).integers(0, 90, count)
+    return SampleOrder(count, seed, draw(st.booleans()), costs, lengths)
+
+
+@given(orders(), st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2))
+def test_ranks_together_hold_every_sample_once(
+    order: SampleOrder, batch: int, world: int, accumulation: int, epoch: int
+) -> None:
     ranks = []
     for rank in range(world):
-        sampler = ShardedBatchSampler(samples, batch, world, rank, shuffle, seed=7)
+        sampler = ShardedBatchSampler(order, Sharding(batch, world, rank, accumulation))
         sampler.set_epoch(epoch)
         ranks.append(list(sampler))
         assert len(ranks[-1]) == len(sampler)
+        assert all(len(one) == batch for one in ranks[-1])
     assert len({len(batches) for batches in ranks}) == 1
     indices = [index for batches in ranks for one in batches for index in one]
-    assert sorted(index for index in indices if index != FILLER) == list(range(samples))
+    assert sorted(index for index in indices if index != FILLER) == list(range(order.num_samples))
     assert indices.count(FILLER) < batch * world
+    last = [sum(index != FILLER for index in batches[-1]) for batches in ranks]
+    assert max(last) - min(last) <= 1  # what is missing is missing on all ranks alike
 
 
-@given(st.integers(1, 100), st.integers(1, 3))
-def test_a_step_holds_the_same_samples_for_any_number_of_ranks(samples: int, batch: int) -> None:
-    def steps(world: int, accumulation: int) -> list[set[int]]:
-        per_rank = [list(ShardedBatchSampler(samples, batch, world, rank, seed=3)) for rank in range(world)]
-        micro = len(per_rank[0])
-        return [
-            {i for one in per_rank for b in one[start : start + accumulation] for i in b if i != FILLER}
-            for start in range(0, micro, accumulation)
-        ]
+def steps_of(order: SampleOrder, batch: int, world: int, accumulation: int, epoch: int = 0) -> list[set[int]]:
+    """The indices of each optimizer step."""
+    ranks = []
+    for rank in range(world):
+        sampler = ShardedBatchSampler(order, Sharding(batch, world, rank, accumulation))
+        sampler.set_epoch(epoch)
+        ranks.append(list(sampler))
+    return [
+        {i for rank in ranks for one in rank[start : start + accumulation] for i in one if i != FILLER}
+        for start in range(0, len(ranks[0]), accumulation)
+    ]
 
-    assert steps(1, 4) == steps(2, 2) == steps(4, 1)
+
+@given(orders(), st.integers(1, 3), st.integers(0, 2))
+def test_a_step_holds_the_same_samples_for_any_split(order: SampleOrder, size: int, epoch: int) -> None:
+    whole = steps_of(order, size, 1, 4, epoch)
+    assert whole == steps_of(order, size, 2, 2, epoch) == steps_of(order, size, 4, 1, epoch)
+    assert whole == steps_of(order, 4 * size, 1, 1, epoch) == steps_of(order, 2 * size, 2, 1, epoch)
 
 
-def test_epochs_differ_and_repeat() -> None:
-    sampler = ShardedBatchSampler(50, 5, seed=1)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    assert list(sampler) != first
-    sampler.set_epoch(0)
-    assert list(sampler) == first
+@pytest.mark.parametrize("balanced", [False, True])
+def test_epochs_differ_and_repeat(balanced: bool) -> None:
+    order = SampleOrder(50, seed=1, costs=long_tailed(50, 0) if balanced else None)
+    first = order.steps(0, 5).tolist()
+    assert order.steps(1, 5).tolist() != first
+    assert order.steps(0, 5).tolist() == first
+    assert SampleOrder(50, seed=2, costs=order.costs).steps(0, 5).tolist() != first
+    assert SampleOrder(50, seed=1, shuffle=False).steps(3, 5).tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("sharding", [Sharding(1, 8), Sharding(1, 8, 0, 4), Sharding(2, 8), Sharding(1, 64)], ids=str)
+def test_ranks_are_equally_busy_in_every_round(sharding: Sharding) -> None:
+    costs = long_tailed(20_000, 1)
+    rounds = costs_of_ranks(costs, SampleOrder(len(costs), costs=costs).steps(0, sharding.step_size), sharding)
+    random = costs_of_ranks(costs, SampleOrder(len(costs)).steps(0, sharding.step_size), sharding)
+    assert rounds.sum() == pytest.approx(costs.sum())
+    assert imbalance(rounds) < 1.015
+    assert imbalance(random) > 1.1
+    ratio = rounds[:-1].max(axis=1) / rounds[:-1].mean(axis=1)  # the last round may be short
+    assert np.quantile(ratio, 0.99) < 1.04
+    assert imbalance(rounds[len(rounds) // 2 :]) < 1.02  # not a property of the beginning of an epoch
+
+
+def test_partners_are_drawn_anew_and_steps_come_in_random_order() -> None:
+    costs = long_tailed(4000, 2)
+    order = SampleOrder(len(costs), costs=costs)
+    first, second = (steps_of(order, 8, 1, 1, epoch) for epoch in (0, 1))
+    partners = [{index: step for step in steps for index in step} for steps in (first, second)]
+    again = np.mean([len(partners[0][index] & partners[1][index]) - 1 for index in range(len(costs))])
+    assert again < 0.5  # of 7 partners
+    costliest = [partners[epoch][index] for epoch in (0, 1) for index in np.argsort(costs)[-8:].tolist()]
+    assert len({frozenset(step) for step in costliest}) > 2  # even the costliest do not always meet each other
+    means = np.array([np.mean(costs[list(step)]) for step in first])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15  # costly steps do not follow each other
+
+
+def test_short_step_comes_last_and_is_not_always_the_same() -> None:
+    costs = long_tailed(403, 3)
+    order = SampleOrder(len(costs), costs=costs)
+    last = [steps_of(order, 8, 1, 1, epoch)[-1] for epoch in range(6)]
+    assert {len(step) for step in last} == {3}
+    assert len({frozenset(step) for step in last}) == 6
+    ranks = np.array([np.searchsorted(np.sort(costs), [costs[index] for index in step]).mean() for step in last])
+    assert ranks.max() - ranks.min() > 100  # from all over the range of costs
+
+
+def test_padded_batches_are_of_similar_length() -> None:
+    """Text and pictures: the same cost at different lengths."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(50, 4000, 8000)
+    costs = lengths * np.where(rng.random(8000) < 0.5, 1.0, 1.8)
+
+    def padding(order: SampleOrder) -> float:
+        batches = lengths[order.steps(0, 16)].reshape(-1, 16)
+        return float((batches.max(axis=1) * 16).sum() / lengths.sum() - 1)
+
+    by_cost = padding(SampleOrder(8000, costs=costs))
+    by_both = padding(SampleOrder(8000, costs=costs, lengths=lengths))
+    assert by_both < 0.03 < by_cost / 2
+    sharding = Sharding(2, 8)
+    order = SampleOrder(8000, costs=costs, lengths=lengths).steps(0, sharding.step_size)
+    assert imbalance(costs_of_ranks(costs, order, sharding)) < 1.1

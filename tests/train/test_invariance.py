@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qwenvl.data.sampling import ShardedBatchSampler
+from qwenvl.data.sampling import SampleOrder, ShardedBatchSampler, Sharding
 from tests.train.runs import (
     REPOSITORY,
     changed,
@@ -144,7 +144,8 @@ def test_two_ranks_train_like_one_process(
 def _require_mixed_ranks(registry: Path) -> None:
     """Check that there is a micro-step in which one rank holds text alone and the other does not."""
     has_media = ["image" in record or "video" in record for record in read_annotations(registry, "mixed")]
-    ranks = [list(ShardedBatchSampler(len(has_media), 1, 2, rank, seed=42)) for rank in (0, 1)]
+    order = SampleOrder(len(has_media), seed=42)
+    ranks = [list(ShardedBatchSampler(order, Sharding(1, 2, rank))) for rank in (0, 1)]
     assert any(has_media[one[0]] != has_media[other[0]] for one, other in zip(*ranks, strict=True))
 
 

@@ -14,7 +14,7 @@ import pytest
 from qwenvl.train import manifest
 from qwenvl.train.checkpoints import find_checkpoint
 from qwenvl.train.train_qwen import main
-from tests.train.runs import equal_bits, flags, history, train
+from tests.train.runs import equal_bits, flags, history, largest_difference, train
 
 # The 11 samples are 11 batches: 6 optimizer steps an epoch with accumulation 2, 3 with accumulation 4.
 STOPS: dict[str, dict[str, Any]] = {
@@ -30,6 +30,12 @@ CASES = [
     ("qwen3_vl", "inside the second epoch", {"data_flatten": True, "dataloader_num_workers": 2}),
     ("qwen3_vl", "at an epoch's end", MERGER_ONLY),
     ("qwen3_vl", "inside the first epoch", {"data_packing": True, "model_max_length": 128}),
+    (
+        "qwen3_vl",
+        "inside the second epoch",
+        {"data_packing": True, "model_max_length": 96, "gradient_accumulation_steps": 2, "save_steps": 5},
+    ),
+    ("qwen3_vl", "at an epoch's end", {"group_by_cost": True}),
     ("qwen3_vl_moe", "inside the second epoch", {}),
     ("qwen3_5", "inside the first epoch", {}),
     ("qwen3_5_moe", "at an epoch's end", {}),
@@ -187,6 +193,93 @@ def test_weights_of_another_model_are_refused(
     manifest.write(folder / "checkpoint-2")
     assert main(flags(tiny_checkpoint("qwen3_vl"), folder, registry, **FOUR_STEPS)) == 1
     assert "missing in the files" in caplog.text
+
+
+MIXED_STEPS = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 4,
+    "group_by_cost": True,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "max_steps": 5,
+    "optim": "sgd",
+    "learning_rate": 0.05,
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run over two epochs of three steps, with checkpoints inside the first and the second."""
+    folder = tmp_path_factory.mktemp("mixed") / "run"
+    return train(tiny_checkpoint("qwen3_vl"), folder, registry, **MIXED_STEPS)
+
+
+def test_run_goes_on_with_other_workers_and_another_split_of_its_steps(
+    mixed: Path, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """The samples of a step depend on batch size x ranks x accumulation alone, and on no number of workers."""
+    state = json.loads((mixed / "checkpoint-4" / "sampler_state.json").read_text())
+    assert (state["epoch"], state["position"], state["order"]["indices"]) == (1, 4, 11)
+    settings = {
+        **MIXED_STEPS,
+        "resume_from_checkpoint": mixed / "checkpoint-2",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "dataloader_num_workers": 3,
+    }
+    again = train(tiny_checkpoint("qwen3_vl"), tmp_path / "again", registry, **settings)
+    assert history(again) == pytest.approx(history(mixed), rel=1e-5)
+    assert largest_difference(again, mixed) < 1e-5
+
+
+OTHER_ORDERS: dict[str, tuple[dict[str, Any], str]] = {
+    "step": ({"gradient_accumulation_steps": 2}, "batch size x ranks x accumulation (4, now 2)"),
+    "seed": ({"data_seed": 7}, "--data_seed, or --seed without it (42, now 7)"),
+    "rows": ({"dataset_use": "mixed%200"}, "samples or packs in an epoch (11, now 22)"),
+    "held out": ({"eval_ratio": 0.1}, "which of their rows are used"),
+    "costs": ({"tune_mm_vision": False}, "what samples cost"),
+    "packs": ({"data_packing": True}, "how rows are packed"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_ORDERS)
+def test_checkpoint_inside_another_order_is_refused(
+    case: str,
+    mixed: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The Trainer of transformers skips as many batches as were trained, of whatever order there is now."""
+    changes, message = OTHER_ORDERS[case]
+    settings = {**MIXED_STEPS, "resume_from_checkpoint": mixed / "checkpoint-2", **changes}
+    assert main(flags(tiny_checkpoint("qwen3_vl"), tmp_path / "out", registry, **settings)) == 1
+    assert message in caplog.text
+    assert "--ignore_data_skip" in caplog.text
+
+
+def test_checkpoint_is_refused_once_its_data_have_changed(
+    mixed: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shutil.copytree(registry.parent, tmp_path / "data")
+    (tmp_path / "data" / "registry.py").write_text(
+        registry.read_text().replace(str(registry.parent), str(tmp_path / "data"))
+    )
+    settings = {**MIXED_STEPS, "resume_from_checkpoint": mixed / "checkpoint-2"}
+    again = train(tiny_checkpoint("qwen3_vl"), tmp_path / "same", tmp_path / "data" / "registry.py", **settings)
+    assert equal_bits(again, mixed)  # the same files in another place
+    annotations = tmp_path / "data" / "mixed.json"
+    annotations.write_text(json.dumps(list(reversed(json.loads(annotations.read_text())))))
+    settings |= {"dataset_registry": tmp_path / "data" / "registry.py"}
+    assert main(flags(tiny_checkpoint("qwen3_vl"), tmp_path / "out", registry, **settings)) == 1
+    assert "the datasets, their content" in caplog.text
+    restarted = train(tiny_checkpoint("qwen3_vl"), tmp_path / "restarted", registry, **settings, ignore_data_skip=True)
+    assert len(history(restarted)) == 5
 
 
 def test_starting_anew_beside_checkpoints_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
