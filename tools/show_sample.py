@@ -131,7 +131,7 @@ def select_samples(arguments: ShowArguments) -> Iterator[Sample | SampleError]:
         specs = parse_dataset_use(arguments.dataset_use, load_registry(arguments.dataset_registry))
     else:
         raise UserError("Name what to show: --dataset_use NAMES, or --annotation_path FILE with --data_path DIR.")
-    rows = [(table, int(row)) for table in open_tables(specs, seed=42) for row in table.rows]
+    rows = [(table, int(row)) for table in open_tables(specs, 42, arguments.data_cache_dir) for row in table.rows]
     if not arguments.all:
         if not -len(rows) <= arguments.index < len(rows):
             raise UserError(f"--index {arguments.index}: there are {len(rows)} rows, 0 to {len(rows) - 1}.")

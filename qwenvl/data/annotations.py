@@ -19,8 +19,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from qwenvl.data.annotations_json import JsonArray, JsonLines, TextFile
+from qwenvl.data.annotations_json import JsonRows
 from qwenvl.data.annotations_parquet import PARQUET_MAGIC, ParquetRows
+from qwenvl.data.annotations_text import TextFile
 from qwenvl.data.types import DatasetSpec, Origin, Sample
 from qwenvl.utilities.cache import fingerprint
 from qwenvl.utilities.errors import SampleError, UserError
@@ -125,26 +126,26 @@ class AnnotationTable:
         )
 
 
-def open_annotations(spec: DatasetSpec) -> AnnotationTable:
+def open_annotations(spec: DatasetSpec, cache_dir: str | None = None) -> AnnotationTable:
     """Open a dataset's annotation files: rows are counted, and the first and last of each JSON file are parsed.
+
+    Args:
+        spec: the dataset.
+        cache_dir: folder for the indexes of its files; None for the default one.
 
     Raises:
         UserError: a file is missing, empty, of another format than its name says, or broken; or there is no row.
     """
-    table = AnnotationTable(spec, tuple(_open_file(path, spec.name) for path in spec.annotation_paths))
+    table = AnnotationTable(spec, tuple(_open_file(path, spec.name, cache_dir) for path in spec.annotation_paths))
     if not len(table):
         files = ", ".join(spec.annotation_paths)
         raise UserError(f"Dataset {spec.name!r} has no rows: {files}. Take it out of --dataset_use, or fill it.")
     return table
 
 
-def _open_file(path: str, dataset: str) -> Rows:
+def _open_file(path: str, dataset: str, cache_dir: str | None) -> Rows:
     try:
-        rows = _choose_reader(path)
-        if not isinstance(rows, ParquetRows):  # a Parquet file has proved its format by its schema
-            for row in {0, len(rows) - 1} if len(rows) else ():
-                _check_row(rows, row)
-        return rows
+        return _choose_reader(path, cache_dir)
     except FileNotFoundError as error:
         raise UserError(
             f"Dataset {dataset!r}: annotation file {path} does not exist. Correct its registry entry."
@@ -155,14 +156,7 @@ def _open_file(path: str, dataset: str) -> Rows:
         raise UserError(f"Dataset {dataset!r}: annotation file {path}: {error}") from error
 
 
-def _check_row(rows: Rows, row: int) -> None:
-    try:
-        rows.record(row)
-    except SampleError as error:
-        raise UserError(f"line {rows.line(row)}: {error.reason}") from error
-
-
-def _choose_reader(path: str) -> Rows:
+def _choose_reader(path: str, cache_dir: str | None) -> Rows:
     with open(path, "rb") as file:
         magic = file.read(4)
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
@@ -171,7 +165,7 @@ def _choose_reader(path: str) -> Rows:
         return ParquetRows(path)
     text = TextFile(path, compressed=magic[:2] == b"\x1f\x8b")
     if suffix in LINE_SUFFIXES:
-        return JsonLines(text)
+        return JsonRows(text, "lines", cache_dir)
     first = text.first_character()
     if not first:
         raise UserError("is empty. Fill it, or take it out of the registry entry.")
@@ -181,9 +175,9 @@ def _choose_reader(path: str) -> Rows:
             "If each of its lines is a sample, name it .jsonl; if it is one sample, put [ ] around it."
         )
     if first == "[":
-        return JsonArray(text)
+        return JsonRows(text, "array", cache_dir)
     if first == "{":
-        return JsonLines(text)
+        return JsonRows(text, "lines", cache_dir)
     raise UserError(
         f"is neither JSON, JSON Lines nor Parquet: it starts with {first!r}. Name it .json, .jsonl or .parquet, "
         "and .gz after that where it is compressed."

@@ -33,16 +33,17 @@ class SampledTable:
     rows: np.ndarray
 
 
-def open_tables(specs: Sequence[DatasetSpec], seed: int) -> list[SampledTable]:
+def open_tables(specs: Sequence[DatasetSpec], seed: int, cache_dir: str | None = None) -> list[SampledTable]:
     """Open the datasets of a run and sample their rows.
 
     Args:
         specs: what ``--dataset_use`` names.
         seed: decides which rows ``name%X`` takes.
+        cache_dir: folder for the indexes of annotation files; None for the default one.
     """
     tables = []
     for spec in specs:
-        table = open_annotations(spec)
+        table = open_annotations(spec, cache_dir)
         tables.append(SampledTable(table, sample_rows(len(table), spec.sampling_percent, spec.name, seed)))
     return tables
 

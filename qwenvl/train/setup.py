@@ -18,6 +18,7 @@ from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.processor import build_encoder, log_limits, open_processor, processor_limits, with_training_limits
 from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.sampling import SampleOrder
+from qwenvl.data.types import DatasetSpec
 from qwenvl.data.video import prepare_backend
 from qwenvl.models.freezing import configure_checkpointing, format_table, set_model, summarize
 from qwenvl.models.loading import choose_attention, load_model, read_model_type, refuse_flattening, resolve_dtype
@@ -119,11 +120,11 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     prepare_backend()
     seed = 0 if args.data_seed is None else args.data_seed  # not --seed: another one must not move held-out rows
     registry = load_registry(arguments.dataset_registry)
-    tables = open_tables(parse_dataset_use(arguments.dataset_use, registry), seed)
+    tables = _open_tables(parse_dataset_use(arguments.dataset_use, registry), seed, arguments.data_cache_dir)
     held_out: list[SampledTable] = []
     if arguments.eval_dataset_use:
         named = parse_dataset_use(arguments.eval_dataset_use, registry, "--eval_dataset_use")
-        held_out = open_tables(named, seed)
+        held_out = _open_tables(named, seed, arguments.data_cache_dir)
     elif arguments.eval_ratio:
         tables, held_out = split_tables(tables, arguments.eval_ratio, seed)
     skip = arguments.on_bad_sample == "skip"
@@ -135,6 +136,13 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     logger.info("Data: %d training rows, %d evaluation rows.", len(train), len(evaluation) if evaluation else 0)
     arranged = arrange(train, parsed, config, family)
     return RunData(processor, encoder, arranged.dataset, arranged.order, evaluation, arranged.events)
+
+
+def _open_tables(specs: list[DatasetSpec], seed: int, cache_dir: str | None) -> list[SampledTable]:
+    """Open datasets in process 0 first: what it leaves in the cache, the others find."""
+    opened: list[SampledTable] = []
+    from_main_process(lambda: opened.extend(open_tables(specs, seed, cache_dir)))
+    return opened or open_tables(specs, seed, cache_dir)
 
 
 def open_model(parsed: ParsedArguments, family: Family, processor: ProcessorMixin) -> PreTrainedModel:

@@ -53,15 +53,32 @@ def array_hash(*arrays: np.ndarray) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
     """Give a temporary path to write to; moved to ``path`` in one step if the block ends without an error.
 
     Readers, and other processes that write the same, see the old file or the new one and never half of it.
+
+    Args:
+        path: the file.
+        keep: one that stands there by then stays, as others may have mapped it: over the network, a file system can
+            take from them what is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
-        temporary.replace(path)
+        if not (keep and _link(temporary, path)):
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(file: Path, path: Path) -> bool:
+    """Give a file a second name, unless the name is taken; False where the file system cannot."""
+    try:
+        path.hardlink_to(file)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwenvl.data import annotations_json, annotations_parquet
+from qwenvl.data import annotations_parquet, annotations_text
 from qwenvl.data.annotations import AnnotationTable, open_annotations
 from qwenvl.data.types import DatasetSpec
 from qwenvl.utilities.errors import SampleError, UserError
@@ -159,7 +159,7 @@ def test_the_size_of_chunks_does_not_matter(tmp_path: Path, rows: list[dict[str,
     text = "\n\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
     (tmp_path / "a.jsonl").write_text(text, encoding="utf-8", newline="")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(annotations_json, "_CHUNK", 3)
+        patch.setattr(annotations_text, "_PIECE", 3)
         assert records(open_files(tmp_path / "a.jsonl")) == rows
 
 

@@ -36,3 +36,19 @@ def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path: Path) -> None:
         temporary.write_text(2)  # type: ignore[arg-type]
     assert path.read_text() == "one"
     assert list(path.parent.iterdir()) == [path]
+
+
+def no_links(path: Path, target: Path) -> None:
+    raise PermissionError(f"this file system has no hard links: {path} to {target}")
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["with hard links", "without"])
+def test_a_file_that_is_there_can_be_kept(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+    path = tmp_path / "file"
+    for text in ("one", "two"):
+        with replacing(path, keep=True) as temporary:
+            temporary.write_text(text)
+    assert path.read_text() == ("one" if links else "two")
+    assert list(tmp_path.iterdir()) == [path]
