@@ -17,7 +17,7 @@ from qwenvl.data.pixels import read_resized
 from qwenvl.data.rendering import ChatTemplate, Rendering
 from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings, plan_image, plan_video
 from qwenvl.data.tokenization import Encoding, Tokenizer, Tokens
-from qwenvl.data.types import Conversation, ImageItem, Sample
+from qwenvl.data.types import Conversation, ImageItem, Sample, VideoItem
 from qwenvl.utilities.errors import SampleError
 
 Overlength = Literal["drop", "error", "truncate_turns"]
@@ -58,6 +58,17 @@ class _Draft:
     rendering: Rendering
     media: tuple[MediaPlan, ...]
     encoding: Encoding
+
+
+def plan_item(item: ImageItem | VideoItem, reader: MediaReader, settings: VisionSettings) -> MediaPlan:
+    """Read the header of an image or video, and return what becomes of it.
+
+    Raises:
+        SampleError: it cannot be opened, or the model cannot take it; without the origin.
+    """
+    if isinstance(item, ImageItem):
+        return plan_image(item, reader.image_size(item), settings)
+    return plan_video(item, reader.video_header(item), settings)
 
 
 @dataclass(frozen=True)
@@ -168,12 +179,7 @@ class SampleEncoder:
 
     def _draft(self, conversation: Conversation, sample: Sample) -> _Draft:
         reader = self.reader(sample)
-        media = tuple(
-            plan_image(item, reader.image_size(item), self.settings)
-            if isinstance(item, ImageItem)
-            else plan_video(item, reader.video_header(item), self.settings)
-            for item in conversation.media()
-        )
+        media = tuple(plan_item(item, reader, self.settings) for item in conversation.media())
         conversation = convert_boxes(conversation, media, sample, self.settings.family)
         return self._tokenize(conversation, media)
 

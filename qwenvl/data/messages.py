@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from qwenvl.data.messages_media import MediaPool, typed_media
-from qwenvl.data.types import Conversation, Message, Part, Role, Sample, TextPart
+from qwenvl.data.messages_media import KINDS, MediaPool, typed_media
+from qwenvl.data.types import Conversation, ImageItem, Message, Part, Role, Sample, TextPart, VideoItem
 from qwenvl.utilities.errors import SampleError, nearest
 
+T = TypeVar("T")
 ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -47,28 +49,95 @@ def build_conversation(sample: Sample, reserved_tokens: Collection[str]) -> Conv
         SampleError: the record cannot be used; ``category`` is one of ``bad_record``, ``bad_role``, ``no_answer``,
             ``reserved_token``, ``too_many_tags`` and ``too_few_tags``.
     """
-    try:
-        return _build(sample.record, reserved_tokens)
-    except SampleError as error:
-        raise error.at(sample.origin) from error.__cause__
-    except RecursionError as error:
-        raise SampleError("bad_record", "the record is nested too deeply to be a sample.", sample.origin) from error
+    examined = examine(sample, reserved_tokens)
+    if examined.problems:
+        raise examined.problems[0]
+    return examined.conversation
 
 
-def _build(record: Any, reserved_tokens: Collection[str]) -> Conversation:
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """A sample that was read to its end, whatever is wrong with it.
+
+    Args:
+        conversation: its turns that can be read. Where tags are more than media, stand-ins with an empty source are
+            bound to the last ones.
+        media: its images and videos in the order of its turns; where there are problems, all that it names, bound or
+            not, equal ones once.
+        problems: everything that is wrong with its record.
+    """
+
+    conversation: Conversation
+    media: tuple[ImageItem | VideoItem, ...]
+    problems: tuple[SampleError, ...]
+
+
+def examine(sample: Sample, reserved_tokens: Collection[str]) -> Examined:
+    """Do what :func:`build_conversation` does, and go on after a problem."""
+    problems = _Problems(sample)
+    pool = problems.attempt(_read_pool, sample.record)
+    conversation = problems.attempt(_build, sample.record, pool, reserved_tokens, problems) or Conversation(())
+    media = conversation.media()
+    if problems.found:
+        named = (*(pool.items() if pool is not None else ()), *media)
+        media = tuple(dict.fromkeys(item for item in named if item.source))
+    return Examined(conversation, media, tuple(problems.found))
+
+
+class _Problems:
+    """Collects what is wrong with a sample."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.found: list[SampleError] = []
+        self._origin = sample.origin
+
+    def attempt(self, function: Callable[..., T], *values: Any) -> T | None:
+        """Call a function, and return its result; None where it raised a SampleError, which is kept."""
+        try:
+            return function(*values)
+        except SampleError as error:
+            found, cause = error.at(self._origin), error.__cause__
+        except RecursionError as error:
+            reason = "the record is nested too deeply to be a sample."
+            found, cause = SampleError("bad_record", reason, self._origin), error
+        found.__cause__ = cause
+        self.found.append(found)
+        return None
+
+
+def _read_pool(record: Any) -> MediaPool:
     if not isinstance(record, Mapping):
         raise SampleError("bad_record", f"a sample must be an object, not {type(record).__name__}.")
-    pool = MediaPool(record)
-    messages = [_message(turn, number, pool) for number, turn in enumerate(_turns(record), start=1)]
-    _check_turn_texts(messages, reserved_tokens)
-    pool.check_all_bound()
+    return MediaPool(record)
+
+
+def _build(
+    record: Any, read_pool: MediaPool | None, reserved_tokens: Collection[str], problems: _Problems
+) -> Conversation:
+    if not isinstance(record, Mapping):
+        return Conversation(())
+    pool = MediaPool({}) if read_pool is None else read_pool
+    turns = [problems.attempt(_message, turn, number, pool) for number, turn in enumerate(_turns(record), start=1)]
+    messages = [message for message in turns if message is not None]
+    for number, message in enumerate(turns, start=1):
+        if message is not None:
+            problems.attempt(_check_turn_texts, message, number, reserved_tokens)
+    if len(messages) == len(turns):
+        for kind in KINDS if read_pool is not None else ():
+            problems.attempt(pool.check_bound, kind)
+        problems.attempt(_check_answered, messages)
+    system = problems.attempt(_system, record, messages)
+    tools = problems.attempt(_tools, record) or ()
+    if system is not None:
+        problems.attempt(_check_texts, "the system text", [system.text], reserved_tokens)
+    if tools:
+        problems.attempt(_check_texts, "tools", _strings(tools), reserved_tokens)
+    return Conversation(tuple([system, *messages] if system else messages), tools)
+
+
+def _check_answered(messages: list[Message]) -> None:
     if not any(message.role == "assistant" for message in messages):
         raise SampleError("no_answer", "no assistant turn, so nothing to learn from. Add the answer, or take it out.")
-    system = _system(record, messages)
-    tools = _tools(record)
-    _check_texts("the system text", [system.text] if system else [], reserved_tokens)
-    _check_texts("tools", _strings(tools), reserved_tokens)
-    return Conversation(tuple([system, *messages] if system else messages), tools)
 
 
 def _turns(record: Mapping[str, Any]) -> list[Any]:
@@ -191,10 +260,9 @@ def _tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     return tuple(tools)
 
 
-def _check_turn_texts(messages: list[Message], reserved_tokens: Collection[str]) -> None:
-    for number, message in enumerate(messages, start=1):
-        texts = [part.text for part in message.parts if isinstance(part, TextPart)]
-        _check_texts(f"turn {number} ({message.role})", [*texts, *_strings(message.extra)], reserved_tokens)
+def _check_turn_texts(message: Message, number: int, reserved_tokens: Collection[str]) -> None:
+    texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+    _check_texts(f"turn {number} ({message.role})", [*texts, *_strings(message.extra)], reserved_tokens)
 
 
 def _check_texts(where: str, texts: Collection[str] | Iterator[str], reserved_tokens: Collection[str]) -> None:

@@ -12,6 +12,7 @@ from qwenvl.data.types import ImageItem, VideoItem
 from qwenvl.utilities.errors import SampleError, nearest
 
 Kind = Literal["image", "video"]
+KINDS: tuple[Kind, ...] = ("image", "video")
 
 # Keys that hold where a media item is, in any of the forms it is written in.
 _SOURCE_KEYS: dict[Kind, tuple[str, ...]] = {
@@ -41,7 +42,7 @@ class MediaPool:
         self._tags: dict[Kind, int] = {"image": 0, "video": 0}
 
     def take(self, kind: Kind) -> ImageItem | VideoItem:
-        """Return the next item for a tag; a stand-in past the last one, which :meth:`check_all_bound` reports."""
+        """Return the next item for a tag; a stand-in past the last one, which :meth:`check_bound` reports."""
         number = self._tags[kind]
         self._tags[kind] += 1
         items = self._items[kind]
@@ -49,20 +50,23 @@ class MediaPool:
         item: ImageItem | VideoItem = items[number] if number < len(items) else stand_in
         return item
 
-    def check_all_bound(self) -> None:
+    def items(self) -> tuple[ImageItem | VideoItem, ...]:
+        """All images, then all videos."""
+        return tuple(item for kind in KINDS for item in self._items[kind])
+
+    def check_bound(self, kind: Kind) -> None:
         """Raise a SampleError (``too_many_tags``, ``too_few_tags``) where tags and items are not equally many."""
-        for kind, items in self._items.items():
-            tags, tag = self._tags[kind], f"<{kind}>"
-            media = f"{len(items)} {kind}{'s' * (len(items) != 1)}"
-            counts = f"{tags} {tag} tag{'s' * (tags != 1)} in user and tool turns, {media}"
-            if tags > len(items):
-                raise SampleError(
-                    "too_many_tags",
-                    f"{counts}. Add what is missing to '{kind}', or take tags out; where {tag} is meant as words, "
-                    'write the turn as parts: [{"type": "text", "text": ...}].',
-                )
-            if tags < len(items):
-                raise SampleError("too_few_tags", f"{counts}. {self._too_few_hint(kind)}")
+        items, tags, tag = self._items[kind], self._tags[kind], f"<{kind}>"
+        media = f"{len(items)} {kind}{'s' * (len(items) != 1)}"
+        counts = f"{tags} {tag} tag{'s' * (tags != 1)} in user and tool turns, {media}"
+        if tags > len(items):
+            raise SampleError(
+                "too_many_tags",
+                f"{counts}. Add what is missing to '{kind}', or take tags out; where {tag} is meant as words, "
+                'write the turn as parts: [{"type": "text", "text": ...}].',
+            )
+        if tags < len(items):
+            raise SampleError("too_few_tags", f"{counts}. {self._too_few_hint(kind)}")
 
     def _too_few_hint(self, kind: Kind) -> str:
         items, tag = self._items[kind], f"<{kind}>"
