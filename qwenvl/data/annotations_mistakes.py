@@ -16,10 +16,11 @@ _CUT = 100  # characters: a mistake nearer than this to the end of a piece may b
 
 def explain(error: json.JSONDecodeError) -> str:
     """Say what is wrong with JSON, and near which words."""
-    start, end = max(error.pos - 30, 0), error.pos + 30
-    excerpt = error.doc[start:end].replace("\n", "\\n")
-    if not error.doc[error.pos :].strip():
-        return f"{error.msg}; the text ends there, after {excerpt!r}."
+    unterminated = error.msg.startswith("Unterminated string")  # its place is where the string starts
+    place = len(error.doc) if unterminated else error.pos
+    excerpt = error.doc[max(place - 30, 0) : place + 30].replace("\n", "\\n")
+    if not error.doc[place:].strip():
+        return f"{error.msg.removesuffix(' starting at')}; the text ends there, after {excerpt!r}."
     return f"{error.msg}, near {excerpt!r}."
 
 

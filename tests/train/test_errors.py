@@ -101,7 +101,7 @@ BAD_SAMPLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "extreme ratio": (sample("<image>", image="wide.png"), ("3000 x 10 pixels", "more than 200 times", "Crop it")),
     "one-frame video": (sample("<video>", video="one.mp4"), ("1 frame", "at least 2", "as `image`")),
     "no answer": (sample(conversations=[{"from": "human", "value": "Hi"}]), ("no assistant turn", "Add the answer")),
-    "broken JSON": ('{"id": "bad-7", "conv', ("broken JSON at column 22", "ends there")),
+    "broken JSON": ('{"id": "bad-7", "conv', ("broken JSON at column 17", "ends there")),
     "reserved token": (sample("<|image_pad|>"), ("turn 1 (user) holds <|image_pad|>", "Write <image>")),
     "unknown role": (sample(conversations=[{"from": "bot", "value": "Hi"}]), ("turn 1 is from 'bot'", "human")),
 }
