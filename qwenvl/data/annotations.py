@@ -55,6 +55,10 @@ class Rows(Protocol):
         """
         ...
 
+    def text(self, row: int) -> bytes | None:
+        """The JSON of a row as it stands in the file; None where there is none."""
+        ...
+
 
 class AnnotationTable:
     """The rows of a dataset's annotation files, one after the other.
@@ -101,6 +105,11 @@ class AnnotationTable:
         rows, place = self._locate(row)
         return Origin(self.spec.name, rows.path, rows.line(place))
 
+    def text(self, row: int) -> bytes | None:
+        """The JSON of a row as it stands in its file, parsed or not; None where the file is no text."""
+        rows, place = self._locate(row)
+        return rows.text(place)
+
     def _locate(self, row: int) -> tuple[Rows, int]:
         number = bisect_right(self._ends, row)
         return self._files[number], row - (self._ends[number - 1] if number else 0)
@@ -126,26 +135,29 @@ class AnnotationTable:
         )
 
 
-def open_annotations(spec: DatasetSpec, cache_dir: str | None = None) -> AnnotationTable:
+def open_annotations(spec: DatasetSpec, cache_dir: str | None = None, check_ends: bool = True) -> AnnotationTable:
     """Open a dataset's annotation files: rows are counted, and the first and last of each JSON file are parsed.
 
     Args:
         spec: the dataset.
         cache_dir: folder for the indexes of its files; None for the default one.
+        check_ends: refuse a file whose first or last row cannot be parsed, which mostly is a file of another kind.
 
     Raises:
         UserError: a file is missing, empty, of another format than its name says, or broken; or there is no row.
     """
-    table = AnnotationTable(spec, tuple(_open_file(path, spec.name, cache_dir) for path in spec.annotation_paths))
+    table = AnnotationTable(
+        spec, tuple(_open_file(path, spec.name, cache_dir, check_ends) for path in spec.annotation_paths)
+    )
     if not len(table):
         files = ", ".join(spec.annotation_paths)
         raise UserError(f"Dataset {spec.name!r} has no rows: {files}. Take it out of --dataset_use, or fill it.")
     return table
 
 
-def _open_file(path: str, dataset: str, cache_dir: str | None) -> Rows:
+def _open_file(path: str, dataset: str, cache_dir: str | None, check_ends: bool) -> Rows:
     try:
-        return _choose_reader(path, cache_dir)
+        return _choose_reader(path, cache_dir, check_ends)
     except FileNotFoundError as error:
         raise UserError(
             f"Dataset {dataset!r}: annotation file {path} does not exist. Correct its registry entry."
@@ -156,7 +168,7 @@ def _open_file(path: str, dataset: str, cache_dir: str | None) -> Rows:
         raise UserError(f"Dataset {dataset!r}: annotation file {path}: {error}") from error
 
 
-def _choose_reader(path: str, cache_dir: str | None) -> Rows:
+def _choose_reader(path: str, cache_dir: str | None, check_ends: bool) -> Rows:
     with open(path, "rb") as file:
         magic = file.read(4)
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
@@ -165,7 +177,7 @@ def _choose_reader(path: str, cache_dir: str | None) -> Rows:
         return ParquetRows(path)
     text = TextFile(path, compressed=magic[:2] == b"\x1f\x8b")
     if suffix in LINE_SUFFIXES:
-        return JsonRows(text, "lines", cache_dir)
+        return JsonRows(text, "lines", cache_dir, check_ends)
     first = text.first_character()
     if not first:
         raise UserError("is empty. Fill it, or take it out of the registry entry.")
@@ -175,9 +187,9 @@ def _choose_reader(path: str, cache_dir: str | None) -> Rows:
             "If each of its lines is a sample, name it .jsonl; if it is one sample, put [ ] around it."
         )
     if first == "[":
-        return JsonRows(text, "array", cache_dir)
+        return JsonRows(text, "array", cache_dir, check_ends)
     if first == "{":
-        return JsonRows(text, "lines", cache_dir)
+        return JsonRows(text, "lines", cache_dir, check_ends)
     raise UserError(
         f"is neither JSON, JSON Lines nor Parquet: it starts with {first!r}. Name it .json, .jsonl or .parquet, "
         "and .gz after that where it is compressed."

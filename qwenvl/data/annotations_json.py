@@ -31,6 +31,7 @@ class JsonRows:
         text: the file.
         layout: which of the two it is.
         cache_dir: folder of the index; None for the default one.
+        check_ends: parse the first and the last row.
 
     Raises:
         UserError: it is called an array and is not one, or its first or last row cannot be parsed.
@@ -38,13 +39,13 @@ class JsonRows:
 
     schema = None  # every row has its own
 
-    def __init__(self, text: TextFile, layout: Layout, cache_dir: str | None = None) -> None:
+    def __init__(self, text: TextFile, layout: Layout, cache_dir: str | None = None, check_ends: bool = True) -> None:
         self.path = text.path
         self._text = text
         self._layout = layout
         self._cache_dir = cache_dir
         self._opened: RowIndex | None = None
-        for row in {0, len(self) - 1} if len(self) else ():
+        for row in {0, len(self) - 1} if len(self) and check_ends else ():
             self._check(row)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,9 +67,13 @@ class JsonRows:
 
     def record(self, row: int) -> Any:
         """Parse a row; see :class:`qwenvl.data.annotations.Rows`."""
+        return _parse(self.text(row))
+
+    def text(self, row: int) -> bytes:
+        """The row as it stands in the file, without the white space around it."""
         start, following = self._index.offsets[row : row + 2].tolist()
         data = self._text.read(start, following - 1)
-        return _parse(data.strip(SPACE) if self._layout == "array" else data.rstrip(SPACE))
+        return data.strip(SPACE) if self._layout == "array" else data.rstrip(SPACE)
 
     @property
     def _index(self) -> RowIndex:

@@ -67,6 +67,9 @@ class ParquetRows:
         record: dict[str, Any] = self._group(group).slice(row - start, 1).to_pylist()[0]
         return record
 
+    def text(self, row: int) -> None:
+        """None: the rows of a table have no text."""
+
     def _group(self, group: int) -> pyarrow.Table:
         if group not in self._groups:
             # One thread: worker processes are many, and a thread pool does not survive the fork that makes them.

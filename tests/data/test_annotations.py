@@ -163,6 +163,18 @@ def test_the_size_of_chunks_does_not_matter(tmp_path: Path, rows: list[dict[str,
         assert records(open_files(tmp_path / "a.jsonl")) == rows
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_rows_of_text_are_given_as_they_stand(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    table = open_files(tmp_path / name)
+    texts = [table.text(row) for row in range(len(table))]
+    if "parquet" in name:
+        assert texts == [None] * len(RECORDS)
+    else:
+        assert [json.loads(text) for text in texts if text is not None] == RECORDS
+        assert all(text is not None and text == text.strip() for text in texts)
+
+
 def test_files_follow_one_another(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines(RECORDS[:2]))
     (tmp_path / "b.json").write_text(json.dumps(RECORDS[2:]))
@@ -243,6 +255,17 @@ def test_broken_files_fail_on_opening(tmp_path: Path, case: str) -> None:
         open_files(tmp_path / name)
     for words in ["'things'", str(tmp_path / name), *expected]:
         assert words in str(caught.value)
+
+
+def test_the_ends_of_a_file_may_be_broken_where_it_is_to_be_checked(tmp_path: Path) -> None:
+    lines = [b"{", *json_lines(RECORDS).splitlines(), b'{"conversations": [']
+    (tmp_path / "a.jsonl").write_bytes(b"\r\n".join(lines))
+    table = open_annotations(DatasetSpec("things", (str(tmp_path / "a.jsonl"),), ""), check_ends=False)
+    assert [table.text(row) for row in range(len(table))] == lines
+    for row in (0, len(table) - 1):
+        with pytest.raises(SampleError, match="broken JSON"):
+            table[row]
+    assert [table[row][0].record for row in range(1, len(table) - 1)] == RECORDS
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
