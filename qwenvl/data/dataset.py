@@ -106,7 +106,7 @@ class ConversationDataset(Dataset[Item]):
         packs: Packs | None = None,
     ) -> None:
         self.tables = list(tables)
-        self._encoder = encoder
+        self.encoder = encoder
         self._skip = skip_bad_samples
         self._packs = packs
         self._borders = np.cumsum([len(table.rows) for table in self.tables])
@@ -122,9 +122,9 @@ class ConversationDataset(Dataset[Item]):
             seed: of :func:`qwenvl.data.packing.pack`.
         """
         usable = np.flatnonzero(lengths)
-        packs = pack(lengths[usable], self._encoder.max_length, seed)
+        packs = pack(lengths[usable], self.encoder.max_length, seed)
         packs = replace(packs, samples=usable[packs.samples])
-        return ConversationDataset(self.tables, self._encoder, self._skip, packs)
+        return ConversationDataset(self.tables, self.encoder, self._skip, packs)
 
     def add_up(self, measures: np.ndarray) -> np.ndarray:
         """Return the measures of every index of this packed dataset, from those of the rows it was packed from."""
@@ -193,9 +193,9 @@ class ConversationDataset(Dataset[Item]):
             samples = self.tables[table].table[row]
             for sample in samples:
                 try:
-                    counted = known if known is not None and len(samples) == 1 else self._encoder.measure(sample)
+                    counted = known if known is not None and len(samples) == 1 else self.encoder.measure(sample)
                     whole = whole.plus(counted)
-                    self._encoder.require_length(counted.tokens, sample, used.tokens)
+                    self.encoder.require_length(counted.tokens, sample, used.tokens)
                     used = used.plus(counted)
                 except SampleError as error:
                     out = self._leave_out(error)
@@ -236,7 +236,7 @@ class ConversationDataset(Dataset[Item]):
         try:
             for sample in self.samples(index):
                 try:
-                    self._encoder.plan(sample)
+                    self.encoder.plan(sample)
                     return None
                 except SampleError as error:
                     problem = problem or error
@@ -249,7 +249,7 @@ class ConversationDataset(Dataset[Item]):
         used = sum(len(one.tokens) for one in item.samples)
         try:
             plan = self._plan(sample, used)
-            encoded: EncodedSample = self._encoder.encode(plan, sample)
+            encoded: EncodedSample = self.encoder.encode(plan, sample)
         except SampleError as error:
             out = self._leave_out(error)
             return Item(item.samples, (*item.events, *out.events), item.error or out.error)
@@ -261,8 +261,8 @@ class ConversationDataset(Dataset[Item]):
         Raises:
             SampleError: it cannot be used, or makes the row too long.
         """
-        plan = self._encoder.plan(sample)
-        self._encoder.require_length(len(plan.tokens), sample, used)
+        plan = self.encoder.plan(sample)
+        self.encoder.require_length(len(plan.tokens), sample, used)
         return plan
 
     def _leave_out(self, error: SampleError) -> Item:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,8 @@ from qwenvl.data.rendering import ChatTemplate, Rendering
 from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings, plan_image, plan_video
 from qwenvl.data.tokenization import Encoding, Tokenizer, Tokens
 from qwenvl.data.types import Conversation, ImageItem, Sample, VideoItem
+from qwenvl.data.video import backend_name
+from qwenvl.utilities.cache import fingerprint
 from qwenvl.utilities.errors import SampleError
 
 Overlength = Literal["drop", "error", "truncate_turns"]
@@ -165,6 +167,19 @@ class SampleEncoder:
     def reader(self, sample: Sample) -> MediaReader:
         """Return what opens the media of a sample."""
         return MediaReader(sample.data_path, self.allow_remote, sample.allow_absolute)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that lengths depend on besides the samples; another one once any of it has changed."""
+        limit = self.max_length if self.overlength == "truncate_turns" else None  # else it is applied afterwards
+        return fingerprint(
+            self.template.identity(),
+            self.tokenizer.identity(),
+            asdict(self.settings),
+            sorted(self.reserved_tokens),
+            self.allow_remote,
+            limit,
+            backend_name(),
+        )
 
     def _fitted(self, sample: Sample) -> tuple[_Draft, _Draft]:
         """Return the whole sample and what the over-length policy keeps of it: mostly the same."""

@@ -1,9 +1,17 @@
-"""Exact lengths of all rows before training, from headers and text alone: nothing is decoded."""
+"""Exact lengths of all rows before training, from headers and text alone: nothing is decoded.
+
+Process 0 counts with all cores it may use, and keeps what it counted in a cache; the others are given the result.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -11,10 +19,16 @@ from tqdm.auto import tqdm
 
 from qwenvl.data.collation import Event
 from qwenvl.data.dataset import ConversationDataset, Measurement
-from qwenvl.data.measures import MEASURES
-from qwenvl.utilities.distributed import gather_objects, is_main_process, rank, world_size
+from qwenvl.data.length_cache import LengthCache
+from qwenvl.data.measures import MEASURES, NOTHING, Measures
+from qwenvl.utilities.cache import fingerprint
+from qwenvl.utilities.distributed import from_main_process
+from qwenvl.utilities.errors import UserError
 
-_ROWS_A_TASK = 64
+_COUNTING = 1  # to be raised when what is counted of a sample changes, so that older caches are not read
+_ROWS_A_TASK = 64  # so few that one task of a cache that is killed with its run is not missed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,48 +37,146 @@ class RowLengths:
 
     Args:
         measures: :data:`~qwenvl.data.measures.MEASURES` [rows]; all zeros for a row that is left out.
-        events: what there is to report of them.
+        events: what there is to report of them, once for a row that is used several times.
     """
 
     measures: np.ndarray
     events: tuple[Event, ...]
 
 
-class _Measured(Dataset[Measurement]):
-    def __init__(self, dataset: ConversationDataset, rows: Sequence[int]) -> None:
-        self._dataset = dataset
-        self._rows = rows
+def measure_lengths(dataset: ConversationDataset, cache: Path | None = None, workers: int | None = None) -> RowLengths:
+    """Measure every row, in process 0; all processes get the result, and all have to call this.
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Measurement:
-        return self._dataset.measure(*self._dataset.locate(self._rows[index]))
-
-
-def measure_lengths(dataset: ConversationDataset, workers: int) -> RowLengths:
-    """Measure every row; each rank takes its share, and all get the result. Every rank has to call it.
+    Rows that an earlier run has counted under the same settings come from the cache. Rows with a problem do not: they
+    are looked at in every run, so that a file that was put in its place is found. A picture that was replaced under its
+    name is not; should the row then be too long, training says so and leaves it out.
 
     Args:
         dataset: not packed.
-        workers: processes of each rank; 0 for none beside this one.
+        cache: folder of everything cached; None to keep nothing.
+        workers: processes; 0 or 1 for none beside this one. Default: as many as this process may use cores.
 
     Raises:
-        UserError: a row must stop the run.
+        UserError: a row must stop the run; of several, the first in the order of the rows.
     """
-    share = range(rank(), len(dataset), world_size())
-    loader = DataLoader(_Measured(dataset, share), batch_size=_ROWS_A_TASK, num_workers=workers, collate_fn=list)
-    measures = np.zeros(len(dataset), MEASURES)
-    events: list[Event] = []
-    with tqdm(total=len(share), desc="Measuring lengths", unit=" rows", disable=not is_main_process()) as progress:
-        for place, measurements in enumerate(loader):
-            for row, measurement in zip(share[place * _ROWS_A_TASK :], measurements, strict=False):
-                if measurement.error is not None:
-                    raise measurement.error
-                measures[row] = measurement.measures
-                events += measurement.events
-            progress.update(len(measurements))
-    gathered = gather_objects((measures[rank() :: world_size()], tuple(events)))
-    for number, (of_rank, _) in enumerate(gathered):
-        measures[number :: len(gathered)] = of_rank
-    return RowLengths(measures, tuple(event for _, of_rank in gathered for event in of_rank))
+    return from_main_process(
+        lambda: _measure(dataset, cache, len(os.sched_getaffinity(0)) if workers is None else workers)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Some rows of a table (int64 [n], ascending) and what is known of them (MEASURES [n], zeros for nothing)."""
+
+    table: int
+    rows: np.ndarray
+    known: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """A task's results: as they count in this run, and as they are to be kept (MEASURES [n] each); see Measurement."""
+
+    measures: np.ndarray
+    whole: np.ndarray
+    events: tuple[Event, ...]
+    error: UserError | None
+
+
+class _Tasks(Dataset[_Counted]):
+    def __init__(self, dataset: ConversationDataset, tasks: Sequence[_Task]) -> None:
+        self._dataset = dataset
+        self._tasks = tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, index: int) -> _Counted:
+        task, results = self._tasks[index], list[Measurement]()
+        for row, known in zip(task.rows.tolist(), task.known.tolist(), strict=True):
+            results.append(self._dataset.measure(task.table, row, Measures(*known) if known != NOTHING else None))
+            if results[-1].error is not None:
+                break
+        missing = [NOTHING] * (len(task.rows) - len(results))
+        return _Counted(
+            np.array([one.measures for one in results] + missing, MEASURES),
+            np.array([one.whole or NOTHING for one in results] + missing, MEASURES),
+            tuple(event for one in results for event in one.events),
+            results[-1].error,
+        )
+
+
+def _measure(dataset: ConversationDataset, cache: Path | None, workers: int) -> RowLengths:
+    started = time.monotonic()
+    caches = _open_caches(dataset, cache)
+    measures = [one.read() for one in caches]
+    tasks = _plan_tasks(dataset, measures)
+    missing = sum(int((task.known["samples"] == 0).sum()) for task in tasks)
+    events = list[Event]()
+    with tqdm(total=missing, desc="Counting lengths", unit=" rows", disable=not missing) as progress:
+        for task, counted in zip(tasks, _count(dataset, tasks, workers), strict=True):
+            new = task.known["samples"] == 0
+            keep = new & (counted.whole["samples"] > 0)
+            caches[task.table].write(task.rows[keep], counted.whole[keep])
+            if counted.error is not None:
+                raise counted.error
+            measures[task.table][task.rows] = counted.measures
+            events += counted.events
+            progress.update(int(new.sum()))
+    rows = sum(len(np.unique(table.rows)) for table in dataset.tables)
+    logger.info(
+        "Lengths: %d rows counted, %d from the cache, in %.1f s.", missing, rows - missing, time.monotonic() - started
+    )
+    used = [of_table[table.rows] for of_table, table in zip(measures, dataset.tables, strict=True)]
+    return RowLengths(np.concatenate(used), tuple(events))
+
+
+def _open_caches(dataset: ConversationDataset, cache: Path | None) -> list[LengthCache]:
+    """Open what is kept of every table; equal tables under equal settings share it, whatever dataset they belong to."""
+    if cache is None:
+        return [LengthCache(None, len(table.table)) for table in dataset.tables]
+    of_encoder = dataset.encoder.fingerprint()
+    opened = []
+    for table in dataset.tables:
+        spec = table.table.spec
+        options = {key: repr(value) for key, value in spec.options.items()}
+        key = fingerprint(_COUNTING, table.table.fingerprint, spec.data_path, options, of_encoder)
+        opened.append(LengthCache(cache / "lengths" / f"{key}.counts", len(table.table)))
+    return opened
+
+
+def _plan_tasks(dataset: ConversationDataset, known: Sequence[np.ndarray]) -> list[_Task]:
+    """Return what there is to do: rows that are not known, and those that are too long, to say so with their place."""
+    tasks = []
+    for number, table in enumerate(dataset.tables):
+        rows = np.unique(table.rows)
+        of_rows = known[number][rows]
+        rows = rows[(of_rows["samples"] == 0) | (of_rows["tokens"] > dataset.encoder.max_length)]
+        for start in range(0, len(rows), _ROWS_A_TASK):
+            part = rows[start : start + _ROWS_A_TASK]
+            tasks.append(_Task(number, part, known[number][part]))
+    return tasks
+
+
+def _count(dataset: ConversationDataset, tasks: Sequence[_Task], workers: int) -> Iterator[_Counted]:
+    """Do the tasks in worker processes; the results come in order."""
+    processes = min(workers, len(tasks))
+    return iter(
+        DataLoader(
+            _Tasks(dataset, tasks),
+            batch_size=None,
+            num_workers=processes if processes > 1 else 0,
+            collate_fn=_as_it_is,
+            worker_init_fn=_one_thread,
+        )
+    )
+
+
+def _as_it_is(counted: Any) -> Any:
+    return counted
+
+
+def _one_thread(worker: int) -> None:
+    """Workers are as many as cores; the tokenizer's own threads would only get into their way."""
+    del worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

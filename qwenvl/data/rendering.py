@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import transformers
+
 from qwenvl.data.types import Conversation, ImageItem, Message, Role, TextPart
 from qwenvl.utilities.errors import SampleError, UserError
 
@@ -87,6 +89,12 @@ class ChatTemplate:
         if ends is None:
             ends = self._ends_by_markers(text, conversation)
         return Rendering(text, self._spans(text, conversation.messages, ends))
+
+    def identity(self) -> list[Any]:
+        """Return everything that renderings depend on, as values that JSON can hold."""
+        processor: Any = self._processor
+        templates = [getattr(part, "chat_template", None) for part in (processor, processor.tokenizer)]
+        return [templates, processor.tokenizer.special_tokens_map, self._kwargs, transformers.__version__]
 
     def thinking_mismatch(self, conversation: Conversation) -> bool:
         """Whether the last answer has a ``<think>`` block the template does not open, or lacks the one it opens."""

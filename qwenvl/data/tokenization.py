@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 
 from qwenvl.data.positions import VisionSpan, position_ids
@@ -151,10 +152,24 @@ class Tokenizer:
         mask = torch.from_numpy(np.repeat(is_vision, repeats))
         return Tokens(input_ids, labels, position_ids(len(input_ids), spans), mask)
 
+    def identity(self) -> list[Any]:
+        """Return everything that token ids depend on, as values that JSON can hold."""
+        return [self._engine().to_str(), asdict(self._vision), tokenizers.__version__]
+
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenize texts by the tokenizer's own engine: what transformers wraps around it takes a third of the time."""
+        return [encoded.ids for encoded in self._engine().encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _engine(self) -> Any:
+        """Return the tokenizer's own engine: what transformers wraps around it takes a third of the time.
+
+        A call through transformers leaves its padding and truncation behind in it.
+        """
         engine = self._tokenizer.backend_tokenizer
-        return [encoded.ids for encoded in engine.encode_batch_fast(texts, add_special_tokens=False)]
+        if engine.padding is not None:
+            engine.no_padding()
+        if engine.truncation is not None:
+            engine.no_truncation()
+        return engine
 
     def _segments(self, rendering: Rendering, plans: Sequence[MediaPlan]) -> list[tuple[str, bool]]:
         """Cut the text into (stretch, whether it is trained), with frames and timestamps written out."""

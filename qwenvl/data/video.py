@@ -179,6 +179,14 @@ def prepare_backend() -> None:
         logger.debug("%s", error)
 
 
+def backend_name() -> str | None:
+    """Return the name of this process's backend; None where none works. Two of them may count frames differently."""
+    try:
+        return choose_backend().name
+    except UserError:
+        return None
+
+
 @contextlib.contextmanager
 def _decoding(name: str) -> Iterator[None]:
     """Turn a decoder's own errors into SampleErrors."""

@@ -14,6 +14,7 @@ from qwenvl.data.lengths import measure_lengths
 from qwenvl.data.packing import lower_bound
 from qwenvl.data.sampling import SampleOrder, Sharding, costs_of_ranks, imbalance
 from qwenvl.models.flops import Trained, training_flops
+from qwenvl.utilities.cache import cache_folder
 from qwenvl.utilities.families import Family
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def arrange(
     seed = args.seed if args.data_seed is None else args.data_seed
     if not (arguments.data_packing or arguments.group_by_cost):
         return Arrangement(rows, SampleOrder(len(rows), seed))
-    measured = measure_lengths(rows, args.dataloader_num_workers)
+    measured = measure_lengths(rows, cache_folder(arguments.data_cache_dir))
     switches = parsed.model
     trained = Trained(switches.tune_mm_vision, switches.tune_mm_mlp, switches.tune_mm_llm)
     flops = training_flops(config, family, trained)

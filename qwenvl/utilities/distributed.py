@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from qwenvl.utilities.errors import UserError
 
 T = TypeVar("T")
+
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def is_initialized() -> bool:
@@ -57,19 +60,32 @@ def wait_for_all() -> None:
 def from_main_process(function: Callable[[], T]) -> T:
     """Call a function in process 0 and return its result in all; every process has to call it.
 
+    However long it takes: the others ask the job's store now and then whether process 0 is done, since waiting in a
+    collective operation would end the run after its timeout.
+
     Raises:
         UserError: the function raised it; in all processes.
     """
-    outcome: T | UserError | None = None
+    if not is_initialized() or dist.get_world_size() == 1:
+        return function()
+    store = _store()
+    turn = 0 if store is None else store.add(f"{_attempt()}/turns of rank {rank()}", 1)
+    done = f"{_attempt()}/turn {turn}"
+    result: list[T | UserError | None] = [None]
     if is_main_process():
         try:
-            outcome = function()
+            result = [function()]
         except UserError as error:
-            outcome = error
-    outcome = gather_objects(outcome)[0]
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome  # type: ignore[return-value]
+            result = [error]
+        if store is not None:
+            store.set(done, "done")
+    elif store is not None:
+        while not store.check([done]):
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]  # type: ignore[return-value]
 
 
 def is_first_to_say(what: str) -> bool:
@@ -83,18 +99,30 @@ def is_first_to_say(what: str) -> bool:
     """
     if world_size() == 1:
         return True
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = _store()
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
+        return store is None or int(store.add(f"{_attempt()}/{what}", 1)) == 1
+    except RuntimeError:  # it has gone meanwhile
+        return True
+
+
+def _attempt() -> str:
+    """Return where in the store this start of the job keeps its keys: torchrun's store outlives a restart."""
+    return f"qwenvl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _store() -> Any:
+    """Return a connection to the store that torchrun keeps for its processes; None where there is no such store."""
+    try:
+        return dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             wait_for_workers=False,
             timeout=datetime.timedelta(seconds=5),
         )
-        return int(store.add(f"qwenvl/{what}/{attempt}", 1)) == 1
     except (KeyError, ValueError, RuntimeError):  # no address; nobody answers there
-        return True
+        return None
 
 
 def shut_down() -> None:

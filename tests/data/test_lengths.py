@@ -73,7 +73,7 @@ def measured_when_decoded(item: Item) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_lengths_are_those_of_training(dataset: ConversationDataset, workers: int) -> None:
-    measured = measure_lengths(dataset, workers)
+    measured = measure_lengths(dataset, workers=workers)
     assert measured.measures.tolist() == [measured_when_decoded(dataset[index]) for index in range(len(dataset))]
     assert {event.kind for event in measured.events} == {"bad", "overlength"}
     assert sorted(event.message for event in measured.events) == sorted(
@@ -83,7 +83,7 @@ def test_lengths_are_those_of_training(dataset: ConversationDataset, workers: in
 
 
 def test_packs_hold_every_usable_row_once(dataset: ConversationDataset) -> None:
-    lengths = measure_lengths(dataset, 0).measures["tokens"]
+    lengths = measure_lengths(dataset, workers=0).measures["tokens"]
     packs = dataset.packed(lengths, seed=0)
     assert len(packs) < np.count_nonzero(lengths)
     held = [sample.origin for index in range(len(packs)) for sample in packs.samples(index)]
@@ -103,4 +103,4 @@ def test_a_bad_row_stops_the_run_unless_it_is_to_be_skipped(
 ) -> None:
     del dataset  # has written the files
     with pytest.raises(SampleError, match=r"rows\.jsonl:6"):
-        measure_lengths(open_dataset(tmp_path, tiny_checkpoint("qwen3_vl"), skip=False), 0)
+        measure_lengths(open_dataset(tmp_path, tiny_checkpoint("qwen3_vl"), skip=False), workers=0)
