@@ -33,6 +33,7 @@ from qwenvl.arguments.parsing import parse_class
 from qwenvl.data.collation import EncodedSample
 from qwenvl.data.dataset import open_tables
 from qwenvl.data.encoding import Plan, SampleEncoder
+from qwenvl.data.media_sources import describe
 from qwenvl.data.processor import build_encoder, open_processor
 from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.sizes import VideoPlan
@@ -222,7 +223,8 @@ def show(sample: Sample | SampleError, encoder: SampleEncoder, tokenizer: Any) -
     )
     for media in plan.media:
         kind = "video" if isinstance(media, VideoPlan) else "image"
-        source = media.item.source if isinstance(media.item.source, str) else f"{len(media.item.source)} frames"
+        source = media.item.source
+        source = f"{len(source)} frames" if isinstance(source, tuple) else describe(source)
         shown = source if len(source) < 120 else source[:60] + "..."
         console.print(f"{kind} {shown}: {media.resized[1]} x {media.resized[0]} pixels, grid_thw {list(media.grid)}")
         if isinstance(media, VideoPlan):

@@ -27,6 +27,7 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
+from qwenvl.data.media_sources import describe
 from qwenvl.data.sizes import ImagePlan, MediaPlan
 from qwenvl.data.types import Conversation, Message, Sample, TextPart
 from qwenvl.utilities.errors import SampleError
@@ -249,5 +250,5 @@ class _Converter:
         if self.written != "pixel":
             return f"0 to 1000, as bbox_format {self.written!r} has it"
         height, width = picture.size
-        name = picture.item.source[:200]
+        name = describe(picture.item.source)[:200]
         return f"the picture {name}, which is shown {width} pixels wide and {height} high"

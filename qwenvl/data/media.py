@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from qwenvl.data.image_headers import HEADER_BYTES, jpeg_size
 from qwenvl.data.media_sources import MediaSources, describe
-from qwenvl.data.types import ImageItem, VideoItem
+from qwenvl.data.types import ImageItem, Source, VideoItem
 from qwenvl.data.video import VideoHeader, choose_backend
 from qwenvl.utilities.errors import SampleError
 
@@ -76,7 +76,7 @@ class MediaReader:
         with self._naming(item.source):
             return choose_backend().frames(self._sources.locate(item.source), indices)
 
-    def _image_size(self, source: str) -> tuple[int, int]:
+    def _image_size(self, source: Source) -> tuple[int, int]:
         with self._naming(source):
             located = self._sources.locate(source)
             size = jpeg_size(_first_bytes(located))
@@ -86,15 +86,15 @@ class MediaReader:
                 width, height = image.size
                 return (width, height) if _orientation(image) in _SWAPPING_ORIENTATIONS else (height, width)
 
-    def _read_image(self, source: str) -> Image.Image:
+    def _read_image(self, source: Source) -> Image.Image:
         with self._naming(source), _opened(self._sources.locate(source)) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
 
-    def _read_pixels(self, source: str) -> torch.Tensor:
+    def _read_pixels(self, source: Source) -> torch.Tensor:
         return torch.from_numpy(np.array(self._read_image(source))).permute(2, 0, 1)
 
     @contextmanager
-    def _naming(self, source: str) -> Iterator[None]:
+    def _naming(self, source: Source) -> Iterator[None]:
         """Begin the reason of a SampleError with the medium it is about."""
         try:
             yield
@@ -104,7 +104,7 @@ class MediaReader:
                 raise
             raise SampleError(error.category, f"{name}: {error.reason}") from error.__cause__
 
-    def _size_of_frames(self, frames: tuple[str, ...]) -> tuple[int, int]:
+    def _size_of_frames(self, frames: tuple[Source, ...]) -> tuple[int, int]:
         sizes = [self._image_size(frame) for frame in frames]
         for frame, size in zip(frames, sizes, strict=True):
             if size != sizes[0]:
@@ -116,12 +116,12 @@ class MediaReader:
         return sizes[0]
 
 
-def _stream(located: str | bytes) -> IO[bytes]:
+def _stream(located: Source) -> IO[bytes]:
     return io.BytesIO(located) if isinstance(located, bytes) else open(located, "rb")
 
 
 @contextmanager
-def _opened(located: str | bytes) -> Iterator[Image.Image]:
+def _opened(located: Source) -> Iterator[Image.Image]:
     """Open an image; what goes wrong while it is in use becomes a SampleError."""
     try:
         with _stream(located) as stream, _open_image(stream) as image:
@@ -136,7 +136,7 @@ def _opened(located: str | bytes) -> Iterator[Image.Image]:
         raise SampleError("truncated" if cut else "unreadable_file", reason) from error
 
 
-def _first_bytes(located: str | bytes) -> bytes:
+def _first_bytes(located: Source) -> bytes:
     """Return the first bytes of a file; none where it cannot be read, which opening it will explain."""
     if isinstance(located, bytes):
         return located[:HEADER_BYTES]

@@ -1,4 +1,4 @@
-"""Where media come from: files under ``data_path``, data URIs and, when allowed, http(s)."""
+"""Where media come from: files under ``data_path``, bytes beside the text, data URIs and, when allowed, http(s)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import urllib.parse
 import urllib.request
 from http.client import HTTPException
 
+from qwenvl.data.types import Source
 from qwenvl.utilities.errors import SampleError
 
 DOWNLOAD_SECONDS = 30.0  # that a server may be silent
@@ -38,13 +39,15 @@ class MediaSources:
         self.allow_remote = allow_remote
         self.allow_absolute = allow_absolute
 
-    def locate(self, source: str) -> str | bytes:
-        """Return the path of an existing, non-empty file, or the bytes of a data URI or download.
+    def locate(self, source: Source) -> Source:
+        """Return the path of an existing, non-empty file, or the bytes that were given, of a data URI or download.
 
         Raises:
             SampleError: ``missing_file``, ``zero_byte``, ``unreadable_file``, ``wrong_type``, ``outside_data_path`` or
                 ``remote_not_allowed``; names the source.
         """
+        if isinstance(source, bytes):
+            return source
         if source.startswith("data:"):
             return _decode_data_uri(source)
         if source.lower().startswith(_REMOTE):
@@ -58,9 +61,9 @@ class MediaSources:
             raise SampleError("missing_file", f"{describe(source)} cannot be a path: {error}.") from error
         return path
 
-    def describe(self, source: str) -> str:
+    def describe(self, source: Source) -> str:
         """Name a source in a message: files by their path, data URIs and other long ones cut."""
-        if not source.startswith("data:") and not source.lower().startswith(_REMOTE):
+        if isinstance(source, str) and not source.startswith("data:") and not source.lower().startswith(_REMOTE):
             source = os.path.join(self.data_path, _without_scheme(source))
         return describe(source)
 
@@ -96,8 +99,10 @@ class MediaSources:
         return content
 
 
-def describe(source: str) -> str:
-    """Name a path or URI in a message: long ones, such as data URIs, are cut."""
+def describe(source: Source) -> str:
+    """Name a path or URI in a message, long ones, such as data URIs, cut; or say how long an embedded file is."""
+    if isinstance(source, bytes):
+        return f"embedded picture of {len(source)} bytes"
     return source if len(source) <= 300 else f"{source[:60]}... ({len(source)} characters)"
 
 

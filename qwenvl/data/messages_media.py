@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from qwenvl.data.types import ImageItem, VideoItem
+from qwenvl.data.types import ImageItem, Source, VideoItem
 from qwenvl.utilities.errors import SampleError, nearest
 
 Kind = Literal["image", "video"]
@@ -70,7 +69,7 @@ class MediaPool:
 
     def _too_few_hint(self, kind: Kind) -> str:
         items, tag = self._items[kind], f"<{kind}>"
-        if kind == "video" and self._tags[kind] == 1 and all(isinstance(item.source, str) for item in items):
+        if kind == "video" and self._tags[kind] == 1 and not any(isinstance(item.source, tuple) for item in items):
             return (
                 "If these are the frames of one video, write them as a list inside the list, "
                 '"video": [["a.jpg", "b.jpg"]], or as {"frames": ["a.jpg", "b.jpg"], "fps": 2}; else add tags.'
@@ -81,13 +80,15 @@ class MediaPool:
 
 
 def image_item(value: Any) -> ImageItem:
-    """Read one image: a string, or an object with its source and its own ``min_pixels`` and ``max_pixels``."""
+    """Read one image: a string or bytes, or an object with its source and its own ``min_pixels`` and ``max_pixels``."""
     if isinstance(value, Mapping):
         source, limits = _source(value, "image"), _limits(value, "image")
     else:
         source, limits = value, {}
-    if not isinstance(source, str) or not source:
-        raise SampleError("bad_record", f"an image must be a path, URL or data URI, not {_short(source)}.")
+    if source == b"":
+        raise SampleError("zero_byte", "an embedded picture is empty (0 bytes).")
+    if not isinstance(source, Source) or not source:
+        raise SampleError("bad_record", f"an image must be a path, URL, data URI or bytes, not {_short(source)}.")
     return ImageItem(source, **limits)
 
 
@@ -100,7 +101,7 @@ def video_item(value: Any) -> VideoItem:
         source, limits = value, {}
     if isinstance(source, list | tuple) and source:
         return VideoItem(tuple(_frame(frame) for frame in source), **limits)
-    if not isinstance(source, str) or not source:
+    if not isinstance(source, Source) or not source:
         raise SampleError("bad_record", f"a video must be a path, URL or list of frame images, not {_short(source)}.")
     return VideoItem(source, **limits)
 
@@ -129,7 +130,7 @@ def _listed(record: Mapping[str, Any], singular: str, plural: str) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _frame(frame: Any) -> str:
+def _frame(frame: Any) -> Source:
     item = image_item(frame)
     if item != ImageItem(item.source):
         raise SampleError("bad_record", "a frame has its own pixel limits. Give them to the whole video.")
@@ -138,9 +139,9 @@ def _frame(frame: Any) -> str:
 
 def _source(fields: Mapping[str, Any], kind: Kind) -> Any:
     """Return where an item is, as written; None where it is not said."""
-    content = fields.get("bytes")  # how the ``datasets`` library stores media in Parquet
+    content = fields.get("bytes")  # how the ``datasets`` library stores media in Arrow and Parquet
     if isinstance(content, bytes):
-        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+        return content
     given = [key for key in _SOURCE_KEYS[kind] if fields.get(key) is not None]
     if len(given) > 1:
         raise SampleError("bad_record", f"an item has {' and '.join(map(repr, given))}. Keep one of them.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
+Source = str | bytes  # of a picture or video: where it is, or the file itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +78,13 @@ class ImageItem:
     """One image, not opened.
 
     Args:
-        source: path, ``file://`` URI, ``data:`` URI or http(s) URL, as written.
+        source: path, ``file://`` URI, ``data:`` URI or http(s) URL, as written; or the bytes of the file, where the
+            annotations hold them.
         min_pixels: lower limit of height x width after resizing; None for the run's own.
         max_pixels: upper limit; None for the run's own.
     """
 
-    source: str
+    source: Source
     min_pixels: int | None = None
     max_pixels: int | None = None
 
@@ -104,7 +106,7 @@ class VideoItem:
         video_end: last second used.
     """
 
-    source: str | tuple[str, ...]
+    source: Source | tuple[Source, ...]
     fps: float | None = None
     nframes: int | None = None
     min_frames: int | None = None

@@ -43,5 +43,5 @@ def reason_of(call: Callable[[], Any], category: str) -> str:
     return caught.value.reason
 
 
-def both(reader: MediaReader, source: str) -> list[Callable[[], Any]]:
+def both(reader: MediaReader, source: str | bytes) -> list[Callable[[], Any]]:
     return [lambda: reader.image_size(ImageItem(source)), lambda: reader.read_image(ImageItem(source))]

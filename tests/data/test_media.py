@@ -216,7 +216,7 @@ def test_videos(tmp_path: Path, reader: MediaReader) -> None:
     path = make_video(tmp_path / "media" / "a.mp4")
     uri = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
     copy: MediaReader = pickle.loads(pickle.dumps(reader))
-    for source in ("a.mp4", f"file://{path}", uri):
+    for source in ("a.mp4", f"file://{path}", uri, path.read_bytes()):
         header = copy.video_header(VideoItem(source))
         assert (header.num_frames, header.fps, header.height, header.width) == (FRAMES, FPS, HEIGHT, WIDTH)
         frames = copy.read_frames(VideoItem(source), np.array([3, 1]))

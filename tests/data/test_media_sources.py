@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qwenvl.data.media import MediaReader
-from qwenvl.data.types import ImageItem
+from qwenvl.data.types import ImageItem, VideoItem
+from qwenvl.data.video import VideoHeader
 from qwenvl.utilities.errors import SampleError
 from tests.data.pictures import both, encoded, picture, reason_of
 
@@ -29,6 +31,22 @@ def test_sources(tmp_path: Path, reader: MediaReader, monkeypatch: pytest.Monkey
         assert reader.read_image(ImageItem(source)).size == (40, 20)
     monkeypatch.chdir(tmp_path / "media")
     assert MediaReader("").image_size(ImageItem("in side/a#1%.png")) == (20, 40)
+
+
+def test_bytes_of_an_embedded_picture(reader: MediaReader) -> None:
+    data = encoded(picture(), "JPEG", quality=95)
+    assert reader.image_size(ImageItem(data)) == (20, 40)
+    assert reader.read_image(ImageItem(data)).size == (40, 20)
+    frames = VideoItem((data, data, encoded(picture(), "PNG")), fps=1.0)
+    assert reader.video_header(frames) == VideoHeader(3, 1.0, 20, 40)
+    assert reader.read_frames(frames, np.array([2, 0])).shape == (2, 3, 20, 40)
+    wrong = VideoItem((data, encoded(picture(30, 20), "PNG")))
+    assert f"embedded picture of {len(data)} bytes is 40 x 20" in reason_of(
+        lambda: reader.video_header(wrong), "bad_record"
+    )
+    for call in both(reader, b"junk" * 999):
+        assert "embedded picture of 3996 bytes: it is not an image" in reason_of(call, "wrong_type")
+    assert "embedded picture of 99 bytes" in reason_of(lambda: reader.read_image(ImageItem(data[:99])), "truncated")
 
 
 @pytest.mark.parametrize("what", ["..", "absolute", "file://", "link", "linked folder", "sibling"])

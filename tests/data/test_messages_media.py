@@ -27,7 +27,10 @@ def test_images_and_videos_are_bound_in_order() -> None:
         ("a.jpg", ImageItem("a.jpg")),
         ({"image": "a.jpg", "max_pixels": 50176, "min_pixels": None}, ImageItem("a.jpg", max_pixels=50176)),
         ({"path": "a.jpg", "min_pixels": 784.0}, ImageItem("a.jpg", min_pixels=784)),
-        ({"bytes": b"\x01\x02", "path": "a.jpg"}, ImageItem("data:image;base64,AQI=")),
+        (b"\x01\x02", ImageItem(b"\x01\x02")),
+        ({"bytes": b"\x01\x02", "path": "a.jpg"}, ImageItem(b"\x01\x02")),
+        ({"bytes": None, "path": "a.jpg"}, ImageItem("a.jpg")),
+        ({"image": {"bytes": b"\x01\x02", "path": None}, "max_pixels": 9}, ImageItem(b"\x01\x02", max_pixels=9)),
         ({"image_url": {"url": "http://x/a.jpg", "detail": "high"}}, ImageItem("http://x/a.jpg")),
     ],
 )
@@ -43,6 +46,8 @@ def test_forms_of_an_image(value: Any, item: ImageItem) -> None:
         ([["a", "b"]], VideoItem(("a", "b"))),
         ({"video": ["a", "b"], "fps": 2}, VideoItem(("a", "b"), fps=2.0)),
         ({"frames": ["a", {"path": "b"}], "fps": 4}, VideoItem(("a", "b"), fps=4.0)),
+        ([[b"1", {"bytes": b"2", "path": None}]], VideoItem((b"1", b"2"))),
+        ({"bytes": b"1", "path": "v.mp4"}, VideoItem(b"1")),
         ({"video": ["a"], "raw_fps": 30}, VideoItem(("a",), fps=30.0)),
         ({"video": ["a"], "raw_fps": 30, "fps": 5, "sample_fps": 2}, VideoItem(("a",), fps=2.0)),
         ({"video": "v.mp4", "nframes": 8, "video_start": 0, "video_end": 2.5},
@@ -56,6 +61,10 @@ def test_forms_of_a_video(value: Any, item: VideoItem) -> None:
     if isinstance(value, dict):
         assert ask([{"type": "video", **value}]).parts == (item,)
         assert ask("<video>", videos=[value]).parts == (item,)
+
+
+def test_an_empty_picture_is_said_to_be_empty() -> None:
+    assert "0 bytes" in reason_of_question("<image>", "zero_byte", image={"bytes": b"", "path": "a.jpg"})
 
 
 def test_typed_parts() -> None:
