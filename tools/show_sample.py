@@ -23,27 +23,22 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoConfig, PretrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
 
-from qwenvl.arguments import DataArguments
 from qwenvl.arguments.command_line import HelpPage
 from qwenvl.arguments.parsing import parse_class
 from qwenvl.data.collation import EncodedSample
 from qwenvl.data.dataset import open_tables
 from qwenvl.data.encoding import Plan, SampleEncoder
 from qwenvl.data.media_sources import describe
-from qwenvl.data.processor import build_encoder, open_processor
-from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.sizes import VideoPlan
 from qwenvl.data.tokenization import IGNORE_INDEX
-from qwenvl.data.types import DatasetSpec, Sample
-from qwenvl.models.loading import read_model_type
+from qwenvl.data.types import Sample
 from qwenvl.models.patches import Patchify
 from qwenvl.utilities.errors import SampleError, UserError
-from qwenvl.utilities.families import FAMILIES, Family, get_family
 from qwenvl.utilities.logging import setup_logging
+from tools.opening import ToolArguments, chosen_datasets, open_encoder
 
 logger = logging.getLogger("qwenvl.show_sample")
 
@@ -55,15 +50,9 @@ PAGE = HelpPage(
 
 
 @dataclass
-class ShowArguments(DataArguments):
-    """Flags of this tool, besides those of the data."""
+class ShowArguments(ToolArguments):
+    """Flags of this tool, besides those of all tools."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "Checkpoint, or a folder with its processor."})
-    model_type: str | None = field(
-        default=None, metadata={"help": "Model family, for a folder without config.json. Default: by its processor."}
-    )
-    annotation_path: str | None = field(default=None, metadata={"help": "Annotation file, instead of dataset_use."})
-    data_path: str = field(default="", metadata={"help": "Folder of its media."})
     index: int = field(default=0, metadata={"help": "Which row to show, from 0."})
     all: bool = field(default=False, metadata={"help": "Show every row."})
     json: str | None = field(default=None, metadata={"help": "Write JSON lines to this file instead of showing."})
@@ -75,7 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging("info")
     try:
         arguments = parse_class(ShowArguments, sys.argv[1:] if argv is None else argv, PAGE)
-        encoder, processor = open_encoder(arguments)
+        if not arguments.model_name_or_path:
+            raise UserError(
+                "--model_name_or_path is missing: the checkpoint whose tokenizer and template are to be shown."
+            )
+        encoder, processor = open_encoder(arguments, arguments.model_max_length)
         samples = list(select_samples(arguments))
         if arguments.json is not None:
             return write_json(samples, encoder, Patchify.from_processor(processor), Path(arguments.json))
@@ -85,53 +78,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def open_encoder(arguments: ShowArguments) -> tuple[SampleEncoder, Any]:
-    """Open the processor and build what training would build of it.
-
-    Raises:
-        UserError: no processor, or the model family is unknown.
-    """
-    if not arguments.model_name_or_path:
-        raise UserError("--model_name_or_path is missing: the checkpoint whose tokenizer and template are to be shown.")
-    processor = open_processor(arguments.model_name_or_path)
-    family, config = _family_and_config(arguments, processor)
-    return build_encoder(processor, config, family, arguments, arguments.model_max_length), processor
-
-
-def _family_and_config(arguments: ShowArguments, processor: Any) -> tuple[Family, PretrainedConfig]:
-    """Read them from config.json; in a folder without one, from the processor's class and its family's defaults.
-
-    Raises:
-        UserError: the checkpoint has no config that can be read, or the family cannot be told.
-    """
-    folder = Path(arguments.model_name_or_path)
-    if arguments.model_type is None and ((folder / "config.json").exists() or not folder.is_dir()):
-        family = get_family(read_model_type(arguments.model_name_or_path))
-        return family, AutoConfig.from_pretrained(arguments.model_name_or_path)
-    by_class = {"Qwen2VLProcessor": "qwen2_vl", "Qwen2_5_VLProcessor": "qwen2_5_vl", "Qwen3VLProcessor": "qwen3_vl"}
-    model_type = arguments.model_type or by_class.get(type(processor).__name__)
-    if model_type is None:
-        raise UserError(f"The folder has no config.json: give --model_type, one of {', '.join(FAMILIES)}.")
-    config = AutoConfig.for_model(get_family(model_type).model_type)
-    tokens = [processor.image_token, processor.video_token]
-    if get_family(model_type).timed_positions:
-        config.vision_config.tokens_per_second = 2  # config.json of every Qwen2.5-VL; transformers' default is 4
-    config.image_token_id, config.video_token_id = processor.tokenizer.convert_tokens_to_ids(tokens)
-    return get_family(model_type), config
-
-
 def select_samples(arguments: ShowArguments) -> Iterator[Sample | SampleError]:
     """Yield the samples of the chosen rows, and the error of a row that cannot be read.
 
     Raises:
         UserError: no dataset is named, or it has no such row.
     """
-    if arguments.annotation_path is not None:
-        specs = [DatasetSpec("--annotation_path", (arguments.annotation_path,), arguments.data_path)]
-    elif arguments.dataset_use:
-        specs = parse_dataset_use(arguments.dataset_use, load_registry(arguments.dataset_registry))
-    else:
-        raise UserError("Name what to show: --dataset_use NAMES, or --annotation_path FILE with --data_path DIR.")
+    specs = chosen_datasets(arguments)
     rows = [(table, int(row)) for table in open_tables(specs, 42, arguments.data_cache_dir) for row in table.rows]
     if not arguments.all:
         if not -len(rows) <= arguments.index < len(rows):

@@ -125,7 +125,7 @@ def test_json_has_a_line_for_every_sample(show: Show, tmp_path: Path) -> None:
     [
         (["--dataset_use", "set", "--index", "5"], ["--index 5", "5 rows, 0 to 4"]),
         (["--dataset_use", "sat"], ["'sat'", "Did you mean 'set'?"]),
-        ([], ["Name what to show"]),
+        ([], ["Name the data"]),
         (["--dataset_use", "set", "--indx", "5"], ["--indx", "Did you mean 'index'"]),
         (["--annotation_path", "none.jsonl"], ["none.jsonl", "does not exist"]),
     ],
