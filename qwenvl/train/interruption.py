@@ -36,7 +36,7 @@ class StopRequest(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Receive the signals meanwhile. A second one has its usual effect, which for both is to end the process."""
+        """Receive the signals meanwhile. Further ones change nothing: a job's processes often get several."""
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
@@ -46,6 +46,8 @@ class StopRequest(TrainerCallback):
 
     def begin_step(self, *, agreed: bool) -> None:
         """Say whether any process has received a signal; every rank has to say the same."""
+        if agreed and not self._agreed:
+            logger.warning("Asked to stop by a signal: a checkpoint follows after this step.")
         self._agreed = agreed
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -67,7 +69,5 @@ class StopRequest(TrainerCallback):
             control.should_evaluate = control.should_save = control.should_log = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self.received = True
-        signal.signal(number, signal.SIG_DFL)
-        logger.warning("Got %s: stopping after this step, with a checkpoint.", signal.Signals(number).name)
+        del number, frame
+        self.received = True  # nothing more: the signal may have come in the middle of a line that is logged

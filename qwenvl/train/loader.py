@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from qwenvl.arguments import TrainingArguments
 from qwenvl.data.collation import Collator, Item
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.sampling import SampleOrder, ShardedBatchSampler, Sharding
+from qwenvl.train.interruption import SIGNALS
 
 
 class ShardedDataLoader(DataLoader[Item]):
@@ -54,6 +56,12 @@ def build_loader(
 
 
 def _one_thread(worker: int) -> None:
-    """Many workers with many threads each fight over the cores."""
+    """Many workers with many threads each fight over the cores.
+
+    Schedulers send SIGTERM to every process of a job; the rank still needs its workers for the step that it finishes,
+    and ends them itself.
+    """
     del worker
     torch.set_num_threads(1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -81,6 +81,8 @@ class SavingTrainer(Trainer):
     def save_position(self, folder: Path) -> None:
         """Write what a checkpoint says of the data, for the run that resumes from it; nothing here.
 
+        Every rank calls it.
+
         Args:
             folder: where the checkpoint is being written.
         """
@@ -100,8 +102,7 @@ class SavingTrainer(Trainer):
             self._drafts = str(draft.parent)
             try:
                 super()._save_checkpoint(model, trial)
-                if self.args.should_save:
-                    self.save_position(draft)
+                self.save_position(draft)
             finally:
                 self._drafts = None
         if self.args.should_save:

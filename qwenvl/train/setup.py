@@ -83,6 +83,7 @@ def run(parsed: ParsedArguments) -> int:
         if not args.ignore_data_skip:
             from_main_process(partial(trainer.require_same_order, checkpoint))
         trainer.data_report.take_up()
+        trainer.running_loss.take_up(checkpoint)
     else:
         trainer.data_report.start_over()
     trainer.data_report.add(data.events, common=True)

@@ -25,6 +25,7 @@ from qwenvl.train.interruption import StopRequest
 from qwenvl.train.loader import build_loader
 from qwenvl.train.position import describe_order, read_batch_size, require_same_order, write_position
 from qwenvl.train.report import DataReport
+from qwenvl.train.running_loss import RunningLoss
 from qwenvl.train.saving import Records, SavingTrainer
 from qwenvl.train.throughput import Throughput
 from qwenvl.train.unused_parts import UnusedVision
@@ -81,6 +82,7 @@ class QwenVLTrainer(SavingTrainer):
         for callback in (self.stop_request, self._unused_vision):
             self.add_callback(callback)
         self._order = order
+        self.running_loss = RunningLoss(args.device)
         self._throughput = Throughput()
         self._gradient_watch: GradientWatch | None = GradientWatch(model)
 
@@ -107,9 +109,11 @@ class QwenVLTrainer(SavingTrainer):
         require_same_order(checkpoint, self._describe_order(sharding))
 
     def save_position(self, folder: Path) -> None:
-        """Write how far the data are used, and what their order is made of."""
+        """Write how far the data are used, what their order is made of, and the loss that is not logged yet."""
+        self.running_loss.save(folder, writes=self.args.should_save)
         sharding = self._sharding()
-        write_position(folder, self._describe_order(sharding), sharding, self.state.global_step)
+        if self.args.should_save:
+            write_position(folder, self._describe_order(sharding), sharding, self.state.global_step)
 
     def _describe_order(self, sharding: Sharding) -> dict[str, Any]:
         return describe_order(self._order, sharding.step_size, self.train_dataset.content)
@@ -164,6 +168,7 @@ class QwenVLTrainer(SavingTrainer):
             UserError: a trainable tensor had none.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.running_loss.add(loss, ends_step=self.accelerator.sync_gradients)
         if self._gradient_watch is not None and self.accelerator.sync_gradients:
             missing = self._gradient_watch.missing()
             self._gradient_watch.close()
@@ -232,7 +237,8 @@ class QwenVLTrainer(SavingTrainer):
         """Add tokens and samples a second to the lines of training; all ranks take part."""
         if "loss" in logs:
             totals = self.accelerator.reduce(self._throughput.counts(self.args.device), reduction="sum")
-            logs = {**logs, **self._throughput.rates(totals)}
+            loss = self.running_loss.take(lambda value: self.accelerator.reduce(value, reduction="mean"))
+            logs = {**logs, "loss": loss, **self._throughput.rates(totals)}
         super().log(logs, start_time)
 
     def _any_rank(self, *statements: bool) -> list[bool]:

@@ -29,6 +29,7 @@ CASES = [
     ("qwen3_vl", "inside the first epoch", {"dataloader_num_workers": 2}),
     ("qwen3_vl", "inside the second epoch", {"data_flatten": True, "dataloader_num_workers": 2}),
     ("qwen3_vl", "at an epoch's end", MERGER_ONLY),
+    ("qwen3_vl", "inside the first epoch", {"logging_steps": 2}),  # saved between two lines of the log
     ("qwen3_vl", "inside the first epoch", {"data_packing": True, "model_max_length": 128}),
     (
         "qwen3_vl",
