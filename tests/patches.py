@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 
-from qwenvl.data.collation import EncodedSample
+from qwenvl.data.collation import Collator, EncodedSample, Item
 from qwenvl.models.patches import Patchify
 from qwenvl.models.vision import HookHandles, install_vision_call
 
@@ -29,14 +29,14 @@ def install(model: PreTrainedModel) -> HookHandles:
 
 def patches_of(sample: EncodedSample, folder: Path) -> Tensor:
     """Return float32 [patches, values], what the vision tower is given for a sample that has media."""
-    assert sample.pixels is not None and sample.pixels.dtype == torch.uint8
-    patches: Tensor = patchify_of(folder)(sample.pixels, sample.media)
+    batch = Collator(0, flatten=False)([Item((sample,))])
+    patches: Tensor = patchify_of(folder)(batch["pixels"], batch["media"])
     return patches
 
 
 def grids_of(sample: EncodedSample) -> list[list[int]]:
     """Return (temporal, height, width) of each medium, in patches."""
-    return [list(shape[1:]) for shape in sample.media]
+    return [list(medium.grid) for medium in sample.media]
 
 
 def frames_of(patches: Tensor, grid: Sequence[int], processor: Any) -> Tensor:

@@ -134,8 +134,7 @@ def write_json(samples: list[Sample | SampleError], encoder: SampleEncoder, patc
 
 def _as_record(plan: Plan, encoded: EncodedSample, patchify: Patchify) -> dict[str, Any]:
     is_video = [isinstance(media, VideoPlan) for media in plan.media]
-    sizes = [media.grid[0] * media.grid[1] * media.grid[2] for media in plan.media]
-    patches = [] if encoded.pixels is None else patchify(encoded.pixels, encoded.media).split(sizes)
+    patches = [patchify(medium.frames.flatten(), [medium.shape]) for medium in encoded.media]
     record: dict[str, Any] = {
         "input_ids": plan.tokens.input_ids.tolist(),
         "labels": plan.tokens.labels.tolist(),
@@ -161,7 +160,7 @@ def show(sample: Sample | SampleError, encoder: SampleEncoder, tokenizer: Any) -
     console = Console(soft_wrap=True, highlight=False)
     console.rule(str(sample.origin), align="left")
     try:
-        plan, encoded = encode(sample, encoder)
+        plan, _ = encode(sample, encoder)
     except SampleError as error:
         console.print(Text(f"error ({error.category}): {error.reason}", style="bold red"))
         return 1
@@ -183,9 +182,6 @@ def show(sample: Sample | SampleError, encoder: SampleEncoder, tokenizer: Any) -
         if isinstance(media, VideoPlan):
             seconds = ", ".join(f"{second:.1f}" for second in media.timestamps)
             console.print(f"  source frames {media.indices.tolist()} at {media.fps:g} fps; timestamps {seconds} s")
-    if encoded.pixels is not None:
-        patches = sum(temporal * height * width for _, temporal, height, width in encoded.media)
-        console.print(f"{patches} patches of {len(encoded.pixels)} bytes of pixels")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -12,9 +12,23 @@ from torch.nn.utils.rnn import pad_sequence
 from qwenvl.data.tokenization import IGNORE_INDEX, Tokens
 from qwenvl.utilities.errors import UserError
 
-MediumShape: TypeAlias = tuple[int, int, int, int]
-"""(frames, temporal, height, width): frames of a picture or video, and its grid in patches. A picture has one frame; a
-video may have fewer frames than its patches hold, in which the last one is then repeated."""
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """A picture or video that is decoded and resized.
+
+    Args:
+        frames: uint8 [frames, height, width, 3] in pixels, RGB, contiguous; one frame for a picture.
+        grid: (temporal, height, width) in patches. A video with fewer frames than its patches hold repeats the last.
+    """
+
+    frames: torch.Tensor
+    grid: tuple[int, int, int]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(frames, temporal, height, width): the number of frames, and the grid."""
+        return (len(self.frames), *self.grid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +37,11 @@ class EncodedSample:
 
     Args:
         tokens: ids, labels and positions.
-        pixels: uint8 [sum of frames x height x width x 3] in pixels: the resized frames of all its media in token
-            order, one after another, RGB interleaved; None without media.
-        media: the shape of each medium, in the same order.
+        media: its pictures and videos, in token order.
     """
 
     tokens: Tokens
-    pixels: torch.Tensor | None = None
-    media: tuple[MediumShape, ...] = ()
+    media: tuple[Medium, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +81,11 @@ class Collator:
     """Makes a batch of items.
 
     Keys of the batch: ``input_ids``, ``labels`` int64 [B, T]; ``position_ids`` int64 [4, B, T]; ``vision_mask`` bool
-    [B, T] and ``num_vision_tokens``, an int, the number of True in it; ``pixels`` and ``media`` where it holds media,
-    those of all samples in token order, as in :class:`EncodedSample` (``media`` are ints and stay on the host);
-    ``attention_mask`` int64 [B, T] if padded; ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [samples + 1],
-    ``max_length_q`` and ``max_length_k`` if flattened; ``events`` and ``error`` for the trainer.
+    [B, T] and ``num_vision_tokens``, an int, the number of True in it; where it holds media, in token order, ``pixels``
+    uint8, the values of all their frames one after another, and ``media``, (frames, temporal, height, width) of each
+    in frames and patches, ints that stay on the host; ``attention_mask`` int64 [B, T] if padded; ``cu_seq_lens_q``,
+    ``cu_seq_lens_k`` int32 [samples + 1], ``max_length_q`` and ``max_length_k`` if flattened; ``events`` and
+    ``error`` for the trainer.
 
     Args:
         pad_token_id: fills short rows; masked from attention, never trained.
@@ -89,10 +101,11 @@ class Collator:
         tokens = [sample.tokens for sample in samples]
         batch = self._flattened(tokens) if self.flatten else self._padded(tokens)
         batch["num_vision_tokens"] = int(batch["vision_mask"].sum())
-        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
-        if pixels:
+        media = [medium for sample in samples for medium in sample.media]
+        if media:
+            pixels = [medium.frames.flatten() for medium in media]
             batch["pixels"] = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
-            batch["media"] = tuple(shape for sample in samples for shape in sample.media)
+            batch["media"] = tuple(medium.shape for medium in media)
         batch["events"] = [event for item in items for event in item.events]
         batch["error"] = next((item.error for item in items if item.error is not None), None)
         return batch

@@ -10,8 +10,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from qwenvl.data.annotations import AnnotationTable, open_annotations
-from qwenvl.data.collation import EncodedSample, Event, Item
-from qwenvl.data.encoding import OverlengthError, Plan, SampleEncoder
+from qwenvl.data.collation import Event, Item
+from qwenvl.data.encoding import OverlengthError, SampleEncoder
 from qwenvl.data.measures import NOTHING, Measures
 from qwenvl.data.packing import Packs, pack
 from qwenvl.data.sampling import FILLER, sample_rows, split_rows
@@ -248,22 +248,14 @@ class ConversationDataset(Dataset[Item]):
         """Encode one member and add it, or what is wrong with it."""
         used = sum(len(one.tokens) for one in item.samples)
         try:
-            plan = self._plan(sample, used)
-            encoded: EncodedSample = self.encoder.encode(plan, sample)
+            reader = self.encoder.reader(sample, keep_images=True)
+            plan = self.encoder.plan(sample, reader)
+            self.encoder.require_length(len(plan.tokens), sample, used)
+            encoded = self.encoder.encode(plan, sample, reader)
         except SampleError as error:
             out = self._leave_out(error)
             return Item(item.samples, (*item.events, *out.events), item.error or out.error)
         return Item((*item.samples, encoded), (*item.events, *plan.events), item.error)
-
-    def _plan(self, sample: Sample, used: int) -> Plan:
-        """Plan a member of a row that holds ``used`` tokens before it.
-
-        Raises:
-            SampleError: it cannot be used, or makes the row too long.
-        """
-        plan = self.encoder.plan(sample)
-        self.encoder.require_length(len(plan.tokens), sample, used)
-        return plan
 
     def _leave_out(self, error: SampleError) -> Item:
         overlength = isinstance(error, OverlengthError)

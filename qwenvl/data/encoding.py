@@ -6,16 +6,14 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-import torch
-
 from qwenvl.data.boxes import convert_boxes
-from qwenvl.data.collation import EncodedSample, Event
+from qwenvl.data.collation import EncodedSample, Event, Medium
 from qwenvl.data.measures import Measures, measure_sample
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import build_conversation
 from qwenvl.data.pixels import read_resized
 from qwenvl.data.rendering import ChatTemplate, Rendering
-from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings, plan_image, plan_video
+from qwenvl.data.sizes import MediaPlan, VisionSettings, plan_image, plan_video
 from qwenvl.data.tokenization import Encoding, Tokenizer, Tokens
 from qwenvl.data.types import Conversation, ImageItem, Sample, VideoItem
 from qwenvl.data.video import backend_name
@@ -95,13 +93,17 @@ class SampleEncoder:
     overlength: Overlength = "drop"
     allow_remote: bool = False
 
-    def plan(self, sample: Sample) -> Plan:
+    def plan(self, sample: Sample, reader: MediaReader | None = None) -> Plan:
         """Tokenize without decoding media.
+
+        Args:
+            sample: the record.
+            reader: opens its media; None for one of this sample's own (:meth:`reader`).
 
         Raises:
             SampleError: the sample cannot be used; says why, and where it stands.
         """
-        whole, kept = self._fitted(sample)
+        whole, kept = self._fitted(sample, reader or self.reader(sample))
         self.require_length(kept.encoding.length, sample)
         events = []
         if kept is not whole:
@@ -122,7 +124,7 @@ class SampleEncoder:
         Raises:
             SampleError: the sample cannot be used, whatever the limit.
         """
-        _, kept = self._fitted(sample)
+        _, kept = self._fitted(sample, self.reader(sample))
         return measure_sample(kept.encoding.length, kept.encoding.trained, kept.media)
 
     def require_length(self, tokens: int, sample: Sample, used: int = 0) -> None:
@@ -147,26 +149,28 @@ class SampleEncoder:
             return
         raise OverlengthError("overlength", reason, sample.origin, fatal=self.overlength == "error")
 
-    def encode(self, plan: Plan, sample: Sample) -> EncodedSample:
+    def encode(self, plan: Plan, sample: Sample, reader: MediaReader | None = None) -> EncodedSample:
         """Decode the media of a planned sample.
+
+        Args:
+            plan: of the sample.
+            sample: the record.
+            reader: the one that opened its media to plan it, if that keeps what it read; None for a new one.
 
         Raises:
             SampleError: a file cannot be decoded.
         """
-        if not plan.media:
-            return EncodedSample(plan.tokens)
-        reader = self.reader(sample)
+        reader = reader or self.reader(sample)
         try:
-            frames = [read_resized(media, reader).flatten() for media in plan.media]
+            media = tuple(Medium(read_resized(medium, reader), medium.grid) for medium in plan.media)
         except SampleError as error:
             error.origin = error.origin or sample.origin
             raise
-        shapes = tuple((1 if isinstance(m, ImagePlan) else len(m.indices), *m.grid) for m in plan.media)
-        return EncodedSample(plan.tokens, torch.cat(frames) if len(frames) > 1 else frames[0], shapes)
+        return EncodedSample(plan.tokens, media)
 
-    def reader(self, sample: Sample) -> MediaReader:
-        """Return what opens the media of a sample."""
-        return MediaReader(sample.data_path, self.allow_remote, sample.allow_absolute)
+    def reader(self, sample: Sample, keep_images: bool = False) -> MediaReader:
+        """Return what opens the media of a sample; ``keep_images`` where they are planned and then decoded."""
+        return MediaReader(sample.data_path, self.allow_remote, sample.allow_absolute, keep_images)
 
     def fingerprint(self) -> str:
         """Return a hash of all that lengths depend on besides the samples; another one once any of it has changed."""
@@ -181,10 +185,10 @@ class SampleEncoder:
             backend_name(),
         )
 
-    def _fitted(self, sample: Sample) -> tuple[_Draft, _Draft]:
+    def _fitted(self, sample: Sample, reader: MediaReader) -> tuple[_Draft, _Draft]:
         """Return the whole sample and what the over-length policy keeps of it: mostly the same."""
         try:
-            whole = self._draft(build_conversation(sample, self.reserved_tokens), sample)
+            whole = self._draft(build_conversation(sample, self.reserved_tokens), sample, reader)
             if whole.encoding.length <= self.max_length or self.overlength != "truncate_turns":
                 return whole, whole
             return whole, self._without_last_turns(whole) or whole
@@ -192,8 +196,7 @@ class SampleEncoder:
             error.origin = error.origin or sample.origin
             raise
 
-    def _draft(self, conversation: Conversation, sample: Sample) -> _Draft:
-        reader = self.reader(sample)
+    def _draft(self, conversation: Conversation, sample: Sample, reader: MediaReader) -> _Draft:
         media = tuple(plan_item(item, reader, self.settings) for item in conversation.media())
         conversation = convert_boxes(conversation, media, sample, self.settings.family)
         return self._tokenize(conversation, media)

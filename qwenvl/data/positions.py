@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -44,27 +45,28 @@ def position_ids(length: int, spans: Sequence[VisionSpan]) -> torch.Tensor:
         length: number of tokens of one sample.
         spans: its runs of vision tokens, in order, not overlapping.
     """
-    rows = torch.empty(4, length, dtype=torch.int64)
-    rows[0] = torch.arange(length)
+    rows = np.empty((4, length), dtype=np.int64)
+    rows[0] = np.arange(length)
     cursor = position = 0
     for span in spans:
         position = _fill_text(rows, cursor, span.start, position)
-        rows[1:, span.start : span.stop] = _box(span) + position
+        _fill_box(rows[1:, span.start : span.stop].reshape(3, *span.grid), span.temporal_step, position)
         position += max(span.grid[1], span.grid[2])
         cursor = span.stop
     _fill_text(rows, cursor, length, position)
-    return rows
+    return torch.from_numpy(rows)
 
 
-def _fill_text(rows: torch.Tensor, start: int, stop: int, position: int) -> int:
+def _fill_text(rows: np.ndarray, start: int, stop: int, position: int) -> int:
     """Number the text tokens in place and return the next free position."""
     count = stop - start
-    rows[1:, start:stop] = torch.arange(position, position + count)
+    rows[1:, start:stop] = np.arange(position, position + count)
     return position + count
 
 
-def _box(span: VisionSpan) -> torch.Tensor:
-    """Return the positions of a span's tokens from 0: int64 [3, tokens]."""
-    temporal, height, width = span.grid
-    times = (torch.arange(temporal) * span.temporal_step).long()
-    return torch.stack(torch.meshgrid(times, torch.arange(height), torch.arange(width), indexing="ij")).reshape(3, -1)
+def _fill_box(box: np.ndarray, temporal_step: float, position: int) -> None:
+    """Write the positions of a span's tokens, int64 [3, temporal, height, width], from ``position`` on."""
+    times = np.arange(box.shape[1], dtype=np.float32) * np.float32(temporal_step)  # float32, as transformers has it
+    places = np.ix_(times.astype(np.int64), np.arange(box.shape[2]), np.arange(box.shape[3]))
+    for axis in range(3):
+        box[axis] = position + places[axis]

@@ -147,8 +147,8 @@ class Tokenizer:
         repeats[is_vision] = [t * h * w for (t, h, w), _ in encoding.blocks]
         starts = (np.cumsum(repeats) - repeats)[is_vision]
         spans = [VisionSpan(int(s), grid, step) for s, (grid, step) in zip(starts, encoding.blocks, strict=True)]
+        labels = torch.from_numpy(np.repeat(np.where(trained, ids, IGNORE_INDEX), repeats))
         input_ids = torch.from_numpy(np.repeat(ids, repeats))
-        labels = torch.where(torch.from_numpy(np.repeat(trained, repeats)), input_ids, IGNORE_INDEX)
         mask = torch.from_numpy(np.repeat(is_vision, repeats))
         return Tokens(input_ids, labels, position_ids(len(input_ids), spans), mask)
 

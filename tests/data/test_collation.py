@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenvl.data.collation import Collator, EncodedSample, Event, Item
+from qwenvl.data.collation import Collator, EncodedSample, Event, Item, Medium
 from qwenvl.data.tokenization import IGNORE_INDEX, Tokens
 from qwenvl.utilities.errors import SampleError
 
@@ -20,7 +20,8 @@ def sample(length: int, media: int = 0) -> EncodedSample:
     tokens = Tokens(ids, labels, positions, torch.arange(length) < media)
     if not media:
         return EncodedSample(tokens)
-    return EncodedSample(tokens, torch.full((4 * media,), length, dtype=torch.uint8), ((1, 1, 2, length),) * media)
+    picture = Medium(torch.full((1, 2, 2, 3), length, dtype=torch.uint8), (1, 2, length))
+    return EncodedSample(tokens, (picture,) * media)
 
 
 LENGTHS = st.lists(st.integers(2, 9), min_size=1, max_size=5)
@@ -44,7 +45,7 @@ def test_flattened_rows_hold_every_sample_whole(lengths: list[int]) -> None:
     assert batch.get("media", ()) == tuple((1, 1, 2, length) for length in odd)
     assert ("pixels" in batch) == bool(odd)
     if odd:
-        assert batch["pixels"].tolist() == [length for length in odd for _ in range(4)]
+        assert batch["pixels"].tolist() == [length for length in odd for _ in range(12)]
 
 
 @given(LENGTHS)

@@ -67,7 +67,6 @@ def test_two_videos_and_a_picture_stand_where_the_stock_model_puts_them(
     assert torch.equal(plan.tokens.position_ids[1:], expected[:, 0])
 
     encoded = encoder.encode(plan, sample)
-    assert encoded.pixels is not None
-    frames = [8, 1, 8]
-    assert encoded.media == tuple((count, *media.grid) for count, media in zip(frames, plan.media, strict=True))
+    assert [len(medium.frames) for medium in encoded.media] == [8, 1, 8]
+    assert [medium.grid for medium in encoded.media] == [media.grid for media in plan.media]
     assert len(patches_of(encoded, checkpoint)) == 4 * int(plan.tokens.vision_mask.sum())

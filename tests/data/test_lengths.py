@@ -65,7 +65,7 @@ def measured_when_decoded(item: Item) -> tuple[int, ...]:
     """Count what training gets, in the order of MEASURES."""
     lengths = [len(sample.tokens) for sample in item.samples]
     trained = [int((sample.tokens.labels != -100).sum()) for sample in item.samples]
-    grids = [shape[1:] for sample in item.samples for shape in sample.media]
+    grids = [medium.grid for sample in item.samples for medium in sample.media]
     patches = sum(t * h * w for t, h, w in grids)
     squares = sum(length * length for length in lengths), sum(t * (h * w) ** 2 for t, h, w in grids)
     return len(lengths), sum(lengths), sum(trained), patches, *squares

@@ -248,7 +248,7 @@ def test_frames_as_a_video(tmp_path: Path, reader: MediaReader) -> None:
     assert frames[:, :, 5, 7].tolist() == [[20, 0, 200], [0, 0, 200], [20, 0, 200]]
 
     Image.new("RGB", (30, 24)).save(tmp_path / "media" / names[3])
-    for call in (lambda: reader.video_header(item), lambda: reader.read_frames(item, np.array([0]))):
+    for call in (lambda: reader.video_header(item), lambda: reader.read_frames(item, np.array([0, 3]))):
         reason = reason_of(call, "bad_record")
         assert "3.png is 30 x 24" in reason and "0.png is 32 x 24" in reason
     (tmp_path / "media" / names[1]).unlink()

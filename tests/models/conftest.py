@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from qwenvl.data.collation import MediumShape
+from qwenvl.models.patches import MediumShape
 from qwenvl.utilities.families import FAMILIES, get_family
 from tests.patches import frames_of
 
