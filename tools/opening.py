@@ -55,11 +55,11 @@ def open_encoder(arguments: ToolArguments, max_length: int) -> tuple[SampleEncod
         UserError: no processor, or the model family is unknown.
     """
     processor = open_processor(arguments.model_name_or_path)
-    family, config = _family_and_config(arguments, processor)
+    family, config = family_and_config(arguments, processor)
     return build_encoder(processor, config, family, arguments, max_length), processor
 
 
-def _family_and_config(arguments: ToolArguments, processor: Any) -> tuple[Family, PretrainedConfig]:
+def family_and_config(arguments: ToolArguments, processor: Any) -> tuple[Family, PretrainedConfig]:
     """Read them from config.json; in a folder without one, from the processor's class and its family's defaults.
 
     Raises:

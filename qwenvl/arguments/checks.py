@@ -23,7 +23,7 @@ def check_required(model: ModelArguments, data: DataArguments, output_dir: str |
     """
     if not model.model_name_or_path:
         raise UserError("--model_name_or_path is missing: give a checkpoint's folder or Hugging Face id.")
-    if not data.dataset_use.strip():
+    if not data.dataset_use.strip() and data.packing_plan is None:  # a plan names its datasets
         raise UserError("--dataset_use is missing: name one or more datasets of the registry, separated by commas.")
     if not output_dir:
         raise UserError("--output_dir is missing: name a folder for checkpoints and the trained model.")
@@ -68,6 +68,8 @@ def log_without_effect(
         logger.warning("--%s has no effect: every epoch holds each sample once, in a new order.", name)
     if adapters := sorted(given & {"lora_r", "lora_alpha", "lora_dropout"}):
         logger.info("%s: no effect without adapters.", ", ".join(adapters))
+    if "group_by_cost" in given and data.data_packing:
+        logger.info("group_by_cost has no effect with packs: their steps are balanced without it.")
     if _has_evaluation_data(data) and not _evaluates(training):
         logger.warning("Evaluation data are set, but --eval_strategy is no: nothing is evaluated.")
 

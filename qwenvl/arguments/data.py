@@ -56,6 +56,13 @@ class DataArguments:
             "batch sizes then count packs."
         },
     )
+    packing_plan: str | None = field(
+        default=None,
+        metadata={
+            "help": "Plan of tools/pack_data.py for these datasets and settings, instead of planning packs at the "
+            "start. Implies data_packing; dataset_use may be left out, to train on all that was planned."
+        },
+    )
     group_by_cost: bool = field(
         default=False,
         metadata={
@@ -149,6 +156,7 @@ class DataArguments:
                 "--eval_ratio and --eval_dataset_use both say what to evaluate on: keep one. The first takes a share "
                 "of the training samples, the second whole datasets."
             )
+        self.data_packing = self.data_packing or self.packing_plan is not None
         self.data_flatten = self.data_flatten or self.data_packing  # a pack is a flattened row
 
 

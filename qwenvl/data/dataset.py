@@ -13,7 +13,7 @@ from qwenvl.data.annotations import AnnotationTable, open_annotations
 from qwenvl.data.collation import Event, Item
 from qwenvl.data.encoding import OverlengthError, SampleEncoder
 from qwenvl.data.measures import NOTHING, Measures
-from qwenvl.data.packing import Packs, pack
+from qwenvl.data.packing import Packs
 from qwenvl.data.sampling import FILLER, sample_rows, split_rows
 from qwenvl.data.types import DatasetSpec, Sample
 from qwenvl.utilities.cache import array_hash, fingerprint
@@ -107,29 +107,20 @@ class ConversationDataset(Dataset[Item]):
     ) -> None:
         self.tables = list(tables)
         self.encoder = encoder
-        self._skip = skip_bad_samples
+        self.skips_bad_samples = skip_bad_samples
         self._packs = packs
         self._borders = np.cumsum([len(table.rows) for table in self.tables])
 
     def __len__(self) -> int:
         return int(self._borders[-1]) if self._packs is None else len(self._packs)
 
-    def packed(self, lengths: np.ndarray, seed: int) -> ConversationDataset:
-        """Return the same rows in packs of at most the encoder's ``max_length`` tokens.
+    def packed(self, packs: Packs) -> ConversationDataset:
+        """Return packs of these rows: each pack is one index.
 
         Args:
-            lengths: int64 [rows], from :func:`qwenvl.data.lengths.measure_lengths`; rows of 0 are left out.
-            seed: of :func:`qwenvl.data.packing.pack`.
+            packs: of the indices of this dataset, which has no packs itself.
         """
-        usable = np.flatnonzero(lengths)
-        packs = pack(lengths[usable], self.encoder.max_length, seed)
-        packs = replace(packs, samples=usable[packs.samples])
-        return ConversationDataset(self.tables, self.encoder, self._skip, packs)
-
-    def add_up(self, measures: np.ndarray) -> np.ndarray:
-        """Return the measures of every index of this packed dataset, from those of the rows it was packed from."""
-        assert self._packs is not None
-        return self._packs.add_up(measures)
+        return ConversationDataset(self.tables, self.encoder, self.skips_bad_samples, packs)
 
     @cached_property
     def content(self) -> dict[str, str | None]:
@@ -157,6 +148,11 @@ class ConversationDataset(Dataset[Item]):
         number = int(np.searchsorted(self._borders, index, side="right"))
         first = int(self._borders[number - 1]) if number else 0
         return number, int(self.tables[number].rows[index - first])
+
+    def locate_all(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return :meth:`locate` of every row: int64 [rows] each."""
+        tables = np.repeat(np.arange(len(self.tables)), [len(table.rows) for table in self.tables])
+        return tables, np.concatenate([table.rows for table in self.tables])
 
     def _row(self, index: int) -> tuple[Sample, ...]:
         number, row = self.locate(index)
@@ -259,7 +255,7 @@ class ConversationDataset(Dataset[Item]):
 
     def _leave_out(self, error: SampleError) -> Item:
         overlength = isinstance(error, OverlengthError)
-        fatal = error.fatal if isinstance(error, OverlengthError) else not self._skip
+        fatal = error.fatal if isinstance(error, OverlengthError) else not self.skips_bad_samples
         if fatal:
             hint = f"({'--overlength drop' if overlength else '--on_bad_sample skip'} leaves such samples out.)"
             return Item(error=SampleError(error.category, f"{error.reason} {hint}", error.origin))

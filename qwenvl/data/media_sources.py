@@ -99,6 +99,13 @@ class MediaSources:
         return content
 
 
+def absolute_source(source: str, data_path: str) -> str:
+    """Return a source that names the same file without ``data_path``; URIs and URLs as they are."""
+    if source.startswith("data:") or source.lower().startswith(_REMOTE):
+        return source
+    return os.path.abspath(os.path.join(data_path, _without_scheme(source)))
+
+
 def describe(source: Source) -> str:
     """Name a path or URI in a message, long ones, such as data URIs, cut; or say how long an embedded file is."""
     if isinstance(source, bytes):

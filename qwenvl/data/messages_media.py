@@ -13,11 +13,11 @@ from qwenvl.utilities.errors import SampleError, nearest
 Kind = Literal["image", "video"]
 KINDS: tuple[Kind, ...] = ("image", "video")
 
-# Keys that hold where a media item is, in any of the forms it is written in.
-_SOURCE_KEYS: dict[Kind, tuple[str, ...]] = {
+SOURCE_KEYS: dict[Kind, tuple[str, ...]] = {
     "image": ("image", "image_url", "path", "url"),
     "video": ("video", "video_url", "frames", "path", "url"),
 }
+"""Keys that hold where a media item is, in any of the forms it is written in."""
 _IGNORED_KEYS = ("type", "detail")  # "detail" is a hint to OpenAI's own service
 _LARGEST = 2**53  # of the numbers taken: all are exact as floats
 _FRAME_RATES = ("sample_fps", "fps", "raw_fps")  # of a list of frames, the first one given counts
@@ -142,7 +142,7 @@ def _source(fields: Mapping[str, Any], kind: Kind) -> Any:
     content = fields.get("bytes")  # how the ``datasets`` library stores media in Arrow and Parquet
     if isinstance(content, bytes):
         return content
-    given = [key for key in _SOURCE_KEYS[kind] if fields.get(key) is not None]
+    given = [key for key in SOURCE_KEYS[kind] if fields.get(key) is not None]
     if len(given) > 1:
         raise SampleError("bad_record", f"an item has {' and '.join(map(repr, given))}. Keep one of them.")
     value = fields[given[0]] if given else None
@@ -160,7 +160,7 @@ def _limits(fields: Mapping[str, Any], kind: Kind, of_frames: bool = False) -> d
     rates = _FRAME_RATES if of_frames else ()
     limits = {}
     for key, value in fields.items():
-        if value is None or key in (*_SOURCE_KEYS[kind], *_IGNORED_KEYS, "bytes"):
+        if value is None or key in (*SOURCE_KEYS[kind], *_IGNORED_KEYS, "bytes"):
             continue
         if key not in readers and key not in rates:
             known = dict.fromkeys((*readers, *rates))

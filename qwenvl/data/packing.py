@@ -32,6 +32,10 @@ class Packs:
         members: np.ndarray = self.samples[self.borders[index] : self.borders[index + 1]]
         return members
 
+    def pack_of_samples(self) -> np.ndarray:
+        """Return the number of the pack that each of ``samples`` is in: int64 [n], ascending."""
+        return np.repeat(np.arange(len(self)), np.diff(self.borders))
+
     def add_up(self, counts: np.ndarray) -> np.ndarray:
         """Return the sums over the samples of every pack.
 

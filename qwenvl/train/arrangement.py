@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
 
+import numpy as np
 from transformers import PretrainedConfig
 
-from qwenvl.arguments import ParsedArguments, TrainingArguments
+from qwenvl.arguments import DataArguments, ParsedArguments, TrainingArguments
 from qwenvl.data.collation import Event
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.lengths import measure_lengths
 from qwenvl.data.packing import lower_bound
+from qwenvl.data.plans import PackPlan, cached_plan_path, make_plan, read_plan, used_datasets, write_plan
 from qwenvl.data.sampling import SampleOrder, Sharding, costs_of_ranks, imbalance
-from qwenvl.models.flops import Trained, training_flops
+from qwenvl.models.flops import Flops, Trained, training_flops
 from qwenvl.utilities.cache import cache_folder
+from qwenvl.utilities.distributed import from_main_process, is_main_process
+from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import Family
 
 logger = logging.getLogger(__name__)
+
+_NOT_OF_A_PLAN = ("data_flatten", "data_packing", "packing_plan", "group_by_cost", "eval_dataset_use", "base_interval")
 
 
 @dataclass(frozen=True)
@@ -41,28 +50,81 @@ def arrange(
     """Pack rows and balance steps, as far as the arguments ask for it. Every rank has to call it.
 
     Raises:
-        UserError: a row must stop the run.
+        UserError: a row must stop the run, or a plan is not one of these rows.
     """
     arguments, args = parsed.data, parsed.training
     seed = args.seed if args.data_seed is None else args.data_seed
-    if not (arguments.data_packing or arguments.group_by_cost):
-        return Arrangement(rows, SampleOrder(len(rows), seed))
-    measured = measure_lengths(rows, cache_folder(arguments.data_cache_dir))
     switches = parsed.model
     trained = Trained(switches.tune_mm_vision, switches.tune_mm_mlp, switches.tune_mm_llm)
     flops = training_flops(config, family, trained)
-    if not arguments.data_packing:
-        padded = None if arguments.data_flatten else measured.measures["tokens"]
-        order = SampleOrder(len(rows), seed, costs=flops.count(measured.measures), lengths=padded)
-        _log_balance(order, args)
-        return Arrangement(rows, order, measured.events)
-    tokens, limit = measured.measures["tokens"], args.model_max_length
-    packs = rows.packed(tokens, 0 if args.data_seed is None else args.data_seed)
-    fewest, fill = lower_bound(tokens, limit), int(tokens.sum()) / (len(packs) * limit)
-    logger.info("Packs: %d of up to %d tokens, %.2f%% full; no fewer than %d.", len(packs), limit, 100 * fill, fewest)
-    order = SampleOrder(len(packs), seed, costs=flops.count(packs.add_up(measured.measures)))
+    if arguments.data_packing:
+        plan = _plan(rows, parsed, flops)
+        dataset, events = rows.packed(plan.packs), plan.events
+        order = SampleOrder(len(dataset), seed, costs=flops.count(plan.packs.add_up(plan.measures)))
+    elif arguments.group_by_cost:
+        lengths = measure_lengths(rows, cache_folder(arguments.data_cache_dir))
+        padded = None if arguments.data_flatten else lengths.measures["tokens"]
+        dataset, events = rows, lengths.events
+        order = SampleOrder(len(rows), seed, costs=flops.count(lengths.measures), lengths=padded)
+    else:
+        return Arrangement(rows, SampleOrder(len(rows), seed))
     _log_balance(order, args)
-    return Arrangement(packs, order, measured.events)
+    return Arrangement(dataset, order, events)
+
+
+def _plan(rows: ConversationDataset, parsed: ParsedArguments, flops: Flops) -> PackPlan:
+    """Return the packs: of the plan that is named, of the one kept from an earlier run, or made now."""
+    cache = cache_folder(parsed.data.data_cache_dir)
+    seed = 0 if parsed.training.data_seed is None else parsed.training.data_seed
+    plan = from_main_process(lambda: _read(rows, parsed, cached_plan_path(cache, rows, seed)))
+    if plan is None:
+        plan = make_plan(rows, measure_lengths(rows, cache), seed)
+        # Where samples cannot be used, the next run is to look again whether they can.
+        if is_main_process() and not any(event.kind == "bad" for event in plan.events):
+            _keep(cached_plan_path(cache, rows, seed), plan, rows, flops.count(plan.measures), seed)
+    tokens, limit = plan.measures["tokens"], rows.encoder.max_length
+    if not len(plan.packs):
+        raise UserError("No row is left to pack: all are left out. tools/check_image.py says what is wrong with them.")
+    fewest, fill = lower_bound(tokens, limit), int(tokens.sum()) / (len(plan.packs) * limit)
+    packs = len(plan.packs)
+    logger.info("Packs: %d of up to %d tokens, %.2f%% full; no fewer than %d.", packs, limit, 100 * fill, fewest)
+    return plan
+
+
+def _read(rows: ConversationDataset, parsed: ParsedArguments, kept: Path) -> PackPlan | None:
+    remake = pack_command(rows, parsed)
+    if parsed.data.packing_plan is not None:
+        return read_plan(Path(parsed.data.packing_plan), rows, remake)
+    if not kept.exists():
+        return None
+    try:
+        plan = read_plan(kept, rows, remake)
+    except UserError as error:
+        logger.warning("A plan kept from an earlier run is made anew: %s", error)
+        return None
+    logger.info("Packs come from the plan of an earlier run, %s.", kept)
+    return plan
+
+
+def _keep(path: Path, plan: PackPlan, rows: ConversationDataset, costs: np.ndarray, seed: int) -> None:
+    try:
+        write_plan(path, plan, rows, costs, seed)
+    except UserError as error:
+        logger.warning("The next run has to plan again: %s", error)
+
+
+def pack_command(rows: ConversationDataset, parsed: ParsedArguments) -> str:
+    """Return the command line that makes a plan of a run's data."""
+    names = [field.name for field in fields(DataArguments) if field.name not in _NOT_OF_A_PLAN]
+    wanted = ("model_name_or_path", "model_max_length", "data_seed", *names)
+    values = {name: parsed.given[name] for name in wanted if name in parsed.given}
+    values.setdefault("dataset_use", used_datasets(rows))
+    values["model_max_length"] = parsed.training.model_max_length
+    values["output"] = parsed.data.packing_plan or "plan.parquet"
+    command = ["python", "tools/pack_data.py"]
+    for name, value in values.items():
+        command += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return shlex.join(command)
 
 
 def _log_balance(order: SampleOrder, args: TrainingArguments) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from qwenvl.arguments import ParsedArguments, TrainingArguments, arguments_to_ya
 from qwenvl.data.collation import Collator, Event
 from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, split_tables
 from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.plans import planned_datasets
 from qwenvl.data.processor import build_encoder, log_limits, open_processor, processor_limits, with_training_limits
 from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.sampling import SampleOrder
@@ -121,7 +123,9 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     prepare_backend()
     seed = 0 if args.data_seed is None else args.data_seed  # not --seed: another one must not move held-out rows
     registry = load_registry(arguments.dataset_registry)
-    tables = _open_tables(parse_dataset_use(arguments.dataset_use, registry), seed, arguments.data_cache_dir)
+    plan = Path(arguments.packing_plan or "")
+    names = arguments.dataset_use or from_main_process(lambda: planned_datasets(plan))
+    tables = _open_tables(parse_dataset_use(names, registry), seed, arguments.data_cache_dir)
     held_out: list[SampledTable] = []
     if arguments.eval_dataset_use:
         named = parse_dataset_use(arguments.eval_dataset_use, registry, "--eval_dataset_use")

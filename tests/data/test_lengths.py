@@ -15,6 +15,7 @@ from qwenvl.arguments import DataArguments
 from qwenvl.data.collation import Item
 from qwenvl.data.dataset import ConversationDataset, open_tables
 from qwenvl.data.lengths import measure_lengths
+from qwenvl.data.plans import make_plan
 from qwenvl.data.processor import build_encoder
 from qwenvl.data.types import DatasetSpec
 from qwenvl.utilities.errors import SampleError
@@ -83,8 +84,9 @@ def test_lengths_are_those_of_training(dataset: ConversationDataset, workers: in
 
 
 def test_packs_hold_every_usable_row_once(dataset: ConversationDataset) -> None:
-    lengths = measure_lengths(dataset, workers=0).measures["tokens"]
-    packs = dataset.packed(lengths, seed=0)
+    measured = measure_lengths(dataset, workers=0)
+    lengths = measured.measures["tokens"]
+    packs = dataset.packed(make_plan(dataset, measured, seed=0).packs)
     assert len(packs) < np.count_nonzero(lengths)
     held = [sample.origin for index in range(len(packs)) for sample in packs.samples(index)]
     usable = [sample.origin for index in np.flatnonzero(lengths) for sample in dataset.samples(int(index))]
