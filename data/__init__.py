@@ -3,10 +3,17 @@
 An entry names the annotations and the folder of their media:
 
     MY_DATASET = {
-        "annotation_path": "/data/my_dataset/annotations.jsonl",  # or a list of files; .json, .jsonl, .parquet, .gz
+        "annotation_path": "/data/my_dataset/annotations.jsonl",  # .json, .jsonl, .parquet; .json.gz, .jsonl.gz
         "data_path": "/data/my_dataset/images",  # "" where the annotations hold absolute paths, or have no media
     }
     data_dict = {..., "my_dataset": MY_DATASET}
+
+``annotation_path`` may be a pattern, ``"train/*.jsonl"``, or a list, ``["a.json", "b/**/*.parquet"]``. Instead of it,
+``hf_dataset`` names what the ``datasets`` library opens, a folder or a name on the Hugging Face hub, and ``columns``
+which fields have another name in the rows, of files as well:
+
+    {"hf_dataset": "/data/saved"}  # save_to_disk, Parquet with pictures inside, ...; then data_path may be left out
+    {"hf_dataset": "owner/name", "split": "train", "config": "en", "columns": {"image": "picture"}}
 
 Boxes in its texts count as the model family writes them. Where they count pixels of the original pictures, add
 ``"bbox_format": "pixel"``, and they are converted for the family in use (qwenvl/data/boxes.py).

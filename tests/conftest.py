@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Processes that tests start share it; what an earlier session cached must not make a test pass.
 _CACHE = tempfile.TemporaryDirectory(prefix="qwenvl-cache-")
 os.environ["QWENVL_CACHE"] = _CACHE.name
+os.environ["HF_DATASETS_CACHE"] = str(Path(_CACHE.name) / "datasets")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 if str(REPOSITORY) not in sys.path:  # as pytest's own `pythonpath`, for runs from other directories

@@ -7,6 +7,8 @@
 ``.gz`` after it   the same, compressed (not Parquet); decompressed into memory once a process
 =================  ==========================================================================
 
+Parquet with a column of bytes holds pictures, and is opened by the ``datasets`` library, as is a dataset of its own.
+
 With any other suffix the first character decides: ``[`` an array, ``{`` lines, ``PAR1`` Parquet. Text is UTF-8, with
 or without a byte order mark. A row that is a list of samples is a packed row of the official recipe.
 """
@@ -17,14 +19,19 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from qwenvl.data.annotations_datasets import open_dataset, open_parquet
 from qwenvl.data.annotations_json import JsonRows
 from qwenvl.data.annotations_parquet import PARQUET_MAGIC, ParquetRows
+from qwenvl.data.annotations_schema import check_columns, holds_bytes, to_fields
 from qwenvl.data.annotations_text import TextFile
 from qwenvl.data.types import DatasetSpec, Origin, Sample
 from qwenvl.utilities.cache import fingerprint
 from qwenvl.utilities.errors import SampleError, UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -33,6 +40,11 @@ class Rows(Protocol):
     """The rows of one annotation file."""
 
     path: str
+
+    @property
+    def schema(self) -> pyarrow.Schema | None:
+        """The type of every row; None where each has its own."""
+        ...
 
     @property
     def fingerprint(self) -> str:
@@ -65,12 +77,12 @@ class AnnotationTable:
 
     Args:
         spec: the dataset.
-        files: its opened files, in order.
+        files: its opened files, in order; or its one Hugging Face dataset.
     """
 
     def __init__(self, spec: DatasetSpec, files: tuple[Rows, ...]) -> None:
         self.spec = spec
-        self._files = files
+        self.files = files
         self._ends = tuple(accumulate(len(rows) for rows in files))
 
     def __len__(self) -> int:
@@ -97,8 +109,9 @@ class AnnotationTable:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the content of all files, in order; another one once a file has changed."""
-        return fingerprint(*(rows.fingerprint for rows in self._files))
+        """Hash of the content of all files, in order; another one once a file or the names of columns have changed."""
+        columns = [dict(self.spec.columns)] if self.spec.columns else []
+        return fingerprint(*(rows.fingerprint for rows in self.files), *columns)
 
     def origin(self, row: int) -> Origin:
         """Where a row stands, without parsing it."""
@@ -112,7 +125,7 @@ class AnnotationTable:
 
     def _locate(self, row: int) -> tuple[Rows, int]:
         number = bisect_right(self._ends, row)
-        return self._files[number], row - (self._ends[number - 1] if number else 0)
+        return self.files[number], row - (self._ends[number - 1] if number else 0)
 
     def _to_samples(self, value: Any, origin: Origin) -> tuple[Sample, ...]:
         if not isinstance(value, list):
@@ -122,6 +135,8 @@ class AnnotationTable:
         return tuple(self._to_sample(record, origin, member) for member, record in enumerate(value, start=1))
 
     def _to_sample(self, record: Any, origin: Origin, member: int | None) -> Sample:
+        if isinstance(record, dict):
+            record = to_fields(record, self.spec.columns)
         place = Origin(origin.dataset, origin.file, origin.line, _sample_id(record), member)
         if not isinstance(record, dict):
             raise SampleError(
@@ -136,7 +151,9 @@ class AnnotationTable:
 
 
 def open_annotations(spec: DatasetSpec, cache_dir: str | None = None, check_ends: bool = True) -> AnnotationTable:
-    """Open a dataset's annotation files: rows are counted, and the first and last of each JSON file are parsed.
+    """Open a dataset's annotation files or Hugging Face dataset.
+
+    Rows are counted, the first and last of each JSON file are parsed, and the columns of tables are checked.
 
     Args:
         spec: the dataset.
@@ -144,28 +161,42 @@ def open_annotations(spec: DatasetSpec, cache_dir: str | None = None, check_ends
         check_ends: refuse a file whose first or last row cannot be parsed, which mostly is a file of another kind.
 
     Raises:
-        UserError: a file is missing, empty, of another format than its name says, or broken; or there is no row.
+        UserError: a file is missing, empty, of another format than its name says, or broken; columns are missing or of
+            another type; or there is no row.
     """
-    table = AnnotationTable(
-        spec, tuple(_open_file(path, spec.name, cache_dir, check_ends) for path in spec.annotation_paths)
-    )
+    table = AnnotationTable(spec, tuple(_open_rows(spec, cache_dir, check_ends)))
     if not len(table):
-        files = ", ".join(spec.annotation_paths)
+        files = ", ".join(rows.path for rows in table.files)
         raise UserError(f"Dataset {spec.name!r} has no rows: {files}. Take it out of --dataset_use, or fill it.")
+    for rows in table.files:
+        if rows.schema is not None:
+            try:
+                check_columns(rows.schema, spec.columns)
+            except UserError as error:
+                raise UserError(f"Dataset {spec.name!r}: {rows.path}: {error}") from error
     return table
 
 
+def _open_rows(spec: DatasetSpec, cache_dir: str | None, check_ends: bool) -> Iterator[Rows]:
+    if spec.hf_dataset is not None:
+        try:
+            yield open_dataset(spec.hf_dataset)
+        except UserError as error:
+            raise UserError(f"Dataset {spec.name!r}: {error}") from error
+    for path in spec.annotation_paths:
+        yield _open_file(path, spec.name, cache_dir, check_ends)
+
+
 def _open_file(path: str, dataset: str, cache_dir: str | None, check_ends: bool) -> Rows:
+    where = f"Dataset {dataset!r}: annotation file {path}"
     try:
         return _choose_reader(path, cache_dir, check_ends)
     except FileNotFoundError as error:
-        raise UserError(
-            f"Dataset {dataset!r}: annotation file {path} does not exist. Correct its registry entry."
-        ) from error
+        raise UserError(f"{where} does not exist. Correct its registry entry.") from error
     except OSError as error:
-        raise UserError(f"Dataset {dataset!r}: annotation file {path} cannot be read: {error}") from error
+        raise UserError(f"{where} cannot be read: {error}") from error
     except UserError as error:
-        raise UserError(f"Dataset {dataset!r}: annotation file {path}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def _choose_reader(path: str, cache_dir: str | None, check_ends: bool) -> Rows:
@@ -174,7 +205,8 @@ def _choose_reader(path: str, cache_dir: str | None, check_ends: bool) -> Rows:
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     suffix = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
     if magic == PARQUET_MAGIC or suffix == ".parquet":
-        return ParquetRows(path)
+        rows = ParquetRows(path)
+        return open_parquet(path, rows.fingerprint) if holds_bytes(rows.schema) else rows
     text = TextFile(path, compressed=magic[:2] == b"\x1f\x8b")
     if suffix in LINE_SUFFIXES:
         return JsonRows(text, "lines", cache_dir, check_ends)

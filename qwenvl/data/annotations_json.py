@@ -14,7 +14,7 @@ import numpy as np
 
 from qwenvl.data.annotations_index import RowIndex, open_index
 from qwenvl.data.annotations_mistakes import explain, find_mistake
-from qwenvl.data.annotations_scan import SPACE, ArrayScanner, LineScanner
+from qwenvl.data.annotations_scan import ArrayScanner, LineScanner
 from qwenvl.data.annotations_text import TextFile
 from qwenvl.utilities.cache import new_hash
 from qwenvl.utilities.errors import SampleError, UserError
@@ -73,7 +73,7 @@ class JsonRows:
         """The row as it stands in the file, without the white space around it."""
         start, following = self._index.offsets[row : row + 2].tolist()
         data = self._text.read(start, following - 1)
-        return data.strip(SPACE) if self._layout == "array" else data.rstrip(SPACE)
+        return data.strip() if self._layout == "array" else data.rstrip()
 
     @property
     def _index(self) -> RowIndex:

@@ -37,6 +37,7 @@ class ParquetRows:
         self._file: pyarrow.parquet.ParquetFile | None = None
         self._process = -1  # that opened the file: a forked worker opens it again
         self._groups: OrderedDict[int, pyarrow.Table] = OrderedDict()
+        self.schema: pyarrow.Schema = self._open().schema_arrow
         metadata = self._open().metadata
         self._ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
 

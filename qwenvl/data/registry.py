@@ -1,14 +1,30 @@
 """The dataset registry: from ``--dataset_use "a%50,b"`` to the files of each dataset.
 
 A registry is a Python file (or a folder with an ``__init__.py``) that defines ``data_dict``, as in the official recipe.
+Its entries have one of two keys, and any of the others:
+
+===================  ===================================================================================================
+``annotation_path``  a file, a glob pattern (``"train/*.jsonl"``, ``"**/*.parquet"``), or a list of these. What a
+                     pattern finds comes sorted, and no file twice
+``hf_dataset``       a folder that the ``datasets`` library opens (of ``save_to_disk``, or with Parquet, JSON Lines or
+                     pictures), or a name on the Hugging Face hub; with ``split`` (``"train"`` if left out),
+                     ``config`` and ``revision``
+``data_path``        folder of the media, or ``""``; with ``hf_dataset`` it may be left out
+``columns``          ``{"image": "picture"}``: the field ``image`` is called ``picture`` in the rows
+``allow_absolute``   absolute paths of media may lie outside ``data_path``
+``bbox_format``      see :mod:`qwenvl.data.boxes`
+===================  ===================================================================================================
+
 Relative paths in it start from the folder that holds it: for ``my_registry.py`` the folder of that file, for
 ``data/__init__.py`` the folder that holds ``data/``. They never depend on the working directory.
 """
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import itertools
+import os
 import re
 import sys
 import traceback
@@ -17,12 +33,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qwenvl.data.types import DatasetSpec
+from qwenvl.data.types import DatasetSpec, HuggingFaceDataset
 from qwenvl.utilities.errors import UserError, nearest
 
 DEFAULT_REGISTRY = Path(__file__).resolve().parents[2] / "data"
-REQUIRED_KEYS = ("annotation_path", "data_path")
+SOURCE_KEYS = ("annotation_path", "hf_dataset")  # an entry has one of them
+RECORD_FIELDS = (
+    *("conversations", "messages", "image", "images", "video", "videos"),
+    *("system", "tools", "id", "bbox_format"),
+)  # that "columns" can name
 
+_OWN_KEYS = (*SOURCE_KEYS, "data_path", "columns", "split", "config", "revision")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_PATTERN = re.compile(r"[*?[]")
 _PERCENT = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 _module_numbers = itertools.count()
 
@@ -153,33 +176,88 @@ def _require_known(name: str, registry: Mapping[str, Mapping[str, Any]], flag: s
 def _to_spec(name: str, registry: Mapping[str, Mapping[str, Any]], percent: float) -> DatasetSpec:
     entry = registry[name]
     where = f"Dataset {name!r} in {_source(registry)}"
-    if not isinstance(entry, Mapping):
-        raise UserError(f"{where}: an entry is a dict with {' and '.join(REQUIRED_KEYS)}, not {entry!r}.")
-    for key in REQUIRED_KEYS:
-        if key not in entry:
-            hint = nearest(key, (str(known) for known in entry))
-            empty = ' It may be "".' if key == "data_path" else ""
-            raise UserError(f"{where} has no {key!r}.{hint}{empty}")
+    source = _source_key(entry, where)
     base = registry.base if isinstance(registry, Registry) else Path.cwd()
+    of_files = source == "annotation_path"
     return DatasetSpec(
         name=name,
-        annotation_paths=_annotation_paths(entry["annotation_path"], base, where),
-        data_path=_data_path(entry["data_path"], base, where),
+        annotation_paths=_annotation_paths(entry[source], base, where) if of_files else (),
+        data_path=_data_path(entry.get("data_path", ""), base, where),
         sampling_percent=percent,
-        options={key: value for key, value in entry.items() if key not in REQUIRED_KEYS},
+        hf_dataset=None if of_files else _hf_dataset(entry, base, where),
+        columns=_columns(entry.get("columns", {}), where),
+        options={key: value for key, value in entry.items() if key not in _OWN_KEYS},
     )
+
+
+def _source_key(entry: Any, where: str) -> str:
+    """Return which key says where an entry's rows are; refuse an entry without the keys that go with it."""
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where}: an entry is a dict with annotation_path and data_path, not {entry!r}.")
+    given = [key for key in SOURCE_KEYS if key in entry]
+    if len(given) > 1:
+        raise UserError(f"{where} has {' and '.join(map(repr, given))}: keep the one that holds its rows.")
+    for key in () if given == ["hf_dataset"] else ("annotation_path", "data_path"):
+        if key not in entry:
+            hint = nearest(key, (str(known) for known in entry))
+            more = ' It may be "".' if key == "data_path" else " (Or 'hf_dataset'.)"
+            raise UserError(f"{where} has no {key!r}.{hint}{more}")
+    for key in ("split", "config", "revision"):
+        if key in entry and given != ["hf_dataset"]:
+            raise UserError(f"{where} has {key!r}, which goes with 'hf_dataset' alone. Take it out.")
+    return given[0]
 
 
 def _annotation_paths(value: Any, base: Path, where: str) -> tuple[str, ...]:
     items = list(value) if isinstance(value, list | tuple) else [value]
     if not items or not all(isinstance(item, str | Path) and str(item) for item in items):
         raise UserError(f"{where}: 'annotation_path' must be a file or a list of files, not {value!r}.")
-    paths = tuple(base / Path(item).expanduser() for item in items)
-    for item, path in zip(items, paths, strict=True):
-        if not path.is_file():
+    paths: list[str] = []
+    for item in items:
+        path = base / Path(item).expanduser()
+        if path.is_file():
+            paths.append(str(path))
+        elif _PATTERN.search(str(item)):
+            paths += [found for found in _matches(item, base, where) if found not in set(paths)]
+        else:
             problem = "is a folder, not a file" if path.is_dir() else "does not exist"
             raise UserError(f"{where}: annotation file {path} {problem}.{_relative_hint(item, base)}")
-    return tuple(str(path) for path in paths)
+    return tuple(paths)
+
+
+def _matches(pattern: str | Path, base: Path, where: str) -> list[str]:
+    names = glob.glob(os.path.expanduser(pattern), root_dir=base, recursive=True)
+    found = sorted(str(base / name) for name in names if (base / name).is_file())
+    if not found:
+        raise UserError(f"{where}: no annotation file matches {str(pattern)!r}.{_relative_hint(pattern, base)}")
+    return found
+
+
+def _hf_dataset(entry: Mapping[str, Any], base: Path, where: str) -> HuggingFaceDataset:
+    for key in ("hf_dataset", "split", "config", "revision"):
+        value = entry.get(key)
+        if (value is not None or key == "hf_dataset") and not (isinstance(value, str) and value):
+            raise UserError(f"{where}: {key!r} must be a name, not {value!r}.")
+    folder = base / Path(entry["hf_dataset"]).expanduser()
+    if folder.is_file() or not (folder.is_dir() or _HUB_NAME.fullmatch(entry["hf_dataset"])):
+        problem = "is a file: name it as 'annotation_path'" if folder.is_file() else "does not exist"
+        raise UserError(f"{where}: the folder of its 'hf_dataset', {folder}, {problem}.")
+    return HuggingFaceDataset(
+        name=str(folder) if folder.is_dir() else entry["hf_dataset"],
+        split=entry.get("split") or "train",
+        config=entry.get("config"),
+        revision=entry.get("revision"),
+    )
+
+
+def _columns(value: Any, where: str) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) and name for name in value.values()):
+        raise UserError(f'{where}: \'columns\' must be a dict such as {{"image": "picture"}}, not {value!r}.')
+    for field in value:
+        if field not in RECORD_FIELDS:
+            hint = nearest(str(field), RECORD_FIELDS)
+            raise UserError(f"{where}: 'columns' names {field!r}, which is none of {', '.join(RECORD_FIELDS)}.{hint}")
+    return dict(value)
 
 
 def _data_path(value: Any, base: Path, where: str) -> str:

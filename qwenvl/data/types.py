@@ -11,14 +11,33 @@ Source = str | bytes  # of a picture or video: where it is, or the file itself
 
 
 @dataclass(frozen=True, slots=True)
+class HuggingFaceDataset:
+    """A dataset that the ``datasets`` library opens.
+
+    Args:
+        name: a folder, by its full path; or a name on the Hugging Face hub.
+        split: which of its splits.
+        config: which of its configurations; None where it has one.
+        revision: commit, branch or tag on the hub.
+    """
+
+    name: str
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DatasetSpec:
     """One entry of ``--dataset_use``: where its annotations and media are, and how much of it is used.
 
     Args:
         name: name in the registry.
-        annotation_paths: annotation files, in order.
+        annotation_paths: annotation files, in order; none with ``hf_dataset``.
         data_path: folder that relative media paths start from; empty where annotations hold absolute paths.
         sampling_percent: percent of the rows used: 50.0 is half of them, 250.0 each one twice and half of them again.
+        hf_dataset: what holds the rows instead of annotation files.
+        columns: for fields of a record that have another name in the rows, that name.
         options: the entry's other keys.
     """
 
@@ -26,6 +45,8 @@ class DatasetSpec:
     annotation_paths: tuple[str, ...]
     data_path: str
     sampling_percent: float = 100.0
+    hf_dataset: HuggingFaceDataset | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -35,8 +56,8 @@ class Origin:
 
     Args:
         dataset: registry name.
-        file: annotation file.
-        line: line of a JSONL file, or item of a JSON array or Parquet table; counted from 1.
+        file: annotation file, or name and split of a Hugging Face dataset.
+        line: line of a JSONL file, or item of a JSON array, Parquet table or dataset; counted from 1.
         id: the sample's own ``id``, where it has one.
         member: place inside a packed row, counted from 1; None in an ordinary row.
     """

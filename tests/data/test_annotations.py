@@ -121,7 +121,7 @@ json_values = st.recursive(
     max_leaves=20,
 )
 json_objects = st.dictionaries(st.text(), json_values, max_size=5)
-blanks = st.lists(st.sampled_from([b"\n", b"  \n", b"\t\r\n", b"\r\n"]), max_size=3).map(b"".join)
+blanks = st.lists(st.sampled_from([b"\n", b"  \n", b"\t\r\n", b"\r\n", b"\f\n"]), max_size=3).map(b"".join)
 
 
 @same_folder

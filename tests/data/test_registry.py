@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenvl.data.registry import DEFAULT_REGISTRY, load_registry, parse_dataset_use
+from qwenvl.data.registry import DEFAULT_REGISTRY, Registry, load_registry, parse_dataset_use
+from qwenvl.data.types import DatasetSpec, HuggingFaceDataset
 from qwenvl.utilities.errors import UserError
 
 
@@ -53,6 +54,84 @@ def test_paths_do_not_depend_on_the_working_folder(
     monkeypatch.chdir(elsewhere)
     (spec,) = parse_dataset_use("apples", load_registry("../mine.py"))
     assert spec.annotation_paths == (str(tmp_path / "a.json"),)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Annotation files in folders, beside a registry."""
+    for name in ("train/b.jsonl", "train/a.jsonl", "train/deep/er/c.jsonl", "train/a.json", "x[1].jsonl", ".h.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "train" / "folder.jsonl").mkdir()
+    return tmp_path
+
+
+def paths_of(base: Path, annotation_path: object) -> list[str]:
+    registry = Registry({"x": {"annotation_path": annotation_path, "data_path": ""}}, base / "r.py", base)
+    (spec,) = parse_dataset_use("x", registry)
+    return [str(Path(path).relative_to(base)) for path in spec.annotation_paths]
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_patterns_stand_for_sorted_files(files: Path, absolute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    start = f"{files}/" if absolute else ""
+    assert paths_of(files, f"{start}train/*.jsonl") == ["train/a.jsonl", "train/b.jsonl"]
+    assert paths_of(files, f"{start}**/*.jsonl") == [
+        *("train/a.jsonl", "train/b.jsonl", "train/deep/er/c.jsonl", "x[1].jsonl")
+    ]
+    assert paths_of(files, f"{start}train/[b-z].json?") == ["train/b.jsonl"]
+    assert paths_of(files, [f"{start}train/b.jsonl", f"{start}train/*"]) == [
+        *("train/b.jsonl", "train/a.json", "train/a.jsonl")
+    ]
+    assert paths_of(files, f"{start}x[1].jsonl") == ["x[1].jsonl"]  # a file of that very name
+
+
+def test_a_pattern_without_a_match_is_named(files: Path) -> None:
+    with pytest.raises(UserError, match=r"'x' in .*r.py: no annotation file matches 'val/\*.jsonl'.*start from"):
+        paths_of(files, ["train/*.jsonl", "val/*.jsonl"])
+
+
+def hf_entry(base: Path, **entry: object) -> DatasetSpec:
+    (spec,) = parse_dataset_use("x%50", Registry({"x": entry}, base / "r.py", base))
+    return spec
+
+
+def test_entries_of_hugging_face_datasets(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    spec = hf_entry(tmp_path, hf_dataset="folder")
+    assert (spec.annotation_paths, spec.data_path, spec.sampling_percent, spec.options) == ((), "", 50.0, {})
+    assert spec.hf_dataset == HuggingFaceDataset(str(tmp_path / "folder"), "train", None, None)
+    spec = hf_entry(tmp_path, hf_dataset="owner/name", split="test", config="en", revision="v1.0", data_path="folder",
+                    columns={"image": "picture"}, allow_absolute=True)  # fmt: skip
+    assert spec.hf_dataset == HuggingFaceDataset("owner/name", "test", "en", "v1.0")
+    assert (spec.columns, spec.options) == ({"image": "picture"}, {"allow_absolute": True})
+    assert spec.data_path == str(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"hf_dataset": "a", "annotation_path": "a.json"}, ["'annotation_path' and 'hf_dataset'", "keep the one"]),
+        ({"hf_datset": "a/b", "data_path": ""}, ["no 'annotation_path'", "Or 'hf_dataset'"]),
+        ({"hf_dataset": "./gone"}, ["folder of its 'hf_dataset'", "gone, does not exist"]),
+        ({"hf_dataset": "r.py"}, ["r.py, is a file", "'annotation_path'"]),
+        ({"hf_dataset": 3}, ["'hf_dataset' must be a name, not 3"]),
+        ({"hf_dataset": "a/b", "split": ""}, ["'split' must be a name"]),
+        ({"hf_dataset": "a/b", "data_path": "gone"}, ["folder of its media", "gone"]),
+        ({"hf_dataset": "a/b", "columns": ["image"]}, ["'columns' must be a dict"]),
+        ({"hf_dataset": "a/b", "columns": {"imag": "x"}}, ["'imag'", "Did you mean 'image'"]),
+        ({"annotation_path": "r.py", "data_path": "", "split": "train"}, ["'split'", "'hf_dataset' alone"]),
+    ],
+)
+def test_mistakes_in_entries_of_hugging_face_datasets(
+    tmp_path: Path, entry: dict[str, object], expected: list[str]
+) -> None:
+    (tmp_path / "r.py").write_text("")
+    with pytest.raises(UserError) as caught:
+        hf_entry(tmp_path, **entry)
+    for words in ["'x' in the registry", *expected]:
+        assert words in str(caught.value)
 
 
 @given(parts=st.lists(st.sampled_from([("", 100.0), ("%50", 50.0), ("%0.5", 0.5), ("%250", 250.0)]), min_size=1))
