@@ -65,7 +65,11 @@ def log_without_effect(
         if getattr(training, rate) is not None and not getattr(model, switch):
             logger.warning("--%s has no effect: --%s is False.", rate, switch)
     for name in sorted(given & BATCH_FLAGS):
-        logger.warning("--%s has no effect: every epoch holds each sample once, in a new order.", name)
+        logger.warning(
+            "--%s has no effect: every epoch holds each sample once, in a new order. --group_by_cost True makes steps "
+            "of rows of similar cost and length.",
+            name,
+        )
     if adapters := sorted(given & {"lora_r", "lora_alpha", "lora_dropout"}):
         logger.info("%s: no effect without adapters.", ", ".join(adapters))
     if "group_by_cost" in given and data.data_packing:

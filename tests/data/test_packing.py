@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -38,6 +40,26 @@ def test_a_long_tailed_mixture_fills_packs_to_within_five_of_the_best(seed: int)
     packs = pack(lengths, 8192, seed)
     assert len(packs) - lower_bound(lengths, 8192) <= 5
     assert lengths.sum() / (len(packs) * 8192) > 0.9995
+
+
+def test_memory_grows_by_few_bytes_a_sample() -> None:
+    lengths = mixture(100_000, 8192, 0)
+    tracemalloc.start()
+    pack(lengths, 8192)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * len(lengths)  # 100 MB for a million
+
+
+def test_sums_of_packs() -> None:
+    records = np.zeros(5, [("tokens", np.int64), ("patches", np.int64)])
+    records["tokens"], records["patches"] = [4, 3, 2, 2, 1], [0, 40, 0, 20, 1]
+    packs = pack(records["tokens"], 5)
+    sums = packs.add_up(records)
+    members = [packs[index] for index in range(len(packs))]
+    assert sums["patches"].tolist() == [int(records["patches"][one].sum()) for one in members]
+    assert sums["tokens"].tolist() == packs.add_up(records["tokens"]).tolist()
+    assert packs.pack_of_samples().tolist() == [number for number, one in enumerate(members) for _ in one]
 
 
 def test_worked_example_and_seeds() -> None:

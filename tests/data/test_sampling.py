@@ -15,6 +15,7 @@ from qwenvl.data.sampling import (
     ShardedBatchSampler,
     Sharding,
     costs_of_ranks,
+    deal,
     imbalance,
     sample_rows,
     split_rows,
@@ -122,6 +123,11 @@ def test_ranks_are_equally_busy_in_every_round(sharding: Sharding) -> None:
     ratio = rounds[:-1].max(axis=1) / rounds[:-1].mean(axis=1)  # the last round may be short
     assert np.quantile(ratio, 0.99) < 1.04
     assert imbalance(rounds[len(rounds) // 2 :]) < 1.02  # not a property of the beginning of an epoch
+
+
+def test_ascending_costs_are_dealt_back_and_forth() -> None:
+    batches = [deal(np.arange(11), Sharding(2, 4, rank)).tolist() for rank in range(4)]
+    assert batches == [[[0, 7], [8, FILLER]], [[1, 6], [9, FILLER]], [[2, 5], [10, FILLER]], [[3, 4], [FILLER, FILLER]]]
 
 
 def test_partners_are_drawn_anew_and_steps_come_in_random_order() -> None:

@@ -96,6 +96,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "padded": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 5},
     "flattened": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "data_flatten": True},
     "packed": {"gradient_accumulation_steps": 2, "data_packing": True, "model_max_length": 128, "max_steps": 4},
+    "grouped": {"gradient_accumulation_steps": 2, "group_by_cost": True, "max_steps": 4},
     "merger": {"gradient_accumulation_steps": 2, "tune_mm_vision": False, "tune_mm_llm": False, **EVALUATION},
     "checkpointing": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
     "epoch": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "max_steps": 2},
@@ -126,6 +127,8 @@ def test_two_ranks_train_like_one_process(
         )
         for name, settings in SPLITS.items()
     }
+    commands["packed"] += ["--data_cache_dir", str(tmp_path / "cache")]  # so that the ranks make a plan themselves
+    commands["planned"] = [*commands["packed"], "--output_dir", str(tmp_path / "planned")]  # and read it
     saving = {**DESCENT, "per_device_train_batch_size": 1, "max_steps": 5, "save_strategy": "steps", "save_steps": 2}
     commands["whole"] = flags(model, tmp_path / "whole", registry, **saving)
     resume = {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-2"}
@@ -137,8 +140,13 @@ def test_two_ranks_train_like_one_process(
         assert largest_difference(split[name], alone) < 1e-5, name
     assert history(split["merger"], "eval_loss") == pytest.approx(history(single["merger"], "eval_loss"), rel=1e-5)
     assert history(split["merger"], "eval_loss")
+    assert len(list((tmp_path / "cache" / "plans").iterdir())) == 1
+    assert equal_bits(split["planned"], split["packed"])
     assert equal_bits(split["resumed"], split["whole"])
     assert history(split["resumed"]) == history(split["whole"])
+    moved = train_here(model, tmp_path / "moved", registry, **{**saving, **resume, "gradient_accumulation_steps": 2})
+    assert history(moved) == pytest.approx(history(split["whole"]), rel=1e-5)  # the same steps on one rank
+    assert largest_difference(moved, split["whole"]) < 1e-5
 
 
 def _require_mixed_ranks(registry: Path) -> None:
