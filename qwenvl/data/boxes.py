@@ -134,7 +134,11 @@ def bbox_format(sample: Sample) -> str | None:
 
 
 def convert_boxes(
-    conversation: Conversation, media: Sequence[MediaPlan], sample: Sample, family: Family
+    conversation: Conversation,
+    media: Sequence[MediaPlan],
+    sample: Sample,
+    family: Family,
+    problems: list[SampleError] | None = None,
 ) -> Conversation:
     """Return a conversation with its boxes and points as the family writes them.
 
@@ -147,6 +151,8 @@ def convert_boxes(
         media: what becomes of its pictures and videos, in order.
         sample: says what its coordinates count.
         family: of the model.
+        problems: where given, what is wrong with boxes is added to it instead of being raised; the conversation
+            is of no use then.
 
     Raises:
         SampleError: a box cannot be converted (``bad_boxes``), or the sample's format is unknown (``bad_record``).
@@ -156,7 +162,9 @@ def convert_boxes(
         return conversation
     pictures = _pictures(conversation, media)
     turns = zip(conversation.messages, pictures, strict=True)
-    messages = [_converted(message, _Converter(written, picture, family, message.role)) for message, picture in turns]
+    messages = [
+        _converted(message, _Converter(written, picture, family, message.role, problems)) for message, picture in turns
+    ]
     return replace(conversation, messages=tuple(messages))
 
 
@@ -195,12 +203,14 @@ class _Converter:
         picture: that they lie in, or why there is none.
         family: of the model.
         role: whose turn it is, for messages.
+        problems: see :func:`convert_boxes`.
     """
 
     written: str
     picture: ImagePlan | str
     family: Family
     role: str
+    problems: list[SampleError] | None
 
     def text(self, text: str) -> str:
         """Convert all boxes and points of a text; nothing else of it changes."""
@@ -232,8 +242,17 @@ class _Converter:
         numbers = [item for item in items if isinstance(item, int | float)]
         return self._convert(numbers, len(items), kind, f"{kind!r}: {value}") if numbers else self.value(value)
 
-    def _convert(self, values: Sequence[float], items: int, kind: str, shown: str) -> list[int]:
-        """Check and convert the numbers among the ``items`` of one box or point."""
+    def _convert(self, values: Sequence[float], items: int, kind: str, shown: str) -> list[Any]:
+        """Return the numbers of a box or point converted, after checks; ``items`` are the numbers and all else."""
+        try:
+            return self._checked(values, items, kind, shown)
+        except SampleError as error:
+            if self.problems is None:
+                raise
+            self.problems.append(error)
+            return [""] * items  # of a conversation that nobody uses
+
+    def _checked(self, values: Sequence[float], items: int, kind: str, shown: str) -> list[int]:
         where = f"{shown[:200]} in a turn of the {self.role}"
         if len(values) < items or items != _COUNTS[kind]:
             raise SampleError("bad_boxes", f"{where}: {_COUNTS[kind]} numbers are needed.")

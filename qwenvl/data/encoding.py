@@ -64,11 +64,14 @@ def plan_item(item: ImageItem | VideoItem, reader: MediaReader, settings: Vision
     """Read the header of an image or video, and return what becomes of it.
 
     Raises:
-        SampleError: it cannot be opened, or the model cannot take it; without the origin.
+        SampleError: it cannot be opened, or the model cannot take it; names it, without the origin.
     """
-    if isinstance(item, ImageItem):
-        return plan_image(item, reader.image_size(item), settings)
-    return plan_video(item, reader.video_header(item), settings)
+    try:
+        if isinstance(item, ImageItem):
+            return plan_image(item, reader.image_size(item), settings)
+        return plan_video(item, reader.video_header(item), settings)
+    except SampleError as error:
+        raise reader.named(error, item) from error.__cause__
 
 
 @dataclass(frozen=True)

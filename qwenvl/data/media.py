@@ -91,16 +91,21 @@ class MediaReader:
             self._kept[source] = _content(self._sources.locate(source))
         return self._kept[source]
 
+    def named(self, error: SampleError, item: ImageItem | VideoItem) -> SampleError:
+        """Return an error about a medium whose reason begins with its name; of frames, with that of the first."""
+        return self._named(error, item.source[0] if isinstance(item.source, tuple) else item.source)
+
+    def _named(self, error: SampleError, source: Source) -> SampleError:
+        name = self._sources.describe(source)
+        return error if name in error.reason else SampleError(error.category, f"{name}: {error.reason}")
+
     @contextmanager
     def _naming(self, source: Source) -> Iterator[None]:
         """Begin the reason of a SampleError with the medium it is about."""
         try:
             yield
         except SampleError as error:
-            name = self._sources.describe(source)
-            if name in error.reason:
-                raise
-            raise SampleError(error.category, f"{name}: {error.reason}") from error.__cause__
+            raise self._named(error, source) from error.__cause__
 
     def _size_of_frames(self, frames: Sequence[Source]) -> tuple[int, int]:
         sizes = []

@@ -195,6 +195,24 @@ def test_boxes_that_cannot_be_converted(written: str, parts: list[str]) -> None:
     assert all(part in found for part in parts), found
 
 
+def test_all_bad_boxes_are_found() -> None:
+    wrong = [
+        '{"bbox_2d": [64, 48, 641, 240]}',
+        '{"bbox_2d": [64]}',
+        '{"point_2d": [1, 2]}',
+        '{"bbox_2d": [9, 9, 8, 8]}',
+    ]
+    sample = sample_of("<image>" + wrong[0], " ".join(wrong[1:]), image="a.jpg")
+    found: list[SampleError] = []
+    convert_boxes(build_conversation(sample, ()), [picture()], sample, RELATIVE, found)
+    assert [error.category for error in found] == ["bad_boxes"] * 3
+    assert [box for error in found for box in ("641", "[64]", "[9, 9, 8, 8]") if box in error.reason] == [
+        "641",
+        "[64]",
+        "[9, 9, 8, 8]",
+    ]
+
+
 def test_several_pictures_of_one_size() -> None:
     box = json.dumps({"bbox_2d": BOX})
     sample = sample_of("<image><image>Where?", box, image=["a.jpg", "b.jpg"])

@@ -1,0 +1,156 @@
+"""Everything that is wrong with one sample, by the rules that training goes by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwenvl.arguments import DataArguments
+from qwenvl.data.boxes import convert_boxes
+from qwenvl.data.encoding import SampleEncoder, plan_item
+from qwenvl.data.media import MediaReader
+from qwenvl.data.messages import examine
+from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings
+from qwenvl.data.types import Conversation, Sample
+from qwenvl.utilities.errors import SampleError
+from qwenvl.utilities.families import get_family
+
+DIGEST_BYTES = 16
+# What a sample is trained on; all else, such as its id, may differ between samples of the same content.
+CONTENT = ("conversations", "messages", "image", "images", "video", "videos", "system", "tools", "bbox_format")
+TAGS = ("<image>", "<video>")
+# Where no model is named: the tokens of pictures have these names in all families, and which pictures and videos are
+# refused does not depend on the family.
+RESERVED_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+DEFAULT_FAMILY = "qwen3_vl"
+
+
+def default_settings(arguments: DataArguments) -> VisionSettings:
+    """Return the limits of the flags on the patches of Qwen3-VL, for a check without a model."""
+    return VisionSettings(
+        family=get_family(DEFAULT_FAMILY),
+        patch_size=16,
+        merge_size=2,
+        temporal_patch_size=2,
+        image_min_pixels=arguments.min_pixels,
+        image_max_pixels=arguments.max_pixels,
+        video_min_pixels=arguments.video_min_pixels,
+        video_max_pixels=arguments.video_max_pixels,
+        video_min_frame_pixels=arguments.video_min_frame_pixels,
+        video_max_frame_pixels=arguments.video_max_frame_pixels,
+        video_fps=arguments.video_fps,
+        video_min_frames=arguments.video_min_frames,
+        video_max_frames=arguments.video_max_frames,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found in a sample.
+
+    Args:
+        problems: everything that is wrong with it, each once.
+        media: number of its images and videos.
+    """
+
+    problems: tuple[SampleError, ...]
+    media: int
+
+
+@dataclass(frozen=True)
+class SampleChecker:
+    """Finds what is wrong with samples. Safe to send to other processes.
+
+    Args:
+        settings: limits of pictures and videos.
+        reserved_tokens: strings that no text may contain.
+        allow_remote: http(s) media may be fetched.
+        decode: decode media, rather than read their headers alone.
+        encoder: of the run, to render and count tokens; None to leave that out.
+    """
+
+    settings: VisionSettings
+    reserved_tokens: Collection[str]
+    allow_remote: bool
+    decode: bool = False
+    encoder: SampleEncoder | None = None
+
+    def check_row(self, samples: Sequence[Sample]) -> list[Finding]:
+        """Check the samples of a row, which together may be too long."""
+        used, findings = 0, list[Finding]()
+        for sample in samples:
+            finding = self._check(sample)
+            if self.encoder is not None and not finding.problems:
+                try:
+                    tokens = self.encoder.measure(sample).tokens
+                    self.encoder.require_length(tokens, sample, used)
+                    used += tokens
+                except SampleError as error:
+                    finding = Finding((error,), finding.media)
+            findings.append(finding)
+        return findings
+
+    def _check(self, sample: Sample) -> Finding:
+        examined = examine(sample, self.reserved_tokens)
+        problems = [*examined.problems, *tags_in_answers(examined.conversation)]
+        reader = MediaReader(sample.data_path, self.allow_remote, sample.allow_absolute)
+        plans: list[MediaPlan] = []
+        for item in examined.media:
+            try:
+                plans.append(plan_item(item, reader, self.settings))
+                if self.decode:
+                    _decode(plans[-1], reader)
+            except SampleError as error:
+                problems.append(error)
+        if tuple(plan.item for plan in plans) == examined.conversation.media():
+            try:
+                convert_boxes(examined.conversation, plans, sample, self.settings.family, problems)
+            except SampleError as error:
+                problems.append(error)
+        once = {(problem.category, problem.reason): problem for problem in problems}
+        return Finding(tuple(once.values()), len(examined.media))
+
+
+def tags_in_answers(conversation: Conversation) -> Iterator[SampleError]:
+    """Yield a problem for every answer that holds a media tag, which training takes for words."""
+    for message in conversation.messages:
+        tags = [tag for tag in TAGS if tag in message.text] if message.role == "assistant" else []
+        if tags:
+            where = message.text.index(tags[0])
+            near = message.text[max(where - 20, 0) : where + 40]
+            yield SampleError(
+                "tag_in_answer",
+                f"an answer holds {' and '.join(tags)}, which shows nothing there and is learned as words: {near!r}. "
+                "Move it to the question.",
+            )
+
+
+def content_digest(sample: Sample) -> bytes:
+    """Return a hash of what a sample is trained on: equal where turns and names of media are the same."""
+    content = {key: sample.record[key] for key in CONTENT if sample.record.get(key) is not None}
+    try:
+        text = _ENCODER.encode(content)
+    except (TypeError, ValueError, RecursionError):  # a record that is bad for this reason; equal to none
+        text = str(sample.origin)
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def _hashed(value: Any) -> Any:
+    """Return what stands for a value that JSON cannot hold: embedded pictures by their hash."""
+    if isinstance(value, bytes):
+        return hashlib.blake2b(value, digest_size=DIGEST_BYTES).hexdigest()
+    return dict(value) if isinstance(value, Mapping) else repr(value)
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, default=_hashed)
+
+
+def _decode(plan: MediaPlan, reader: MediaReader) -> None:
+    """Decode a picture, or the frames of a video that training would take."""
+    if isinstance(plan, ImagePlan):
+        reader.read_pixels(plan.item)
+    else:
+        reader.read_frames(plan.item, plan.indices)

@@ -1,0 +1,156 @@
+r"""Find every problem of every sample before training: files, texts, tags, boxes, lengths, duplicates.
+
+    python tools/check_image.py --dataset_use "a,b" [--decode] [--model_name_or_path MODEL] [--write_clean]
+    python tools/check_image.py --annotation_path FILE --data_path DIR
+
+Without ``--decode`` media are opened as far as their headers; with it they are read as training would. With a model,
+samples are rendered and counted as well, under training's own data flags (``--max_pixels``, ``--model_max_length``,
+...). All rows are checked, whatever percentage of them ``--dataset_use`` takes.
+
+For each dataset, ``NAME_problems.jsonl`` has a line a problem: dataset, file, line, member, id, category, reason. With
+``--write_clean``, ``NAME_valid.jsonl`` has the other samples, which can be registered as they are. A duplicate, and a
+tag in an answer, are problems here though training takes both.
+
+Exit code: 0 without a problem, 1 with problems, 2 where nothing could be checked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
+
+from qwenvl.arguments.command_line import HelpPage
+from qwenvl.arguments.parsing import parse_class
+from qwenvl.data.annotations import AnnotationTable, open_annotations
+from qwenvl.data.video import prepare_backend
+from qwenvl.utilities.cache import replacing
+from qwenvl.utilities.errors import UserError
+from qwenvl.utilities.logging import setup_logging
+from tools.check.report import Summary, show, write_clean, write_problem
+from tools.check.samples import RESERVED_TOKENS, SampleChecker, default_settings
+from tools.check.tables import check_table, find_duplicates
+from tools.opening import ToolArguments, chosen_datasets, open_encoder
+
+logger = logging.getLogger("qwenvl.check_image")
+
+PAGE = HelpPage(
+    "check_image.py --dataset_use NAMES [--decode] [--write_clean] [--flag VALUE ...]",
+    "Find every problem of every sample: missing and damaged files, tags, roles, boxes, lengths, duplicates. Writes "
+    "NAME_problems.jsonl for each dataset. Exit code 1 where there are problems, 2 where nothing could be checked.",
+)
+
+
+@dataclass
+class CheckArguments(ToolArguments):
+    """Flags of this tool, besides those of all tools."""
+
+    decode: bool = field(default=False, metadata={"help": "Read media as training would, not their headers alone."})
+    write_clean: bool = field(
+        default=False,
+        metadata={"help": "Write NAME_valid.jsonl: the samples without a problem, all fields as they are."},
+    )
+    output: str = field(default=".", metadata={"help": "Folder of the files that are written."})
+    model_max_length: int = field(default=8192, metadata={"help": "Most tokens of a sample; needs a model."})
+    workers: int | None = field(default=None, metadata={"help": "Processes. Default: one for every core."})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the datasets; return the exit code."""
+    setup_logging("warning")
+    try:
+        arguments = parse_class(CheckArguments, sys.argv[1:] if argv is None else argv, PAGE)
+        return check(arguments)
+    except UserError as error:
+        logger.error("%s", error)
+        return 2
+
+
+def check(arguments: CheckArguments) -> int:
+    """Check the datasets, write the files and print the table; return 1 if there are problems.
+
+    Raises:
+        UserError: wrong flags, or a dataset that cannot be opened.
+    """
+    specs = chosen_datasets(arguments)
+    checker = _checker(arguments)
+    tables = [open_annotations(spec, arguments.data_cache_dir, check_ends=False) for spec in specs]
+    prepare_backend()
+    started = time.monotonic()
+    try:
+        summaries = [_check_dataset(table, checker, arguments) for table in tables]
+        seconds = time.monotonic() - started
+        written = [_write_clean(summary, arguments) for summary in summaries if arguments.write_clean]
+    except OSError as error:
+        raise UserError(f"--output {arguments.output}: {error}. Choose a folder that can be written.") from error
+    show(summaries, [*_notes(arguments, summaries, seconds), *written])
+    return int(any(summary.bad for summary in summaries))
+
+
+def _checker(arguments: CheckArguments) -> SampleChecker:
+    if not arguments.model_name_or_path:
+        settings = default_settings(arguments)
+        return SampleChecker(settings, RESERVED_TOKENS, arguments.allow_remote_media, arguments.decode)
+    encoder, _ = open_encoder(arguments, arguments.model_max_length)
+    return SampleChecker(encoder.settings, encoder.reserved_tokens, encoder.allow_remote, arguments.decode, encoder)
+
+
+def _check_dataset(table: AnnotationTable, checker: SampleChecker, arguments: CheckArguments) -> Summary:
+    """Check a dataset and write its problems."""
+    workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
+    summary = Summary(table)
+    with (
+        replacing(_path(table, arguments, "problems")) as path,
+        path.open("w", encoding="utf-8") as file,
+        tqdm(total=len(table), desc=f"Checking {table.spec.name}", unit=" rows", disable=None, leave=False) as progress,
+    ):
+        for checked in check_table(table, checker, workers):
+            summary.add(checked)
+            for problem in checked.problems:
+                summary.note(problem)
+                write_problem(file, problem)
+            progress.update(len(checked.samples))
+        for problem in find_duplicates(table, np.concatenate(summary.samples), b"".join(summary.digests)):
+            summary.note(problem)
+            write_problem(file, problem)
+    return summary
+
+
+def _write_clean(summary: Summary, arguments: CheckArguments) -> str:
+    path = _path(summary.table, arguments, "valid")
+    with replacing(path) as temporary:
+        rows = write_clean(summary, temporary)
+    return f"{path}: {rows:,} rows without a problem."
+
+
+def _path(table: AnnotationTable, arguments: CheckArguments, what: str) -> Path:
+    return Path(arguments.output) / f"{table.spec.name.replace(os.sep, '_')}_{what}.jsonl"
+
+
+def _notes(arguments: CheckArguments, summaries: list[Summary], seconds: float) -> list[str]:
+    """Return what there is to say below the table."""
+    media = sum(summary.media for summary in summaries)
+    how = "read" if arguments.decode else "opened as far as their headers"
+    rate = f" ({media / seconds:,.0f} a second)" if seconds > 1 else ""
+    notes = [f"{media:,} images and videos {how} in {seconds:.1f} s{rate}."]
+    if not arguments.decode:
+        notes.append("Not checked: pixels, such as those of a file that is cut behind its header. --decode reads them.")
+    if not arguments.model_name_or_path:
+        notes.append("Not checked: lengths and chat template. --model_name_or_path MODEL checks them.")
+    if any(summary.table.spec.sampling_percent != 100 for summary in summaries):
+        notes.append("All rows were checked, whatever percentage of them is used.")
+    return notes + [
+        f"{_path(summary.table, arguments, 'problems')}: every problem of every sample." for summary in summaries
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
