@@ -58,6 +58,22 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_alpha: int = field(default=128, metadata={"help": "Scale of the adapters; their weight is alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters, 0 to 1; 0 means none."})
 
+    # Own flags.
+    max_bad_steps: int = field(
+        default=10,
+        metadata={
+            "help": "A step whose loss or gradient is not finite is skipped and reported with its samples; so many of "
+            "them in a row end the run."
+        },
+    )
+    step_timeout: float = field(
+        default=1800.0,
+        metadata={
+            "help": "Seconds that an optimizer step, or one batch of an evaluation, may take, waiting for data "
+            "included. After that every rank logs its step, samples and stack, and the run ends. 0 for any time."
+        },
+    )
+
     # Fields of transformers whose default is another one here.
     optim: OptimizerNames | str = field(
         default="adamw_torch",
@@ -98,6 +114,10 @@ class TrainingArguments(transformers.TrainingArguments):
             "how samples are split over them."
         },
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Without effect: the logged loss is that of the steps taken; see max_bad_steps."},
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={"help": "Let DDP search for parameters without a gradient. Not needed: every rank uses every part."},
@@ -123,6 +143,8 @@ class TrainingArguments(transformers.TrainingArguments):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name} {value:g} must be above 0.")
+        if self.max_bad_steps < 1 or self.step_timeout < 0:
+            raise UserError("--max_bad_steps must be 1 or more, and --step_timeout 0 or more.")
         if self.model_max_length < 2:
             raise UserError("--model_max_length 1 leaves nothing to predict: a sample needs two tokens or more.")
         if not 0.0 <= self.lora_dropout < 1.0:

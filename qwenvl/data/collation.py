@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from qwenvl.data.tokenization import IGNORE_INDEX, Tokens
+from qwenvl.data.types import Origin
 from qwenvl.utilities.errors import UserError
 
 
@@ -38,10 +39,12 @@ class EncodedSample:
     Args:
         tokens: ids, labels and positions.
         media: its pictures and videos, in token order.
+        origin: where it stands, for messages.
     """
 
     tokens: Tokens
     media: tuple[Medium, ...] = ()
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +87,8 @@ class Collator:
     [B, T] and ``num_vision_tokens``, an int, the number of True in it; where it holds media, in token order, ``pixels``
     uint8, the values of all their frames one after another, and ``media``, (frames, temporal, height, width) of each
     in frames and patches, ints that stay on the host; ``attention_mask`` int64 [B, T] if padded; ``cu_seq_lens_q``,
-    ``cu_seq_lens_k`` int32 [samples + 1], ``max_length_q`` and ``max_length_k`` if flattened; ``events`` and
-    ``error`` for the trainer.
+    ``cu_seq_lens_k`` int32 [samples + 1], ``max_length_q`` and ``max_length_k`` if flattened; ``events``, ``error`` and
+    ``origins``, of its samples, for the trainer.
 
     Args:
         pad_token_id: fills short rows; masked from attention, never trained.
@@ -107,6 +110,7 @@ class Collator:
             batch["pixels"] = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
             batch["media"] = tuple(medium.shape for medium in media)
         batch["events"] = [event for item in items for event in item.events]
+        batch["origins"] = [sample.origin for sample in samples if sample.origin is not None]
         batch["error"] = next((item.error for item in items if item.error is not None), None)
         return batch
 

@@ -169,7 +169,7 @@ class SampleEncoder:
         except SampleError as error:
             error.origin = error.origin or sample.origin
             raise
-        return EncodedSample(plan.tokens, media)
+        return EncodedSample(plan.tokens, media, sample.origin)
 
     def reader(self, sample: Sample, keep_images: bool = False) -> MediaReader:
         """Return what opens the media of a sample; ``keep_images`` where they are planned and then decoded."""

@@ -8,14 +8,23 @@ takes the arguments of ``torchrun``. SIGTERM and SIGUSR1 go on to the processes,
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
+
+if __package__ in (None, ""):  # started as a file: the package lies two folders up
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from qwenvl.utilities.logging import setup_logging
+
+logger = logging.getLogger("qwenvl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *(sys.argv[1:] if argv is None else argv)])
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode  # killed by a signal
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        killer = signal.Signals(-failure.exitcode)
+        setup_logging("info")
+        advice = "; often the machine had no memory left (dmesg says so)" if killer == signal.SIGKILL else ""
+        logger.error("Rank %d was killed by %s%s. The other ranks were ended.", rank, killer.name, advice)
+        return 128 + killer
     return 0
 
 

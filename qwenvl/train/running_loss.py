@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,20 +28,30 @@ class RunningLoss:
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), device=device)
         self._steps = 0
+        self._step = torch.zeros((), device=device)
 
-    def add(self, loss: Tensor, *, ends_step: bool) -> None:
-        """Add the loss of a micro-batch.
+    @property
+    def of_step(self) -> Tensor:
+        """This rank's loss of the step that is under way: float32 []."""
+        return self._step
 
-        Args:
-            loss: float32 [], this rank's part of the loss of the optimizer step.
-            ends_step: it is the last one of the step.
-        """
-        self._sum += loss.detach()
-        self._steps += ends_step
+    def add(self, loss: Tensor) -> None:
+        """Add the loss of a micro-batch: float32 [], this rank's part of the loss of the optimizer step."""
+        self._step += loss.detach()
+
+    def end_step(self, *, taken: bool) -> None:
+        """Add the loss of the step to the sum, or forget it if the step was skipped."""
+        if taken:
+            self._sum += self._step
+            self._steps += 1
+        self._step.zero_()
 
     def take(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> float:
-        """Return the mean loss of the steps since the last call, and begin anew; every rank has to call it."""
-        total = mean_over_ranks(self._sum).item() / max(self._steps, 1)
+        """Return the mean loss of the steps since the last call, and begin anew; every rank has to call it.
+
+        NaN if all of them were skipped.
+        """
+        total = mean_over_ranks(self._sum).item() / self._steps if self._steps else math.nan
         self._sum.zero_()
         self._steps = 0
         return total

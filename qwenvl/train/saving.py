@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import ProcessorMixin, Trainer
+from transformers import PretrainedConfig, ProcessorMixin, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from qwenvl.arguments import TrainingArguments
@@ -17,6 +17,8 @@ from qwenvl.models.loading import load_weights
 from qwenvl.train.checkpoints import published, write_records
 
 logger = logging.getLogger(__name__)
+
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class SavingTrainer(Trainer):
     args: TrainingArguments
 
     def __init__(self, processor: ProcessorMixin, records: Records, **options: Any) -> None:
+        config = options["model"].config
+        use_cache = vars(config).get("use_cache", _ABSENT)
         super().__init__(**options)
+        _restore(config, "use_cache", use_cache)
         self._processor = processor
         self._records = records
         self._drafts: str | None = None  # where a checkpoint is written, while one is
@@ -117,3 +122,11 @@ class SavingTrainer(Trainer):
             folder = self.args.output_dir if output_dir is None else output_dir
             self._processor.save_pretrained(folder)
             write_records(folder, self._records.settings_yaml, self._records.original_limits)
+
+
+def _restore(config: PretrainedConfig, name: str, value: Any) -> None:
+    """Undo what the Trainer did to a config for training: saved, it would make inference slow."""
+    if value is _ABSENT:
+        vars(config).pop(name, None)
+    else:
+        setattr(config, name, value)

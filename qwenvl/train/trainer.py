@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_utils import EvalLoopOutput
 
 from qwenvl.arguments import TrainingArguments
 from qwenvl.data.collation import Collator
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.sampling import SampleOrder, Sharding
-from qwenvl.models.loss import GradientWatch, causal_loss, trained_positions
+from qwenvl.models.loss import causal_loss, trained_positions
 from qwenvl.models.optimizer import parameter_groups
 from qwenvl.train.interruption import StopRequest
 from qwenvl.train.loader import build_loader
@@ -27,13 +27,13 @@ from qwenvl.train.position import describe_order, read_batch_size, require_same_
 from qwenvl.train.report import DataReport
 from qwenvl.train.running_loss import RunningLoss
 from qwenvl.train.saving import Records, SavingTrainer
+from qwenvl.train.step_guard import FirstStep, StepGuard
 from qwenvl.train.throughput import Throughput
 from qwenvl.train.unused_parts import UnusedVision
+from qwenvl.train.watchdog import Watchdog
 from qwenvl.utilities.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-_ABSENT = object()
 
 
 class QwenVLTrainer(SavingTrainer):
@@ -64,7 +64,6 @@ class QwenVLTrainer(SavingTrainer):
         processor: ProcessorMixin,
         records: Records,
     ) -> None:
-        use_cache = vars(model.config).get("use_cache", _ABSENT)
         super().__init__(
             processor,
             records,
@@ -74,17 +73,20 @@ class QwenVLTrainer(SavingTrainer):
             eval_dataset=eval_dataset,
             data_collator=collator,
         )
-        _restore(model.config, "use_cache", use_cache)
         self.model_accepts_loss_kwargs = True  # the Trainer counts trained tokens over ranks and accumulation steps
         self.data_report = DataReport(args.output_dir)
         self.stop_request = StopRequest()
         self._unused_vision = UnusedVision()
-        for callback in (self.stop_request, self._unused_vision):
+        self._watchdog = Watchdog(args.step_timeout)
+        for callback in (self.stop_request, self._unused_vision, self._watchdog):
             self.add_callback(callback)
         self._order = order
         self.running_loss = RunningLoss(args.device)
+        self._step_guard = StepGuard(args.max_bad_steps)
+        self._samples: list[str] = []  # of the step that is under way
+        self._trained_tokens: Any = 0  # of it, over all ranks
         self._throughput = Throughput()
-        self._gradient_watch: GradientWatch | None = GradientWatch(model)
+        self._first_step: FirstStep | None = FirstStep(model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's training batches."""
@@ -131,14 +133,23 @@ class QwenVLTrainer(SavingTrainer):
         Raises:
             SampleError: one of them holds a sample that must stop the run.
         """
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in batches:
-            self._receive(batch)
-            self._throughput.count(batch)
+        self._watchdog.watch(f"step {self.state.global_step + 1}, waiting for its samples")
+        batches, self._trained_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         pictures, stop = self._any_rank(any("media" in batch for batch in batches), self.stop_request.received)
         self._unused_vision.begin_step(self.optimizer, pictures=pictures)
         self.stop_request.begin_step(agreed=stop)
-        return batches, num_items
+        return batches, self._trained_tokens
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """Look at the batches of a step, then count its trained tokens, which waits for the other ranks."""
+        self._samples = []
+        for batch in batch_samples:
+            self._samples += self._receive(batch)
+            self._throughput.count(batch)
+        shapes = [(tuple(batch["input_ids"].shape), batch.get("media", ())) for batch in batch_samples]
+        lines = "".join(f"\n  {sample}" for sample in self._samples)
+        self._watchdog.watch(f"step {self.state.global_step + 1}, batches of {shapes}, with the samples{lines}")
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(
         self,
@@ -162,23 +173,43 @@ class QwenVLTrainer(SavingTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one micro-batch; after the first optimizer step, check that every trainable tensor had a gradient.
+        """Run one micro-batch."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.running_loss.add(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the step's gradient, and see to it that a step which is not finite changes nothing.
+
+        The Trainer calls it right before the optimizer's step, which DeepSpeed has taken by then, or skipped itself.
 
         Raises:
-            UserError: a trainable tensor had none.
+            UserError: the first step is not sound; too many steps in a row are skipped; or DeepSpeed has taken one.
         """
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.running_loss.add(loss, ends_step=self.accelerator.sync_gradients)
-        if self._gradient_watch is not None and self.accelerator.sync_gradients:
-            missing = self._gradient_watch.missing()
-            self._gradient_watch.close()
-            self._gradient_watch = None
-            if missing:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        loss, step = self.running_loss.of_step, self.state.global_step + 1
+        if self._first_step is not None:
+            mean = self.accelerator.reduce(loss, reduction="mean").item()
+            self._first_step.check(mean, float(self._trained_tokens))
+            self._first_step = None
+        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if self.is_deepspeed_enabled:
+            taken = not self.accelerator.optimizer_step_was_skipped
+            if taken and not loss.isfinite():
                 raise UserError(
-                    f"{len(missing)} trainable tensors got no gradient in the first step: {', '.join(missing[:10])}"
-                    f"{' ...' if len(missing) > 10 else ''}. The loss does not reach them, so they would never train."
+                    f"DeepSpeed took step {step}, whose loss is {loss.item()}: the weights are lost, and the newest "
+                    'checkpoint is from before. Train in bf16, with "check_grad_overflow" true in its configuration.'
                 )
-        return loss
+        else:
+            taken = math.isfinite(value)
+            if not taken:
+                model.zero_grad()  # an optimizer passes over parameters without a gradient
+        if taken:
+            self._step_guard.taken()
+        elif not self.args.fp16 or self._any_rank(not bool(loss.isfinite()))[0]:  # fp16 finds its scale by such steps
+            self._step_guard.skipped(step, loss.item(), value, self._samples)
+        self.running_loss.end_step(taken=taken)
+        return norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer with a learning rate for each part and no weight decay on biases and norms.
@@ -251,8 +282,8 @@ class QwenVLTrainer(SavingTrainer):
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
         return torch.zeros(count, dtype=dtype, device=self.args.device)
 
-    def _receive(self, batch: dict[str, Any]) -> None:
-        """Take what is not for the model out of a batch.
+    def _receive(self, batch: dict[str, Any]) -> list[str]:
+        """Take what is not for the model out of a batch; return where its samples stand.
 
         Raises:
             SampleError: a sample of the batch must stop the run.
@@ -261,11 +292,4 @@ class QwenVLTrainer(SavingTrainer):
         error = batch.pop("error")
         if error is not None:
             raise error
-
-
-def _restore(config: PretrainedConfig, name: str, value: Any) -> None:
-    """Undo what the Trainer did to a config for training: saved, it would make inference slow."""
-    if value is _ABSENT:
-        vars(config).pop(name, None)
-    else:
-        setattr(config, name, value)
+        return [str(origin) for origin in batch.pop("origins")]

@@ -163,6 +163,32 @@ def test_signal_saves_and_the_next_start_goes_on(
     assert equal_bits(output, whole_on_two_ranks)
 
 
+ENDS = {
+    signal.SIGSTOP: ["Nothing moved for 6 s (--step_timeout): step ", "dataset 'mixed'", "in _inner_training_loop"],
+    signal.SIGKILL: ["Rank 1 was killed by SIGKILL; often the machine had no memory left"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ENDS)
+def test_rank_that_hangs_or_dies_ends_the_run_with_a_message(
+    number: signal.Signals, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    settings = {**LONG, "max_steps": 100_000, "save_steps": 100_000, "step_timeout": 6}
+    with start_ranks(tiny_checkpoint("qwen3_vl"), output, registry, log, **settings) as process:
+        deadline = time.monotonic() + 200
+        while b"'loss'" not in log.read_bytes():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: int(rank.environ()["RANK"]))
+        ranks[1].send_signal(number)
+        assert process.wait(timeout=120) == (137 if number == signal.SIGKILL else 3), log.read_text()
+    said = log.read_text()
+    for message in ENDS[number]:
+        assert message in said
+
+
 def damage_bit(folder: Path) -> None:
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1

@@ -1,0 +1,83 @@
+"""Ends a run in which nothing moves any more, and says where each rank stood."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+EXIT_CODE = 3
+_SECONDS_FOR_THE_OTHERS = 3.0  # the launcher ends all ranks when the first one ends: let them write their part
+
+
+class Watchdog(TrainerCallback):
+    """Ends this process when a step takes too long.
+
+    The clock runs from the moment a step asks for its batches to its end, and during each batch of an evaluation. It
+    stands still while a checkpoint is saved.
+
+    Args:
+        seconds: what a step may take (``--step_timeout``); 0 for any time.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._deadline: float | None = None
+        self._about = ""
+        self._thread: threading.Thread | None = None
+
+    def watch(self, about: str) -> None:
+        """Start the clock, or start it again.
+
+        Args:
+            about: what is being done, for the message.
+        """
+        if not self._seconds:
+            return
+        self._about = about
+        self._deadline = time.monotonic() + self._seconds
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the clock."""
+        del args, state, control, kwargs
+        self._deadline = None
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock again."""
+        del args, control, kwargs
+        self.watch(f"evaluation after step {state.global_step}")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the clock."""
+        del args, state, control, kwargs
+        self._deadline = None
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(min(1.0, self._seconds / 4))
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                logger.error(
+                    "Nothing moved for %g s (--step_timeout): %s.\n%s", self._seconds, self._about, _main_stack()
+                )
+                time.sleep(_SECONDS_FOR_THE_OTHERS)
+                os._exit(EXIT_CODE)  # the main thread hangs, and so would an orderly end
+
+
+def _main_stack() -> str:
+    """Return where the main thread stands."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return "".join(traceback.format_stack(frame)).rstrip()
