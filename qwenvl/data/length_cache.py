@@ -41,25 +41,25 @@ class LengthCache:
 
     def read(self) -> np.ndarray:
         """Return what is known: MEASURES [num_rows], zeros where a row is not counted yet."""
-        records = np.zeros(self._num_rows, RECORD)
+        nothing = np.zeros(self._num_rows, RECORD)
         if self._path is None:
-            return records["measures"]
+            return nothing["measures"]
         try:
             content = self._path.read_bytes()
         except FileNotFoundError:
-            return records["measures"]
+            return nothing["measures"]
         except OSError as error:
             logger.warning("Counted lengths cannot be read: %s. They are counted anew.", error)
-            return records["measures"]
-        stored = np.frombuffer(content[: len(content) // RECORD.itemsize * RECORD.itemsize], RECORD)[: self._num_rows]
-        records[: len(stored)] = stored
+            return nothing["measures"]
+        if len(content) != self._bytes:
+            logger.warning("%s has lost its size: its rows are counted anew.", self._path)
+            return nothing["measures"]
+        records = np.frombuffer(content, RECORD)
         valid = records["check"] == _checks(np.arange(self._num_rows), records["measures"])
-        damaged = int((~valid & (records != np.zeros((), RECORD))).sum())
-        if damaged or len(content) != self._bytes:
-            what = f"{damaged} records" if damaged else "the size"
-            logger.warning("%s of %s are not as written: those rows are counted anew.", what, self._path)
-        records[~valid] = np.zeros((), RECORD)
-        return records["measures"]
+        damaged = int((~valid & (records != nothing)).sum())
+        if damaged:
+            logger.warning("%s: %d records are not as written, and their rows counted anew.", self._path, damaged)
+        return np.where(valid, records, nothing)["measures"]
 
     def write(self, rows: np.ndarray, measures: np.ndarray) -> None:
         """Add what was counted. Warns once, and goes on without, where the folder cannot be written to.

@@ -59,9 +59,8 @@ def measure_lengths(dataset: ConversationDataset, cache: Path | None = None, wor
     Raises:
         UserError: a row must stop the run; of several, the first in the order of the rows.
     """
-    return from_main_process(
-        lambda: _measure(dataset, cache, len(os.sched_getaffinity(0)) if workers is None else workers)
-    )
+    processes = len(os.sched_getaffinity(0)) if workers is None else workers
+    return from_main_process(lambda: _measure(dataset, cache, processes))
 
 
 @dataclass(frozen=True, slots=True)

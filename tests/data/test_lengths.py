@@ -4,86 +4,170 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-from transformers import AutoConfig, AutoProcessor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qwenvl.arguments import DataArguments
-from qwenvl.data.collation import Item
-from qwenvl.data.dataset import ConversationDataset, open_tables
+from qwenvl.data.dataset import ConversationDataset
+from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.lengths import measure_lengths
+from qwenvl.data.measures import MEASURES
 from qwenvl.data.plans import make_plan
-from qwenvl.data.processor import build_encoder
-from qwenvl.data.types import DatasetSpec
-from qwenvl.utilities.errors import SampleError
-from qwenvl.utilities.families import get_family
+from qwenvl.data.types import Origin, Sample
+from qwenvl.utilities.errors import SampleError, UserError
+from qwenvl.utilities.families import FAMILIES
+from tests.data.counting import counted_when_decoded, encoder_of, left_out_when_decoded, table_of, talk, write_media
+from tools.opening import ToolArguments, open_encoder
 
-LIMIT = 120
+CHECKPOINTS = [(family, None) for family in sorted(FAMILIES)] + [("qwen3_vl", "thinking")]
+IMAGES = ["turned.jpg", "plain.jpg", "small.png", "narrow.webp", {"image": "plain.jpg", "max_pixels": 64 * 64}]
+VIDEOS = [
+    "slow.mp4",
+    "fast.mp4",
+    {"video": "fast.mp4", "fps": 5, "video_end": 2.5},
+    {"frames": ["small.png"] * 3, "fps": 2},
+]
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"where": "left"}}}
+
+words = st.text("ab e\n.,é語\u0301", max_size=12) | st.sampled_from(
+    ["assistant", "<|im_end|>\n", "<think>\nHm.\n</think>\n\nYes", "\n\nSo", "<image>", "1234567", "</tool_response>"]
+)
+texts = st.lists(words, min_size=1, max_size=4).map("".join).filter(bool)
+pieces = st.sampled_from(["<image>", "<image>\n", "<video>", "What?", " and "]) | words
+questions = st.lists(pieces, min_size=1, max_size=4).map("".join).filter(bool)
 
 
-def row(number: int, folder: Path) -> object:
-    """Text, one picture, two pictures, a packed row, in turn; of different lengths."""
-    words = " word" * (number % 7)
-    if number % 4 == 3:
-        return [row(4 * number, folder), row(4 * number + 1, folder)]
-    images = [f"{number}-{k}.png" for k in range(number % 4)]
-    for k, name in enumerate(images):
-        Image.new("RGB", (40 + 13 * (number % 5), 50 + 30 * k)).save(folder / name)
-    turns = [
-        {"from": "human", "value": "<image>" * len(images) + "What?" + words},
-        {"from": "gpt", "value": "It." + words},
-    ]
-    return {"id": str(number), "image": images, "conversations": turns}
+@st.composite
+def samples(draw: st.DrawFn) -> dict[str, Any]:
+    """A sample of any kind, most of them usable."""
+    record: dict[str, Any] = {"id": str(draw(st.integers(0, 99))), "image": [], "video": [], "conversations": []}
+    if draw(st.booleans()):
+        record["system"] = draw(texts)
+    if draw(st.integers(0, 3)) == 0:
+        record["tools"] = [TOOL]
+    for _ in range(draw(st.integers(1, 3))):
+        question = draw(questions)
+        answer = {"from": "gpt", "value": draw(texts)}
+        record["image"] += [draw(st.sampled_from(IMAGES)) for _ in range(question.count("<image>"))]
+        record["video"] += [draw(st.sampled_from(VIDEOS)) for _ in range(question.count("<video>"))]
+        if "tools" in record and draw(st.booleans()):
+            called = [{"from": "gpt", "value": "", "tool_calls": [CALL]}, {"from": "tool", "value": draw(texts)}]
+            answer_turns = [*called, answer]
+        else:
+            answer_turns = [answer]
+        if draw(st.integers(0, 3)) == 0:
+            answer["reasoning_content"] = draw(texts)
+        record["conversations"] += [{"from": "human", "value": question}, *answer_turns]
+    if record["image"] and draw(st.integers(0, 5)) == 0:
+        record["image"][0] = "missing.jpg"
+    return record
+
+
+rows = st.lists(samples() | st.lists(samples(), min_size=1, max_size=3), min_size=1, max_size=3)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_media(tmp_path_factory.mktemp("media"))
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS, ids=str)
+def make_encoder(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Callable[..., SampleEncoder]:
+    return cache(lambda *limit, **flags: encoder_of(tiny_checkpoint(*request.param), *limit, **flags))
+
+
+@given(rows, st.sampled_from([60, 150, 400, 4000]), st.sampled_from(["drop", "truncate_turns"]))
+@settings(deadline=None, max_examples=25)
+def test_lengths_are_those_of_training(
+    make_encoder: Callable[..., SampleEncoder], media: Path, records: list[Any], limit: int, overlength: str
+) -> None:
+    """Text, pictures, videos, tools, thinking, many turns, packed rows: to the token, with the same left out."""
+    encoder = make_encoder(limit, overlength=overlength)
+    dataset = ConversationDataset([table_of(records, media)], encoder, skip_bad_samples=True)
+    measured = measure_lengths(dataset, workers=0)
+    assert measured.measures.tolist() == [counted_when_decoded(dataset[index]) for index in range(len(dataset))]
+    assert [event.message for event in measured.events] == left_out_when_decoded(dataset)
+
+
+@pytest.mark.parametrize("model", ["qwen3vl", "qwen2.5vl"])
+@pytest.mark.parametrize(("folder", "limits"), [("default", {}), ("sft_sh", {"min_pixels": 784, "max_pixels": 50176})])
+def test_lengths_are_those_of_the_official_recipe(
+    model: str, folder: str, limits: dict[str, int], shared_folder: Path
+) -> None:
+    golden = shared_folder / "golden"
+    processor = shared_folder / "processors" / model.replace("2.5", "2_5")
+    encoder, _ = open_encoder(ToolArguments(model_name_or_path=str(processor), **limits), 1 << 20)
+    records = {record["id"]: record for record in json.loads((golden / "samples.json").read_text())}
+    for name in json.loads((golden / f"{model}-{folder}" / "expected.json").read_text()):
+        arrays = np.load(golden / f"{model}-{folder}" / f"{name}.npz")
+        counted = encoder.measure(Sample(Origin("golden", "samples.json", 1), records[name], str(golden / "media")))
+        grids = [grid for kind in ("image", "video") for grid in np.atleast_2d(arrays.get(f"{kind}_grid_thw", []))]
+        assert (counted.tokens, counted.trained_tokens, counted.patches) == (
+            arrays["input_ids"].size,
+            (arrays["labels"] != -100).sum(),
+            sum(int(np.prod(grid)) for grid in grids if len(grid)),
+        )
+
+
+MANY = [
+    talk("Q" + "<image>?" * (number % 3), "It." * number, image=["small.png"] * (number % 3))
+    for number in range(1, 301)
+]
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> ConversationDataset:
-    rows = [row(number, tmp_path) for number in range(30)]
-    rows.insert(
-        5,
-        {
-            "image": "missing.png",
-            "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "A"}],
-        },
-    )
-    rows.insert(9, {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "long " * 500}]})
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(one) for one in rows))
-    return open_dataset(tmp_path, tiny_checkpoint("qwen3_vl"), skip=True)
+def encoder(tiny_checkpoint: Callable[..., Path]) -> SampleEncoder:
+    return encoder_of(tiny_checkpoint("qwen3_vl"), 700)
 
 
-def open_dataset(folder: Path, checkpoint: Path, skip: bool) -> ConversationDataset:
-    arguments = DataArguments(dataset_use="d", min_pixels=32 * 32, max_pixels=128 * 128)
-    config = AutoConfig.from_pretrained(checkpoint)
-    encoder = build_encoder(AutoProcessor.from_pretrained(checkpoint), config, get_family("qwen3_vl"), arguments, LIMIT)
-    spec = DatasetSpec("d", (str(folder / "rows.jsonl"),), str(folder))
-    return ConversationDataset(open_tables([spec], seed=0), encoder, skip)
-
-
-def measured_when_decoded(item: Item) -> tuple[int, ...]:
-    """Count what training gets, in the order of MEASURES."""
-    lengths = [len(sample.tokens) for sample in item.samples]
-    trained = [int((sample.tokens.labels != -100).sum()) for sample in item.samples]
-    grids = [medium.grid for sample in item.samples for medium in sample.media]
-    patches = sum(t * h * w for t, h, w in grids)
-    squares = sum(length * length for length in lengths), sum(t * (h * w) ** 2 for t, h, w in grids)
-    return len(lengths), sum(lengths), sum(trained), patches, *squares
+def test_any_number_of_processes_counts_the_same(encoder: SampleEncoder, media: Path) -> None:
+    tables = [table_of(MANY, media, rows=[*range(50, 250), 7, 60, 60]), table_of(MANY[:100], media, name="other")]
+    dataset = ConversationDataset(tables, encoder)
+    alone, several = measure_lengths(dataset, workers=0), measure_lengths(dataset, workers=2)
+    assert alone.measures.tolist() == several.measures.tolist()
+    assert alone.measures.dtype == MEASURES
+    assert len(alone.measures) == len(dataset) == 303
+    assert alone.measures[[201, 202]].tolist() == alone.measures[[10, 10]].tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_lengths_are_those_of_training(dataset: ConversationDataset, workers: int) -> None:
-    measured = measure_lengths(dataset, workers=workers)
-    assert measured.measures.tolist() == [measured_when_decoded(dataset[index]) for index in range(len(dataset))]
-    assert {event.kind for event in measured.events} == {"bad", "overlength"}
-    assert sorted(event.message for event in measured.events) == sorted(
-        event.message for index in range(len(dataset)) for event in dataset[index].events
-    )
-    assert measured.measures["tokens"][[5, 9]].tolist() == [0, 0]
+def test_the_first_bad_row_stops_the_run(encoder: SampleEncoder, media: Path, workers: int) -> None:
+    bad = talk("<image>?", "A", image="missing.png")
+    records = [*MANY[:100], bad, *MANY[:100], bad, "no record"]
+    dataset = ConversationDataset([table_of(records, media)], encoder)
+    with pytest.raises(SampleError, match=r"rows\.jsonl:101: .*missing\.png does not exist.*--on_bad_sample skip"):
+        measure_lengths(dataset, workers=workers)
 
 
-def test_packs_hold_every_usable_row_once(dataset: ConversationDataset) -> None:
+def test_a_mistake_of_the_run_stops_it(encoder: SampleEncoder, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_backend(*_: Any) -> None:
+        raise UserError("No video backend works")
+
+    monkeypatch.setattr("qwenvl.data.media.choose_backend", no_backend)
+    dataset = ConversationDataset([table_of([talk("<video>?", "A", video="slow.mp4")], media)], encoder, True)
+    with pytest.raises(UserError, match="No video backend"):
+        measure_lengths(dataset, workers=0)
+
+
+def test_what_a_call_through_transformers_leaves_behind_does_not_matter(encoder: SampleEncoder, media: Path) -> None:
+    dataset = ConversationDataset([table_of(MANY[20:22], media)], encoder)
+    before = measure_lengths(dataset, workers=0).measures.tolist()
+    tokenizer = encoder.template._processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer(["a", "b " * 50], padding=True, truncation=True, max_length=20)
+    assert tokenizer.backend_tokenizer.truncation is not None
+    assert measure_lengths(dataset, workers=0).measures.tolist() == before
+
+
+def test_packs_hold_every_usable_row_once(encoder: SampleEncoder, media: Path) -> None:
+    records = [[MANY[n], MANY[n + 1], MANY[3 * n]] if n % 4 == 3 else MANY[n] for n in range(90)]
+    records.insert(5, talk("<image>?", "A", image="missing.png"))
+    dataset = ConversationDataset([table_of(records, media)], encoder, skip_bad_samples=True)
     measured = measure_lengths(dataset, workers=0)
     lengths = measured.measures["tokens"]
     packs = dataset.packed(make_plan(dataset, measured, seed=0).packs)
@@ -91,18 +175,11 @@ def test_packs_hold_every_usable_row_once(dataset: ConversationDataset) -> None:
     held = [sample.origin for index in range(len(packs)) for sample in packs.samples(index)]
     usable = [sample.origin for index in np.flatnonzero(lengths) for sample in dataset.samples(int(index))]
     assert sorted(map(str, held)) == sorted(map(str, usable))
+    assert 5 not in np.flatnonzero(lengths)
     for index in range(len(packs)):
         item = packs[index]
         assert item.error is None
         left_out = [event.record["line"] for event in item.events]  # members that their own packed row has no room for
         assert len(item.samples) == len(packs.samples(index)) - len(left_out)
         assert all(len(dataset.samples(line - 1)) > 1 for line in left_out)
-        assert sum(len(sample.tokens) for sample in item.samples) <= LIMIT
-
-
-def test_a_bad_row_stops_the_run_unless_it_is_to_be_skipped(
-    dataset: ConversationDataset, tmp_path: Path, tiny_checkpoint: Callable[..., Path]
-) -> None:
-    del dataset  # has written the files
-    with pytest.raises(SampleError, match=r"rows\.jsonl:6"):
-        measure_lengths(open_dataset(tmp_path, tiny_checkpoint("qwen3_vl"), skip=False), workers=0)
+        assert sum(len(sample.tokens) for sample in item.samples) <= 700

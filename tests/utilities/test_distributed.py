@@ -3,13 +3,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch.distributed import TCPStore
 
 from qwenvl.utilities import distributed
+from qwenvl.utilities.errors import UserError
 
 
 def test_alone() -> None:
@@ -31,37 +38,71 @@ def test_a_world_size_without_a_rank_is_no_launch(monkeypatch: pytest.MonkeyPatc
     assert distributed.world_size() == 1
 
 
-def one_rank(rank: int, port: int, folder: Path, results: Queue[tuple[int, int, int, bool]]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def one_rank(folder: Path) -> tuple[int, int, int, bool]:
     from qwenvl.arguments import parse_arguments
 
     flags = f"--model_name_or_path m --dataset_use a --output_dir {folder} --tune_mm_llm --use_cpu"
     training = parse_arguments(flags.split()).training  # this joins the process group
     assert distributed.is_initialized()
-    gathered = distributed.gather_objects({"of": rank})
-    results.put((distributed.rank(), distributed.world_size(), training.world_size, gathered == [{"of": 0}, {"of": 1}]))
+    gathered = distributed.gather_objects({"of": distributed.rank()})
+    return distributed.rank(), distributed.world_size(), training.world_size, gathered == [{"of": 0}, {"of": 1}]
+
+
+def one_waiting_rank() -> tuple[int, list[object]]:
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=4))
+    got: list[object] = [distributed.from_main_process(partial(slow, seconds)) for seconds in (5.0, 0.0)]
+    try:
+        distributed.from_main_process(mistaken)
+    except UserError as error:
+        got.append(str(error))
+    return distributed.rank(), got
+
+
+def slow(seconds: float) -> int:
+    time.sleep(seconds)
+    return distributed.rank() + 7
+
+
+def mistaken() -> None:
+    raise UserError("a mistake")
+
+
+def as_a_rank(rank: int, port: int, results: Queue[Any], function: Callable[..., Any], *arguments: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    results.put(function(*arguments))
+
+
+def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return what a function returns in two forked processes of one job, sorted."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results: Queue[Any] = context.Queue()
+    children = [
+        context.Process(target=as_a_rank, args=(rank, port, results, function, *arguments)) for rank in range(2)
+    ]
+    for child in children:
+        child.start()
+    try:
+        return sorted(results.get(timeout=60) for _ in children)
+    finally:
+        for child in children:
+            child.join(20)
+            child.kill()
 
 
 def test_two_ranks_on_the_cpu(tmp_path: Path) -> None:
     """Arguments join the process group, so that two processes on a CPU know of each other, and of what each has."""
     import qwenvl.arguments  # noqa: F401  # so that the children need not import it
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results: Queue[tuple[int, int, int, bool]] = context.Queue()
-    children = [context.Process(target=one_rank, args=(rank, port, tmp_path, results)) for rank in range(2)]
-    for child in children:
-        child.start()
-    try:
-        got = sorted(results.get(timeout=60) for _ in children)
-    finally:
-        for child in children:
-            child.join(20)
-            child.kill()
-    assert got == [(0, 2, 2, True), (1, 2, 2, True)]
+    assert on_two_ranks(one_rank, tmp_path) == [(0, 2, 2, True), (1, 2, 2, True)]
+
+
+def test_the_others_wait_for_process_0_as_long_as_it_takes() -> None:
+    """Longer than a collective operation may take, and once more; a mistake of the user is one of all."""
+    assert on_two_ranks(one_waiting_rank) == [(rank, [7, 7, "a mistake"]) for rank in range(2)]
 
 
 def test_one_of_all_is_the_first_to_say_something(monkeypatch: pytest.MonkeyPatch) -> None:
