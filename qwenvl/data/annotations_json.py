@@ -21,6 +21,8 @@ from qwenvl.utilities.errors import SampleError, UserError
 
 Layout = Literal["lines", "array"]
 
+_SLICE = 1 << 18  # bytes scanned at a time: what is computed of them fits into a processor's own cache
+
 
 class JsonRows:
     """The lines of a JSON Lines file that are not blank, or the items of a JSON array.
@@ -130,7 +132,8 @@ def _feed(scanner: LineScanner | ArrayScanner, text: TextFile) -> str:
             if hashed is not None:
                 hashed.result()
             hashed = pool.submit(digest.update, piece)
-            scanner.feed(piece)
+            for start in range(0, len(piece), _SLICE):
+                scanner.feed(piece[start : start + _SLICE])
     return digest.hexdigest()
 
 

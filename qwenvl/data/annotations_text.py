@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from qwenvl.utilities.errors import UserError
 
-_PIECE = 1 << 18  # bytes read at a time: what is computed of them fits into a processor's own cache
+_PIECE = 1 << 21  # bytes read at a time
 _CLOCK_TICK = 20_000_000  # ns: files get their times from a clock that stands still for 1 to 10 ms
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff")

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from qwenvl.arguments import DataArguments
 from qwenvl.data.annotations import AnnotationTable, open_annotations
+from qwenvl.data.annotations_datasets import DatasetRows
 from qwenvl.data.dataset import ConversationDataset, SampledTable
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import build_conversation
@@ -185,6 +186,7 @@ def test_parquet_with_pictures(tmp_path: Path, form: str) -> None:
     path = tmp_path / "with [brackets] and *.parquet"
     PARQUET[form](path)
     table = open_file(path)
+    assert [type(file) for file in table.files] == [DatasetRows]  # mapped, not read by row groups
     expect_rows(table)
     assert (table[4][0].origin.file, table[4][0].origin.line) == (str(path), 5)
     assert len(pickle.dumps(table)) < 20_000
