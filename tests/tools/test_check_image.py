@@ -113,6 +113,21 @@ def test_parquet_with_embedded_pictures(check: Check, tmp_path: Path, media: Pat
     assert check("--dataset_use", "set", "--decode", file="again.jsonl")[0] == 0
 
 
+def test_a_hugging_face_dataset_with_columns_of_other_names(check: Check, tmp_path: Path, media: Path) -> None:
+    from datasets import Dataset
+
+    rows = [sample(name, "Hi?", picture={"bytes": (media / name).read_bytes()}) for name in ("a.jpg", "b.jpg")]
+    rows[1]["conversations"][0]["value"] = "<image>"
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    entry = {"hf_dataset": str(tmp_path / "saved"), "columns": {"image": "picture"}}
+    (tmp_path / "other.py").write_text(f"data_dict = {{'set': {entry!r}}}")
+    assert check("--dataset_use", "set", "--write_clean", "--dataset_registry", str(tmp_path / "other.py"))[0] == 1
+    assert problems(tmp_path) == {"a.jpg": ["too_few_tags"]}
+    (tmp_path / "again.jsonl").write_bytes((tmp_path / "out" / "set_valid.jsonl").read_bytes())
+    assert check("--dataset_use", "set", "--decode", file="again.jsonl")[0] == 0
+    assert [record["id"] for record in read_lines(tmp_path / "again.jsonl")] == ["b.jpg"]
+
+
 def test_packed_rows_lose_their_bad_members_alone(check: Check, tmp_path: Path) -> None:
     rows = [[GOOD[0], BAD[0][1], GOOD[1]], [BAD[1][1]], GOOD[2:4], GOOD[4]]
     write_lines(tmp_path / "set.jsonl", rows)
