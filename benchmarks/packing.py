@@ -110,16 +110,16 @@ def peak_mebibytes(function: Callable[[], Any]) -> float:
 
 def packing_figures(measures: np.ndarray, seed: int) -> dict[str, Any]:
     """Measure packing against the baseline."""
-    lengths = measures["tokens"].copy()
+    lengths, patches = measures["tokens"].copy(), measures["patches"].copy()
     fewest = lower_bound(lengths, CAPACITY)
-    seconds, packs = timed(lambda: pack(lengths, CAPACITY, seed), RUNS)
+    seconds, packs = timed(lambda: pack(lengths, CAPACITY, seed, patches), RUNS)
     plain_seconds, plain = timed(lambda: first_fit_in_chunks(lengths, CAPACITY), 1)
     return {
         "seconds": round(seconds, 3),
         "packs": len(packs),
         "packs_over_lower_bound": len(packs) - fewest,
         "fill": round(float(lengths.sum()) / (len(packs) * CAPACITY), 6),
-        "peak_mib": round(peak_mebibytes(lambda: pack(lengths, CAPACITY, seed)), 1),
+        "peak_mib": round(peak_mebibytes(lambda: pack(lengths, CAPACITY, seed, patches)), 1),
         "baseline_seconds": round(plain_seconds, 3),
         "baseline_packs_over_lower_bound": len(plain) - fewest,
         "baseline_fill": round(float(lengths.sum()) / (len(plain) * CAPACITY), 6),
@@ -128,22 +128,38 @@ def packing_figures(measures: np.ndarray, seed: int) -> dict[str, Any]:
 
 
 def balance_figures(measures: np.ndarray, flops: Flops, ranks: int, seed: int) -> dict[str, Any]:
-    """Measure how long ranks wait, one pack a rank and no accumulation, which is the hardest case."""
-    packs = pack(measures["tokens"].copy(), CAPACITY, seed)
-    costs = flops.count(packs.add_up(measures))
-    sharding = Sharding(1, ranks)
-    seconds, order = timed(lambda: SampleOrder(len(packs), seed, costs=costs).steps(0, sharding.step_size), RUNS)
+    """Measure how long ranks wait, one pack a rank and no accumulation, which is the hardest case.
+
+    ``visual_share_deviation``: standard deviation over steps of the share of visual tokens, which says how much steps
+    differ in what they hold: not more than those of random packs in random order should be.
+    """
+    lengths, sharding = measures["tokens"].copy(), Sharding(1, ranks)
+    packs = pack(lengths, CAPACITY, seed, measures["patches"].copy())
+    sums = packs.add_up(measures)
+    costs = flops.count(sums)
+    seconds, order = timed(lambda: SampleOrder(len(packs), seed, costs=costs).steps(0, ranks), RUNS)
     ours = costs_of_ranks(costs, order, sharding)
-    random = costs_of_ranks(costs, SampleOrder(len(packs), seed).steps(0, sharding.step_size), sharding)
+    random = SampleOrder(len(packs), seed).steps(0, ranks)
+    plain = first_fit_in_chunks(lengths, CAPACITY).add_up(measures)
+    plain_order = SampleOrder(len(plain), seed).steps(0, ranks)
     full = ours[: len(packs) // ranks]  # in the last round of an epoch, some ranks may have nothing
     worst = full.max(axis=1) / full.mean(axis=1)
     return {
         "slowest_over_mean": round(imbalance(ours), 4),
         "worst_of_100_rounds": round(float(np.quantile(worst, 0.99)), 4),
         "worst_round": round(float(worst.max()), 4),
-        "baseline_slowest_over_mean": round(imbalance(random), 4),
+        "random_order_slowest_over_mean": round(imbalance(costs_of_ranks(costs, random, sharding)), 4),
+        "baseline_slowest_over_mean": round(imbalance(costs_of_ranks(flops.count(plain), plain_order, sharding)), 4),
+        "visual_share_deviation": round(visual_share_deviation(sums, order, ranks), 4),
+        "baseline_visual_share_deviation": round(visual_share_deviation(plain, plain_order, ranks), 4),
         "seconds_an_epoch": round(seconds, 3),
     }
+
+
+def visual_share_deviation(packs: np.ndarray, order: np.ndarray, size: int) -> float:
+    """Return the standard deviation over steps of the share of visual tokens."""
+    steps = packs[order[: len(order) // size * size]].reshape(-1, size)
+    return float((steps["patches"].sum(axis=1) / 4 / steps["tokens"].sum(axis=1)).std())
 
 
 def padded_figures(measures: np.ndarray, flops: Flops, seed: int) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def make_plan(rows: ConversationDataset, lengths: RowLengths, seed: int) -> Pack
         seed: of :func:`qwenvl.data.packing.pack`.
     """
     usable = np.flatnonzero(lengths.measures["tokens"])
-    packs = pack(lengths.measures["tokens"][usable], rows.encoder.max_length, seed)
+    tokens, patches = (lengths.measures[name][usable] for name in ("tokens", "patches"))
+    packs = pack(tokens, rows.encoder.max_length, seed, patches)
     return PackPlan(replace(packs, samples=usable[packs.samples]), lengths.measures, lengths.events)
 
 

@@ -23,7 +23,8 @@ def mixture(count: int, capacity: int, seed: int) -> np.ndarray:
 @given(st.integers(1, 50), st.data())
 def test_every_sample_is_in_one_pack_and_no_pack_is_too_long(capacity: int, data: st.DataObject) -> None:
     lengths = np.array(data.draw(st.lists(st.integers(1, capacity), max_size=60)), dtype=np.int64)
-    packs = pack(lengths, capacity, seed=data.draw(st.integers(0, 3)))
+    weights = data.draw(st.sampled_from([None, lengths, np.arange(len(lengths)) % 5]))
+    packs = pack(lengths, capacity, data.draw(st.integers(0, 3)), weights)
     members = [packs[index].tolist() for index in range(len(packs))]
     assert sorted(sample for one in members for sample in one) == list(range(len(lengths)))
     assert all(one for one in members)
@@ -32,6 +33,25 @@ def test_every_sample_is_in_one_pack_and_no_pack_is_too_long(capacity: int, data
         assert packs.add_up(lengths).tolist() == [int(lengths[one].sum()) for one in members]
     # Two packs that fit into one would be a fit missed: at most one is half empty.
     assert sum(2 * lengths[one].sum() <= capacity for one in members) <= 1
+
+
+def test_packs_are_mixtures() -> None:
+    """Long and short samples share packs, and so do texts and pictures of one length."""
+    lengths = mixture(50_000, 8192, 0)
+    patches = 4 * lengths * (np.random.default_rng(0).random(len(lengths)) < 0.5)
+    plain, even = pack(lengths, 8192), pack(lengths, 8192, weights=patches)
+    assert len(plain) == len(even)
+    assert np.quantile(np.diff(even.borders), 0.99) < 50  # not hundreds of short ones
+    assert np.corrcoef(even.add_up(lengths), plain.add_up(lengths))[0, 1] > 0.99  # exchanges keep the lengths
+    assert even.add_up(patches).std() < 0.6 * plain.add_up(patches).std()
+
+
+def test_many_samples_of_one_size_take_no_more_packs_than_best_fit_needs() -> None:
+    """Spreading alone would put one long sample into each pack, and the next longest on top of it."""
+    lengths = np.random.default_rng(0).normal(900, 250, 20_000).clip(200, 8192).astype(np.int64)
+    assert len(pack(lengths, 8192)) - lower_bound(lengths, 8192) <= 9  # 12 when spread
+    pairs = np.repeat([5000, 3192], 1000)
+    assert len(pack(pairs, 8192)) == 1000
 
 
 @pytest.mark.parametrize("seed", range(3))
