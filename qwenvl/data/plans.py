@@ -134,13 +134,16 @@ def planned_datasets(path: Path) -> str:
         UserError: it is not a plan.
     """
     datasets = _read_metadata(path)["made_for"]["datasets"]
-    return ",".join(f"{name}%{described['percent']:.15g}" for name, described in datasets.items())
+    return _as_flag({name: described["percent"] for name, described in datasets.items()})
 
 
 def used_datasets(rows: ConversationDataset) -> str:
     """Return the datasets of some rows as ``--dataset_use`` names them."""
-    specs = [table.table.spec for table in rows.tables]
-    return ",".join(f"{spec.name}%{spec.sampling_percent:.15g}" for spec in specs)
+    return _as_flag({table.table.spec.name: table.table.spec.sampling_percent for table in rows.tables})
+
+
+def _as_flag(percents: Mapping[str, float]) -> str:
+    return ",".join(name if percent == 100 else f"{name}%{percent:.15g}" for name, percent in percents.items())
 
 
 def read_plan(path: Path, rows: ConversationDataset, remake: str) -> PackPlan:

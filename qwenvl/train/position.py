@@ -44,7 +44,9 @@ def describe_order(order: SampleOrder, step_size: int, content: Mapping[str, str
 
 
 def write_position(folder: Path, described: Mapping[str, Any], sharding: Sharding, step: int) -> None:
-    """Write ``sampler_state.json``: the epoch and place after ``step`` optimizer steps, and what the order is made of.
+    """Write ``sampler_state.json``: what the order is made of, and the place in it after ``step`` optimizer steps.
+
+    ``position`` counts the indices (samples, or packs) of the ``epoch`` that have been trained on.
 
     Args:
         folder: a checkpoint.
