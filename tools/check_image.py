@@ -16,6 +16,7 @@ Exit code: 0 without a problem, 1 with problems, 2 where nothing could be checke
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -83,6 +84,8 @@ def check(arguments: CheckArguments) -> int:
     specs = chosen_datasets(arguments)
     checker = _checker(arguments)
     tables = [open_annotations(spec, arguments.data_cache_dir, check_ends=False) for spec in specs]
+    for table, what in itertools.product(tables, ("problems", "valid")):
+        _path(table, arguments, what)
     prepare_backend()
     started = time.monotonic()
     try:
@@ -132,7 +135,15 @@ def _write_clean(summary: Summary, arguments: CheckArguments) -> str:
 
 
 def _path(table: AnnotationTable, arguments: CheckArguments, what: str) -> Path:
-    return Path(arguments.output) / f"{table.spec.name.replace(os.sep, '_')}_{what}.jsonl"
+    """Return a file to write; never one that is read.
+
+    Raises:
+        UserError: it is an annotation file of the dataset.
+    """
+    path = Path(arguments.output) / f"{table.spec.name.replace(os.sep, '_')}_{what}.jsonl"
+    if path.exists() and any(os.path.exists(rows.path) and path.samefile(rows.path) for rows in table.files):
+        raise UserError(f"{path} is an annotation file of dataset {table.spec.name!r}. Choose another --output folder.")
+    return path
 
 
 def _notes(arguments: CheckArguments, summaries: list[Summary], seconds: float) -> list[str]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qwenvl.arguments import DataArguments
+from qwenvl.data.annotations import open_annotations
+from qwenvl.data.types import DatasetSpec
+from qwenvl.utilities.errors import UserError
 from tests.tools.checking import ALL, BAD, GOOD, Check, problems, read_lines, sample, write_lines
+from tools.check.samples import Finding, SampleChecker, default_settings
+from tools.check.tables import check_table
 
 
 def test_every_category_is_found(check: Check, tmp_path: Path) -> None:
@@ -188,6 +196,31 @@ def test_mistakes_are_one_message(check: Check, tmp_path: Path, flags: tuple[str
     assert "Traceback" not in messages
     for part in parts:
         assert part in messages
+
+
+def test_what_is_read_is_not_written_over(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    lines = write_lines(tmp_path / "out" / "set_valid.jsonl", GOOD).read_bytes()
+    code, _, messages = check("--dataset_use", "set", "--write_clean", file="out/set_valid.jsonl")
+    assert code == 2
+    assert "set_valid.jsonl is an annotation file of dataset 'set'" in messages
+    assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [lines]
+
+
+class DyingChecker(SampleChecker):
+    """Ends its process, as a decoder that crashes would."""
+
+    def check_row(self, samples: object) -> list[Finding]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+
+def test_a_process_that_dies_is_one_message(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", GOOD * 100)
+    table = open_annotations(DatasetSpec("set", (str(tmp_path / "a.jsonl"),), ""))
+    checker = DyingChecker(default_settings(DataArguments(dataset_use="set")), (), False)
+    with pytest.raises(UserError, match="A process died while it checked dataset 'set'.*--workers 1"):
+        list(check_table(table, checker, workers=2))
 
 
 def test_a_dataset_without_rows(check: Check, tmp_path: Path) -> None:
