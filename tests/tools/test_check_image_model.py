@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoProcessor
 
@@ -76,6 +76,7 @@ records = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None)
 @given(record=records)
+@example(record={"conversations": [{"from": "gpt", "value": "<image>"}, {"from": "system", "value": "late"}]})
 def test_any_record_passes_if_training_takes_it(
     record: dict[str, Any], media: Path, tiny_checkpoint: Callable[..., Path], encoders: dict[str, SampleEncoder]
 ) -> None:

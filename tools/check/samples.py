@@ -22,6 +22,7 @@ DIGEST_BYTES = 16
 # What a sample is trained on; all else, such as its id, may differ between samples of the same content.
 CONTENT = ("conversations", "messages", "image", "images", "video", "videos", "system", "tools", "bbox_format")
 TAGS = ("<image>", "<video>")
+TAG_IN_ANSWER = "tag_in_answer"  # a problem here alone: training takes such samples
 # Where no model is named: the tokens of pictures have these names in all families, and which pictures and videos are
 # refused does not depend on the family.
 RESERVED_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
@@ -83,13 +84,13 @@ class SampleChecker:
         used, findings = 0, list[Finding]()
         for sample in samples:
             finding = self._check(sample)
-            if self.encoder is not None and not finding.problems:
+            if self.encoder is not None and all(one.category == TAG_IN_ANSWER for one in finding.problems):
                 try:
                     tokens = self.encoder.measure(sample).tokens
                     self.encoder.require_length(tokens, sample, used)
                     used += tokens
                 except SampleError as error:
-                    finding = Finding((error,), finding.media)
+                    finding = Finding((*finding.problems, error), finding.media)
             findings.append(finding)
         return findings
 
@@ -122,7 +123,7 @@ def tags_in_answers(conversation: Conversation) -> Iterator[SampleError]:
             where = message.text.index(tags[0])
             near = message.text[max(where - 20, 0) : where + 40]
             yield SampleError(
-                "tag_in_answer",
+                TAG_IN_ANSWER,
                 f"an answer holds {' and '.join(tags)}, which shows nothing there and is learned as words: {near!r}. "
                 "Move it to the question.",
             )
