@@ -8,8 +8,8 @@ samples are rendered and counted as well, under training's own data flags (``--m
 ...). All rows are checked, whatever percentage of them ``--dataset_use`` takes.
 
 For each dataset, ``NAME_problems.jsonl`` has a line a problem: dataset, file, line, member, id, category, reason. With
-``--write_clean``, ``NAME_valid.jsonl`` has the other samples, which can be registered as they are. A duplicate, and a
-tag in an answer, are problems here though training takes both.
+``--write_clean``, ``NAME_valid.jsonl`` has the other samples, to take the place of the old files in the registry entry.
+A duplicate, and a tag in an answer, are problems here though training takes both.
 
 Exit code: 0 without a problem, 1 with problems, 2 where nothing could be checked.
 """
