@@ -148,7 +148,8 @@ def compare(folder: Path, suffix: str, runs: int, full: bool) -> dict[str, Any]:
     ):
         scale = rows / result[other]["rows"]
         ratios[f"{other} / {ours}"] = {
-            key: round(scale * result[other][key] / max(result[ours][key], 0.001), 1) for key in ("seconds", "peak_mib")
+            key: round(scale * result[other][key] / max(result[ours][key], 0.001), 1)
+            for key in ("seconds", "cpu_seconds", "peak_mib")
         }
     return {**result, "ratios": ratios}
 

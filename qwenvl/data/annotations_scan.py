@@ -91,6 +91,7 @@ class ArrayScanner:
         self._ended = False
         self._broken = False
         self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._buffer = np.empty(0, np.uint8)  # used again: memory that was never written to takes longest to write to
 
     def feed(self, piece: bytes) -> None:
         """Take the next bytes."""
@@ -128,7 +129,7 @@ class ArrayScanner:
         data = np.frombuffer(padded, np.uint8)
         in_string = self._strings(data, len(piece))
         # True for brackets, Y, y and _ too: outside strings, JSON has these in "Infinity" alone.
-        places = _places(_words(data & 0xD9 == _OPENING[0] & 0xD9) & ~in_string)
+        places = _places(self._find(data, _OPENING[0], bits=0xD9) & ~in_string)
         steps = _STEPS[data[places]].astype(np.int64)
         places, steps = places[steps != 0], steps[steps != 0]
         depths = self._depth + np.cumsum(steps)
@@ -143,11 +144,21 @@ class ArrayScanner:
         self._position += len(piece)
         return piece[int(places[-1]) + 1 :] if self._ended else b""
 
+    def _find(self, data: np.ndarray, byte: int, bits: int = 0xFF) -> np.ndarray:
+        """Return uint64 [bytes / 64]: a bit for each byte, lowest first, set where its ``bits`` are alike."""
+        if len(self._buffer) < len(data):
+            self._buffer = np.empty(len(data), np.uint8)
+        same = self._buffer[: len(data)].view(np.bool_)
+        if bits != 0xFF:
+            data = np.bitwise_and(data, bits, out=self._buffer[: len(data)])
+        np.equal(data, byte & bits, out=same)
+        return np.packbits(same, bitorder="little").view("<u8")
+
     def _strings(self, data: np.ndarray, length: int) -> np.ndarray:
         """Return uint64 [bytes / 64]: a bit for each byte, set inside strings, opening quotes included."""
-        escaped = _escaped(_words(data == _BACKSLASH), self._escaped)
+        escaped = _escaped(self._find(data, _BACKSLASH), self._escaped)
         self._escaped = bool(_bits(escaped, np.array([length]))[0])
-        quotes = _words(data == _QUOTE) & ~escaped
+        quotes = self._find(data, _QUOTE) & ~escaped
         inside = quotes.copy()
         for shift in (1, 2, 4, 8, 16, 32):  # every bit to the parity of the quotes up to it, in its word
             inside ^= inside << np.uint64(shift)
@@ -194,11 +205,6 @@ class ArrayScanner:
         self._parts_at_cut = int(parts[-1]) if len(parts) else self._parts_at_cut
         self._items += len(cuts)
         self._cuts.append(cuts + self._position)
-
-
-def _words(mask: np.ndarray) -> np.ndarray:
-    """Pack bool [n * 64] into uint64 [n], the first one into the lowest bit."""
-    return np.packbits(mask, bitorder="little").view("<u8")
 
 
 def _places(words: np.ndarray) -> np.ndarray:
