@@ -98,6 +98,13 @@ class DataArguments:
         default=None, metadata={"help": "Fewest pixels of one frame, besides video_min_pixels. Default: no such limit."}
     )
     video_fps: float = field(default=2.0, metadata={"help": "Frames taken a second of video, within the frame limits."})
+    video_timeout: float = field(
+        default=120.0,
+        metadata={
+            "help": "Seconds that opening or decoding a video may take; with one that takes longer, the policy of "
+            "on_bad_sample is followed."
+        },
+    )
     add_vision_id: bool = field(
         default=False, metadata={"help": "Number the media in the prompt (Picture 1: ..., Video 1: ...)."}
     )
@@ -140,7 +147,13 @@ class DataArguments:
     def __post_init__(self) -> None:
         for name in ("max_pixels", "min_pixels", "video_max_frames", "video_min_frames", "video_max_pixels"):
             _require_positive(name, getattr(self, name))
-        for name in ("video_min_pixels", "video_max_frame_pixels", "video_min_frame_pixels", "video_fps"):
+        for name in (
+            "video_min_pixels",
+            "video_max_frame_pixels",
+            "video_min_frame_pixels",
+            "video_fps",
+            "video_timeout",
+        ):
             _require_positive(name, getattr(self, name))
         for low, high in (
             ("min_pixels", "max_pixels"),

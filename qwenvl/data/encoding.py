@@ -86,6 +86,7 @@ class SampleEncoder:
         max_length: most tokens a sample may have.
         overlength: what happens to longer ones: left out, stop the run, or leave out turns from the end.
         allow_remote: http(s) media may be fetched.
+        video_timeout: seconds that opening or decoding a video may take.
     """
 
     template: ChatTemplate
@@ -95,6 +96,7 @@ class SampleEncoder:
     max_length: int
     overlength: Overlength = "drop"
     allow_remote: bool = False
+    video_timeout: float = 120.0
 
     def plan(self, sample: Sample, reader: MediaReader | None = None) -> Plan:
         """Tokenize without decoding media.
@@ -173,7 +175,8 @@ class SampleEncoder:
 
     def reader(self, sample: Sample, keep_images: bool = False) -> MediaReader:
         """Return what opens the media of a sample; ``keep_images`` where they are planned and then decoded."""
-        return MediaReader(sample.data_path, self.allow_remote, sample.allow_absolute, keep_images)
+        folder, anywhere = sample.data_path, sample.allow_absolute
+        return MediaReader(folder, self.allow_remote, anywhere, keep_images, self.video_timeout)
 
     def fingerprint(self) -> str:
         """Return a hash of all that lengths depend on besides the samples; another one once any of it has changed."""

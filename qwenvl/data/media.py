@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import io
-import os
-import re
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torchvision.io import decode_jpeg
+from PIL import Image
 
-from qwenvl.data.image_headers import HEADER_BYTES, jpeg_size
+from qwenvl.data import images
 from qwenvl.data.media_sources import MediaSources, describe
 from qwenvl.data.types import ImageItem, Source, VideoItem
-from qwenvl.data.video import VideoHeader, choose_backend
+from qwenvl.data.video import VideoBackend, VideoHeader, choose_backend
+from qwenvl.utilities.deadline import call_within
 from qwenvl.utilities.errors import SampleError
 
-# Those of Pillow's formats that hold pictures and whose reader is part of it; EPS, for one, would run another program.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
 FRAMES_PER_SECOND = 2.0  # of a list of frames that does not say: the default of qwen-vl-utils (sample_fps)
 
-_SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-                   struct.error, zlib.error, RuntimeError, MemoryError)  # fmt: skip
-_IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+Decoded = TypeVar("Decoded")
 
 
 class MediaReader:
@@ -42,53 +31,70 @@ class MediaReader:
         allow_absolute: absolute paths may lie outside ``data_path``.
         keep_images: read an image's file whole when its size is asked for, and keep it to be decoded, rather than open
             (or fetch) it twice. For readers that live as long as one sample.
+        video_timeout: seconds that opening or decoding a video may take.
 
     Every method raises :class:`SampleError` for media that cannot be used, naming the file: ``missing_file``,
     ``zero_byte``, ``truncated``, ``wrong_type``, ``unreadable_file``, ``decompression_bomb``, ``outside_data_path``,
-    ``remote_not_allowed``.
+    ``remote_not_allowed``, ``timeout``.
     """
 
     def __init__(
-        self, data_path: str, allow_remote: bool = False, allow_absolute: bool = False, keep_images: bool = False
+        self,
+        data_path: str,
+        allow_remote: bool = False,
+        allow_absolute: bool = False,
+        keep_images: bool = False,
+        video_timeout: float = 120.0,
     ) -> None:
         self._sources = MediaSources(data_path, allow_remote, allow_absolute)
         self._kept: dict[Source, bytes] | None = {} if keep_images else None
+        self._video_timeout = video_timeout
 
     def image_size(self, item: ImageItem) -> tuple[int, int]:
         """Return (height, width) in pixels, EXIF orientation applied; no pixel is decoded."""
         with self._naming(item.source):
-            return _image_size(self._locate_image(item.source))
+            return images.image_size(self._locate_image(item.source))
 
     def read_image(self, item: ImageItem) -> Image.Image:
         """Decode an image to RGB, EXIF orientation applied, transparency laid on white."""
-        with self._naming(item.source), _opened(self._locate_image(item.source)) as image:
-            return _upright_rgb(image)
+        with self._naming(item.source):
+            return images.read_image(self._locate_image(item.source))
 
     def read_pixels(self, item: ImageItem) -> torch.Tensor:
         """Decode an image to uint8 [3, height, width], RGB interleaved: the pixels of :meth:`read_image`, sooner."""
         with self._naming(item.source):
-            return _read_pixels(self._locate_image(item.source))
+            return images.read_pixels(self._locate_image(item.source))
 
     def video_header(self, item: VideoItem) -> VideoHeader:
         """Return a video's number of frames, average frames a second, and size in pixels."""
         if isinstance(item.source, tuple):
             height, width = self._size_of_frames(item.source)
             return VideoHeader(len(item.source), item.fps or FRAMES_PER_SECOND, height, width)
-        with self._naming(item.source):
-            return choose_backend().header(self._sources.locate(item.source))
+        return self._decoding(item.source, lambda backend, located: backend.header(located))
 
     def read_frames(self, item: VideoItem, indices: np.ndarray) -> torch.Tensor:
         """Decode the frames at ``indices`` (int64 [n]) to uint8 [n, 3, height, width], RGB."""
         if isinstance(item.source, tuple):
             return self._read_pictures([item.source[index] for index in indices.tolist()])
-        with self._naming(item.source):
-            return choose_backend().frames(self._sources.locate(item.source), indices)
+        return self._decoding(item.source, lambda backend, located: backend.frames(located, indices))
+
+    def _decoding(self, source: Source, decode: Callable[[VideoBackend, Source], Decoded]) -> Decoded:
+        with self._naming(source):
+            backend, located = choose_backend(), self._sources.locate(source)
+            try:
+                return call_within(self._video_timeout, lambda: decode(backend, located))
+            except TimeoutError as error:
+                raise SampleError(
+                    "timeout",
+                    f"{backend.name} has not read the video after {self._video_timeout:g} s (--video_timeout). Raise "
+                    "that if the video is only long; otherwise its disk does not answer, or the file is damaged.",
+                ) from error
 
     def _locate_image(self, source: Source) -> Source:
         if self._kept is None:
             return self._sources.locate(source)
         if source not in self._kept:
-            self._kept[source] = _content(self._sources.locate(source))
+            self._kept[source] = images.read_file(self._sources.locate(source))
         return self._kept[source]
 
     def named(self, error: SampleError, item: ImageItem | VideoItem) -> SampleError:
@@ -111,14 +117,14 @@ class MediaReader:
         sizes = []
         for frame in frames:
             with self._naming(frame):
-                sizes.append(_image_size(self._sources.locate(frame)))
+                sizes.append(images.image_size(self._sources.locate(frame)))
         return _common_size(frames, sizes)
 
     def _read_pictures(self, frames: Sequence[Source]) -> torch.Tensor:
         pictures = []
         for frame in frames:
             with self._naming(frame):
-                pictures.append(_read_pixels(self._sources.locate(frame)))
+                pictures.append(images.read_pixels(self._sources.locate(frame)))
         _common_size(frames, [(picture.shape[1], picture.shape[2]) for picture in pictures])
         return torch.stack([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
 
@@ -137,158 +143,3 @@ def _common_size(frames: Sequence[Source], sizes: Sequence[tuple[int, int]]) -> 
                 f"{describe(frame)} is {size[1]} x {size[0]}. Resize them to one size.",
             )
     return sizes[0]
-
-
-def _image_size(located: Source) -> tuple[int, int]:
-    size = jpeg_size(_first_bytes(located))
-    if size is not None and not _is_bomb(*size):
-        return size
-    with _opened(located) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image) in _SWAPPING_ORIENTATIONS else (height, width)
-
-
-def _read_pixels(located: Source) -> torch.Tensor:
-    with _opened(located) as image:
-        pixels = _decode_jpeg(image)
-        return torch.from_numpy(np.array(_upright_rgb(image))).permute(2, 0, 1) if pixels is None else pixels
-
-
-def _decode_jpeg(image: Image.Image) -> torch.Tensor | None:
-    """Decode an ordinary JPEG with torchvision: in half the time that Pillow takes to give an array, the same pixels.
-
-    None for all else: other formats and colours, turned images, and files that torchvision refuses, such as those cut
-    off; Pillow then decodes them or says what is wrong. (torchvision means to leave decoding to torchcodec some day,
-    whose ``decode_jpeg`` of 0.16 is the same.)
-    """
-    if image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1:
-        return None
-    stream: IO[bytes] = image.fp  # type: ignore[attr-defined, unused-ignore]
-    stream.seek(0)
-    try:
-        pixels = decode_jpeg(torch.frombuffer(bytearray(stream.read()), dtype=torch.uint8))
-    except RuntimeError:
-        return None
-    return pixels if tuple(pixels.shape) == (3, image.height, image.width) else None
-
-
-def _content(located: Source) -> bytes:
-    if isinstance(located, bytes):
-        return located
-    try:
-        with open(located, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise SampleError("unreadable_file", f"the file cannot be read: {error.strerror}.") from error
-
-
-def _stream(located: Source) -> IO[bytes]:
-    return io.BytesIO(located) if isinstance(located, bytes) else open(located, "rb")
-
-
-@contextmanager
-def _opened(located: Source) -> Iterator[Image.Image]:
-    """Open an image; what goes wrong while it is in use becomes a SampleError."""
-    try:
-        with _stream(located) as stream, _open_image(stream) as image:
-            yield image
-    except SampleError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise SampleError("decompression_bomb", f"{error}.") from error
-    except _DECODER_ERRORS as error:
-        cut = isinstance(error, EOFError) or re.search("truncated|broken|unexpected end", str(error), re.I)
-        reason = f"the image is {'cut off' if cut else 'damaged'}: {error}."
-        raise SampleError("truncated" if cut else "unreadable_file", reason) from error
-
-
-def _first_bytes(located: Source) -> bytes:
-    """Return the first bytes of a file; none where it cannot be read, which opening it will explain."""
-    if isinstance(located, bytes):
-        return located[:HEADER_BYTES]
-    try:
-        descriptor = os.open(located, os.O_RDONLY)  # a file object would take longer than all the rest
-        try:
-            return os.read(descriptor, HEADER_BYTES)
-        finally:
-            os.close(descriptor)
-    except OSError:
-        return b""
-
-
-@functools.cache
-def _known_formats() -> tuple[str, ...]:
-    """Those of IMAGE_FORMATS that this Pillow has; it fails on names it does not know."""
-    Image.init()
-    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
-
-
-def _open_image(stream: IO[bytes]) -> Image.Image:
-    """Read an image's header.
-
-    Raises:
-        SampleError: it is not an image, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
-    """
-    try:
-        image = Image.open(stream, formats=_known_formats())
-    except UnidentifiedImageError as error:
-        stream.seek(0)
-        start = stream.read(16)
-        if start.startswith(_IMAGE_STARTS):
-            raise SampleError("truncated", "the image is cut off or damaged within its header.") from error
-        raise SampleError("wrong_type", f"it is not an image that can be read; it starts with {start!r}.") from error
-    if _is_bomb(image.height, image.width):  # Pillow itself only warns up to twice this number
-        reason = f"the image has {image.width * image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}."
-        raise SampleError("decompression_bomb", f"{reason} Make it smaller.")
-    if not image.width * image.height:
-        raise SampleError("unreadable_file", f"the image has no pixels ({image.width} x {image.height}).")
-    return image
-
-
-def _is_bomb(height: int, width: int) -> bool:
-    return Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation that is still to be applied to ``image.size``, without decoding pixels."""
-    if image.format == "TIFF":
-        return 1  # Pillow's TIFF reader turns images itself, and gives their size as turned
-    if image.format == "PNG" and "exif" not in image.info and _metadata_follows_pixels(image):
-        image.load()
-    # For PNG the class's own method decodes the pixels in search of metadata behind them.
-    orientation: int = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    return orientation
-
-
-def _metadata_follows_pixels(image: Image.Image) -> bool:
-    """Whether a PNG has EXIF or text chunks behind its pixels, found by hopping from chunk to chunk."""
-    read_at = _chunk_heads(image.fp)  # type: ignore[attr-defined, unused-ignore]
-    place, behind = len(b"\x89PNG\r\n\x1a\n"), False
-    while len(head := read_at(place)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        if behind and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
-            return True
-        behind = behind or kind == b"IDAT"
-        place += 12 + length  # with length, kind and checksum
-    return False
-
-
-def _chunk_heads(stream: IO[bytes]) -> Callable[[int], bytes]:
-    """Return what reads the 8 bytes at a place: past the buffer, which would fetch 8 KiB for each of them."""
-    if isinstance(stream, io.BytesIO):
-        content = stream.getvalue()
-        return lambda place: content[place : place + 8]
-    return lambda place: os.pread(stream.fileno(), 8, place)
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation, and convert to RGB, transparency laid on white, as newer transformers do."""
-    image.load()  # while its file is open
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")

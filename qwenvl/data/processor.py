@@ -111,6 +111,7 @@ def build_encoder(
         max_length=max_length,
         overlength=arguments.overlength,
         allow_remote=arguments.allow_remote_media,
+        video_timeout=arguments.video_timeout,
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from qwenvl.arguments import TrainingArguments
@@ -13,6 +14,7 @@ from qwenvl.data.collation import Collator, Item
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.sampling import SampleOrder, ShardedBatchSampler, Sharding
 from qwenvl.train.interruption import SIGNALS
+from qwenvl.utilities.allocator import keep_freed_memory
 
 
 class ShardedDataLoader(DataLoader[Item]):
@@ -40,10 +42,12 @@ def build_loader(
     workers = args.dataloader_num_workers
     options: dict[str, Any] = {}
     if workers > 0:
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
         options = {
             "prefetch_factor": args.dataloader_prefetch_factor,
             "persistent_workers": args.dataloader_persistent_workers,
-            "worker_init_fn": _one_thread,
+            "worker_init_fn": prepare_worker,
         }
     return ShardedDataLoader(
         dataset,
@@ -55,13 +59,24 @@ def build_loader(
     )
 
 
-def _one_thread(worker: int) -> None:
-    """Many workers with many threads each fight over the cores.
+def prepare_worker(worker: int) -> None:
+    """Let a worker reuse its buffers, and outlive the signals that end a job. One thread is what torch gives it.
 
     Schedulers send SIGTERM to every process of a job; the rank still needs its workers for the step that it finishes,
     and ends them itself.
     """
     del worker
-    torch.set_num_threads(1)
+    keep_freed_memory()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """End the workers of a loader that nobody has closed, as after an error.
+
+    At its end, a process asks its workers to end by SIGTERM, which they ignore, and waits for them: for ever, and the
+    launcher and all other ranks with it.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
