@@ -18,6 +18,7 @@ from qwenvl.data.sampling import FILLER, sample_rows, split_rows
 from qwenvl.data.types import DatasetSpec, Sample
 from qwenvl.utilities.cache import array_hash, fingerprint
 from qwenvl.utilities.errors import SampleError, UserError
+from qwenvl.utilities.lockstep import Stages
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,8 @@ class ConversationDataset(Dataset[Item]):
             return Item(error=error)
         return item
 
-    def measure(self, table: int, row: int, known: Measures | None = None) -> Measurement:
-        """Return the length of a row without decoding anything. Never raises a UserError, as ``[index]``.
+    def measure(self, table: int, row: int, known: Measures | None = None) -> Stages[Measurement]:
+        """Count a row without decoding anything, in stages. Never raises a UserError, as ``[index]``.
 
         Args:
             table: which of :attr:`tables`.
@@ -187,9 +188,13 @@ class ConversationDataset(Dataset[Item]):
         usable, events = True, list[Event]()
         try:
             samples = self.tables[table].table[row]
+            yield
             for sample in samples:
                 try:
-                    counted = known if known is not None and len(samples) == 1 else self.encoder.measure(sample)
+                    if known is None or len(samples) > 1:
+                        counted = yield from self.encoder.measure(sample)
+                    else:
+                        counted = known
                     whole = whole.plus(counted)
                     self.encoder.require_length(counted.tokens, sample, used.tokens)
                     used = used.plus(counted)

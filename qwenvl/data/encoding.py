@@ -19,6 +19,7 @@ from qwenvl.data.types import Conversation, ImageItem, Sample, VideoItem
 from qwenvl.data.video import backend_name
 from qwenvl.utilities.cache import fingerprint
 from qwenvl.utilities.errors import SampleError
+from qwenvl.utilities.lockstep import Stages, finish
 
 Overlength = Literal["drop", "error", "truncate_turns"]
 
@@ -108,7 +109,7 @@ class SampleEncoder:
         Raises:
             SampleError: the sample cannot be used; says why, and where it stands.
         """
-        whole, kept = self._fitted(sample, reader or self.reader(sample))
+        whole, kept = finish(self._fit(sample, reader or self.reader(sample)))
         self.require_length(kept.encoding.length, sample)
         events = []
         if kept is not whole:
@@ -120,8 +121,8 @@ class SampleEncoder:
         tokens = self.tokenizer.expand(kept.encoding)
         return Plan(kept.conversation, kept.rendering, kept.media, tokens, tuple(events))
 
-    def measure(self, sample: Sample) -> Measures:
-        """Count what :meth:`plan` would make of a sample, without making it.
+    def measure(self, sample: Sample) -> Stages[Measures]:
+        """Count what :meth:`plan` would make of a sample, without making it, in stages.
 
         A sample that stays longer than ``max_length`` is counted as it is: what becomes of it is not decided here, so
         that the numbers hold for other limits too (unless turns are left out).
@@ -129,7 +130,7 @@ class SampleEncoder:
         Raises:
             SampleError: the sample cannot be used, whatever the limit.
         """
-        _, kept = self._fitted(sample, self.reader(sample))
+        _, kept = yield from self._fit(sample, self.reader(sample))
         return measure_sample(kept.encoding.length, kept.encoding.trained, kept.media)
 
     def require_length(self, tokens: int, sample: Sample, used: int = 0) -> None:
@@ -191,10 +192,15 @@ class SampleEncoder:
             backend_name(),
         )
 
-    def _fitted(self, sample: Sample, reader: MediaReader) -> tuple[_Draft, _Draft]:
+    def _fit(self, sample: Sample, reader: MediaReader) -> Stages[tuple[_Draft, _Draft]]:
         """Return the whole sample and what the over-length policy keeps of it: mostly the same."""
         try:
-            whole = self._draft(build_conversation(sample, self.reserved_tokens), sample, reader)
+            conversation = build_conversation(sample, self.reserved_tokens)
+            yield
+            media = tuple(plan_item(item, reader, self.settings) for item in conversation.media())
+            conversation = convert_boxes(conversation, media, sample, self.settings.family)
+            yield
+            whole = yield from self._tokenize(conversation, media)
             if whole.encoding.length <= self.max_length or self.overlength != "truncate_turns":
                 return whole, whole
             return whole, self._without_last_turns(whole) or whole
@@ -202,13 +208,9 @@ class SampleEncoder:
             error.origin = error.origin or sample.origin
             raise
 
-    def _draft(self, conversation: Conversation, sample: Sample, reader: MediaReader) -> _Draft:
-        media = tuple(plan_item(item, reader, self.settings) for item in conversation.media())
-        conversation = convert_boxes(conversation, media, sample, self.settings.family)
-        return self._tokenize(conversation, media)
-
-    def _tokenize(self, conversation: Conversation, media: tuple[MediaPlan, ...]) -> _Draft:
+    def _tokenize(self, conversation: Conversation, media: tuple[MediaPlan, ...]) -> Stages[_Draft]:
         rendering = self.template.render(conversation)
+        yield
         return _Draft(conversation, rendering, media, self.tokenizer.encode(rendering, media))
 
     def _without_last_turns(self, draft: _Draft) -> _Draft | None:
@@ -218,7 +220,7 @@ class SampleEncoder:
             if messages[stop - 1].role != "assistant":
                 continue
             shorter = replace(draft.conversation, messages=messages[:stop])
-            cut = self._tokenize(shorter, draft.media[: len(shorter.media())])
+            cut = finish(self._tokenize(shorter, draft.media[: len(shorter.media())]))
             if cut.encoding.length <= self.max_length:
                 return cut
         return None

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from qwenvl.data.collation import Event
-from qwenvl.data.dataset import ConversationDataset, Measurement
+from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.length_cache import LengthCache
 from qwenvl.data.measures import MEASURES, NOTHING, Measures
 from qwenvl.utilities.cache import fingerprint
 from qwenvl.utilities.distributed import from_main_process
 from qwenvl.utilities.errors import UserError
+from qwenvl.utilities.lockstep import in_lockstep
 
 _COUNTING = 1  # to be raised when what is counted of a sample changes, so that older caches are not read
 _ROWS_A_TASK = 64  # so few that one task of a cache that is killed with its run is not missed
@@ -91,17 +92,15 @@ class _Tasks(Dataset[_Counted]):
         return len(self._tasks)
 
     def __getitem__(self, index: int) -> _Counted:
-        task, results = self._tasks[index], list[Measurement]()
-        for row, known in zip(task.rows.tolist(), task.known.tolist(), strict=True):
-            results.append(self._dataset.measure(task.table, row, Measures(*known) if known != NOTHING else None))
-            if results[-1].error is not None:
-                break
-        missing = [NOTHING] * (len(task.rows) - len(results))
+        task = self._tasks[index]
+        known = [Measures(*one) if one != NOTHING else None for one in task.known.tolist()]
+        rows = zip(task.rows.tolist(), known, strict=True)
+        results = in_lockstep(self._dataset.measure(task.table, row, of_row) for row, of_row in rows)
         return _Counted(
-            np.array([one.measures for one in results] + missing, MEASURES),
-            np.array([one.whole or NOTHING for one in results] + missing, MEASURES),
+            np.array([one.measures for one in results], MEASURES),
+            np.array([one.whole or NOTHING for one in results], MEASURES),
             tuple(event for one in results for event in one.events),
-            results[-1].error,
+            next((one.error for one in results if one.error is not None), None),
         )
 
 

@@ -1,14 +1,16 @@
 """Messages to text through the checkpoint's own chat template, with the stretches that are trained.
 
 Where each turn ends is read from the rendering itself. Conversations of one form (speakers, and where media stand) are
-mostly rendered alike: what the template writes around their texts is found once, and where it explains a rendering to
-the last character, the places of the texts are known. Otherwise every turn's text gets a marker character, and the
-template is rendered a second time: the two must agree once the markers are taken out. Words that users type
-(``assistant``, ``<|im_end|>``, whole fake turns) cannot move a border.
+mostly rendered alike: what the template writes around their texts is found once. Where the template provably writes
+these texts as they are, that is the rendering; where it may look into them, it renders every sample, and where its
+rendering is explained to the last character, the places of the texts are known. Otherwise every turn's text gets a
+marker character, and the template is rendered a second time: the two must agree once the markers are taken out. Words
+that users type (``assistant``, ``<|im_end|>``, whole fake turns) cannot move a border.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +18,16 @@ from typing import Any, Protocol
 
 import transformers
 
-from qwenvl.data.types import Conversation, ImageItem, Message, Role, TextPart
+from qwenvl.data.template_texts import HOLE, writes_texts_as_they_are
+from qwenvl.data.types import Conversation, ImageItem, Message, Part, Role, TextPart
 from qwenvl.utilities.errors import SampleError, UserError
 
 _TOOL_RESPONSE_END = "</tool_response>"
-_HOLE = "\ue000"
+_ANSWER = "\ue000"  # of a conversation that is rendered to see what the template writes around it
 _MOST_FORMS = 10_000
 _PRIVATE_USE = [chr(code) for code in range(0xE000, 0xE100)]
 
-_Form = tuple[tuple[Role, tuple[type, ...]], ...]
+_Form = tuple[tuple[Role, tuple[type | str, ...]], ...]
 
 
 class ChatProcessor(Protocol):
@@ -48,6 +51,22 @@ class Rendering:
     spans: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What a template writes around the texts of conversations of one form.
+
+    Args:
+        literals: before, between and after the texts; nothing where that cannot be told, as with tools and calls.
+        certain: whatever the texts say.
+    """
+
+    literals: tuple[str, ...]
+    certain: bool
+
+
+_NO_FRAME = _Frame((), False)
+
+
 class ChatTemplate:
     """The chat template of one checkpoint.
 
@@ -62,16 +81,16 @@ class ChatTemplate:
     def __init__(self, processor: ChatProcessor, template_kwargs: Mapping[str, Any] | None = None) -> None:
         self._processor = processor
         self._kwargs = dict(template_kwargs or {})
-        self._forms: dict[_Form, tuple[str, ...]] = {}
+        self._frames: dict[_Form, _Frame] = {}
         question = {"role": "user", "content": "Q"}
         prompt = self._render([question])
         opening = self._render([question], add_generation_prompt=True)
-        answered = self._render([question, {"role": "assistant", "content": _HOLE}])
-        if not opening.startswith(prompt) or _HOLE not in answered or "\n" not in opening[len(prompt) :]:
+        answered = self._render([question, {"role": "assistant", "content": _ANSWER}])
+        if not opening.startswith(prompt) or _ANSWER not in answered or "\n" not in opening[len(prompt) :]:
             raise UserError("The checkpoint's chat template has no assistant header, so that labels cannot be placed.")
         generation_prompt = opening[len(prompt) :]
         self.header = generation_prompt[: generation_prompt.index("\n") + 1]
-        self.turn_end = answered[answered.index(_HOLE) + 1 :]
+        self.turn_end = answered[answered.index(_ANSWER) + len(_ANSWER) :]
         self.opens_thinking = "<think>" in generation_prompt and "</think>" not in generation_prompt
         if not self.turn_end:
             raise UserError(
@@ -84,10 +103,12 @@ class ChatTemplate:
         Raises:
             SampleError: the template refuses the conversation, or changes it so that its turns cannot be told apart.
         """
-        text = self._render_messages(conversation, None)
-        ends = self._ends_by_form(text, conversation)
-        if ends is None:
-            ends = self._ends_by_markers(text, conversation)
+        frame = self._frame(conversation)
+        text, ends = _fill_in(frame, conversation)
+        if not frame.certain:
+            rendered = self._render_messages(conversation, None)
+            if rendered != text:
+                text, ends = rendered, self._ends_by_markers(rendered, conversation)
         return Rendering(text, self._spans(text, conversation.messages, ends))
 
     def identity(self) -> list[Any]:
@@ -102,44 +123,37 @@ class ChatTemplate:
         thinks = "<think>" in answer.text or bool(answer.extra.get("reasoning_content"))
         return thinks != self.opens_thinking
 
-    def _ends_by_form(self, text: str, conversation: Conversation) -> list[int] | None:
-        """Return where the text of every turn that has any ends; None where its form does not explain the rendering."""
-        literals = self._literals(conversation)
-        if not literals:
-            return None
-        following = iter(literals)
-        written = [next(following)]
-        place, end, ends = len(written[0]), 0, []
-        for message in conversation.messages:
-            for part in message.parts:
-                if isinstance(part, TextPart):
-                    written += [part.text, next(following)]
-                    end = place + len(part.text)
-                    place = end + len(written[-1])
-            if message.text:
-                ends.append(end)
-        return ends if "".join(written) == text else None
-
-    def _literals(self, conversation: Conversation) -> tuple[str, ...]:
-        """Return what the template writes before, between and after the texts of conversations of this form.
-
-        Nothing where that cannot be told: there are tools or calls, or the template looks into the texts.
-        """
+    def _frame(self, conversation: Conversation) -> _Frame:
+        """Return what the template writes around the texts of conversations of this form."""
         messages = conversation.messages
         if conversation.tools or any(message.extra for message in messages):
-            return ()
-        form = tuple((message.role, tuple(type(part) for part in message.parts)) for message in messages)
-        found = self._forms.get(form)
-        if found is None:
-            try:
-                literals = self._render_messages(_emptied(conversation), None).split(_HOLE)
-            except SampleError:  # without its texts the template refuses it
-                literals = []
-            holes = sum(kinds.count(TextPart) for _, kinds in form)
-            found = tuple(literals) if len(literals) == holes + 1 else ()
-            if len(self._forms) < _MOST_FORMS:
-                self._forms[form] = found
-        return found
+            return _NO_FRAME
+        form = tuple((message.role, tuple(_kind(part) for part in message.parts)) for message in messages)
+        frame = self._frames.get(form)
+        if frame is None:
+            frame = self._find_frame(_emptied(conversation))
+            if len(self._frames) < _MOST_FORMS:
+                self._frames[form] = frame
+        return frame
+
+    def _find_frame(self, emptied: Conversation) -> _Frame:
+        holes = sum(part == TextPart(HOLE) for message in emptied.messages for part in message.parts)
+        try:
+            written = self._render_messages(emptied, None)
+        except SampleError:  # without its texts the template refuses it
+            return _NO_FRAME
+        literals = tuple(written.split(HOLE))
+        if len(literals) != holes + 1:
+            return _NO_FRAME
+        processor: Any = self._processor
+        template = getattr(processor, "chat_template", None)
+        own = inspect.signature(processor.apply_chat_template).parameters  # which do more than tell the template
+        if not isinstance(template, str) or any(name in own for name in self._kwargs):
+            return _Frame(literals, False)
+        variables = {"tools": None, "documents": None, "add_generation_prompt": False}
+        variables |= {**processor.tokenizer.special_tokens_map, **self._kwargs}
+        messages = [_as_template_message(message, None) for message in emptied.messages]
+        return _Frame(literals, writes_texts_as_they_are(template, messages, variables, written))
 
     def _ends_by_markers(self, text: str, conversation: Conversation) -> list[int]:
         """Return where the text of every turn that has any ends, white space behind it left out."""
@@ -209,13 +223,38 @@ def _as_template_message(message: Message, marker: str | None) -> dict[str, Any]
     return {"role": message.role, "content": body, **message.extra}
 
 
-def _emptied(conversation: Conversation) -> Conversation:
-    """Return the conversation with a single character for every text."""
-    messages = []
+def _fill_in(frame: _Frame, conversation: Conversation) -> tuple[str, list[int]]:
+    """Return the texts of a conversation within their frame, and where that of every turn that has any ends."""
+    if not frame.literals:
+        return "", []
+    following = iter(frame.literals)
+    written = [next(following)]
+    place, end, ends = len(written[0]), 0, []
     for message in conversation.messages:
-        parts = tuple(TextPart(_HOLE) if isinstance(part, TextPart) else part for part in message.parts)
-        messages.append(replace(message, parts=parts))
-    return Conversation(tuple(messages))
+        for part in message.parts:
+            if isinstance(part, TextPart) and part.text:
+                written += [part.text, next(following)]
+                end = place + len(part.text)
+                place = end + len(written[-1])
+        if message.text:
+            ends.append(end)
+    return "".join(written), ends
+
+
+def _kind(part: Part) -> type | str:
+    """Return what decides of a part how it is rendered, its text apart: an empty one is none."""
+    return type(part) if not isinstance(part, TextPart) or part.text else ""
+
+
+def _emptied(conversation: Conversation) -> Conversation:
+    """Return the conversation with a hole for every text."""
+    hole = TextPart(HOLE)
+    return Conversation(
+        tuple(
+            replace(message, parts=tuple(hole if _kind(part) is TextPart else part for part in message.parts))
+            for message in conversation.messages
+        )
+    )
 
 
 def _mark(text: str, marker: str) -> str:

@@ -17,6 +17,7 @@ from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings
 from qwenvl.data.types import Conversation, Sample
 from qwenvl.utilities.errors import SampleError
 from qwenvl.utilities.families import get_family
+from qwenvl.utilities.lockstep import finish
 
 DIGEST_BYTES = 16
 # What a sample is trained on; all else, such as its id, may differ between samples of the same content.
@@ -86,7 +87,7 @@ class SampleChecker:
             finding = self._check(sample)
             if self.encoder is not None and all(one.category == TAG_IN_ANSWER for one in finding.problems):
                 try:
-                    tokens = self.encoder.measure(sample).tokens
+                    tokens = finish(self.encoder.measure(sample)).tokens
                     self.encoder.require_length(tokens, sample, used)
                     used += tokens
                 except SampleError as error:
