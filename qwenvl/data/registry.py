@@ -44,6 +44,7 @@ RECORD_FIELDS = (
 )  # that "columns" can name
 
 _OWN_KEYS = (*SOURCE_KEYS, "data_path", "columns", "split", "config", "revision")
+_OPTIONS = ("allow_absolute", "bbox_format")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _PATTERN = re.compile(r"[*?[]")
 _PERCENT = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
@@ -202,6 +203,13 @@ def _source_key(entry: Any, where: str) -> str:
             hint = nearest(key, (str(known) for known in entry))
             more = ' It may be "".' if key == "data_path" else " (Or 'hf_dataset'.)"
             raise UserError(f"{where} has no {key!r}.{hint}{more}")
+    unknown = [key for key in entry if key not in (*_OWN_KEYS, *_OPTIONS)]
+    if unknown:
+        known = (*_OWN_KEYS, *_OPTIONS)
+        raise UserError(
+            f"{where} has {unknown[0]!r}, which has no effect.{nearest(str(unknown[0]), known)} An entry may have: "
+            f"{', '.join(known)}. Remarks go into comments."
+        )
     for key in ("split", "config", "revision"):
         if key in entry and given != ["hf_dataset"]:
             raise UserError(f"{where} has {key!r}, which goes with 'hf_dataset' alone. Take it out.")

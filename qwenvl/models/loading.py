@@ -264,20 +264,20 @@ def resolve_dtype(model_dtype: str, *, bf16: bool, fp16: bool, deepspeed: bool) 
     return known[model_dtype]
 
 
-def refuse_flattening(model: PreTrainedModel, family: Family) -> None:
+def refuse_flattening(config: Any, family: Family) -> None:
     """Refuse to pack samples into one row where the model would let them see each other.
 
     Softmax attention keeps packed samples apart by their positions. Linear attention carries a state along the row,
     and only its kernels can be told where to clear it; older transformers go on without them and leak silently.
 
     Args:
-        model: the model that is to train.
+        config: of the model that is to train.
         family: its family.
 
     Raises:
         UserError: the family has linear attention and its kernels cannot run here.
     """
-    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    layers = getattr(config.get_text_config(), "layer_types", None) or ()
     if not family.linear_attention or "linear_attention" not in layers:
         return
     obstacles = [_import_obstacle(module) for module in LINEAR_ATTENTION_PACKAGES]

@@ -73,9 +73,11 @@ def run(parsed: ParsedArguments) -> int:
     path, options = parsed.model.model_name_or_path, _origin_options(parsed)
     family = get_family(read_model_type(path, cache_dir=args.cache_dir))
     config = AutoConfig.from_pretrained(path, **options)
+    if parsed.data.data_flatten:
+        refuse_flattening(config, family)
     require_writable(args.output_dir)
     data = open_data(parsed, family, config)
-    model = open_model(parsed, family, data.processor)
+    model = open_model(parsed, data.processor)
     records = Records(settings_yaml, processor_limits(data.processor))
     trainer = build_trainer(parsed, model, data, records)
     wanted, deepspeed = args.resume_from_checkpoint, bool(args.deepspeed)
@@ -150,12 +152,11 @@ def _open_tables(specs: list[DatasetSpec], seed: int, cache_dir: str | None) -> 
     return opened or open_tables(specs, seed, cache_dir)
 
 
-def open_model(parsed: ParsedArguments, family: Family, processor: ProcessorMixin) -> PreTrainedModel:
+def open_model(parsed: ParsedArguments, processor: ProcessorMixin) -> PreTrainedModel:
     """Load the checkpoint, freeze what is not trained, and install the vision call.
 
     Raises:
-        UserError: the checkpoint is incomplete, its processor normalises in a way that is not known, nothing trains,
-            or samples could not be kept apart in a row.
+        UserError: the checkpoint is incomplete, its processor normalises in a way that is not known, or nothing trains.
     """
     arguments, args = parsed.model, parsed.training
     patchify = Patchify.from_processor(processor)
@@ -170,8 +171,6 @@ def open_model(parsed: ParsedArguments, family: Family, processor: ProcessorMixi
         attn_implementation=choose_attention(arguments.attn_implementation, half_precision=half_precision),
         **_origin_options(parsed),
     )
-    if parsed.data.data_flatten:
-        refuse_flattening(model, family)
     set_model(
         model,
         tune_mm_vision=arguments.tune_mm_vision,

@@ -31,6 +31,7 @@ def registry_file(tmp_path: Path) -> Path:
         "  'typo': {'annotation_pth': 'a.json', 'data_path': ''},\n"
         "  'no_data_path': {'annotation_path': 'a.json'},\n"
         "  'text': 'a.json',\n"
+        "  'option': {'annotation_path': 'a.json', 'data_path': '', 'bbox_fromat': 'pixel'},\n"
         "}\n"
     )
     return file
@@ -158,6 +159,7 @@ def test_a_percent_must_be_a_number_above_zero(percent: str) -> None:
         ("typo", ["'typo'", "has no 'annotation_path'", "Did you mean 'annotation_pth'"]),
         ("no_data_path", ["has no 'data_path'", 'may be ""']),
         ("text", ["'text'", "an entry is a dict"]),
+        ("option", ["'option'", "'bbox_fromat', which has no effect", "Did you mean 'bbox_format'"]),
     ],
 )
 def test_mistakes_are_named(registry_file: Path, dataset_use: str, expected: list[str]) -> None:

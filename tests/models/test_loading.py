@@ -233,14 +233,14 @@ class TestFlattening:
     def test_softmax_families_are_not_refused(self, family_name, load_tiny):
         family = get_family(family_name)
         if not family.linear_attention:
-            refuse_flattening(load_tiny(family_name), family)
+            refuse_flattening(load_tiny(family_name).config, family)
 
     @pytest.mark.parametrize("family_name", ["qwen3_5", "qwen3_5_moe"])
     def test_linear_attention_without_kernels_is_refused_with_what_to_install(self, family_name, load_tiny):
         if torch.cuda.is_available():
             pytest.skip("this machine has a GPU")
         with pytest.raises(UserError, match=r"pip install flash-linear-attention causal-conv1d.*--data_flatten False"):
-            refuse_flattening(load_tiny(family_name), get_family(family_name))
+            refuse_flattening(load_tiny(family_name).config, get_family(family_name))
 
     @pytest.mark.parametrize("family_name", ["qwen3_5", "qwen3_5_moe"])
     def test_what_is_refused_would_not_work(self, family_name, load_tiny, mixture, make_batch):

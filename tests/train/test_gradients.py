@@ -23,7 +23,7 @@ def test_a_tensor_without_a_gradient_is_named(
     checkpoint, family = tiny_checkpoint("qwen3_vl"), get_family("qwen3_vl")
     parsed = parse_arguments(flags(checkpoint, tmp_path / "out", registry))
     data = open_data(parsed, family, AutoConfig.from_pretrained(checkpoint))
-    model = open_model(parsed, family, data.processor)
+    model = open_model(parsed, data.processor)
     model.model.language_model.register_parameter("forgotten", torch.nn.Parameter(torch.zeros(3)))
     trainer = build_trainer(parsed, model, data, Records("", {}))
     with pytest.raises(UserError, match=r"1 trainable tensors got no gradient.*language_model\.forgotten"):
