@@ -18,10 +18,14 @@ from qwenvl.arguments import parse_arguments
 from qwenvl.data.messages import build_conversation
 from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.types import Origin, Sample
+from tools.check_image import main as check_image
+from tools.pack_data import main as pack_data
 from tools.show_sample import main as show_sample
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+TOOL_FLAGS = ("all", "help", "decode", "format")
 
 
 def blocks(language: str) -> list[str]:
@@ -43,7 +47,7 @@ def apples(tmp_path: Path) -> Path:
     Image.new("RGB", (80, 60), "red").save(tmp_path / "images" / "001.jpg")
     (tmp_path / "train.jsonl").write_text(json.dumps(json.loads(blocks("json")[0])) + "\n")
     source = blocks("python")[0]
-    for name in ("/data/apples/train.jsonl", "/data/charts/a.json", "/data/charts/b.json"):
+    for name in ("/data/apples/train.jsonl", "/data/charts/a.json", "/data/charts/b*.jsonl"):
         source = source.replace(name, str(tmp_path / "train.jsonl"))
     source = source.replace("/data/charts/images", str(tmp_path)).replace('"/data/apples"', repr(str(tmp_path)))
     registry = tmp_path / "my_registry.py"
@@ -82,6 +86,18 @@ def test_show_sample(apples: Path, tiny_checkpoint: Callable[..., Path], capsys:
     assert "A red apple on a wooden table" in capsys.readouterr().out
 
 
+def test_check_image_and_pack_data(
+    apples: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where they write
+    for name, tool in (("check_image.py", check_image), ("pack_data.py", pack_data)):
+        flags = shlex.split(commands(name)[0])[2:]
+        flags[flags.index("--model_name_or_path") + 1] = str(tiny_checkpoint("qwen3_vl"))
+        assert tool([*flags, "--dataset_registry", str(apples)]) == 0
+    for name in ("apples_problems.jsonl", "apples_valid.jsonl", "apples_plan.parquet", "apples_plan.json"):
+        assert name in README and (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize("command", [*commands("scripts/sft_"), *commands("scripts/launch.sh")])
 def test_launchers_give_valid_flags(command: str) -> None:
     environment = {**os.environ, "DRY_RUN": "1", "PYTHON": "python"}
@@ -114,7 +130,7 @@ def test_named_files_and_flags_exist() -> None:
         assert (REPOSITORY / path).exists(), path
     known = set(parse_arguments.__globals__["all_settings"]())
     for flag in re.findall(r"`--(\w+)", README):
-        assert flag in known or flag in ("all", "help"), flag
+        assert flag in known or flag in TOOL_FLAGS, flag
     for row in re.findall(r"^\| (`\w+`.*?) \|", README, flags=re.MULTILINE):
         for flag in re.findall(r"`(\w+)`", row):
             assert flag in known, flag
