@@ -41,25 +41,25 @@ class LengthCache:
 
     def read(self) -> np.ndarray:
         """Return what is known: MEASURES [num_rows], zeros where a row is not counted yet."""
-        nothing = np.zeros(self._num_rows, RECORD)
-        if self._path is None:
-            return nothing["measures"]
         try:
-            content = self._path.read_bytes()
-        except FileNotFoundError:
-            return nothing["measures"]
+            if self._path is not None and self._path.exists():
+                return self._checked(self._path)
         except OSError as error:
             logger.warning("Counted lengths cannot be read: %s. They are counted anew.", error)
-            return nothing["measures"]
-        if len(content) != self._bytes:
-            logger.warning("%s has lost its size: its rows are counted anew.", self._path)
-            return nothing["measures"]
-        records = np.frombuffer(content, RECORD)
-        valid = records["check"] == _checks(np.arange(self._num_rows), records["measures"])
-        damaged = int((~valid & (records != nothing)).sum())
+        return np.zeros(self._num_rows, MEASURES)
+
+    def _checked(self, path: Path) -> np.ndarray:
+        """Read the file; what is not as it was written becomes zeros."""
+        if path.stat().st_size != self._bytes:
+            logger.warning("%s has lost its size: its rows are counted anew.", path)
+            return np.zeros(self._num_rows, MEASURES)
+        records = np.fromfile(path, RECORD)
+        invalid = records["check"] != _checks(np.arange(self._num_rows), records["measures"])
+        damaged = int((invalid & (records["check"] != 0)).sum())
         if damaged:
-            logger.warning("%s: %d records are not as written, and their rows counted anew.", self._path, damaged)
-        return np.where(valid, records, nothing)["measures"]
+            logger.warning("%s: %d records are not as written, and their rows counted anew.", path, damaged)
+        records[invalid] = np.zeros((), RECORD)
+        return records["measures"]
 
     def write(self, rows: np.ndarray, measures: np.ndarray) -> None:
         """Add what was counted. Warns once, and goes on without, where the folder cannot be written to.

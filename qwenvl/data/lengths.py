@@ -27,7 +27,7 @@ from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.lockstep import in_lockstep
 
 _COUNTING = 1  # to be raised when what is counted of a sample changes, so that older caches are not read
-_ROWS_A_TASK = 64  # so few that one task of a cache that is killed with its run is not missed
+_ROWS_A_TASK = 64  # done together (see lockstep), and counted again if the run is killed meanwhile
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +66,10 @@ def measure_lengths(dataset: ConversationDataset, cache: Path | None = None, wor
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """Some rows of a table (int64 [n], ascending) and what is known of them (MEASURES [n], zeros for nothing)."""
+    """Some rows of a table: int64 [n], ascending."""
 
     table: int
     rows: np.ndarray
-    known: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +83,19 @@ class _Counted:
 
 
 class _Tasks(Dataset[_Counted]):
-    def __init__(self, dataset: ConversationDataset, tasks: Sequence[_Task]) -> None:
+    """Counts the rows of one task an index; ``known`` is what the caches hold, MEASURES [rows] of every table."""
+
+    def __init__(self, dataset: ConversationDataset, tasks: Sequence[_Task], known: Sequence[np.ndarray]) -> None:
         self._dataset = dataset
         self._tasks = tasks
+        self._known = known
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def __getitem__(self, index: int) -> _Counted:
         task = self._tasks[index]
-        known = [Measures(*one) if one != NOTHING else None for one in task.known.tolist()]
+        known = [Measures(*one) if one != NOTHING else None for one in self._known[task.table][task.rows].tolist()]
         rows = zip(task.rows.tolist(), known, strict=True)
         results = in_lockstep(self._dataset.measure(task.table, row, of_row) for row, of_row in rows)
         return _Counted(
@@ -109,11 +111,11 @@ def _measure(dataset: ConversationDataset, cache: Path | None, workers: int) -> 
     caches = _open_caches(dataset, cache)
     measures = [one.read() for one in caches]
     tasks = _plan_tasks(dataset, measures)
-    missing = sum(int((task.known["samples"] == 0).sum()) for task in tasks)
+    missing = sum(int((measures[task.table][task.rows]["samples"] == 0).sum()) for task in tasks)
     events = list[Event]()
     with tqdm(total=missing, desc="Counting lengths", unit=" rows", disable=not missing) as progress:
-        for task, counted in zip(tasks, _count(dataset, tasks, workers), strict=True):
-            new = task.known["samples"] == 0
+        for task, counted in zip(tasks, _count(_Tasks(dataset, tasks, measures), workers), strict=True):
+            new = measures[task.table][task.rows]["samples"] == 0
             keep = new & (counted.whole["samples"] > 0)
             caches[task.table].write(task.rows[keep], counted.whole[keep])
             if counted.error is not None:
@@ -145,23 +147,21 @@ def _open_caches(dataset: ConversationDataset, cache: Path | None) -> list[Lengt
 
 def _plan_tasks(dataset: ConversationDataset, known: Sequence[np.ndarray]) -> list[_Task]:
     """Return what there is to do: rows that are not known, and those that are too long, to say so with their place."""
-    tasks = []
+    tasks = list[_Task]()
     for number, table in enumerate(dataset.tables):
         rows = np.unique(table.rows)
         of_rows = known[number][rows]
         rows = rows[(of_rows["samples"] == 0) | (of_rows["tokens"] > dataset.encoder.max_length)]
-        for start in range(0, len(rows), _ROWS_A_TASK):
-            part = rows[start : start + _ROWS_A_TASK]
-            tasks.append(_Task(number, part, known[number][part]))
+        tasks += [_Task(number, rows[n : n + _ROWS_A_TASK]) for n in range(0, len(rows), _ROWS_A_TASK)]
     return tasks
 
 
-def _count(dataset: ConversationDataset, tasks: Sequence[_Task], workers: int) -> Iterator[_Counted]:
+def _count(tasks: _Tasks, workers: int) -> Iterator[_Counted]:
     """Do the tasks in worker processes; the results come in order."""
     processes = min(workers, len(tasks))
     return iter(
         DataLoader(
-            _Tasks(dataset, tasks),
+            tasks,
             batch_size=None,
             num_workers=processes if processes > 1 else 0,
             collate_fn=_as_it_is,

@@ -33,6 +33,7 @@ MEDIA_ROLES = ("user", "tool")
 TURN_EXTRAS: dict[str, type] = {"tool_calls": list, "reasoning_content": str, "name": str, "tool_call_id": str}
 
 _TAGS = re.compile("(<image>|<video>)")
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def build_conversation(sample: Sample, reserved_tokens: Collection[str]) -> Conversation:
@@ -274,7 +275,7 @@ def _check_texts(where: str, texts: Collection[str] | Iterator[str], reserved_to
                     f"{where} holds {token}, which only the chat template may write. Write <image> or <video> where "
                     "media belong, and other words elsewhere.",
                 )
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        if not text.isascii() and _SURROGATES.search(text):
             raise SampleError("bad_record", f"{where} holds half of a surrogate pair, which is not text in UTF-8.")
 
 
