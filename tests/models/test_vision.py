@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
 from qwenvl.models.loss import causal_loss
@@ -125,6 +126,31 @@ class TestEncode:
         patchify, inputs = call(model, sample)
         with pytest.raises(ValueError, match="0 features"):
             encode(model.model.visual, patchify, replace(inputs, pixels=None, media=()))
+
+
+class Recorded(TorchDispatchMode):
+    """Notes the operations that run meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_before_the_tower_waits_for_the_device(load_tiny, mixture):
+    """Numbers are read from no tensor: with a GPU, the host would have to wait for all that runs there."""
+    sample, model = mixture("qwen3_vl")["video, image"], load_tiny("qwen3_vl")
+    before = Recorded()
+    model.model.visual.register_forward_pre_hook(lambda *_: before.__exit__(None, None, None))
+    patchify, inputs = call(model, sample)
+    inputs = replace(inputs, media=[list(shape) for shape in inputs.media])  # as pinning of memory leaves them
+    before.__enter__()
+    encode(model.model.visual, patchify, inputs)
+    assert "sub_" in before.names
+    assert not {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"} & set(before.names), before.names
 
 
 def test_sample_index_numbers_the_samples_of_a_row():
