@@ -29,8 +29,9 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from qwenvl.data.types import DatasetSpec, HuggingFaceDataset
@@ -44,7 +45,6 @@ RECORD_FIELDS = (
 )  # that "columns" can name
 
 _OWN_KEYS = (*SOURCE_KEYS, "data_path", "columns", "split", "config", "revision")
-_OPTIONS = ("allow_absolute", "bbox_format")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _PATTERN = re.compile(r"[*?[]")
 _PERCENT = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
@@ -127,17 +127,24 @@ def _registry_file(path: Path) -> Path:
     return file.resolve()
 
 
+class _SourceLoader(SourceFileLoader):
+    """Runs a file as it is now. Python's cached code is that of an earlier edit of the same second and size."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _run_file(file: Path) -> ModuleType:
     """Run a registry file as a module of its own, which ``import data`` elsewhere can neither hide nor replace."""
     name = f"_qwenvl_dataset_registry_{next(_module_numbers)}"
     folders = [str(file.parent)] if file.name == "__init__.py" else None
-    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=folders)
-    if spec is None or spec.loader is None:
-        raise UserError(f"Dataset registry {file} is not a Python file. Give --dataset_registry a .py file.")
+    loader = _SourceLoader(name, str(file))
+    spec = importlib.util.spec_from_file_location(name, file, loader=loader, submodule_search_locations=folders)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that a registry folder may import its own files
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except Exception as error:  # whatever the user's own code raises
         line = _failing_line(error, file)
         where = f"line {line}: " if line else ""
@@ -203,13 +210,11 @@ def _source_key(entry: Any, where: str) -> str:
             hint = nearest(key, (str(known) for known in entry))
             more = ' It may be "".' if key == "data_path" else " (Or 'hf_dataset'.)"
             raise UserError(f"{where} has no {key!r}.{hint}{more}")
-    unknown = [key for key in entry if key not in (*_OWN_KEYS, *_OPTIONS)]
-    if unknown:
-        known = (*_OWN_KEYS, *_OPTIONS)
-        raise UserError(
-            f"{where} has {unknown[0]!r}, which has no effect.{nearest(str(unknown[0]), known)} An entry may have: "
-            f"{', '.join(known)}. Remarks go into comments."
-        )
+    known = (*_OWN_KEYS, "allow_absolute", "bbox_format")
+    for key in entry:
+        if key not in known:
+            hint = nearest(str(key), known)
+            raise UserError(f"{where} has {key!r}, which has no effect.{hint} It may have: {', '.join(known)}.")
     for key in ("split", "config", "revision"):
         if key in entry and given != ["hf_dataset"]:
             raise UserError(f"{where} has {key!r}, which goes with 'hf_dataset' alone. Take it out.")

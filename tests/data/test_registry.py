@@ -207,6 +207,16 @@ def test_a_folder_may_import_its_own_files(tmp_path: Path) -> None:
     assert "data" not in set(sys.modules) - before
 
 
+def test_an_edit_in_the_same_second_counts(tmp_path: Path) -> None:
+    """Python takes its cached code for a file of the same size that was written in the same second."""
+    file = tmp_path / "mine.py"
+    for value in ("one", "two"):
+        file.write_text(f"data_dict = {{'a': '{value}'}}")
+        os.utime(file, (1_700_000_000, 1_700_000_000))
+        assert load_registry(str(file)) == {"a": value}
+    assert not (tmp_path / "__pycache__").exists()
+
+
 def test_an_edited_registry_is_read_anew(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("data_dict = {'first': {}}\n")
