@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import resource
 import statistics
 import sys
@@ -27,6 +26,7 @@ from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
 
+from qwenvl.utilities.cores import available_cores
 from tools.check_image import main as check_image
 
 ORIGINALS = 8
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    files, cores = arguments.files, len(os.sched_getaffinity(0))
+    files, cores = arguments.files, available_cores()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder, files)

@@ -46,6 +46,7 @@ from PIL import Image
 from qwenvl.data.dataset import ConversationDataset, open_tables
 from qwenvl.data.lengths import measure_lengths
 from qwenvl.data.types import DatasetSpec
+from qwenvl.utilities.cores import available_cores
 from tools.make_tiny_checkpoint import build_tiny_checkpoint
 from tools.opening import ToolArguments, open_encoder
 
@@ -134,7 +135,7 @@ def compare(folder: Path, checkpoint: Path, arguments: argparse.Namespace) -> di
         "rows": arguments.rows,
         "tokens_a_row": round(float(tokens.mean()), 1),
         "tokens_of_pictures_a_row": round(float(pictures.mean()), 1),
-        "processes": len(os.sched_getaffinity(0)),
+        "processes": available_cores(),
         "rows_a_second": {way: round(rate, 1) for way, rate in wall.items()},
         "rows_a_cpu_second": {way: round(rate, 1) for way, rate in cpu.items()},
         "ratio": {way: round(wall[way] / wall["processor"], 1) for way in OURS},

@@ -34,6 +34,7 @@ from qwenvl.arguments.parsing import parse_class
 from qwenvl.data.annotations import AnnotationTable, open_annotations
 from qwenvl.data.video import prepare_backend
 from qwenvl.utilities.cache import replacing
+from qwenvl.utilities.cores import available_cores
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
 from tools.check.report import Summary, show, write_clean, write_problem
@@ -108,7 +109,7 @@ def _checker(arguments: CheckArguments) -> SampleChecker:
 
 def _check_dataset(table: AnnotationTable, checker: SampleChecker, arguments: CheckArguments) -> Summary:
     """Check a dataset and write its problems."""
-    workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
+    workers = available_cores() if arguments.workers is None else arguments.workers
     summary = Summary(table)
     with (
         replacing(_path(table, arguments, "problems")) as path,

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers.training_args import OptimizerNames
 
+from qwenvl.utilities.cores import available_cores
 from qwenvl.utilities.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -18,8 +19,7 @@ logger = logging.getLogger(__name__)
 
 def default_workers() -> int:
     """Return the number of loader processes of one rank: 4 as in the official scripts, fewer where cores are few."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(4, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @dataclass

@@ -266,13 +266,5 @@ class ConversationDataset(Dataset[Item]):
             return Item(error=SampleError(error.category, f"{error.reason} {hint}", error.origin))
         origin = error.origin
         assert origin is not None, error
-        record = {
-            "dataset": origin.dataset,
-            "file": origin.file,
-            "line": origin.line,
-            "member": origin.member,
-            "id": origin.id,
-            "category": error.category,
-            "reason": error.reason,
-        }
+        record = origin.record(error.category, error.reason)
         return Item(events=(Event("overlength" if overlength else "bad", origin.dataset, str(error), record),))

@@ -22,6 +22,7 @@ from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.length_cache import LengthCache
 from qwenvl.data.measures import MEASURES, NOTHING, Measures
 from qwenvl.utilities.cache import fingerprint
+from qwenvl.utilities.cores import available_cores
 from qwenvl.utilities.distributed import from_main_process
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.lockstep import in_lockstep
@@ -60,7 +61,7 @@ def measure_lengths(dataset: ConversationDataset, cache: Path | None = None, wor
     Raises:
         UserError: a row must stop the run; of several, the first in the order of the rows.
     """
-    processes = len(os.sched_getaffinity(0)) if workers is None else workers
+    processes = available_cores() if workers is None else workers
     return from_main_process(lambda: _measure(dataset, cache, processes))
 
 

@@ -19,6 +19,7 @@ from qwenvl.utilities.families import Family
 
 logger = logging.getLogger(__name__)
 
+_PATCH_SIZES = ("patch_size", "merge_size", "temporal_patch_size")
 _VISION_PAD = "<|vision_pad|>"
 _FOREIGN = "The processor's files in the checkpoint's folder are those of another model. Copy its own there."
 
@@ -56,14 +57,15 @@ def _incomplete(model_name_or_path: str, problem: str) -> str:
     )
 
 
-def vision_settings(family: Family, processor: Any, arguments: DataArguments) -> VisionSettings:
-    """Return the limits of a run: the flags', on the patch geometry of the checkpoint."""
-    images = processor.image_processor
+def vision_settings(
+    family: Family, arguments: DataArguments, *, patch_size: int, merge_size: int, temporal_patch_size: int
+) -> VisionSettings:
+    """Return the limits of a run: the flags', on patches of the sizes that a checkpoint's processor has."""
     return VisionSettings(
         family=family,
-        patch_size=images.patch_size,
-        merge_size=images.merge_size,
-        temporal_patch_size=images.temporal_patch_size,
+        patch_size=patch_size,
+        merge_size=merge_size,
+        temporal_patch_size=temporal_patch_size,
         image_min_pixels=arguments.min_pixels,
         image_max_pixels=arguments.max_pixels,
         video_min_pixels=arguments.video_min_pixels,
@@ -92,7 +94,9 @@ def build_encoder(
         UserError: processor and model do not belong together.
     """
     _require_same_pixels(processor, config.vision_config)
-    settings = vision_settings(family, processor, arguments)
+    settings = vision_settings(
+        family, arguments, **{name: getattr(processor.image_processor, name) for name in _PATCH_SIZES}
+    )
     speed = float(config.vision_config.tokens_per_second) if family.timed_positions else None
     vision = VisionTokens.from_processor(processor, speed)
     if (vision.image_id, vision.video_id) != (config.image_token_id, config.video_token_id):

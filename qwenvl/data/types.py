@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -67,6 +67,10 @@ class Origin:
     line: int
     id: str | None = None
     member: int | None = None
+
+    def record(self, category: str, reason: str) -> dict[str, Any]:
+        """Return a line of ``bad_samples.jsonl`` or ``*_problems.jsonl``: what is wrong here, and where this is."""
+        return {**asdict(self), "category": category, "reason": reason}
 
     def __str__(self) -> str:
         member = f", member {self.member}" if self.member is not None else ""

@@ -81,13 +81,10 @@ class Product:
     kind: Literal["weights", "pixels", "attention"] = "weights"
 
 
-def forward_flops(config: Any, family: Family, *, causal: bool = True) -> Flops:
-    """Return the operations of the forward pass alone; see :func:`training_flops`."""
-    return _sum((product, 1) for product in products(config, family, causal=causal))
-
-
 def training_flops(config: Any, family: Family, trained: Trained, *, causal: bool = True) -> Flops:
     """Return the operations of forward and backward pass, without any that checkpointing repeats.
+
+    Where nothing trains, these are those of the forward pass alone.
 
     Args:
         config: the model's.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from qwenvl.utilities.cache import new_hash
 
 NAME = "manifest.json"
 
@@ -56,7 +57,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _hash(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=20)
+    digest = new_hash()
     view = memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(view):

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from qwenvl.data.measures import MEASURES, measure_sample
 from qwenvl.data.sizes import ImagePlan
 from qwenvl.data.types import ImageItem
-from qwenvl.models.flops import Trained, forward_flops, training_flops
+from qwenvl.models.flops import Trained, training_flops
 from qwenvl.models.freezing import set_model
 from qwenvl.models.loss import causal_loss
 from qwenvl.models.vision import install_vision_call
@@ -99,7 +99,7 @@ def test_flops_are_what_torch_counts(family: str, trained: Trained, build: Calla
     with FlopCounterMode(display=False) as counter:
         loss = causal_loss(model, batch, num_trained_tokens=1.0)
         total, vision = counter.get_total_flops(), sum(counter.get_flop_counts()[tower].values())
-        forward = forward_flops(model.config, get_family(family), causal=False)
+        forward = training_flops(model.config, get_family(family), Trained(False, False, False), causal=False)
         assert forward.count(measures) == pytest.approx(total, rel=exactness[0])
         assert forward.split(measures)[0] == pytest.approx(vision, rel=exactness[0])
         loss.backward()

@@ -131,7 +131,7 @@ def problems(tmp_path: Path, name: str = "set") -> dict[str, list[str]]:
     """Categories of the problems of each sample, by id, sorted."""
     found: dict[str, list[str]] = {}
     for record in read_lines(tmp_path / "out" / f"{name}_problems.jsonl"):
-        assert list(record) == ["dataset", "file", "line", "member", "id", "category", "reason"]
+        assert list(record) == ["dataset", "file", "line", "id", "member", "category", "reason"]
         assert record["reason"]
         found.setdefault(record["id"], []).append(record["category"])
     return {identifier: sorted(categories) for identifier, categories in found.items()}

@@ -69,17 +69,7 @@ class Summary:
 
 def write_problem(file: IO[str], problem: Problem) -> None:
     """Write a line of ``*_problems.jsonl``."""
-    origin = problem.origin
-    record = {
-        "dataset": origin.dataset,
-        "file": origin.file,
-        "line": origin.line,
-        "member": origin.member,
-        "id": origin.id,
-        "category": problem.category,
-        "reason": problem.reason,
-    }
-    file.write(_dump(record) + "\n")
+    file.write(_dump(problem.origin.record(problem.category, problem.reason)) + "\n")
 
 
 def write_clean(summary: Summary, path: Path) -> int:

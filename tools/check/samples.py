@@ -13,6 +13,7 @@ from qwenvl.data.boxes import convert_boxes
 from qwenvl.data.encoding import SampleEncoder, plan_item
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import examine
+from qwenvl.data.processor import vision_settings
 from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings
 from qwenvl.data.types import Conversation, Sample
 from qwenvl.utilities.errors import SampleError
@@ -32,21 +33,8 @@ DEFAULT_FAMILY = "qwen3_vl"
 
 def default_settings(arguments: DataArguments) -> VisionSettings:
     """Return the limits of the flags on the patches of Qwen3-VL, for a check without a model."""
-    return VisionSettings(
-        family=get_family(DEFAULT_FAMILY),
-        patch_size=16,
-        merge_size=2,
-        temporal_patch_size=2,
-        image_min_pixels=arguments.min_pixels,
-        image_max_pixels=arguments.max_pixels,
-        video_min_pixels=arguments.video_min_pixels,
-        video_max_pixels=arguments.video_max_pixels,
-        video_min_frame_pixels=arguments.video_min_frame_pixels,
-        video_max_frame_pixels=arguments.video_max_frame_pixels,
-        video_fps=arguments.video_fps,
-        video_min_frames=arguments.video_min_frames,
-        video_max_frames=arguments.video_max_frames,
-    )
+    family = get_family(DEFAULT_FAMILY)
+    return vision_settings(family, arguments, patch_size=16, merge_size=2, temporal_patch_size=2)
 
 
 @dataclass(frozen=True, slots=True)
