@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 
 from qwenvl.data.collation import Collator, EncodedSample, Item
+from qwenvl.models import vision
 from qwenvl.models.patches import Patchify
-from qwenvl.models.vision import HookHandles, install_vision_call
 
 
 @functools.cache
@@ -22,9 +22,9 @@ def patchify_of(folder: Path | str) -> Patchify:
     return Patchify.from_processor(AutoProcessor.from_pretrained(folder))
 
 
-def install(model: PreTrainedModel) -> HookHandles:
-    """Install the vision call into a model loaded from a folder."""
-    return install_vision_call(model, patchify_of(model.config._name_or_path))
+def install(model: PreTrainedModel) -> vision.Installed:
+    """Install the vision call and the loss into a model loaded from a folder."""
+    return vision.install(model, patchify_of(model.config._name_or_path))
 
 
 def patches_of(sample: EncodedSample, folder: Path) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from qwenvl.models.vision import VisionInputs
@@ -15,28 +14,37 @@ from qwenvl.models.vision import VisionInputs
 IGNORED_LABEL = -100
 """Label of a token that is not trained; what ``torch.nn.functional.cross_entropy`` leaves out by default."""
 
-_OWN_KEYS = frozenset({"labels", "pixels", "media", "vision_mask", "num_vision_tokens"})
+_OWN_KEYS = frozenset({"pixels", "media", "vision_mask", "num_vision_tokens"})
 
 
-def trained_positions(labels: Tensor) -> Tensor:
-    """Return the positions whose prediction is trained.
+def tell_host(batch: dict[str, Any]) -> dict[str, Any]:
+    """Make of a batch what the model takes, and add what would have to be read from the device later.
 
-    Position t predicts token t + 1, so it is kept where label t + 1 is trained. The last position of a sequence
-    predicts nothing; in a flattened row neither does the last of each sample, as a sample's first label is never
-    trained.
+    ``labels`` become the positions that are trained and the tokens they predict. Position t predicts token t + 1, so it
+    is kept where label t + 1 is trained. The last position of a sequence predicts nothing; in a flattened row neither
+    does the last of each sample, as a sample's first label is never trained.
 
         labels     -100  -100    7    8  -100
-        kept          .     x    x    .     .
+        kept          .     x    x    .     .       kept_positions 1 2, targets 7 8
 
     Args:
-        labels: int64 [B, T], -100 where a token is not trained.
+        batch: of the collator, on the host; ``labels`` int64 [B, T], -100 where a token is not trained.
 
     Returns:
-        bool [B, T].
+        The batch without ``labels``, with ``kept_positions`` int64 [n], in the batch's rows one after another;
+        ``targets`` int64 [n]; and ``segment_lengths``, Python numbers: tokens of each sample of a flattened row, or
+        the length of padded rows.
     """
+    batch = dict(batch)
+    labels: Tensor = batch.pop("labels")
     kept = torch.zeros_like(labels, dtype=torch.bool)
     kept[:, :-1] = labels[:, 1:] != IGNORED_LABEL
-    return kept
+    borders: Tensor | None = batch.get("cu_seq_lens_q")
+    return batch | {
+        "kept_positions": kept.flatten().nonzero().squeeze(1),
+        "targets": labels[:, 1:][kept[:, :-1]],
+        "segment_lengths": tuple(borders.diff().tolist()) if borders is not None else (labels.shape[1],),
+    }
 
 
 def causal_loss(model: nn.Module, batch: Mapping[str, Any], *, num_trained_tokens: Tensor | float) -> Tensor:
@@ -46,32 +54,28 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Any], *, num_trained_token
     connected to every parameter, so that a rank that holds one takes part in each collective.
 
     Args:
-        model: a model with :func:`qwenvl.models.vision.install_vision_call`, wrapped or not.
-        batch: ``input_ids`` and ``labels`` int64 [B, T], ``position_ids`` int64 [4, B, T], ``vision_mask`` bool
-            [B, T] and ``num_vision_tokens``, the number of True in it; ``pixels`` and ``media`` where it holds media
-            (see :class:`~qwenvl.models.vision.VisionInputs`), ``attention_mask`` if padded, ``cu_seq_lens_q`` and the
-            like if flattened.
+        model: a model with :func:`qwenvl.models.vision.install`, wrapped or not.
+        batch: from :func:`tell_host`: ``input_ids`` int64 [B, T], ``position_ids`` int64 [4, B, T], ``vision_mask``
+            bool [B, T] and ``num_vision_tokens``, the number of True in it; ``kept_positions``, ``targets`` and
+            ``segment_lengths``; ``pixels`` and ``media`` where it holds media (see
+            :class:`~qwenvl.models.vision.VisionInputs`), ``attention_mask`` if padded, ``cu_seq_lens_q`` and the like
+            if flattened.
         num_trained_tokens: what to divide by: the trained tokens of the whole optimizer step, over all ranks and
             accumulation steps, so that the parts' sum does not depend on the split.
 
     Returns:
         float32 scalar: sum of cross entropy over the batch's trained tokens, in nats, / ``num_trained_tokens``.
     """
-    labels: Tensor = batch["labels"]
-    kept = trained_positions(labels)
     output = model(
         **{key: value for key, value in batch.items() if key not in _OWN_KEYS},
         vision_inputs=VisionInputs(
             batch.get("pixels"), batch.get("media", ()), batch["vision_mask"], batch["num_vision_tokens"]
         ),
-        kept_positions=kept,
         use_cache=False,  # with a cache, transformers does not look for packed samples and lets them see each other
     )
-    targets = labels[:, 1:][kept[:, :-1]]
-    # without the hooks a stock model takes the arguments it does not know without a word
-    assert output.logits.shape[1] == len(targets), "call install_vision_call(model) first"
-    total = functional.cross_entropy(output.logits[0].float(), targets.to(output.logits.device), reduction="sum")
-    return total / num_trained_tokens
+    # without our head a stock model takes the arguments it does not know without a word
+    assert output.logits.dim() == 0, "call qwenvl.models.vision.install first"
+    return output.logits / num_trained_tokens
 
 
 class GradientWatch:

@@ -8,12 +8,13 @@ are cut to no rows but stay in the graph, so that text alone gives every paramet
 Nothing of transformers is replaced. Keyword arguments that a model does not know travel through its ``forward`` to its
 language model; hooks there take ours out of the call before the stock code sees them:
 
-    model(input_ids, position_ids, vision_inputs=VisionInputs(...), kept_positions=mask)
+    model(input_ids, position_ids, vision_inputs=VisionInputs(...), kept_positions=positions, targets=ids)
       language model <- before: inputs_embeds with the visual features in place (+ the family's deepstack arguments)
-                     -> after:  hidden states [B, T, H] cut to the kept rows [1, n, H], so that the vocabulary
-                                projection runs on those alone
+                     -> after:  hidden states [B, T, H] cut to the kept rows [1, n, H]
+      lm_head        -> the loss of those rows in place of logits (qwenvl.models.head)
 
-A call without them, such as ``generate``, is left as it is.
+A call without them, such as ``generate``, is left as it is. No number is read from the device on the way: what the
+host has to know, it is told (lengths, sizes, counts).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from qwenvl.models.head import LossHead, SummedLoss, linear_cross_entropy
 from qwenvl.models.patches import MediumShape, Patchify
+from qwenvl.models.tower import PatchProjection, describe_grids
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +88,9 @@ def encode(visual: PreTrainedModel, patchify: Patchify, inputs: VisionInputs) ->
         patches, grids = _blank_picture(visual.config, device)
     else:
         patches = patchify.to(device)(inputs.pixels.to(device), inputs.media)
-        grids = _on_device([shape[1:] for shape in inputs.media], device)
+        grids = [shape[1:] for shape in inputs.media]
     with _graph_if_trained(visual):
-        output = visual(patches.to(visual.dtype), grid_thw=grids, return_dict=True)
+        output = visual(patches.to(visual.dtype), **describe_grids(visual, grids, device), return_dict=True)
     features = _read_output(output)
     if inputs.pixels is None:
         return VisionFeatures(features.embeddings[:0], tuple(layer[:0] for layer in features.deepstack))
@@ -113,17 +116,11 @@ def _check_counts(visual: Any, patchify: Patchify, inputs: VisionInputs) -> None
         )
 
 
-def _on_device(grids: Sequence[MediumShape], device: torch.device) -> Tensor:
-    """Return int64 [media, 3] on the device; from pinned memory, as an ordinary copy waits for all earlier work."""
-    on_host = torch.tensor([tuple(grid) for grid in grids], pin_memory=device.type == "cuda")
-    return on_host.to(device, non_blocking=True)
-
-
-def _blank_picture(config: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def _blank_picture(config: Any, device: torch.device) -> tuple[Tensor, list[MediumShape]]:
     """Patches (zeros) and grid of the smallest picture the tower takes: one merged token."""
     merge = config.spatial_merge_size
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    return torch.zeros(merge * merge, width, device=device), _on_device([(1, merge, merge)], device)
+    return torch.zeros(merge * merge, width, device=device), [(1, merge, merge)]
 
 
 def _graph_if_trained(visual: nn.Module) -> AbstractContextManager[None]:
@@ -141,15 +138,27 @@ def place(inputs_embeds: Tensor, mask: Tensor, features: VisionFeatures) -> dict
         features: from :func:`encode`.
 
     Returns:
-        The language model's arguments that change: ``inputs_embeds``, and ``visual_pos_masks`` with
-        ``deepstack_visual_embeds`` where the family has deepstack.
+        The language model's arguments that change: ``inputs_embeds``, and ``visual_pos_masks`` (numbers of the rows)
+        with ``deepstack_visual_embeds`` ([B, T, H] each) where the family has deepstack.
     """
     embeddings = features.embeddings.to(inputs_embeds.device, inputs_embeds.dtype)
     # masked_scatter also keeps features of no rows in the graph, which is what makes text alone give zero gradients
     changed: dict[str, Any] = {"inputs_embeds": inputs_embeds.masked_scatter(mask.unsqueeze(-1), embeddings)}
     if features.deepstack:
-        changed |= {"visual_pos_masks": mask, "deepstack_visual_embeds": list(features.deepstack)}
+        changed |= _deepstack(inputs_embeds, mask, features.deepstack)
     return changed
+
+
+def _deepstack(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor]) -> dict[str, Any]:
+    """Return the language model's deepstack arguments, spread over all tokens with zeros between.
+
+    The stock code adds ``hidden_states[visual_pos_masks] + embeds``. Indexed by a mask, it would wait for the device
+    to count it, twice a layer; indexed by the numbers of the rows, with features as wide as the rows, it adds the same.
+    """
+    nothing = inputs_embeds.new_zeros(inputs_embeds.shape)
+    spread = [nothing.masked_scatter(mask.unsqueeze(-1), part.to(nothing.device, nothing.dtype)) for part in features]
+    rows = torch.arange(len(inputs_embeds), device=inputs_embeds.device)
+    return {"visual_pos_masks": rows, "deepstack_visual_embeds": spread}
 
 
 def sample_index(cu_seq_lens: Tensor, length: int) -> Tensor:
@@ -171,13 +180,14 @@ def _has_linear_attention(language_model: Any) -> bool:
 
 
 @dataclass
-class _LanguageModelHooks:
+class _Hooks:
     """The two hooks around one call of the language model.
 
     A class rather than closures: a deep copy or a pickle of the model then refers to its own tower.
     """
 
     visual: PreTrainedModel
+    head: LossHead
     patchify: Patchify
     # set before each call and used after it, so that it never outlives a call, not even one that fails
     kept_positions: Tensor | None = field(default=None, init=False)
@@ -188,6 +198,7 @@ class _LanguageModelHooks:
         """Take our arguments out of the call and put the visual features in."""
         kwargs = dict(kwargs)
         self.kept_positions = kwargs.pop("kept_positions", None)
+        self.head.targets = kwargs.pop("targets", None)
         inputs: VisionInputs | None = kwargs.pop("vision_inputs", None)
         if inputs is not None:
             kwargs |= place(kwargs["inputs_embeds"], inputs.mask, encode(self.visual, self.patchify, inputs))
@@ -199,39 +210,52 @@ class _LanguageModelHooks:
         """Keep the rows of the kept positions, of all sequences in one row [1, n, H]."""
         kept, self.kept_positions = self.kept_positions, None
         if kept is not None:
-            output.last_hidden_state = output.last_hidden_state[kept].unsqueeze(0)
+            rows = output.last_hidden_state.flatten(0, 1)
+            output.last_hidden_state = rows.index_select(0, kept.to(rows.device)).unsqueeze(0)
         return output
 
 
 @dataclass(frozen=True)
-class HookHandles:
-    """Several hooks that are removed together."""
+class Installed:
+    """What :func:`install` changed in a model, to be undone together.
+
+    Args:
+        handles: of the hooks.
+        layers: owner, name and stock layer of each layer that was exchanged.
+    """
 
     handles: tuple[RemovableHandle, ...]
+    layers: tuple[tuple[nn.Module, str, nn.Module], ...]
 
     def remove(self) -> None:
-        """Remove the hooks; removing twice does nothing."""
+        """Give the model back its own layers, without hooks; removing twice does nothing."""
         for handle in self.handles:
             handle.remove()
+        for owner, name, layer in self.layers:
+            setattr(owner, name, layer)
 
 
-def install_vision_call(model: PreTrainedModel, patchify: Patchify) -> HookHandles:
-    """Teach a stock model the arguments ``vision_inputs`` and ``kept_positions``.
+def install(model: PreTrainedModel, patchify: Patchify, summed_loss: SummedLoss = linear_cross_entropy) -> Installed:
+    """Teach a stock model the arguments ``vision_inputs``, ``kept_positions`` and ``targets``.
 
-    Install once, before the model is wrapped (DDP, DeepSpeed, PEFT). Saved files and ``generate`` are not affected.
+    Install once, before the model is wrapped (DDP, DeepSpeed, PEFT). Saved files and ``generate`` are not affected:
+    the two layers that are exchanged hold the same parameters under the same names.
 
     Args:
         model: a stock ``...ForConditionalGeneration`` of a family this trainer knows.
         patchify: makes patches as the checkpoint's processor does.
+        summed_loss: of the vocabulary projection.
 
     Returns:
-        A handle that removes it.
+        A handle that undoes it.
     """
-    hooks = _LanguageModelHooks(model.model.visual, patchify)
-    language_model = model.model.language_model
-    return HookHandles(
-        (
-            language_model.register_forward_pre_hook(hooks.before, with_kwargs=True),
-            language_model.register_forward_hook(hooks.after),
-        )
+    visual, language_model = model.model.visual, model.model.language_model
+    stock = ((visual.patch_embed, "proj", visual.patch_embed.proj), (model, "lm_head", model.lm_head))
+    visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
+    model.lm_head = head = LossHead(model.lm_head, summed_loss)
+    hooks = _Hooks(visual, head, patchify)
+    handles = (
+        language_model.register_forward_pre_hook(hooks.before, with_kwargs=True),
+        language_model.register_forward_hook(hooks.after),
     )
+    return Installed(handles, stock)

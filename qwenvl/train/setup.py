@@ -22,11 +22,12 @@ from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.sampling import SampleOrder
 from qwenvl.data.types import DatasetSpec
 from qwenvl.data.video import prepare_backend
+from qwenvl.models.attention import attend_by_segments
 from qwenvl.models.freezing import configure_checkpointing, format_table, set_model, summarize
 from qwenvl.models.loading import choose_attention, load_model, read_model_type, refuse_flattening, resolve_dtype
 from qwenvl.models.optimizer import learning_rates_of, parameter_groups
 from qwenvl.models.patches import Patchify
-from qwenvl.models.vision import install_vision_call
+from qwenvl.models.vision import install
 from qwenvl.train import interruption
 from qwenvl.train.arrangement import arrange
 from qwenvl.train.checkpoints import find_checkpoint, require_writable
@@ -165,12 +166,12 @@ def open_model(parsed: ParsedArguments, processor: ProcessorMixin) -> PreTrained
         _start_deepspeed()
     dtype = resolve_dtype(arguments.model_dtype, bf16=args.bf16, fp16=args.fp16, deepspeed=bool(args.deepspeed))
     half_precision = args.bf16 or args.fp16 or dtype == torch.bfloat16
+    attention = choose_attention(arguments.attn_implementation, half_precision=half_precision)
     model = load_model(
-        arguments.model_name_or_path,
-        dtype=dtype,
-        attn_implementation=choose_attention(arguments.attn_implementation, half_precision=half_precision),
-        **_origin_options(parsed),
+        arguments.model_name_or_path, dtype=dtype, attn_implementation=attention, **_origin_options(parsed)
     )
+    if attention == "sdpa":
+        attend_by_segments(model)
     set_model(
         model,
         tune_mm_vision=arguments.tune_mm_vision,
@@ -186,7 +187,7 @@ def open_model(parsed: ParsedArguments, processor: ProcessorMixin) -> PreTrained
     )
     logger.info("Trained parts:\n%s", format_table(summarize(model, learning_rates_of(groups))))
     _checkpoint_trained_parts(model, args)
-    install_vision_call(model, patchify)
+    install(model, patchify)
     return model
 
 

@@ -19,7 +19,7 @@ from qwenvl.arguments import TrainingArguments
 from qwenvl.data.collation import Collator
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.sampling import SampleOrder, Sharding
-from qwenvl.models.loss import causal_loss, trained_positions
+from qwenvl.models.loss import causal_loss, tell_host
 from qwenvl.models.optimizer import parameter_groups
 from qwenvl.train.interruption import StopRequest
 from qwenvl.train.loader import build_loader
@@ -138,7 +138,7 @@ class QwenVLTrainer(SavingTrainer):
         pictures, stop = self._any_rank(any("media" in batch for batch in batches), self.stop_request.received)
         self._unused_vision.begin_step(self.optimizer, pictures=pictures)
         self.stop_request.begin_step(agreed=stop)
-        return batches, self._trained_tokens
+        return [tell_host(batch) for batch in batches], self._trained_tokens
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Look at the batches of a step, then count its trained tokens, which waits for the other ranks."""
@@ -250,10 +250,10 @@ class QwenVLTrainer(SavingTrainer):
         totals = self._zeros(2)
         for batch in dataloader:
             self._receive(batch)
-            inputs = self._prepare_inputs(batch)
+            inputs = self._prepare_inputs(tell_host(batch))
             with torch.no_grad(), self.compute_loss_context_manager():
                 totals[0] += causal_loss(model, inputs, num_trained_tokens=1.0)
-            totals[1] += trained_positions(inputs["labels"]).sum()
+            totals[1] += len(inputs["targets"])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss_sum, tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
         metrics = {

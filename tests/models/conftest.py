@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from qwenvl.models.loss import tell_host
 from qwenvl.models.patches import MediumShape
 from qwenvl.utilities.families import FAMILIES, get_family
 from tests.patches import frames_of
@@ -196,7 +197,7 @@ def layout(request: pytest.FixtureRequest, family_name: str) -> str:
 @pytest.fixture
 def make_batch() -> Callable[[str, Sequence[StockSample]], dict[str, Any]]:
     """Function of layout and samples that makes a batch."""
-    return lambda layout, samples: BATCHES[layout](samples)
+    return lambda layout, samples: tell_host(BATCHES[layout](samples))
 
 
 @pytest.fixture

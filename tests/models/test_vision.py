@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
+from qwenvl.models import vision
+from qwenvl.models.attention import attend_by_segments
 from qwenvl.models.loss import causal_loss
 from qwenvl.models.patches import Patchify
 from qwenvl.models.vision import VisionInputs, encode, sample_index
+from qwenvl.utilities.families import get_family
 from tests.patches import install, patchify_of
 
 
@@ -45,7 +47,7 @@ def test_generation_and_stock_calls_are_not_disturbed(family_name, load_tiny, mi
     hooked.eval()
     assert generate(hooked, sample) == generate(plain, sample)
     with torch.no_grad():
-        assert torch.equal(hooked(**sample.inputs).logits, plain(**sample.inputs).logits)
+        torch.testing.assert_close(hooked(**sample.inputs).logits, plain(**sample.inputs).logits, rtol=0, atol=1e-4)
 
 
 def test_a_failed_call_leaves_nothing_behind(load_tiny, mixture, make_batch):
@@ -64,7 +66,7 @@ def test_removing_the_handle_restores_the_stock_model(load_tiny, mixture, make_b
     handle = install(model)
     handle.remove()
     handle.remove()
-    with pytest.raises(AssertionError, match="install_vision_call"):
+    with pytest.raises(AssertionError, match="vision.install"):
         causal_loss(model, make_batch("padded", [mixture("qwen3_vl")["image"]]), num_trained_tokens=1.0)
 
 
@@ -128,29 +130,17 @@ class TestEncode:
             encode(model.model.visual, patchify, replace(inputs, pixels=None, media=()))
 
 
-class Recorded(TorchDispatchMode):
-    """Notes the operations that run meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-def test_nothing_before_the_tower_waits_for_the_device(load_tiny, mixture):
-    """Numbers are read from no tensor: with a GPU, the host would have to wait for all that runs there."""
-    sample, model = mixture("qwen3_vl")["video, image"], load_tiny("qwen3_vl")
-    before = Recorded()
-    model.model.visual.register_forward_pre_hook(lambda *_: before.__exit__(None, None, None))
-    patchify, inputs = call(model, sample)
-    inputs = replace(inputs, media=[list(shape) for shape in inputs.media])  # as pinning of memory leaves them
-    before.__enter__()
-    encode(model.model.visual, patchify, inputs)
-    assert "sub_" in before.names
-    assert not {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"} & set(before.names), before.names
+def test_no_number_is_read_from_the_device(family_name, layout, load_tiny, mixture, make_batch):
+    """With a GPU, the host would have to wait for all that runs there. A device without memory has no numbers."""
+    if get_family(family_name).linear_attention:
+        pytest.skip("its stock mask of padding asks whether there is any, once a batch")
+    model = load_tiny(family_name)
+    vision.install(model, copy.deepcopy(patchify_of(model.config._name_or_path)))
+    attend_by_segments(model)
+    batch = make_batch(layout, [mixture(family_name)[name] for name in ("text", "video, image")])
+    on_meta = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
+    causal_loss(model.to("meta"), on_meta, num_trained_tokens=1.0).backward()
+    assert model.model.visual.patch_embed.proj.weight.grad.is_meta
 
 
 def test_sample_index_numbers_the_samples_of_a_row():

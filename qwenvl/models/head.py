@@ -1,0 +1,126 @@
+"""The vocabulary projection with its cross entropy, without a tensor of all logits.
+
+A row of logits has as many columns as the vocabulary has entries: 151,936 or 248,320. For 8,000 trained tokens that is
+5 to 8 GB in float32, and backward needs it twice. Here rows are taken a chunk at a time: logits, their cross entropy
+and their gradients are computed and given up before the next chunk. Gradients are computed in the forward pass, since
+the logits are there; a loss that is only a sum needs no more than a factor in the backward pass. (The idea of Liger
+Kernel's fused linear cross entropy, Hsu et al., 2024, arXiv 2410.10989, section 3.2; here in plain torch.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+CHUNK_ELEMENTS = 1 << 27
+"""Logits held at a time: 883 rows of 151,936 columns, 0.5 GB in float32."""
+
+SummedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(hidden states [n, H], weight [V, H], targets int64 [n]) to the sum of cross entropy, float32, in nats."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross entropy of ``hidden @ weight.T``; both gradients are ready when forward ends."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        matrix = weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        total = torch.zeros((), dtype=_exact(dtype), device=hidden.device)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            states = hidden[part].to(dtype)
+            logits = states @ matrix.T
+            total += functional.cross_entropy(logits.to(total.dtype), targets[part], reduction="sum")
+            if not (needs_hidden or needs_weight):
+                continue
+            slope = _gradient_of_logits(logits, targets[part])
+            if grad_hidden is not None:
+                grad_hidden[part] = slope @ matrix
+            if grad_weight is not None:
+                _accumulate(grad_weight, slope.T, states)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if part is None else part.mul_(grad.to(part.dtype)) for part in ctx.saved_tensors)
+        return (*scaled, None, None, None)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """Return the type for sums over the vocabulary: float32, or float64 for a model in it."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _gradient_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return softmax(logits) - one_hot(targets), [n, V], in the type of the logits."""
+    slope = logits.softmax(-1, dtype=_exact(logits.dtype))
+    slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
+    return slope.to(logits.dtype)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to a gradient in its own type: under autocast that is float32, the product is not."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_elements: int = CHUNK_ELEMENTS
+) -> Tensor:
+    """Return the summed cross entropy of a projection to the vocabulary.
+
+    Computes in the type of autocast where it is on, as a linear layer does; cross entropy and softmax are float32.
+
+    Args:
+        hidden: [n, H] hidden states.
+        weight: [V, H], of the projection.
+        targets: int64 [n], the token that each row predicts, 0 to V - 1.
+        chunk_elements: logits held at a time.
+
+    Returns:
+        Scalar, float32 (float64 for hidden states of it), in nats. Its gradient may be taken once.
+    """
+    kind = hidden.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+    rows = max(1, chunk_elements // len(weight))
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, rows, dtype)
+    return total
+
+
+class LossHead(nn.Linear):
+    """The output projection of a language model, which returns a loss instead of logits where targets are set.
+
+    A layer of its own and no function beside the model, because ZeRO-3 and FSDP gather a weight while the layer that
+    holds it runs. Its parameters are those of the layer it stands for, under the same names.
+
+    Args:
+        linear: the stock layer.
+        summed_loss: computes the loss.
+    """
+
+    def __init__(self, linear: nn.Linear, summed_loss: SummedLoss = linear_cross_entropy) -> None:
+        assert set(linear.state_dict()) == {"weight"}, "no family has a bias here"
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.summed_loss = summed_loss
+        self.targets: Tensor | None = None  # for the next call, and for that alone
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., V]; or, with ``targets`` set, the summed cross entropy of all rows, float32 scalar."""
+        targets, self.targets = self.targets, None
+        if targets is None:
+            return super().forward(hidden)
+        return self.summed_loss(hidden.flatten(0, -2), self.weight, targets)
