@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers.training_args import OptimizerNames
 
+from qwenvl.arguments.engines import check_deepspeed, check_fsdp
 from qwenvl.utilities.cores import available_cores
 from qwenvl.utilities.errors import UserError, nearest
 
@@ -130,6 +131,9 @@ class TrainingArguments(transformers.TrainingArguments):
         self._name_checkpointing()
         self._choose_device()
         self.report_to = choose_reporters(self.report_to)
+        check_fsdp(self)
+        if self.deepspeed:
+            self.deepspeed = check_deepspeed(self)
         super().__post_init__()
         self._keep_to_one_device()
 
