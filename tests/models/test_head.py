@@ -81,7 +81,7 @@ def test_autocast_computes_as_a_linear_layer_does_and_keeps_float32_gradients():
         whole = functional.cross_entropy(functional.linear(hidden, weight).float(), targets, reduction="sum")
         ours = linear_cross_entropy(hidden, weight, targets, chunk_elements=6000)
     found, expected = gradients(ours, hidden, weight), gradients(whole, hidden, weight)
-    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-6)
     for one, other in zip(found[1:], expected[1:], strict=True):
         assert one.dtype == torch.float32
         assert (one - other).norm() < 1e-2 * other.norm()
