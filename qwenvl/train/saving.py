@@ -57,6 +57,13 @@ class SavingTrainer(Trainer):
         self._records = records
         self._drafts: str | None = None  # where a checkpoint is written, while one is
 
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """Train an epoch, unless a run is resumed at its end: inside an epoch, the Trainer would take one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **options)
+        else:
+            self.control.should_training_stop = True
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights to resume with, every one of them.
 

@@ -89,12 +89,16 @@ def _again(stopped: Path, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
     return train(tiny_checkpoint("qwen3_vl"), folder, registry, **{**FOUR_STEPS, **extra})
 
 
+@pytest.mark.parametrize("case", ["stopped", "mixed"])  # at the end of an epoch, and inside one
 def test_finished_run_started_again_leaves_the_weights_as_they_are(
-    stopped: Path, tmp_path: Path, tiny_checkpoint: Callable[[str], Path], registry: Path
+    case: str, request: pytest.FixtureRequest, tmp_path: Path, tiny_checkpoint: Callable[[str], Path], registry: Path
 ) -> None:
-    again = _again(stopped, tmp_path, tiny_checkpoint, registry)
-    assert equal_bits(again, stopped)
-    assert history(again) == history(stopped)
+    finished = request.getfixturevalue(case)
+    shutil.copytree(finished, tmp_path / "again")
+    settings = FOUR_STEPS if case == "stopped" else MIXED_STEPS
+    again = train(tiny_checkpoint("qwen3_vl"), tmp_path / "again", registry, **settings)
+    assert equal_bits(again, finished)
+    assert history(again) == history(finished)
 
 
 def test_false_starts_anew(
