@@ -88,6 +88,7 @@ class SampleEncoder:
         overlength: what happens to longer ones: left out, stop the run, or leave out turns from the end.
         allow_remote: http(s) media may be fetched.
         video_timeout: seconds that opening or decoding a video may take.
+        max_positions: that the model is made for; None for any. A picture has fewer positions than tokens.
     """
 
     template: ChatTemplate
@@ -98,6 +99,7 @@ class SampleEncoder:
     overlength: Overlength = "drop"
     allow_remote: bool = False
     video_timeout: float = 120.0
+    max_positions: int | None = None
 
     def plan(self, sample: Sample, reader: MediaReader | None = None) -> Plan:
         """Tokenize without decoding media.
@@ -119,6 +121,7 @@ class SampleEncoder:
         if self.template.thinking_mismatch(kept.conversation):
             events.append(Event("thinking_mismatch", sample.origin.dataset, str(sample.origin)))
         tokens = self.tokenizer.expand(kept.encoding)
+        self._require_positions(tokens, sample)
         return Plan(kept.conversation, kept.rendering, kept.media, tokens, tuple(events))
 
     def measure(self, sample: Sample) -> Stages[Measures]:
@@ -154,6 +157,18 @@ class SampleEncoder:
         else:
             return
         raise OverlengthError("overlength", reason, sample.origin, fatal=self.overlength == "error")
+
+    def _require_positions(self, tokens: Tokens, sample: Sample) -> None:
+        """Check that the rotary positions of a sample lie in the context of the model."""
+        used = int(tokens.position_ids[1:].max()) + 1
+        if self.max_positions is not None and used > self.max_positions:
+            raise SampleError(
+                "beyond_context",
+                f"the sample takes {used} positions, but the model is made for {self.max_positions} "
+                "(max_position_embeddings of its config.json). Extend its context by --rope_scaling yarn "
+                "--rope_factor NUMBER, shorten the sample, or lower --model_max_length, which leaves it out.",
+                sample.origin,
+            )
 
     def encode(self, plan: Plan, sample: Sample, reader: MediaReader | None = None) -> EncodedSample:
         """Decode the media of a planned sample.

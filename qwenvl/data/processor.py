@@ -79,7 +79,12 @@ def vision_settings(
 
 
 def build_encoder(
-    processor: Any, config: PretrainedConfig, family: Family, arguments: DataArguments, max_length: int
+    processor: Any,
+    config: PretrainedConfig,
+    family: Family,
+    arguments: DataArguments,
+    max_length: int,
+    max_positions: int | None = None,
 ) -> SampleEncoder:
     """Return what turns this run's samples into model inputs.
 
@@ -89,6 +94,7 @@ def build_encoder(
         family: of the model.
         arguments: limits, template arguments and policies.
         max_length: most tokens of a sample.
+        max_positions: most positions of a sample, None for any.
 
     Raises:
         UserError: processor and model do not belong together.
@@ -113,6 +119,7 @@ def build_encoder(
         settings=settings,
         reserved_tokens=frozenset({vision.image, vision.video, vision.start, vision.end, _VISION_PAD}),
         max_length=max_length,
+        max_positions=max_positions,
         overlength=arguments.overlength,
         allow_remote=arguments.allow_remote_media,
         video_timeout=arguments.video_timeout,

@@ -37,6 +37,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     attn_implementation: str,
+    config: PreTrainedConfig | None = None,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -46,6 +47,7 @@ def load_model(
         model_name_or_path: folder, or repository on the Hugging Face hub.
         dtype: of the weights in memory.
         attn_implementation: a name of transformers, from :func:`choose_attention`.
+        config: to build the model from, of this checkpoint; None for its ``config.json`` as it is.
         cache_dir: where downloads are kept.
         trust_remote_code: run Python code that comes with the checkpoint.
 
@@ -61,6 +63,7 @@ def load_model(
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             model_name_or_path,
+            config=config,
             dtype=dtype,
             attn_implementation=attn_implementation,
             use_safetensors=True,

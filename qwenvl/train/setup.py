@@ -23,6 +23,7 @@ from qwenvl.data.sampling import SampleOrder
 from qwenvl.data.types import DatasetSpec
 from qwenvl.data.video import prepare_backend
 from qwenvl.models.attention import attend_by_segments
+from qwenvl.models.context import context_length, extend_context, require_same_context
 from qwenvl.models.freezing import configure_checkpointing, format_table, set_model, summarize
 from qwenvl.models.loading import choose_attention, load_model, read_model_type, refuse_flattening, resolve_dtype
 from qwenvl.models.optimizer import learning_rates_of, parameter_groups
@@ -71,20 +72,20 @@ def run(parsed: ParsedArguments) -> int:
     if args.deepspeed:
         _require_launcher()
     settings_yaml = arguments_to_yaml(parsed)
-    path, options = parsed.model.model_name_or_path, _origin_options(parsed)
-    family = get_family(read_model_type(path, cache_dir=args.cache_dir))
-    config = AutoConfig.from_pretrained(path, **options)
+    family = get_family(read_model_type(parsed.model.model_name_or_path, cache_dir=args.cache_dir))
+    config = open_config(parsed)
     if parsed.data.data_flatten:
         refuse_flattening(config, family)
     require_writable(args.output_dir)
     data = open_data(parsed, family, config)
-    model = open_model(parsed, data.processor)
+    model = open_model(parsed, data.processor, config)
     records = Records(settings_yaml, processor_limits(data.processor))
     trainer = build_trainer(parsed, model, data, records)
     wanted, deepspeed = args.resume_from_checkpoint, bool(args.deepspeed)
     checkpoint = from_main_process(lambda: find_checkpoint(args.output_dir, wanted, deepspeed=deepspeed))
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
+        require_same_context(config, checkpoint)
         if not args.ignore_data_skip:
             from_main_process(partial(trainer.require_same_order, checkpoint))
         trainer.data_report.take_up()
@@ -113,6 +114,20 @@ def run(parsed: ParsedArguments) -> int:
     return 0
 
 
+def open_config(parsed: ParsedArguments) -> PretrainedConfig:
+    """Read the checkpoint's config, with the context that the arguments ask for.
+
+    Raises:
+        UserError: its context cannot be extended.
+    """
+    arguments = parsed.model
+    config = AutoConfig.from_pretrained(arguments.model_name_or_path, **_origin_options(parsed))
+    if arguments.rope_scaling is not None:
+        assert arguments.rope_factor is not None
+        extend_context(config, arguments.rope_factor, arguments.rope_native_length)
+    return config
+
+
 def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig) -> RunData:
     """Open processor and datasets.
 
@@ -121,7 +136,15 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     """
     arguments, args = parsed.data, parsed.training
     processor = open_processor(parsed.model.model_name_or_path, args.cache_dir, parsed.model.trust_remote_code)
-    encoder = build_encoder(processor, config, family, arguments, args.model_max_length)
+    context = context_length(config)
+    if args.model_max_length > context:
+        logger.warning(
+            "--model_max_length %d is above the context of the model, %d positions: a sample that takes more of them "
+            "is an error. --rope_scaling yarn extends the context.",
+            args.model_max_length,
+            context,
+        )
+    encoder = build_encoder(processor, config, family, arguments, args.model_max_length, context)
     log_limits(encoder.settings)
     prepare_backend()
     seed = 0 if args.data_seed is None else args.data_seed  # not --seed: another one must not move held-out rows
@@ -153,7 +176,7 @@ def _open_tables(specs: list[DatasetSpec], seed: int, cache_dir: str | None) -> 
     return opened or open_tables(specs, seed, cache_dir)
 
 
-def open_model(parsed: ParsedArguments, processor: ProcessorMixin) -> PreTrainedModel:
+def open_model(parsed: ParsedArguments, processor: ProcessorMixin, config: PretrainedConfig) -> PreTrainedModel:
     """Load the checkpoint, freeze what is not trained, and install the vision call.
 
     Raises:
@@ -168,7 +191,11 @@ def open_model(parsed: ParsedArguments, processor: ProcessorMixin) -> PreTrained
     half_precision = args.bf16 or args.fp16 or dtype == torch.bfloat16
     attention = choose_attention(arguments.attn_implementation, half_precision=half_precision)
     model = load_model(
-        arguments.model_name_or_path, dtype=dtype, attn_implementation=attention, **_origin_options(parsed)
+        arguments.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=attention,
+        config=config,
+        **_origin_options(parsed),
     )
     if attention == "sdpa":
         attend_by_segments(model)

@@ -14,6 +14,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from qwenvl.train.train_qwen import main
+from tests.train.runs import ERROR
+
 # What each sample of "mixed" holds, and the words of its answer: counts so different that a mean of means shows.
 MIXED: tuple[tuple[tuple[str, ...], int], ...] = (
     ((), 1),
@@ -86,6 +89,21 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     entries = {name: {"annotation_path": str(folder / f"{name}.json"), "data_path": str(folder)} for name in sets}
     (folder / "registry.py").write_text(f"data_dict = {entries!r}\n")
     return folder / "registry.py"
+
+
+@pytest.fixture
+def fail(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """Return a function of a command line that returns the one message it ends with."""
+
+    def run(arguments: list[str]) -> str:
+        assert main(arguments) == 1
+        output = "".join(capsys.readouterr())
+        messages = ERROR.findall(output)
+        assert len(messages) == 1, output
+        assert "Traceback" not in output
+        return str(messages[0])
+
+    return run
 
 
 @pytest.fixture(scope="session")

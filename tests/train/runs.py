@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from torch import Tensor
 from qwenvl.train.train_qwen import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+ERROR = re.compile(r"^(?:\[rank \d+\] )?\d\d:\d\d:\d\d error: (.*)", re.MULTILINE)
+"""A message that a run ended with."""
 
 SETTINGS: dict[str, Any] = {
     "dataset_use": "mixed",

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from qwenvl.train.train_qwen import main
-from tests.train.runs import REPOSITORY, history
-from tests.train.test_errors import ERROR, Place
+from tests.train.runs import ERROR, REPOSITORY, history
+from tests.train.test_errors import Place
 
 SCRIPT = REPOSITORY / "qwenvl" / "train" / "train_qwen.py"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,9 +15,8 @@ from PIL import Image
 
 from qwenvl.train.train_qwen import main
 from tests.data.test_video import make_video
-from tests.train.runs import flags
+from tests.train.runs import ERROR, flags
 
-ERROR = re.compile(r"^(?:\[rank \d+\] )?\d\d:\d\d:\d\d error: (.*)", re.MULTILINE)
 GOOD = {
     "id": "good",
     "image": "good.jpg",
@@ -65,21 +63,6 @@ def place(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> Place:
 def copy(place: Place) -> Path:
     """A copy of the model that may be broken."""
     return Path(shutil.copytree(place.model, place.folder / "copy"))
-
-
-@pytest.fixture
-def fail(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
-    """Function of a command line that returns the one message it ends with."""
-
-    def run(arguments: list[str]) -> str:
-        assert main(arguments) == 1
-        output = "".join(capsys.readouterr())
-        messages = ERROR.findall(output)
-        assert len(messages) == 1, output
-        assert "Traceback" not in output
-        return str(messages[0])
-
-    return run
 
 
 def says(message: str, *parts: str) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import REPOSITORY
-from tests.train.test_errors import ERROR, GOOD, Place, sample
+from tests.train.runs import ERROR, REPOSITORY
+from tests.train.test_errors import GOOD, Place, sample
 
 
 @pytest.fixture

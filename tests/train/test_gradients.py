@@ -22,8 +22,9 @@ def test_a_tensor_without_a_gradient_is_named(
 ) -> None:
     checkpoint, family = tiny_checkpoint("qwen3_vl"), get_family("qwen3_vl")
     parsed = parse_arguments(flags(checkpoint, tmp_path / "out", registry))
-    data = open_data(parsed, family, AutoConfig.from_pretrained(checkpoint))
-    model = open_model(parsed, data.processor)
+    config = AutoConfig.from_pretrained(checkpoint)
+    data = open_data(parsed, family, config)
+    model = open_model(parsed, data.processor, config)
     model.model.language_model.register_parameter("forgotten", torch.nn.Parameter(torch.zeros(3)))
     trainer = build_trainer(parsed, model, data, Records("", {}))
     with pytest.raises(UserError, match=r"1 trainable tensors got no gradient.*language_model\.forgotten"):
