@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
+from qwenvl.arguments.parallelism import hint_for
 from qwenvl.arguments.settings import Setting
 from qwenvl.utilities.distributed import is_main_process
-from qwenvl.utilities.errors import UserError, nearest
+from qwenvl.utilities.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _with_underscores(token: str) -> str:
 def _unknown(token: str, settings: Mapping[str, Setting]) -> str:
     name = token.lstrip("-").partition("=")[0]
     if token.startswith("-"):
-        return f"unknown flag --{name}.{nearest(name, settings)} --help lists all flags."
+        return f"unknown flag --{name}.{hint_for(name, settings)} --help lists all flags."
     return f"{token!r} on the command line belongs to no flag. A recipe comes first; each flag takes one value."
 
 

@@ -14,10 +14,11 @@ from qwenvl.arguments.checks import check_required, check_together, log_without_
 from qwenvl.arguments.command_line import HelpPage, read_flags, split_debug
 from qwenvl.arguments.data import DataArguments
 from qwenvl.arguments.model import ModelArguments
+from qwenvl.arguments.parallelism import hint_for, refuse_parallelism
 from qwenvl.arguments.recipes import find_file, read_recipe
 from qwenvl.arguments.settings import Setting, convert, settings_of
 from qwenvl.arguments.training import TrainingArguments
-from qwenvl.utilities.errors import UserError, nearest
+from qwenvl.utilities.errors import UserError
 
 T = TypeVar("T")
 SETTINGS_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "dataset_registry")
@@ -129,7 +130,7 @@ def _converted(values: Mapping[str, Any], settings: Mapping[str, Setting], where
     for written, value in values.items():
         name = written.replace("-", "_")
         if name not in settings:
-            raise UserError(f"{where}{written} is not a setting.{nearest(name, settings)}")
+            raise UserError(f"{where}{written} is not a setting.{hint_for(name, settings)}")
         if name in result:
             raise UserError(f"{where}{written} is given twice; keep one.")
         try:
@@ -148,6 +149,7 @@ def _build(given: Mapping[str, Any], settings: Mapping[str, Setting], debug: boo
     model = ModelArguments(**by_class[ModelArguments])
     data = DataArguments(**by_class[DataArguments])
     check_required(model, data, values.get("output_dir"))
+    refuse_parallelism(values.get("deepspeed"))
     training = _training(by_class[TrainingArguments])
     check_together(model, data, training)
     log_without_effect(model, data, training, frozenset(given))
