@@ -26,7 +26,11 @@ from qwenvl.data.types import Source
 from qwenvl.utilities.errors import SampleError
 
 # Those of Pillow's formats that hold pictures and whose reader is part of it; EPS, for one, would run another program.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+# Icons are left out: to open one decodes the picture in it, which may be far larger than the icon says.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
+
+IMAGE_BYTES = 512 << 20
+"""The largest file that is taken for a picture: 89 million pixels, the most of Pillow's limit, have up to 358 MB."""
 
 _SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
@@ -37,7 +41,7 @@ _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*"
 def image_size(located: Source) -> tuple[int, int]:
     """Return (height, width) in pixels, EXIF orientation applied; no pixel is decoded."""
     size = jpeg_size(_first_bytes(located))
-    if size is not None and not _is_bomb(*size):
+    if size is not None and not is_bomb(*size):
         return size
     with _opened(located) as image:
         width, height = image.size
@@ -54,7 +58,7 @@ def read_pixels(located: Source) -> torch.Tensor:
     """Decode to uint8 [3, height, width], RGB interleaved in memory: the pixels of :func:`read_image`, sooner."""
     content = read_file(located)
     size = jpeg_size(content[:HEADER_BYTES])
-    pixels = None if size is None or _is_bomb(*size) else _decode_jpeg(content, size)
+    pixels = None if size is None or is_bomb(*size) else _decode_jpeg(content, size)
     if pixels is not None:
         return pixels
     with _opened(content) as image:
@@ -82,14 +86,28 @@ def read_file(located: Source) -> bytes:
     if isinstance(located, bytes):
         return located
     try:
-        with open(located, "rb") as file:
+        with _stream(located) as file:
             return file.read()
     except OSError as error:
         raise SampleError("unreadable_file", f"the file cannot be read: {error.strerror}.") from error
 
 
 def _stream(located: Source) -> IO[bytes]:
-    return io.BytesIO(located) if isinstance(located, bytes) else open(located, "rb")
+    """Open an image, which some of Pillow's readers read whole.
+
+    Raises:
+        SampleError: it is larger than :data:`IMAGE_BYTES`.
+        OSError: it cannot be opened.
+    """
+    if isinstance(located, bytes):
+        return io.BytesIO(located)
+    file = open(located, "rb")  # noqa: SIM115  (the caller closes it)
+    size = os.fstat(file.fileno()).st_size
+    if size > IMAGE_BYTES:
+        file.close()
+        reason = f"the file has {size} bytes, more than a picture may have ({IMAGE_BYTES >> 20} MiB)."
+        raise SampleError("decompression_bomb", f"{reason} Make it smaller, or save it compressed.")
+    return file
 
 
 @contextmanager
@@ -143,7 +161,7 @@ def _open_image(stream: IO[bytes]) -> Image.Image:
         if start.startswith(_IMAGE_STARTS):
             raise SampleError("truncated", "the image is cut off or damaged within its header.") from error
         raise SampleError("wrong_type", f"it is not an image that can be read; it starts with {start!r}.") from error
-    if _is_bomb(image.height, image.width):  # Pillow itself only warns up to twice this number
+    if is_bomb(image.height, image.width):  # Pillow itself only warns up to twice this number
         reason = f"the image has {image.width * image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}."
         raise SampleError("decompression_bomb", f"{reason} Make it smaller.")
     if not image.width * image.height:
@@ -151,7 +169,8 @@ def _open_image(stream: IO[bytes]) -> Image.Image:
     return image
 
 
-def _is_bomb(height: int, width: int) -> bool:
+def is_bomb(height: int, width: int) -> bool:
+    """Whether a picture or frame has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``."""
     return Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from qwenvl.data import images
 from qwenvl.data.media_sources import MediaSources, describe
 from qwenvl.data.types import ImageItem, Source, VideoItem
-from qwenvl.data.video import VideoBackend, VideoHeader, choose_backend
+from qwenvl.data.video import Shrink, VideoBackend, VideoHeader, as_they_are, choose_backend
 from qwenvl.utilities.deadline import call_within
 from qwenvl.utilities.errors import SampleError
 
@@ -72,11 +72,14 @@ class MediaReader:
             return VideoHeader(len(item.source), item.fps or FRAMES_PER_SECOND, height, width)
         return self._decoding(item.source, lambda backend, located: backend.header(located))
 
-    def read_frames(self, item: VideoItem, indices: np.ndarray) -> torch.Tensor:
-        """Decode the frames at ``indices`` (int64 [n]) to uint8 [n, 3, height, width], RGB."""
+    def read_frames(self, item: VideoItem, indices: np.ndarray, shrink: Shrink = as_they_are) -> torch.Tensor:
+        """Decode the frames at ``indices`` (int64 [n]) to uint8 [n, 3, height, width], RGB.
+
+        ``shrink`` is applied to some of them at a time, so that a long video is never in memory at its full size.
+        """
         if isinstance(item.source, tuple):
-            return self._read_pictures([item.source[index] for index in indices.tolist()])
-        return self._decoding(item.source, lambda backend, located: backend.frames(located, indices))
+            return self._read_pictures([item.source[index] for index in indices.tolist()], shrink)
+        return self._decoding(item.source, lambda backend, located: backend.frames(located, indices, shrink))
 
     def _decoding(self, source: Source, decode: Callable[[VideoBackend, Source], Decoded]) -> Decoded:
         with self._naming(source):
@@ -120,12 +123,14 @@ class MediaReader:
                 sizes.append(images.image_size(self._sources.locate(frame)))
         return _common_size(frames, sizes)
 
-    def _read_pictures(self, frames: Sequence[Source]) -> torch.Tensor:
-        pictures = []
+    def _read_pictures(self, frames: Sequence[Source], shrink: Shrink) -> torch.Tensor:
+        pictures, sizes = [], []
         for frame in frames:
             with self._naming(frame):
-                pictures.append(images.read_pixels(self._sources.locate(frame)))
-        _common_size(frames, [(picture.shape[1], picture.shape[2]) for picture in pictures])
+                picture = images.read_pixels(self._sources.locate(frame))
+            sizes.append((picture.shape[1], picture.shape[2]))
+            _common_size(frames[: len(sizes)], sizes)
+            pictures.append(shrink(picture[None])[0])
         return torch.stack([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
 
 

@@ -17,6 +17,7 @@ from qwenvl.utilities.errors import SampleError
 
 DOWNLOAD_SECONDS = 30.0  # that a server may be silent
 DOWNLOAD_BYTES = 512 << 20
+LONGEST_PATH = 4096  # characters; no system opens longer ones, and to resolve them takes long
 
 _REMOTE = ("http://", "https://")
 
@@ -68,6 +69,8 @@ class MediaSources:
         return describe(source)
 
     def _path(self, source: str) -> str:
+        if len(source) > LONGEST_PATH:
+            raise SampleError("missing_file", f"{describe(source)} is too long to be a path.")
         source = _without_scheme(source)
         path = os.path.join(self.data_path, source)
         if not self.data_path or (self.allow_absolute and os.path.isabs(source)):

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from qwenvl.data.sizes import ImagePlan, MediaPlan
 from qwenvl.data.types import ImageItem, VideoItem
+from qwenvl.data.video import Shrink
 
 
 class PixelReader(Protocol):
@@ -22,8 +23,8 @@ class PixelReader(Protocol):
     def read_pixels(self, item: ImageItem) -> torch.Tensor:
         """Decode an image: uint8 [3, height, width], RGB."""
 
-    def read_frames(self, item: VideoItem, indices: np.ndarray) -> torch.Tensor:
-        """Decode frames of a video: uint8 [n, 3, height, width], RGB."""
+    def read_frames(self, item: VideoItem, indices: np.ndarray, shrink: Shrink) -> torch.Tensor:
+        """Decode frames of a video, some at a time, and shrink them: uint8 [n, 3, height, width], RGB."""
 
 
 def read_resized(plan: MediaPlan, reader: PixelReader) -> torch.Tensor:
@@ -39,10 +40,10 @@ def read_resized(plan: MediaPlan, reader: PixelReader) -> torch.Tensor:
         SampleError: the file cannot be decoded.
     """
     if isinstance(plan, ImagePlan):
-        frames = reader.read_pixels(plan.item)[None]
+        frames = _resize(reader.read_pixels(plan.item)[None], plan.resized)
     else:
-        frames = reader.read_frames(plan.item, plan.indices)
-    return _resize(frames, plan.resized).permute(0, 2, 3, 1).contiguous()
+        frames = reader.read_frames(plan.item, plan.indices, lambda frames: _resize(frames, plan.resized))
+    return frames.permute(0, 2, 3, 1).contiguous()
 
 
 def _resize(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -9,22 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from qwenvl.data.images import is_bomb
+from qwenvl.data.video_files import opened_video
 from qwenvl.utilities.errors import SampleError, UserError
 
 _SOURCE_PLACE = re.compile(r"^.*?\.(cpp|cc):\d+[,:] ")  # torchcodec and decord put their own file and line first
+_OPEN_FILE = re.compile(r"/dev/fd/\d+")
 
 logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 128 << 20
+"""Of decoded frames that are in memory before they are made smaller; a single frame may have more."""
+
+Shrink = Callable[[torch.Tensor], torch.Tensor]
+"""From uint8 [n, 3, height, width] to [n, 3, ...]."""
+
+
+def as_they_are(frames: torch.Tensor) -> torch.Tensor:
+    """Return frames without change."""
+    return frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +66,21 @@ class VideoBackend(Protocol):
         """Read what is known without decoding.
 
         Raises:
-            SampleError: ``unreadable_file``, without the name of the file.
+            SampleError: ``wrong_type``, ``unreadable_file`` or ``decompression_bomb``, without the name of the file.
         """
         ...
 
-    def frames(self, source: str | bytes, indices: np.ndarray) -> torch.Tensor:
+    def frames(self, source: str | bytes, indices: np.ndarray, shrink: Shrink = as_they_are) -> torch.Tensor:
         """Decode the frames at ``indices`` (int64 [n]) to uint8 [n, 3, height, width], RGB.
 
+        Args:
+            source: see above.
+            indices: int64 [n].
+            shrink: applied to some frames at a time, so that no more than :data:`PIECE_BYTES` of them (or one) are in
+                memory at the size of the video.
+
         Raises:
-            SampleError: ``unreadable_file``, without the name of the file.
+            SampleError: see :meth:`header`.
         """
         ...
 
@@ -87,20 +106,22 @@ class TorchcodecBackend:
 
     def header(self, source: str | bytes) -> VideoHeader:
         """See :class:`VideoBackend`."""
-        with _decoding(self.name):
-            metadata = self._open(source).metadata
-        return _checked_header(metadata.num_frames, metadata.average_fps, metadata.height, metadata.width)
+        with self._opened(source) as (_, header):
+            return header
 
-    def frames(self, source: str | bytes, indices: np.ndarray) -> torch.Tensor:
+    def frames(self, source: str | bytes, indices: np.ndarray, shrink: Shrink = as_they_are) -> torch.Tensor:
         """See :class:`VideoBackend`."""
-        with _decoding(self.name):
-            frames: torch.Tensor = self._open(source).get_frames_at(indices=indices.tolist()).data
-        return frames
+        with self._opened(source) as (decoder, header):
+            return _in_pieces(indices, header, lambda piece: decoder.get_frames_at(indices=piece).data, shrink)
 
-    def _open(self, source: str | bytes) -> Any:
+    @contextlib.contextmanager
+    def _opened(self, source: str | bytes) -> Iterator[tuple[Any, VideoHeader]]:
         from torchcodec.decoders import VideoDecoder
 
-        return VideoDecoder(source, dimension_order="NCHW", num_ffmpeg_threads=1, seek_mode="exact")
+        with _decoding(self.name), opened_video(source) as path:
+            decoder = VideoDecoder(path, dimension_order="NCHW", num_ffmpeg_threads=1, seek_mode="exact")
+            known = decoder.metadata
+            yield decoder, _checked_header(known.num_frames, known.average_fps, known.height, known.width)
 
 
 class DecordBackend:
@@ -124,25 +145,29 @@ class DecordBackend:
 
     def header(self, source: str | bytes) -> VideoHeader:
         """See :class:`VideoBackend`."""
-        with _decoding(self.name):
-            reader = self._open(source)
-            count, fps = len(reader), reader.get_avg_fps()
-            shape = reader[0].shape if count else (0, 0, 3)
-        _refuse_turned(shape)
-        return _checked_header(count, fps, shape[0], shape[1])
+        with self._opened(source) as (_, header):
+            return header
 
-    def frames(self, source: str | bytes, indices: np.ndarray) -> torch.Tensor:
+    def frames(self, source: str | bytes, indices: np.ndarray, shrink: Shrink = as_they_are) -> torch.Tensor:
         """See :class:`VideoBackend`."""
-        with _decoding(self.name):
-            reader = self._open(source)
-            _refuse_turned(reader[0].shape)
-            frames = torch.from_numpy(reader.get_batch(indices.tolist()).asnumpy())
-        return frames.permute(0, 3, 1, 2)
+        with self._opened(source) as (reader, header):
+            return _in_pieces(
+                indices,
+                header,
+                lambda piece: torch.from_numpy(reader.get_batch(piece).asnumpy()).permute(0, 3, 1, 2),
+                shrink,
+            )
 
-    def _open(self, source: str | bytes) -> Any:
+    @contextlib.contextmanager
+    def _opened(self, source: str | bytes) -> Iterator[tuple[Any, VideoHeader]]:
         from decord import VideoReader
 
-        return VideoReader(io.BytesIO(source) if isinstance(source, bytes) else source, num_threads=1)
+        with _decoding(self.name), opened_video(source) as path:
+            reader = VideoReader(path, num_threads=1)
+            count = len(reader)
+            shape = reader[0].shape if count else (0, 0, 3)
+            _refuse_turned(shape)
+            yield reader, _checked_header(count, reader.get_avg_fps(), shape[0], shape[1])
 
 
 @functools.cache
@@ -203,7 +228,18 @@ def _checked_header(num_frames: int | None, fps: float | None, height: int | Non
         raise SampleError("unreadable_file", "the video has no frames.")
     if not fps or not math.isfinite(fps) or fps < 0:
         raise SampleError("unreadable_file", f"the video has no frame rate ({fps}).")
+    if is_bomb(height, width):
+        raise SampleError("decompression_bomb", f"a frame has {height * width} pixels. Make the video smaller.")
     return VideoHeader(int(num_frames), float(fps), int(height), int(width))
+
+
+def _in_pieces(
+    indices: np.ndarray, header: VideoHeader, read: Callable[[list[int]], torch.Tensor], shrink: Shrink
+) -> torch.Tensor:
+    """Decode and shrink frames, as many at a time as :data:`PIECE_BYTES` allows."""
+    many = max(1, PIECE_BYTES // (3 * header.height * header.width))
+    pieces = [shrink(read(indices[start : start + many].tolist())) for start in range(0, max(len(indices), 1), many)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _refuse_turned(shape: tuple[int, ...]) -> None:
@@ -216,5 +252,5 @@ def _refuse_turned(shape: tuple[int, ...]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = _SOURCE_PLACE.sub("", str(error).strip()).splitlines()
+    lines = _OPEN_FILE.sub("the file", _SOURCE_PLACE.sub("", str(error).strip())).splitlines()
     return lines[0][:300] if lines else type(error).__name__

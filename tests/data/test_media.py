@@ -225,7 +225,7 @@ def test_videos(tmp_path: Path, reader: MediaReader) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "category"), [(None, "missing_file"), (b"", "zero_byte"), (b"junk" * 99, "unreadable_file")]
+    ("content", "category"), [(None, "missing_file"), (b"", "zero_byte"), (b"junk" * 99, "wrong_type")]
 )
 def test_bad_videos_are_explained(tmp_path: Path, reader: MediaReader, content: bytes | None, category: str) -> None:
     if content is not None:

@@ -122,8 +122,13 @@ def test_what_cannot_be_decoded_is_explained(backend: VideoBackend, video: Path,
         path.write_bytes({"junk": b"junk" * 999, "cut": whole[: len(whole) // 2], "a picture": b"\x89PNG" * 9}[content])
     with pytest.raises(SampleError) as caught:
         backend.header(str(path))
-    assert caught.value.category == "unreadable_file"
-    assert backend.name in caught.value.reason and "\n" not in caught.value.reason and ".cpp" not in caught.value.reason
+    known = content in ("cut", "sound")  # what begins as no video does is not given to a decoder
+    assert caught.value.category == ("unreadable_file" if known else "wrong_type")
+    assert (
+        (backend.name in caught.value.reason) == known
+        and "\n" not in caught.value.reason
+        and ".cpp" not in caught.value.reason
+    )
 
 
 def test_frames_lost_in_the_middle_are_an_error(backend: VideoBackend, video: Path, tmp_path: Path) -> None:

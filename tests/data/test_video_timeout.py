@@ -14,7 +14,7 @@ import torch
 
 from qwenvl.data.media import MediaReader
 from qwenvl.data.types import VideoItem
-from qwenvl.data.video import DecordBackend, TorchcodecBackend, VideoHeader
+from qwenvl.data.video import DecordBackend, Shrink, TorchcodecBackend, VideoHeader
 from qwenvl.utilities.deadline import call_within
 from qwenvl.utilities.errors import SampleError
 from tests.data.pictures import reason_of
@@ -34,7 +34,7 @@ class Sleeping:
         time.sleep(self.seconds)
         return VideoHeader(8, 2.0, 4, 6)
 
-    def frames(self, source: str | bytes, indices: np.ndarray) -> torch.Tensor:
+    def frames(self, source: str | bytes, indices: np.ndarray, shrink: Shrink) -> torch.Tensor:
         time.sleep(self.seconds)
         return torch.zeros(len(indices), 3, 4, 6, dtype=torch.uint8)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwenvl.data import video
-from qwenvl.data.video import VideoHeader
+from qwenvl.data.video import Shrink, VideoHeader
 from qwenvl.train.train_qwen import main
 from tests.data.test_video import make_video
 from tests.train.runs import history
@@ -32,10 +32,10 @@ class Stuck:
     def header(self, source: str | bytes) -> VideoHeader:
         return self._backend.header(source)
 
-    def frames(self, source: str | bytes, indices: np.ndarray) -> torch.Tensor:
+    def frames(self, source: str | bytes, indices: np.ndarray, shrink: Shrink) -> torch.Tensor:
         if str(source).endswith("stuck.mp4"):
             time.sleep(600)
-        return self._backend.frames(source, indices)
+        return self._backend.frames(source, indices, shrink)
 
 
 @pytest.fixture

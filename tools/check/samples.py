@@ -143,4 +143,4 @@ def _decode(plan: MediaPlan, reader: MediaReader) -> None:
     if isinstance(plan, ImagePlan):
         reader.read_pixels(plan.item)
     else:
-        reader.read_frames(plan.item, plan.indices)
+        reader.read_frames(plan.item, plan.indices, lambda frames: frames[..., :1, :1])
