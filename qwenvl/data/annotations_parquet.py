@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from qwenvl.utilities.cache import fingerprint
-from qwenvl.utilities.errors import UserError
+from qwenvl.utilities.errors import SampleError, UserError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -37,9 +39,13 @@ class ParquetRows:
         self._file: pyarrow.parquet.ParquetFile | None = None
         self._process = -1  # that opened the file: a forked worker opens it again
         self._groups: OrderedDict[int, pyarrow.Table] = OrderedDict()
-        self.schema: pyarrow.Schema = self._open().schema_arrow
-        metadata = self._open().metadata
-        self._ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
+        with _damage_explained():
+            self.schema: pyarrow.Schema = self._open().schema_arrow
+            metadata = self._open().metadata
+            rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if any(number < 0 for number in rows):
+            raise UserError("is not a whole Parquet file (it counts fewer than no rows). Make or copy it again.")
+        self._ends = list(accumulate(rows))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -54,7 +60,8 @@ class ParquetRows:
         Such a file can hold pictures: reading all of it takes too long.
         """
         status = os.stat(self.path)
-        footer = repr(self._open().metadata.to_dict())
+        with _damage_explained():
+            footer = repr(self._open().metadata.to_dict())
         return fingerprint(footer, status.st_size, status.st_mtime_ns)
 
     def line(self, row: int) -> int:
@@ -65,7 +72,11 @@ class ParquetRows:
         """Read a row; see :class:`qwenvl.data.annotations.Rows`."""
         group = bisect_right(self._ends, row)
         start = self._ends[group - 1] if group else 0
-        record: dict[str, Any] = self._group(group).slice(row - start, 1).to_pylist()[0]
+        try:
+            with _damage_explained():
+                record: dict[str, Any] = self._group(group).slice(row - start, 1).to_pylist()[0]
+        except UserError as error:
+            raise SampleError("unreadable_file", f"{self.path} {error}") from error.__cause__
         return record
 
     def text(self, row: int) -> None:
@@ -82,12 +93,22 @@ class ParquetRows:
 
     def _open(self) -> pyarrow.parquet.ParquetFile:
         if self._file is None or self._process != os.getpid():
-            import pyarrow
             import pyarrow.parquet
 
             self._process = os.getpid()
-            try:
-                self._file = pyarrow.parquet.ParquetFile(self.path)
-            except pyarrow.ArrowInvalid as error:
-                raise UserError(f"is not a whole Parquet file ({error}). Make or copy it again.") from error
+            self._file = pyarrow.parquet.ParquetFile(self.path)
         return self._file
+
+
+@contextmanager
+def _damage_explained() -> Iterator[None]:
+    """Turn what Arrow meets in a damaged file into a UserError; what the disk says stays an OSError."""
+    import pyarrow
+
+    try:
+        yield
+    # A footer may promise rows that are not there, and text need not be UTF-8.
+    except (pyarrow.ArrowException, OSError, ValueError, IndexError, OverflowError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"is not a whole Parquet file ({str(error)[:300]}). Make or copy it again.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import time
 import zlib
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from qwenvl.utilities.errors import UserError
+
+DECOMPRESSED_BYTES = 1 << 30
+"""The most that a gzip file may hold: every process keeps all of it in memory."""
 
 _PIECE = 1 << 21  # bytes read at a time
 _CLOCK_TICK = 20_000_000  # ns: files get their times from a clock that stands still for 1 to 10 ms
@@ -32,7 +36,7 @@ class TextFile:
         settled: that is so. It may not be for a file written a moment ago: the next change can carry the same time.
 
     Raises:
-        UserError: it is UTF-16 text, or not whole gzip.
+        UserError: it is UTF-16 text, not whole gzip, or gzip of more than :data:`DECOMPRESSED_BYTES`.
     """
 
     def __init__(self, path: str, compressed: bool = False) -> None:
@@ -100,8 +104,16 @@ class TextFile:
 
 
 def _decompress(path: str) -> bytes:
+    content = io.BytesIO()
     try:
         with gzip.open(path) as file:
-            return file.read()
+            while piece := file.read(_PIECE):
+                content.write(piece)
+                if content.tell() > DECOMPRESSED_BYTES:
+                    raise UserError(
+                        f"holds more than {DECOMPRESSED_BYTES >> 20} MiB of text, which every process would keep in "
+                        "memory. Decompress it (gunzip): a plain file is read where it lies."
+                    )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"is a damaged or cut gzip file ({error}). Make or copy it again.") from error
+    return content.getvalue()

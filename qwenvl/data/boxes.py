@@ -21,6 +21,7 @@ last pixel of the resized picture, as in the official converter.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -41,10 +42,11 @@ Size = tuple[int, int]
 _RELATIVE = (1000, 1000)
 _COUNTS = {"bbox_2d": 4, "point_2d": 2, "box": 4, "quad": 8}
 _KEYS = ("bbox_2d", "point_2d")
-# JSON inside a JSON string has its quotes escaped, once or more.
+# JSON inside a JSON string has its quotes escaped, once or more. Repetitions have an end, since each start of one would
+# otherwise be followed to the end of the text.
 _WRITTEN = re.compile(
-    r"""\\*["'](?P<key>bbox_2d|point_2d)\\*["']\s*:\s*\[(?P<list>[^\]]*)"""
-    r"""|<\|(?P<token>box|quad)_start\|>(?P<points>.*?)<\|(?P=token)_end\|>""",
+    r"""["'](?P<key>bbox_2d|point_2d)\\{0,99}["']\s{0,99}:\s{0,99}\[(?P<list>[^\]]{0,999})"""
+    r"""|<\|(?P<token>box|quad)_start\|>(?P<points>.{0,999}?)<\|(?P=token)_end\|>""",
     re.DOTALL,
 )
 _ITEM = re.compile(r"[^\s,()]+")
@@ -129,7 +131,8 @@ def bbox_format(sample: Sample) -> str | None:
     known = " or ".join(f'"{name}"' for name in BBOX_FORMATS)
     raise SampleError(
         "bad_record",
-        f"bbox_format is {value!r}, not {known}. Leave it out where boxes are written as the model family has them.",
+        f"bbox_format is {reprlib.repr(value)}, not {known}. Leave it out where boxes are written as the model family "
+        "has them.",
     )
 
 

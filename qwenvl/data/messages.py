@@ -144,7 +144,7 @@ def _check_answered(messages: list[Message]) -> None:
 def _turns(record: Mapping[str, Any]) -> list[Any]:
     given = [key for key in ("conversations", "messages") if record.get(key) is not None]
     if len(given) != 1:
-        keys = ", ".join(sorted(map(str, record))) or "none"
+        keys = ", ".join(sorted(map(str, record)))[:300] or "none"
         problem = "both 'conversations' and 'messages'" if given else f"no 'conversations' or 'messages' (keys: {keys})"
         raise SampleError("bad_record", f"the sample has {problem}; it needs one of the two.")
     turns = record[given[0]]
@@ -184,7 +184,7 @@ def _either(turn: Mapping[str, Any], first: str, second: str, number: int) -> An
 
 def _role(speaker: Any, number: int) -> Role:
     if not isinstance(speaker, str) or speaker not in ROLES:
-        hint = nearest(speaker, ROLES) if isinstance(speaker, str) else ""
+        hint = nearest(speaker[:80], ROLES) if isinstance(speaker, str) else ""
         known = ", ".join(ROLES)
         raise SampleError("bad_role", f"turn {number} is from {reprlib.repr(speaker)}, which is none of {known}.{hint}")
     return ROLES[speaker]

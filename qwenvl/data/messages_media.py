@@ -164,8 +164,8 @@ def _limits(fields: Mapping[str, Any], kind: Kind, of_frames: bool = False) -> d
             continue
         if key not in readers and key not in rates:
             known = dict.fromkeys((*readers, *rates))
-            hint = nearest(str(key), known)
-            raise SampleError("bad_record", f"{key!r} is not a setting of {kind}s: {', '.join(known)}.{hint}")
+            hint = nearest(str(key)[:80], known)
+            raise SampleError("bad_record", f"{_short(key)} is not a setting of {kind}s: {', '.join(known)}.{hint}")
         limits[key] = readers.get(key, _positive)(key, value)
     for rate in [limits.pop(key) for key in reversed(rates) if key in limits]:
         limits["fps"] = rate

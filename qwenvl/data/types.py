@@ -74,7 +74,7 @@ class Origin:
 
     def __str__(self) -> str:
         member = f", member {self.member}" if self.member is not None else ""
-        sample = f" (id {self.id!r})" if self.id is not None else ""
+        sample = f" (id {self.id[:200]!r})" if self.id is not None else ""
         return f"dataset {self.dataset!r}, {self.file}:{self.line}{member}{sample}"
 
 

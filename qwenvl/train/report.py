@@ -100,7 +100,9 @@ class DataReport:
         self._write(dict.fromkeys([*written, *lines]), "w")
 
     def _write(self, lines: Iterable[str], mode: str) -> None:
-        with self._file.open(mode, encoding="utf-8") as file:  # a line is one write, so that ranks do not mix them
+        # Half of a surrogate pair, which is not UTF-8, becomes its escape, which is JSON. A line is one write, so that
+        # ranks do not mix them.
+        with self._file.open(mode, encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(lines)
 
 

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from qwenvl.data.types import Origin
 
 
+LONGEST_REASON = 1200
+"""Characters of :attr:`SampleError.reason`."""
+
+
 class UserError(ValueError):
     """A mistake in the user's input: the message says what, where, why and what to change."""
 
@@ -19,11 +23,13 @@ class SampleError(UserError):
 
     Args:
         category: short stable name of the problem, such as ``missing_file`` or ``no_answer``; counts are kept by it.
-        reason: one sentence for a person: what is wrong and what to change.
+        reason: one sentence for a person: what is wrong and what to change. It may quote a hostile sample: what a
+            terminal or file does not take is escaped, and what nobody would read to its end is cut.
         origin: dataset, file and line of the sample; filled in by :meth:`at` where the raiser does not know it.
     """
 
     def __init__(self, category: str, reason: str, origin: Origin | None = None) -> None:
+        reason = _printable(reason)
         super().__init__(category, reason, origin)  # all arguments, so that the error survives pickling by workers
         self.category = category
         self.reason = reason
@@ -35,6 +41,13 @@ class SampleError(UserError):
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.reason}" if self.origin is not None else self.reason
+
+
+def _printable(text: str) -> str:
+    text = text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON // 2]} ... {text[-LONGEST_REASON // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
