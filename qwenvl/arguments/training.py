@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -67,6 +67,20 @@ class TrainingArguments(transformers.TrainingArguments):
             "them in a row end the run."
         },
     )
+    router_aux_loss_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the auxiliary loss that spreads tokens over the experts of a MoE; 0.001 is usual, 0 is "
+            "none. It is taken of each sample, so that it depends neither on packing nor on the split over ranks."
+        },
+    )
+    activation_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep in host memory what the backward pass needs: with gradient_checkpointing, the inputs of "
+            "layers. Saves device memory with long samples; costs the time of the copies."
+        },
+    )
     step_timeout: float = field(
         default=1800.0,
         metadata={
@@ -97,6 +111,14 @@ class TrainingArguments(transformers.TrainingArguments):
     dataloader_num_workers: int = field(
         default_factory=default_workers,
         metadata={"help": "Processes of each rank that prepare samples. Default: 4, fewer where cores are few."},
+    )
+    gradient_checkpointing: bool | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the inputs of layers alone and compute the rest again in the backward pass: true or both, "
+            "language, vision, or false. A frozen vision tower keeps nothing anyway.",
+            "const": True,
+        },
     )
     gradient_checkpointing_kwargs: dict[str, Any] | None = field(
         default_factory=lambda: {"use_reentrant": False},  # the reentrant kind loses gradients of side outputs
@@ -149,6 +171,8 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise UserError(f"--{name} {value:g} must be above 0.")
         if self.max_bad_steps < 1 or self.step_timeout < 0:
             raise UserError("--max_bad_steps must be 1 or more, and --step_timeout 0 or more.")
+        if self.router_aux_loss_coef < 0:
+            raise UserError(f"--router_aux_loss_coef {self.router_aux_loss_coef:g} must be 0 or more.")
         if self.model_max_length < 2:
             raise UserError("--model_max_length 1 leaves nothing to predict: a sample needs two tokens or more.")
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -172,8 +196,17 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.eval_strategy == "steps" and not self.eval_steps:
             self.eval_steps = self.save_steps
 
+    @property
+    def checkpointed_parts(self) -> Literal["language", "vision", "both"] | None:
+        """Whose layers ``gradient_checkpointing`` means."""
+        named: Any = self.gradient_checkpointing
+        return "both" if named is True else named or None
+
     def _name_checkpointing(self) -> None:
         """Fill in ``use_reentrant`` and, where transformers has them, the newer names of gradient checkpointing."""
+        if self.gradient_checkpointing not in (True, False, None, "language", "vision", "both"):
+            value = self.gradient_checkpointing
+            raise UserError(f"--gradient_checkpointing {value} is not one of true, false, language, vision, both.")
         older = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
         _refuse_checkpointing_arguments("gradient_checkpointing_kwargs", older)
         self.gradient_checkpointing_kwargs = older

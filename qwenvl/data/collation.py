@@ -84,11 +84,12 @@ class Collator:
     """Makes a batch of items.
 
     Keys of the batch: ``input_ids``, ``labels`` int64 [B, T]; ``position_ids`` int64 [4, B, T]; ``vision_mask`` bool
-    [B, T] and ``num_vision_tokens``, an int, the number of True in it; where it holds media, in token order, ``pixels``
-    uint8, the values of all their frames one after another, and ``media``, (frames, temporal, height, width) of each
-    in frames and patches, ints that stay on the host; ``attention_mask`` int64 [B, T] if padded; ``cu_seq_lens_q``,
-    ``cu_seq_lens_k`` int32 [samples + 1], ``max_length_q`` and ``max_length_k`` if flattened; ``events``, ``error`` and
-    ``origins``, of its samples, for the trainer.
+    [B, T] and ``num_vision_tokens``, an int, the number of True in it; ``num_samples``, an int, its usable samples;
+    where it holds media, in token order, ``pixels`` uint8, the values of all their frames one after another, and
+    ``media``, (frames, temporal, height, width) of each in frames and patches, ints that stay on the host;
+    ``attention_mask`` int64 [B, T] if padded; ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [samples + 1],
+    ``max_length_q`` and ``max_length_k`` if flattened; ``events``, ``error`` and ``origins``, of its samples, for the
+    trainer.
 
     Args:
         pad_token_id: fills short rows; masked from attention, never trained.
@@ -100,9 +101,11 @@ class Collator:
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Collate; a batch without any usable sample gets one of two untrained tokens, so that every rank steps."""
-        samples = [sample for item in items for sample in item.samples] or [self._empty_sample()]
+        usable = [sample for item in items for sample in item.samples]
+        samples = usable or [self._empty_sample()]
         tokens = [sample.tokens for sample in samples]
         batch = self._flattened(tokens) if self.flatten else self._padded(tokens)
+        batch["num_samples"] = len(usable)
         batch["num_vision_tokens"] = int(batch["vision_mask"].sum())
         media = [medium for sample in samples for medium in sample.media]
         if media:

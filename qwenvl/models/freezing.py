@@ -116,40 +116,44 @@ def format_table(rows: Sequence[ModuleSummary]) -> str:
     return "\n".join(lines)
 
 
-def configure_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
-    """Turn gradient checkpointing on where it saves memory, and off elsewhere.
+CheckpointedParts = Literal["language", "vision", "both"]
 
-    Language layers: always, when enabled. Vision blocks: only if something in the tower other than its mergers trains;
-    frozen blocks keep no activations, so recomputing them would be lost work. Non-reentrant, which needs no input
-    that requires a gradient and keeps every gradient with any combination of switches.
+
+def configure_checkpointing(model: PreTrainedModel, parts: CheckpointedParts | None) -> None:
+    """Turn gradient checkpointing on where it is wanted and saves memory, and off elsewhere.
+
+    Vision blocks: only if something in the tower other than its mergers trains; frozen blocks keep no activations, so
+    recomputing them would be lost work. Non-reentrant, which needs no input that requires a gradient and keeps every
+    gradient with any combination of switches.
 
     Call after :func:`set_model`, and keep ``TrainingArguments.gradient_checkpointing`` off: the Trainer would turn it
     on for the whole model, the frozen tower with it.
 
     Args:
         model: a stock model.
-        enabled: ``--gradient_checkpointing``.
+        parts: whose layers keep their inputs alone; None for no part.
     """
     groups = parameter_modules(model)
     tower_trains = any(
         parameter.requires_grad and groups[name] == "vision" for name, parameter in model.named_parameters()
     )
-    if enabled:
-        _enable_checkpointing(model)
-    if not enabled or not tower_trains:
-        _disable_checkpointing(model.model.visual if enabled else model)
+    _disable_checkpointing(model)
+    if parts in ("language", "both"):
+        _enable_checkpointing(model.model.language_model)
+    if parts in ("vision", "both") and tower_trains:
+        _enable_checkpointing(model.model.visual)
 
 
-def _enable_checkpointing(model: PreTrainedModel) -> None:
-    """Checkpoint every layer; transformers renamed the method between 5.19 and 5.23."""
+def _enable_checkpointing(module: PreTrainedModel) -> None:
+    """Checkpoint every layer of a part; transformers renamed the method between 5.19 and 5.23."""
     arguments = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    if hasattr(module, "activation_checkpointing_enable"):
+        module.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     # Enabling also makes the embeddings' output require a gradient, which only the reentrant kind needs. It would
     # build a graph through layers that have none.
-    model.disable_input_require_grads()
+    module.disable_input_require_grads()
 
 
 def _disable_checkpointing(module: PreTrainedModel) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qwenvl.models.balance import sample_of_tokens, summed_balance
 from qwenvl.models.vision import VisionInputs
 
 IGNORED_LABEL = -100
 """Label of a token that is not trained; what ``torch.nn.functional.cross_entropy`` leaves out by default."""
 
-_OWN_KEYS = frozenset({"pixels", "media", "vision_mask", "num_vision_tokens"})
+_OWN_KEYS = frozenset({"pixels", "media", "vision_mask", "num_vision_tokens", "num_samples"})
 
 
 def tell_host(batch: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +49,36 @@ def tell_host(batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def causal_loss(model: nn.Module, batch: Mapping[str, Any], *, num_trained_tokens: Tensor | float) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """How the auxiliary loss of a mixture of experts counts in an optimizer step.
+
+    Args:
+        coefficient: its weight (``--router_aux_loss_coef``).
+        top_k: experts that a token is sent to.
+        num_tokens: tokens of the optimizer step, over all ranks and accumulation steps, without padding.
+    """
+
+    coefficient: float
+    top_k: int
+    num_tokens: Tensor | float
+
+
+def count_tokens(batch: Mapping[str, Any]) -> int:
+    """Return the tokens of a batch's usable samples; of a batch on the host."""
+    if not batch["num_samples"]:
+        return 0
+    mask: Tensor | None = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+
+
+def causal_loss(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    num_trained_tokens: Tensor | float,
+    balance: Balance | None = None,
+) -> Tensor:
     """Run a batch and return its part of the loss.
 
     The vocabulary projection runs on the trained positions only. A batch without a trained token gives zero, still
@@ -62,20 +93,28 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Any], *, num_trained_token
             if flattened.
         num_trained_tokens: what to divide by: the trained tokens of the whole optimizer step, over all ranks and
             accumulation steps, so that the parts' sum does not depend on the split.
+        balance: adds the auxiliary loss of a mixture of experts.
 
     Returns:
-        float32 scalar: sum of cross entropy over the batch's trained tokens, in nats, / ``num_trained_tokens``.
+        float32 scalar: sum of cross entropy over the batch's trained tokens, in nats, / ``num_trained_tokens``; with
+        ``balance``, plus its coefficient x the batch's auxiliary loss summed over tokens / ``num_tokens``.
     """
     output = model(
         **{key: value for key, value in batch.items() if key not in _OWN_KEYS},
         vision_inputs=VisionInputs(
             batch.get("pixels"), batch.get("media", ()), batch["vision_mask"], batch["num_vision_tokens"]
         ),
+        **({} if balance is None else {"output_router_logits": True}),
         use_cache=False,  # with a cache, transformers does not look for packed samples and lets them see each other
     )
     # without our head a stock model takes the arguments it does not know without a word
     assert output.logits.dim() == 0, "call qwenvl.models.vision.install first"
-    return output.logits / num_trained_tokens
+    loss = output.logits / num_trained_tokens
+    if balance is None:
+        return loss
+    auxiliary = summed_balance(output.router_logits, balance.top_k, *sample_of_tokens(batch))
+    weight = balance.coefficient * bool(batch["num_samples"])  # a batch that only fills a step has no say
+    return loss + weight * auxiliary / balance.num_tokens
 
 
 class GradientWatch:

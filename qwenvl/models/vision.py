@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from qwenvl.models.head import LossHead, SummedLoss, linear_cross_entropy
 from qwenvl.models.patches import MediumShape, Patchify
+from qwenvl.models.segments import sample_index
 from qwenvl.models.tower import PatchProjection, describe_grids
 
 
@@ -159,20 +160,6 @@ def _deepstack(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor]) 
     spread = [nothing.masked_scatter(mask.unsqueeze(-1), part.to(nothing.device, nothing.dtype)) for part in features]
     rows = torch.arange(len(inputs_embeds), device=inputs_embeds.device)
     return {"visual_pos_masks": rows, "deepstack_visual_embeds": spread}
-
-
-def sample_index(cu_seq_lens: Tensor, length: int) -> Tensor:
-    """Number the samples of a flattened row: int32 [1, T], 0 for the first sample's tokens, 1 for the second's, ...
-
-    The convolution of linear attention (``causal_conv1d_fn``) clears its window by these numbers; transformers hands
-    the boundaries ``cu_seq_lens_q`` to the recurrent part alone, and without the numbers the convolution leaks.
-
-    Args:
-        cu_seq_lens: int32 [number of samples + 1], where each sample starts, and the row's length.
-        length: tokens of the row.
-    """
-    tokens = torch.arange(length, device=cu_seq_lens.device)
-    return (torch.searchsorted(cu_seq_lens, tokens, right=True) - 1).to(torch.int32).unsqueeze(0)
 
 
 def _has_linear_attention(language_model: Any) -> bool:

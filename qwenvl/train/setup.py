@@ -73,6 +73,10 @@ def run(parsed: ParsedArguments) -> int:
         _require_launcher()
     settings_yaml = arguments_to_yaml(parsed)
     family = get_family(read_model_type(parsed.model.model_name_or_path, cache_dir=args.cache_dir))
+    if args.router_aux_loss_coef and not family.moe:
+        raise UserError(
+            f"--router_aux_loss_coef {args.router_aux_loss_coef:g}: {family.model_type} has no experts. Leave it out."
+        )
     config = open_config(parsed)
     if parsed.data.data_flatten:
         refuse_flattening(config, family)
@@ -236,7 +240,7 @@ def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData
 
 def _checkpoint_trained_parts(model: PreTrainedModel, args: TrainingArguments) -> None:
     """Turn gradient checkpointing on here and off in the arguments: the Trainer would checkpoint frozen parts too."""
-    configure_checkpointing(model, bool(args.gradient_checkpointing))
+    configure_checkpointing(model, args.checkpointed_parts)
     args.gradient_checkpointing = False
     if hasattr(args, "activation_checkpointing"):  # its newer name
         args.activation_checkpointing = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from qwenvl.arguments import TrainingArguments
 from qwenvl.data.collation import Collator
 from qwenvl.data.dataset import ConversationDataset
-from qwenvl.data.sampling import SampleOrder, Sharding
-from qwenvl.models.loss import causal_loss, tell_host
+from qwenvl.data.sampling import SampleOrder
+from qwenvl.models.loss import Balance, causal_loss, count_tokens, tell_host
 from qwenvl.models.optimizer import parameter_groups
+from qwenvl.train.feeding import FeedingTrainer
 from qwenvl.train.interruption import StopRequest
-from qwenvl.train.loader import build_loader
-from qwenvl.train.position import describe_order, read_batch_size, require_same_order, write_position
 from qwenvl.train.report import DataReport
 from qwenvl.train.running_loss import RunningLoss
-from qwenvl.train.saving import Records, SavingTrainer
+from qwenvl.train.saving import Records
 from qwenvl.train.step_guard import FirstStep, StepGuard
 from qwenvl.train.throughput import Throughput
 from qwenvl.train.unused_parts import UnusedVision
@@ -36,7 +35,7 @@ from qwenvl.utilities.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-class QwenVLTrainer(SavingTrainer):
+class QwenVLTrainer(FeedingTrainer):
     """Trains on conversations; the loss is per trained token of the whole optimizer step.
 
     Args:
@@ -65,6 +64,7 @@ class QwenVLTrainer(SavingTrainer):
         records: Records,
     ) -> None:
         super().__init__(
+            order,
             processor,
             records,
             model=model,
@@ -80,50 +80,18 @@ class QwenVLTrainer(SavingTrainer):
         self._watchdog = Watchdog(args.step_timeout)
         for callback in (self.stop_request, self._unused_vision, self._watchdog):
             self.add_callback(callback)
-        self._order = order
         self.running_loss = RunningLoss(args.device)
         self._step_guard = StepGuard(args.max_bad_steps)
         self._samples: list[str] = []  # of the step that is under way
         self._trained_tokens: Any = 0  # of it, over all ranks
+        self._tokens = 0.0  # of it, over all ranks
         self._throughput = Throughput()
         self._first_step: FirstStep | None = FirstStep(model)
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return this rank's training batches."""
-        return build_loader(self.train_dataset, self.data_collator, self.args, self._order, self._sharding())
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Return this rank's evaluation batches."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        sharding = Sharding(self.args.eval_batch_size, self.args.world_size, self.args.process_index)
-        order = SampleOrder(len(dataset), shuffle=False)
-        return build_loader(dataset, self.data_collator, self.args, order, sharding)
-
-    def require_same_order(self, checkpoint: str) -> None:
-        """Check that a checkpoint's next sample is the one that comes next here.
-
-        Raises:
-            UserError: it was saved with other data or other settings of the order.
-        """
-        sharding = self._sharding()
-        if self.args.auto_find_batch_size:  # the Trainer goes on with the size it had found
-            sharding = replace(sharding, batch_size=read_batch_size(checkpoint) or sharding.batch_size)
-        require_same_order(checkpoint, self._describe_order(sharding))
 
     def save_position(self, folder: Path) -> None:
         """Write how far the data are used, what their order is made of, and the loss that is not logged yet."""
         self.running_loss.save(folder, writes=self.args.should_save)
-        sharding = self._sharding()
-        if self.args.should_save:
-            write_position(folder, self._describe_order(sharding), sharding, self.state.global_step)
-
-    def _describe_order(self, sharding: Sharding) -> dict[str, Any]:
-        return describe_order(self._order, sharding.step_size, self.train_dataset.content)
-
-    def _sharding(self) -> Sharding:
-        size = self._train_batch_size  # that of the flag, or a smaller one found by --auto_find_batch_size
-        accumulation = self.args.gradient_accumulation_steps
-        return Sharding(size, self.args.world_size, self.args.process_index, accumulation)
+        super().save_position(folder)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -135,9 +103,14 @@ class QwenVLTrainer(SavingTrainer):
         """
         self._watchdog.watch(f"step {self.state.global_step + 1}, waiting for its samples")
         batches, self._trained_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pictures, stop = self._any_rank(any("media" in batch for batch in batches), self.stop_request.received)
-        self._unused_vision.begin_step(self.optimizer, pictures=pictures)
-        self.stop_request.begin_step(agreed=stop)
+        here = (
+            any("media" in batch for batch in batches),
+            self.stop_request.received,
+            sum(count_tokens(batch) for batch in batches),
+        )
+        pictures, stop, self._tokens = self._over_ranks(*here)
+        self._unused_vision.begin_step(self.optimizer, pictures=pictures > 0)
+        self.stop_request.begin_step(agreed=stop > 0)
         return [tell_host(batch) for batch in batches], self._trained_tokens
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
@@ -168,7 +141,25 @@ class QwenVLTrainer(SavingTrainer):
         # A step in which every sample was left out has no trained token: its loss is zero, not NaN.
         count = torch.as_tensor(num_items_in_batch).clamp(min=1)
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return causal_loss(model, inputs, num_trained_tokens=count) * ranks
+        return causal_loss(model, inputs, num_trained_tokens=count, balance=self._balance(ranks)) * ranks
+
+    def _balance(self, ranks: int) -> Balance | None:
+        """Return how the auxiliary loss of the experts counts in this step, where there is one."""
+        coefficient = self.args.router_aux_loss_coef
+        if not coefficient:
+            return None
+        top_k: int = self.model.config.get_text_config().num_experts_per_tok
+        # where each rank divides by its own trained tokens, the ranks' means weigh alike; so they do here
+        share = ranks / self.accelerator.num_processes
+        return Balance(coefficient, top_k, max(self._tokens * share, 1.0))
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+        """Compute in the run's precision, and keep activations where they are asked to be kept."""
+        contexts = ExitStack()
+        contexts.enter_context(super().compute_loss_context_manager())
+        if self.args.activation_offload:
+            contexts.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type == "cuda"))
+        return contexts
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -206,7 +197,7 @@ class QwenVLTrainer(SavingTrainer):
                 model.zero_grad()  # an optimizer passes over parameters without a gradient
         if taken:
             self._step_guard.taken()
-        elif not self.args.fp16 or self._any_rank(not bool(loss.isfinite()))[0]:  # fp16 finds its scale by such steps
+        elif not self.args.fp16 or self._over_ranks(not bool(loss.isfinite()))[0]:  # fp16 finds its scale by such steps
             self._step_guard.skipped(step, loss.item(), value, self._samples)
         self.running_loss.end_step(taken=taken)
         return norm
@@ -272,10 +263,12 @@ class QwenVLTrainer(SavingTrainer):
             logs = {**logs, "loss": loss, **self._throughput.rates(totals)}
         super().log(logs, start_time)
 
-    def _any_rank(self, *statements: bool) -> list[bool]:
-        """Return which statements hold on any rank; every rank has to call it."""
-        flags = torch.tensor(statements, dtype=torch.float32, device=self.args.device)
-        return [value > 0 for value in self.accelerator.reduce(flags, reduction="sum").tolist()]
+    def _over_ranks(self, *numbers: float) -> list[float]:
+        """Return sums over the ranks, of a statement the number of ranks where it holds; every rank has to call it."""
+        sums = self._zeros(len(numbers))
+        sums += torch.tensor([float(number) for number in numbers], dtype=sums.dtype, device=sums.device)
+        found: list[float] = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return found
 
     def _zeros(self, count: int) -> Tensor:
         """Return float64 zeros, or float32 on devices without it: sums over millions of tokens need the digits."""

@@ -137,7 +137,11 @@ def _media(samples: Sequence[StockSample]) -> dict[str, Any]:
     count = sum(int(sample.vision_mask.sum()) for sample in samples)
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
     shapes = tuple(shape for sample in samples for shape in sample.media)
-    return {"num_vision_tokens": count, **({"pixels": torch.cat(pixels), "media": shapes} if pixels else {})}
+    return {
+        "num_samples": len(samples),
+        "num_vision_tokens": count,
+        **({"pixels": torch.cat(pixels), "media": shapes} if pixels else {}),
+    }
 
 
 def pad_batch(samples: Sequence[StockSample]) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def one_batch(model: PreTrainedModel) -> tuple[dict[str, Any], np.ndarray]:
         "labels": labels,
         "position_ids": torch.arange(length).expand(4, 1, length),
         "vision_mask": mask,
+        "num_samples": 1,
         "num_vision_tokens": visual,
         "pixels": torch.zeros(values, dtype=torch.uint8),
         "media": media,

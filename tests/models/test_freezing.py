@@ -107,7 +107,7 @@ def test_checkpointing_changes_no_gradient_and_loses_none(family_name, switches,
     model = load_tiny(family_name)
     set_model(model, **switches)
     plain = step(model, batch)
-    configure_checkpointing(model, enabled=True)
+    configure_checkpointing(model, "both")
     language = count_runs(model.model.language_model.layers[0].input_layernorm)
     tower = count_runs(model.model.visual.blocks[0].norm1)
     watch = GradientWatch(model)
@@ -120,10 +120,41 @@ def test_checkpointing_changes_no_gradient_and_loses_none(family_name, switches,
     assert len(language) == 2  # forward, and recomputed in the backward pass
     assert len(tower) == (2 if switches["tune_mm_vision"] else 1)
     assert model.model.visual.blocks[0].gradient_checkpointing == switches["tune_mm_vision"]
-    configure_checkpointing(model, enabled=False)
+    configure_checkpointing(model, None)
     language.clear()
     step(model, batch)
     assert len(language) == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "runs"), [("language", (2, 1)), ("vision", (1, 2)), ("both", (2, 2)), (None, (1, 1))]
+)
+def test_parts_are_checkpointed_one_by_one(parts, runs, load_tiny, mixture, make_batch):
+    model = load_tiny("qwen3_vl")
+    configure_checkpointing(model, "both")
+    configure_checkpointing(model, parts)
+    language = count_runs(model.model.language_model.layers[0].input_layernorm)
+    tower = count_runs(model.model.visual.blocks[0].norm1)
+    step(model, make_batch("padded", [mixture("qwen3_vl")["image"]]))
+    assert (len(language), len(tower)) == runs
+
+
+def test_what_checkpointing_keeps_can_be_kept_elsewhere(load_tiny, mixture, make_batch):
+    """The inputs of checkpointed layers pass through the hooks by which ``--activation_offload`` moves them."""
+    model = load_tiny("qwen3_vl")
+    configure_checkpointing(model, "both")
+    install(model)
+    batch = make_batch("padded", [mixture("qwen3_vl")["text"]])
+    kept: list[torch.Size] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        causal_loss(model, batch, num_trained_tokens=1.0)
+    inputs = [*batch["input_ids"].shape, model.config.text_config.hidden_size]
+    assert kept.count(torch.Size(inputs)) >= model.config.text_config.num_hidden_layers
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -131,7 +162,7 @@ def test_checkpointing_changes_no_gradient_and_loses_none(family_name, switches,
 def test_a_frozen_tower_builds_no_graph(family_name, switches, checkpointing, load_tiny, mixture, make_batch):
     model = load_tiny(family_name)
     set_model(model, **switches)
-    configure_checkpointing(model, enabled=checkpointing)
+    configure_checkpointing(model, "both" if checkpointing else None)
     graph: dict[str, bool] = {}
     visual = model.model.visual
     for name, module in (("patches", visual.patch_embed), ("block", visual.blocks[-1]), ("merger", visual.merger)):
@@ -183,7 +214,7 @@ def test_a_frozen_tower_builds_no_graph_even_if_its_patches_require_a_gradient(l
 def test_checkpointing_reaches_a_layer_whose_input_requires_no_gradient(load_tiny, mixture, make_batch):
     """As with adapters: the embeddings are frozen, so reentrant checkpointing would drop the first layer's gradient."""
     model = load_tiny("qwen3_vl").requires_grad_(False)
-    configure_checkpointing(model, enabled=True)
+    configure_checkpointing(model, "both")
     weight = model.model.language_model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
     step(model, make_batch("padded", [mixture("qwen3_vl")["image"]]))
     assert weight.grad is not None and weight.grad.any()

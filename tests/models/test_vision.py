@@ -17,7 +17,8 @@ from qwenvl.models import vision
 from qwenvl.models.attention import attend_by_segments
 from qwenvl.models.loss import causal_loss
 from qwenvl.models.patches import Patchify
-from qwenvl.models.vision import VisionInputs, encode, sample_index
+from qwenvl.models.segments import sample_index
+from qwenvl.models.vision import VisionInputs, encode
 from qwenvl.utilities.families import get_family
 from tests.patches import install, patchify_of
 

@@ -279,3 +279,10 @@ def test_earlier_checkpoints_survive(place: Place, fail: Callable[[list[str]], s
         assert "global_step" in json.loads((place.output / name / "trainer_state.json").read_text())
     shutil.copy(place.folder / "good.jpg", place.folder / "cut.jpg")
     assert main(place.flags(max_steps=10, per_device_train_batch_size=1)) == 0  # and the run goes on from there
+
+
+def test_an_auxiliary_loss_of_experts_that_are_not_there(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(tiny_checkpoint("qwen3_vl"), tmp_path, registry, router_aux_loss_coef=0.001)) == 1
+    assert "qwen3_vl has no experts" in capsys.readouterr().err

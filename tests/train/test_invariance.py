@@ -127,6 +127,12 @@ def test_two_ranks_train_like_one_process(
         )
         for name, settings in SPLITS.items()
     }
+    experts = {**DESCENT, "router_aux_loss_coef": 0.5, "per_device_train_batch_size": 1}
+    moe = tiny_checkpoint("qwen3_vl_moe")
+    single["experts"] = train_here(
+        moe, tmp_path / "single" / "experts", registry, gradient_accumulation_steps=4, data_flatten=True, **experts
+    )
+    commands["experts"] = flags(moe, tmp_path / "experts", registry, gradient_accumulation_steps=2, **experts)
     commands["packed"] += ["--data_cache_dir", str(tmp_path / "cache")]  # so that the ranks make a plan themselves
     commands["planned"] = [*commands["packed"], "--output_dir", str(tmp_path / "planned")]  # and read it
     saving = {**DESCENT, "per_device_train_batch_size": 1, "max_steps": 5, "save_strategy": "steps", "save_steps": 2}
