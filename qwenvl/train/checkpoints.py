@@ -62,14 +62,19 @@ def find_checkpoint(output_dir: str, wanted: str | None, *, deepspeed: bool = Fa
 
 def _with_optimizer(path: Path, deepspeed: bool) -> str:
     """Refuse a checkpoint from which the Trainer would go on with a new optimizer and schedule, without a word."""
-    if not any(path.glob("global_step*" if deepspeed else "optimizer*")):
-        raise UserError(
-            f"{path} holds no state of the optimizer that {'DeepSpeed' if deepspeed else 'a run without DeepSpeed'} "
-            "can continue with (--save_only_model, or saved with other settings of --deepspeed). Resume with the "
-            "settings it was saved with, or start anew from its weights: --model_name_or_path with that folder, and "
-            "another --output_dir."
-        )
-    return str(path)
+    of_deepspeed, plain = any(path.glob("global_step*")), any(path.glob("optimizer*"))
+    if of_deepspeed if deepspeed else plain:
+        return str(path)
+    if of_deepspeed:
+        reason = "was saved with DeepSpeed, and this run has none: resume with --deepspeed and its configuration"
+    elif plain:
+        reason = "was saved without DeepSpeed, which cannot read its optimizer: leave --deepspeed out to resume"
+    else:
+        reason = "was saved without its optimizer (--save_only_model), so that no run can go on from it"
+    raise UserError(
+        f"{path} holds no state of the optimizer that this run can continue with. It {reason}; or start anew from its "
+        f"weights, with a new optimizer: --model_name_or_path {path} and another --output_dir."
+    )
 
 
 def _newest(output_dir: Path) -> Path | None:

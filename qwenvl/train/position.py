@@ -9,6 +9,7 @@ from typing import Any
 
 from qwenvl.data.sampling import SampleOrder, Sharding
 from qwenvl.utilities.cache import array_hash
+from qwenvl.utilities.distributed import world_size
 from qwenvl.utilities.errors import UserError
 
 FILE_NAME = "sampler_state.json"
@@ -84,10 +85,17 @@ def require_same_order(folder: str, described: Mapping[str, Any]) -> None:
     path = Path(folder) / FILE_NAME
     if not path.exists():
         return
-    saved = json.loads(path.read_text(encoding="utf-8"))["order"]
+    state = json.loads(path.read_text(encoding="utf-8"))
+    saved = state["order"]
     changed = [name for name in _CAUSES if saved.get(name) != described[name]]
     if not changed:
         return
+    if changed == ["indices_per_step"]:
+        raise UserError(
+            f"{folder} was saved with batch size x ranks x accumulation {_product(state)} = {saved[changed[0]]}, and "
+            f"this run has {described[changed[0]]}: its steps would hold other samples, some of them twice. "
+            f"{_advice(state, world_size())}; or let the epoch begin again: --ignore_data_skip True."
+        )
     causes = "; ".join(f"{_CAUSES[name]}{_values(saved.get(name), described[name])}" for name in changed)
     raise UserError(
         f"{folder} stands inside an epoch whose order was made of other data or settings, so that some samples would "
@@ -95,6 +103,20 @@ def require_same_order(folder: str, described: Mapping[str, Any]) -> None:
         f"{Path(folder) / 'training_args.yaml'}; or start anew from its weights (--model_name_or_path {folder} and "
         "another --output_dir); or let its epoch begin again with the new order: --ignore_data_skip True."
     )
+
+
+def _product(state: Mapping[str, Any]) -> str:
+    return f"{state['batch_size']} x {state['world_size']} x {state['accumulation']}"
+
+
+def _advice(state: Mapping[str, Any], ranks: int) -> str:
+    """Say which flags give the steps of a saved run on another number of ranks, preferably with its batch size."""
+    samples = state["order"]["indices_per_step"]
+    if samples % ranks:
+        return f"No setting gives steps of {samples} on {ranks} ranks: resume on a number of ranks that divides it"
+    size = next(size for size in range(state["batch_size"], 0, -1) if samples // ranks % size == 0)
+    accumulation = samples // ranks // size
+    return f"Set --per_device_train_batch_size {size} --gradient_accumulation_steps {accumulation}"
 
 
 def _values(saved: Any, now: Any) -> str:

@@ -32,6 +32,7 @@ from qwenvl.models.vision import install
 from qwenvl.train import interruption
 from qwenvl.train.arrangement import arrange
 from qwenvl.train.checkpoints import find_checkpoint, require_writable
+from qwenvl.train.reshaping import fitted_to_ranks
 from qwenvl.train.saving import Records
 from qwenvl.train.trainer import QwenVLTrainer
 from qwenvl.utilities.distributed import from_main_process, is_main_process
@@ -97,8 +98,8 @@ def run(parsed: ParsedArguments) -> int:
     else:
         trainer.data_report.start_over()
     trainer.data_report.add(data.events, common=True)
-    with trainer.stop_request.listening():
-        trainer.train(resume_from_checkpoint=checkpoint)
+    with trainer.stop_request.listening(), fitted_to_ranks(checkpoint, trainer) as folder:
+        trainer.train(resume_from_checkpoint=folder)
     if trainer.stop_request.stopped_at is not None:
         logger.info(
             "Stopped on request after step %d of %d, which is saved in %s. The same command goes on from there.",

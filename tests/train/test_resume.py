@@ -238,7 +238,7 @@ def test_run_goes_on_with_other_workers_and_another_split_of_its_steps(
 
 
 OTHER_ORDERS: dict[str, tuple[dict[str, Any], str]] = {
-    "step": ({"gradient_accumulation_steps": 2}, "batch size x ranks x accumulation (4, now 2)"),
+    "step": ({"gradient_accumulation_steps": 2}, "--per_device_train_batch_size 1 --gradient_accumulation_steps 4;"),
     "seed": ({"data_seed": 7}, "--data_seed, or --seed without it (42, now 7)"),
     "rows": ({"dataset_use": "mixed%200"}, "samples or packs in an epoch (11, now 22)"),
     "held out": ({"eval_ratio": 0.1}, "which of their rows are used"),
