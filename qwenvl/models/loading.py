@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from qwenvl.models.expert_layout import experts_read_as_stored
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import Family, get_family
 
@@ -59,41 +60,35 @@ def load_model(
             missing, unexpected or of another shape.
     """
     origin = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    get_family(read_model_type(model_name_or_path, cache_dir=cache_dir))
+    family = get_family(read_model_type(model_name_or_path, cache_dir=cache_dir))
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            model_name_or_path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below, all of them at once
-            output_loading_info=True,
-            **origin,
-        )
+        with experts_read_as_stored(model_name_or_path, family.model_type, **origin):
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                model_name_or_path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, all of them at once
+                output_loading_info=True,
+                **origin,
+            )
     except (OSError, SafetensorError) as error:
         raise UserError(_explain_missing_weights(model_name_or_path, error)) from error
     model: PreTrainedModel = loaded[0]
     _refuse_incomplete(model_name_or_path, loaded[1])
-    _save_as_published(model)
+    _save_as_read(model)
     return model
 
 
-def _save_as_published(model: PreTrainedModel) -> None:
-    """Make ``save_pretrained`` name and lay out weights as in the files that other readers (vLLM) expect.
+def _save_as_read(model: PreTrainedModel) -> None:
+    """Make ``save_pretrained`` give weights the names and layout of the files they came from.
 
-    transformers notes on the model how names and layouts were converted on loading, and reverts that on saving. Two
-    faults of that are mended. Under ZeRO-3 it notes every conversion it knows, needed or not, and would save names
-    that no checkpoint has. And it loads the experts of Qwen3-VL-MoE, published as [experts, in, out], to memory's
-    [experts, out, in], but saves them as in memory, which only transformers itself reads, and not under ZeRO-3.
+    transformers notes on the model how names and layouts were converted on loading, and reverts that on saving. Under
+    ZeRO-3 it notes every conversion it knows, needed or not, and would save names that no checkpoint has.
     """
     conversions = getattr(model, "_weight_conversions", None) or ()
-    used = [conversion for conversion in conversions if conversion.was_used()]
-    for conversion in used:
-        for operation in getattr(conversion, "operations", ()):
-            if hasattr(operation, "check_dims"):  # transposes only what has another shape than in memory
-                operation.check_dims = False
-    model._weight_conversions = used
+    model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
 
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:
