@@ -12,7 +12,7 @@ import pytest
 from qwenvl.train.checkpoints import find_checkpoint
 from qwenvl.train.reshaping import CONVERTED
 from qwenvl.utilities.errors import UserError
-from tests.train.runs import REPOSITORY, flags, history, largest_difference, torchrun
+from tests.train.runs import REPOSITORY, equal_bits, flags, history, largest_difference, torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +104,10 @@ def test_zero_checkpoints_go_on_on_one_rank_and_on_two_again(
     assert "Set --per_device_train_batch_size 1 --gradient_accumulation_steps 4;" in said
 
     again = {f"again-{stage}": command(f"again-{stage}", stage, f"one-{stage}/checkpoint-4") for stage in stages}
+    again["same"] = command("same", last, checkpoint)
     assert _run(tmp_path, again, ranks=2).count("was saved by 1 rank, and this run has 2.") == len(stages)
+    assert equal_bits(tmp_path / "same", tmp_path / f"two-{last}")  # nothing is converted for as many ranks
+    assert history(tmp_path / "same") == history(tmp_path / f"two-{last}")
     for stage in stages:
         two = tmp_path / f"two-{stage}"
         for other in (tmp_path / f"one-{stage}", tmp_path / f"again-{stage}"):
