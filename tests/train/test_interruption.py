@@ -39,11 +39,12 @@ def whole(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path_facto
     return train(tiny_checkpoint("qwen3_vl"), tmp_path_factory.mktemp("whole") / "run", registry, **STEPS)
 
 
-def start(model: Path, output: Path, registry: Path) -> subprocess.Popen[bytes]:
+def start(model: Path, output: Path, registry: Path, log: str = os.devnull, **extra: Any) -> subprocess.Popen[bytes]:
     script = REPOSITORY / "qwenvl" / "train" / "train_qwen.py"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *flags(model, output, registry, **STEPS)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(script), *flags(model, output, registry, **{**STEPS, **extra})]
+    with open(log, "wb") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
 def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:
@@ -77,6 +78,22 @@ def test_killed_while_saving_and_while_training(
     assert history(resumed) == history(whole)
     assert equal_bits(resumed, whole)
     assert not drafts.exists()
+
+
+@pytest.mark.slow
+def test_killed_while_evaluating(
+    whole: Path, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """The loss of step 2 is logged, then many samples are evaluated, which takes a while, and then it is saved."""
+    model, output, log = tiny_checkpoint("qwen3_vl"), tmp_path / "run", tmp_path / "log"
+    process = start(model, output, registry, str(log), eval_dataset_use="held_out%20000")
+    kill_when(process, lambda: log.read_bytes().count(b"'loss'") == 2)
+    assert b"'eval_loss'" not in log.read_bytes()
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
+    resumed = train(model, output, registry, **STEPS)
+    assert history(resumed) == history(whole)
+    assert history(resumed, "eval_loss") == history(whole, "eval_loss")
+    assert equal_bits(resumed, whole)
 
 
 @pytest.mark.slow
