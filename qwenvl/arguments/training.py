@@ -88,6 +88,14 @@ class TrainingArguments(transformers.TrainingArguments):
             "included. After that every rank logs its step, samples and stack, and the run ends. 0 for any time."
         },
     )
+    device_peak_tflops: float | None = field(
+        default=None,
+        metadata={
+            "help": "TFLOP/s of dense matrix products that one device does at best in the precision of training: what "
+            "MFU is a share of. Default: that of bfloat16 from the data sheet, where the device is a known one; "
+            "otherwise no MFU is logged."
+        },
+    )
 
     # Fields of transformers whose default is another one here.
     optim: OptimizerNames | str = field(
@@ -165,7 +173,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 "--lora_enable True: adapters are not available yet. Leave it out and choose what to train by "
                 "--tune_mm_llm, --tune_mm_mlp and --tune_mm_vision."
             )
-        for name in ("model_max_length", "mm_projector_lr", "vision_tower_lr", "lora_r"):
+        for name in ("model_max_length", "mm_projector_lr", "vision_tower_lr", "lora_r", "device_peak_tflops"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name} {value:g} must be above 0.")

@@ -32,9 +32,9 @@ from qwenvl.models.vision import install
 from qwenvl.train import interruption
 from qwenvl.train.arrangement import arrange
 from qwenvl.train.checkpoints import find_checkpoint, require_writable
+from qwenvl.train.measured import MeasuredTrainer
 from qwenvl.train.reshaping import fitted_to_ranks
 from qwenvl.train.saving import Records
-from qwenvl.train.trainer import QwenVLTrainer
 from qwenvl.utilities.distributed import from_main_process, is_main_process
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import Family, get_family
@@ -223,11 +223,11 @@ def open_model(parsed: ParsedArguments, processor: ProcessorMixin, config: Pretr
     return model
 
 
-def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData, records: Records) -> QwenVLTrainer:
+def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData, records: Records) -> MeasuredTrainer:
     """Put model, data and settings together."""
     tokenizer: Any = data.processor.tokenizer
     training_limits = parsed.data.save_processor_limits == "training"
-    return QwenVLTrainer(
+    return MeasuredTrainer(
         model=model,
         args=parsed.training,
         train_dataset=data.train,

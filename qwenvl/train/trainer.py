@@ -27,7 +27,6 @@ from qwenvl.train.report import DataReport
 from qwenvl.train.running_loss import RunningLoss
 from qwenvl.train.saving import Records
 from qwenvl.train.step_guard import FirstStep, StepGuard
-from qwenvl.train.throughput import Throughput
 from qwenvl.train.unused_parts import UnusedVision
 from qwenvl.train.watchdog import Watchdog
 from qwenvl.utilities.errors import UserError
@@ -85,7 +84,6 @@ class QwenVLTrainer(FeedingTrainer):
         self._samples: list[str] = []  # of the step that is under way
         self._trained_tokens: Any = 0  # of it, over all ranks
         self._tokens = 0.0  # of it, over all ranks
-        self._throughput = Throughput()
         self._first_step: FirstStep | None = FirstStep(model)
 
     def save_position(self, folder: Path) -> None:
@@ -118,7 +116,6 @@ class QwenVLTrainer(FeedingTrainer):
         self._samples = []
         for batch in batch_samples:
             self._samples += self._receive(batch)
-            self._throughput.count(batch)
         shapes = [(tuple(batch["input_ids"].shape), batch.get("media", ())) for batch in batch_samples]
         lines = "".join(f"\n  {sample}" for sample in self._samples)
         self._watchdog.watch(f"step {self.state.global_step + 1}, batches of {shapes}, with the samples{lines}")
@@ -256,11 +253,10 @@ class QwenVLTrainer(FeedingTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens and samples a second to the lines of training; all ranks take part."""
+        """Put the loss of the steps that were taken on the lines of training; all ranks take part."""
         if "loss" in logs:
-            totals = self.accelerator.reduce(self._throughput.counts(self.args.device), reduction="sum")
             loss = self.running_loss.take(lambda value: self.accelerator.reduce(value, reduction="mean"))
-            logs = {**logs, "loss": loss, **self._throughput.rates(totals)}
+            logs = {**logs, "loss": loss}
         super().log(logs, start_time)
 
     def _over_ranks(self, *numbers: float) -> list[float]:

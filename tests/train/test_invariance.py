@@ -94,12 +94,22 @@ def test_loss_and_weights_do_not_depend_on_accumulation(
 # One process with these settings, and two ranks with half the accumulation.
 SPLITS: dict[str, dict[str, Any]] = {
     "padded": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 5},
-    "flattened": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "data_flatten": True},
+    "flattened": {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "data_flatten": True,
+        "device_peak_tflops": 1,
+    },
     "packed": {"gradient_accumulation_steps": 2, "data_packing": True, "model_max_length": 128, "max_steps": 4},
     "grouped": {"gradient_accumulation_steps": 2, "group_by_cost": True, "max_steps": 4},
     "merger": {"gradient_accumulation_steps": 2, "tune_mm_vision": False, "tune_mm_llm": False, **EVALUATION},
     "checkpointing": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
-    "epoch": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "max_steps": 2},
+    "epoch": {
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 2,
+        "device_peak_tflops": 1,
+    },
 }
 
 
@@ -144,6 +154,9 @@ def test_two_ranks_train_like_one_process(
     for name, alone in single.items():
         assert history(split[name]) == pytest.approx(history(alone), rel=1e-5), name
         assert largest_difference(split[name], alone) < 1e-5, name
+        assert _figures(split[name]) == pytest.approx(_figures(alone), rel=1e-3), name
+    assert len(_figures(split["epoch"])) == 2 * 3 + 1
+    assert len(history(split["epoch"], "data_wait_share_max")) == 2
     assert history(split["merger"], "eval_loss") == pytest.approx(history(single["merger"], "eval_loss"), rel=1e-5)
     assert history(split["merger"], "eval_loss")
     assert len(list((tmp_path / "cache" / "plans").iterdir())) == 1
@@ -153,6 +166,14 @@ def test_two_ranks_train_like_one_process(
     moved = train_here(model, tmp_path / "moved", registry, **{**saving, **resume, "gradient_accumulation_steps": 2})
     assert history(moved) == pytest.approx(history(split["whole"]), rel=1e-5)  # the same steps on one rank
     assert largest_difference(moved, split["whole"]) < 1e-5
+
+
+def _figures(folder: Path) -> list[float]:
+    """Logged figures of all ranks together that do not depend on how long they took."""
+    tokens, device = history(folder, "tokens_per_second"), history(folder, "tokens_per_second_per_device")
+    parts = [(name, tokens) for name in ("trained_tokens_per_second", "samples_per_second")] + [("mfu", device)]
+    rates = [value / of for name, base in parts for value, of in zip(history(folder, name), base, strict=False)]
+    return rates + history(folder, "total_flos")
 
 
 def _require_mixed_ranks(registry: Path) -> None:

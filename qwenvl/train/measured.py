@@ -1,0 +1,103 @@
+"""The trainer with instruments: figures on every log line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qwenvl.data.measures import MEASURES
+from qwenvl.models.device_peak import known_peak, name_device
+from qwenvl.models.flops import Flops, Trained, training_flops
+from qwenvl.models.freezing import summarize
+from qwenvl.train.throughput import Throughput, measure_batch
+from qwenvl.train.trainer import QwenVLTrainer
+from qwenvl.utilities.families import get_family
+
+logger = logging.getLogger(__name__)
+
+
+class MeasuredTrainer(QwenVLTrainer):
+    """The trainer, which also says how fast it is; what it computes is the same.
+
+    Args:
+        options: of :class:`qwenvl.train.trainer.QwenVLTrainer`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.flops = _flops_of(self.model)
+        self.throughput = Throughput(self.flops, self._peak(), self.args.device)
+        self.add_callback(_StartOver(self.throughput))
+
+    def _peak(self) -> float | None:
+        """Return the operations a second that each device can do at best, as given or known."""
+        if self.args.device_peak_tflops is not None:
+            return 1e12 * self.args.device_peak_tflops
+        name = name_device(self.args.device)
+        peak = known_peak(name)
+        if peak is None:
+            logger.info("MFU is left out: the peak of this device, %s, is not known (--device_peak_tflops).", name)
+        return peak
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """Collect the micro-batches of an optimizer step, and count them and the time of waiting for them."""
+        self.throughput.run()
+        batches, trained_tokens = super().get_batch_samples(self._watched(epoch_iterator), num_batches, device)
+        for batch in batches:
+            self.throughput.count(batch)
+        return batches, trained_tokens
+
+    def _watched(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        while True:
+            with self.throughput.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return the operations of a micro-batch, which add up to ``total_flos``."""
+        return int(self.flops.count(np.array(measure_batch(inputs), MEASURES)))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; it is no time of training."""
+        with self.throughput.paused():
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint; it is no time of training either."""
+        with self.throughput.paused():
+            super()._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the figures to the lines of training; all ranks take part."""
+        if "loss" in logs:
+            logs = {**logs, **self.throughput.take(self.accelerator.gather)}
+        super().log(logs, start_time)
+
+
+class _StartOver(TrainerCallback):
+    """Counts from the moment training begins: also where it begins again, with a smaller batch."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        self._throughput = throughput
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        del args, state, control, kwargs
+        self._throughput.start_over()
+
+
+def _flops_of(model: Any) -> Flops:
+    trained = Trained(**{row.module: row.trainable > 0 for row in summarize(model)})
+    return training_flops(model.config, get_family(model.config.model_type), trained)
