@@ -96,6 +96,14 @@ class TrainingArguments(transformers.TrainingArguments):
             "otherwise no MFU is logged."
         },
     )
+    profile_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Profile so many optimizer steps of process 0, from the third on or earlier in a shorter run: "
+            "profile/table.txt in the output folder, which is logged too, says where their time goes, and "
+            "profile/trace.json.gz shows it (ui.perfetto.dev). 0 for none."
+        },
+    )
 
     # Fields of transformers whose default is another one here.
     optim: OptimizerNames | str = field(
@@ -177,8 +185,8 @@ class TrainingArguments(transformers.TrainingArguments):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name} {value:g} must be above 0.")
-        if self.max_bad_steps < 1 or self.step_timeout < 0:
-            raise UserError("--max_bad_steps must be 1 or more, and --step_timeout 0 or more.")
+        if self.max_bad_steps < 1 or self.step_timeout < 0 or self.profile_steps < 0:
+            raise UserError("--max_bad_steps must be 1 or more, --step_timeout and --profile_steps 0 or more.")
         if self.router_aux_loss_coef < 0:
             raise UserError(f"--router_aux_loss_coef {self.router_aux_loss_coef:g} must be 0 or more.")
         if self.model_max_length < 2:

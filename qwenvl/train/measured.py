@@ -1,20 +1,23 @@
-"""The trainer with instruments: figures on every log line."""
+"""The trainer with instruments: figures on every log line, and a profile of a few steps."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwenvl.data.measures import MEASURES
 from qwenvl.models.device_peak import known_peak, name_device
 from qwenvl.models.flops import Flops, Trained, training_flops
 from qwenvl.models.freezing import summarize
+from qwenvl.train.step_profile import Phase, StepProfile
 from qwenvl.train.throughput import Throughput, measure_batch
 from qwenvl.train.trainer import QwenVLTrainer
 from qwenvl.utilities.families import get_family
@@ -33,7 +36,10 @@ class MeasuredTrainer(QwenVLTrainer):
         super().__init__(**options)
         self.flops = _flops_of(self.model)
         self.throughput = Throughput(self.flops, self._peak(), self.args.device)
+        folder = Path(self.args.output_dir) / "profile"
+        self.profile = StepProfile(self.args.profile_steps, folder, self.args.device, self.throughput.paused)
         self.add_callback(_StartOver(self.throughput))
+        self.add_callback(self.profile)
 
     def _peak(self) -> float | None:
         """Return the operations a second that each device can do at best, as given or known."""
@@ -57,11 +63,25 @@ class MeasuredTrainer(QwenVLTrainer):
 
     def _watched(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         while True:
+            self.profile.enter(Phase.DATA)
             with self.throughput.waiting():
                 batch = next(batches, None)
+            self.profile.enter(Phase.OTHER)
             if batch is None:
                 return
             yield batch
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss of a micro-batch; its backward pass comes next."""
+        loss = super().compute_loss(*args, **kwargs)
+        self.profile.enter(Phase.BACKWARD)
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one micro-batch; after the last one of a step comes the optimizer."""
+        loss = super().training_step(*args, **kwargs)
+        self.profile.enter(Phase.OPTIMIZER if self.accelerator.sync_gradients else Phase.OTHER)
+        return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the operations of a micro-batch, which add up to ``total_flos``."""
@@ -69,14 +89,19 @@ class MeasuredTrainer(QwenVLTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; it is no time of training."""
-        with self.throughput.paused():
+        with self._unmeasured():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint; it is no time of training either."""
-        with self.throughput.paused():
+        with self._unmeasured():
             super()._save_checkpoint(model, trial)
+
+    @contextmanager
+    def _unmeasured(self) -> Iterator[None]:
+        with self.throughput.paused(), self.profile.left_out():
+            yield
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures to the lines of training; all ranks take part."""

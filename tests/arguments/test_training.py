@@ -64,7 +64,7 @@ def test_a_reporter_whose_package_is_missing_is_refused(name: str) -> None:
     assert f"pip install {name}" in rejected("--report_to", name)
 
 
-@pytest.mark.parametrize("flag", ["--device_peak_tflops 0", "--device_peak_tflops -1"])
+@pytest.mark.parametrize("flag", ["--device_peak_tflops 0", "--device_peak_tflops -1", "--profile_steps -1"])
 def test_instruments_take_no_impossible_values(flag: str) -> None:
     assert flag.split()[0] in rejected(*flag.split())
-    assert parsed("--device_peak_tflops", "989.5").training.device_peak_tflops == 989.5
+    assert parsed("--device_peak_tflops", "989.5", "--profile_steps", "3").training.device_peak_tflops == 989.5

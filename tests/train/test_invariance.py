@@ -99,6 +99,7 @@ SPLITS: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 4,
         "data_flatten": True,
         "device_peak_tflops": 1,
+        "profile_steps": 1,
     },
     "packed": {"gradient_accumulation_steps": 2, "data_packing": True, "model_max_length": 128, "max_steps": 4},
     "grouped": {"gradient_accumulation_steps": 2, "group_by_cost": True, "max_steps": 4},
@@ -157,6 +158,7 @@ def test_two_ranks_train_like_one_process(
         assert _figures(split[name]) == pytest.approx(_figures(alone), rel=1e-3), name
     assert len(_figures(split["epoch"])) == 2 * 3 + 1
     assert len(history(split["epoch"], "data_wait_share_max")) == 2
+    assert {path.name for path in (split["flattened"] / "profile").iterdir()} == {"table.txt", "trace.json.gz"}
     assert history(split["merger"], "eval_loss") == pytest.approx(history(single["merger"], "eval_loss"), rel=1e-5)
     assert history(split["merger"], "eval_loss")
     assert len(list((tmp_path / "cache" / "plans").iterdir())) == 1
