@@ -153,6 +153,13 @@ class TrainingArguments(transformers.TrainingArguments):
             "how samples are split over them."
         },
     )
+    use_liger_kernel: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the vocabulary projection and its loss by Liger Kernel (a CUDA device; pip install "
+            "liger-kernel) instead of our own chunks. Nothing else of the model is exchanged."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Without effect: the logged loss is that of the steps taken; see max_bad_steps."},

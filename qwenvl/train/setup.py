@@ -25,6 +25,8 @@ from qwenvl.data.video import prepare_backend
 from qwenvl.models.attention import attend_by_segments
 from qwenvl.models.context import context_length, extend_context, require_same_context
 from qwenvl.models.freezing import configure_checkpointing, format_table, set_model, summarize
+from qwenvl.models.head import linear_cross_entropy
+from qwenvl.models.liger import open_liger_loss
 from qwenvl.models.loading import choose_attention, load_model, read_model_type, refuse_flattening, resolve_dtype
 from qwenvl.models.optimizer import learning_rates_of, parameter_groups
 from qwenvl.models.patches import Patchify
@@ -219,7 +221,8 @@ def open_model(parsed: ParsedArguments, processor: ProcessorMixin, config: Pretr
     )
     logger.info("Trained parts:\n%s", format_table(summarize(model, learning_rates_of(groups))))
     _checkpoint_trained_parts(model, args)
-    install(model, patchify)
+    install(model, patchify, open_liger_loss() if args.use_liger_kernel else linear_cross_entropy)
+    args.use_liger_kernel = False  # the Trainer would exchange parts of the model for Liger's own
     return model
 
 

@@ -1,0 +1,354 @@
+"""Trained tokens a second and peak memory of a training step: packed and chunked, against padded with full logits.
+
+    python benchmarks/step.py [--size tiny|2b|4b|8b] [--pack_length 8192] [--samples 48] [--frozen_vision]
+                              [--attention auto|sdpa] [--steps 3] [--runs 3] [--peak_tflops 989]
+
+Builds a Qwen3-VL of random weights on the device from a config of the size's shapes, and the same samples for all ways:
+text and pictures, many short and some long. An optimizer step of fused AdamW over all of them, with checkpointing:
+
+    ours      packs of ``pack_length`` tokens, pixels of eight bits, one vision call, loss in chunks of trained tokens
+    plain     what the stock Trainer does with a batch: padded rows of as many samples as fit into ``pack_length``
+              tokens with their padding, float32 patches, the stock forward with labels, full logits
+    sorted    the same with samples sorted by length first
+
+Each way runs in its own process, several times in turns. Prints one line of JSON: of each way, the medians of seconds a
+step, tokens and trained tokens a second, padding, peak memory (of the device; on the CPU the process's), MFU where the
+peak is given or known; and the ratios. The losses of the ways agree to 1e-2 (bfloat16) or 1e-4 (float32), or it stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen3VLConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
+
+from qwenvl.data.collation import Collator, EncodedSample, Item, Medium
+from qwenvl.data.measures import MEASURES, measure_sample
+from qwenvl.data.packing import pack
+from qwenvl.data.positions import VisionSpan, position_ids
+from qwenvl.data.sizes import ImagePlan
+from qwenvl.data.tokenization import Tokens
+from qwenvl.data.types import ImageItem
+from qwenvl.models.attention import attend_by_segments
+from qwenvl.models.flops import Trained, training_flops
+from qwenvl.models.freezing import configure_checkpointing, set_model
+from qwenvl.models.loading import choose_attention
+from qwenvl.models.loss import causal_loss, tell_host
+from qwenvl.models.patches import Patchify
+from qwenvl.models.vision import install
+from qwenvl.utilities.families import get_family
+
+FAMILY = "qwen3_vl"
+WAYS = ("ours", "plain", "sorted")
+VOCABULARY, IMAGE, TEXT = 151_936, 151_655, 1000  # ids that the random text stays below
+
+# hidden size, feed-forward, layers, heads, key heads; tower: hidden size, feed-forward, blocks, blocks with deepstack.
+# Those of the published Qwen3-VL checkpoints; "tiny" has the proportions of none, and runs on a CPU.
+SIZES = {
+    "tiny": ((256, 768, 6, 4, 2), (128, 256, 4, (1, 2, 3))),
+    "2b": ((2048, 6144, 28, 16, 8), (1024, 4096, 24, (5, 11, 17))),
+    "4b": ((2560, 9728, 36, 32, 8), (1024, 4096, 24, (5, 11, 17))),
+    "8b": ((4096, 12288, 36, 32, 8), (1152, 4304, 27, (8, 16, 24))),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one process measured of one way.
+
+    Args:
+        seconds: of each measured step.
+        loss: per trained token, of the first step.
+        positions: of all rows, padding included.
+        peak_gib: memory at the peak.
+    """
+
+    seconds: list[float]
+    loss: float
+    positions: int
+    peak_gib: float
+
+
+def make_config(size: str) -> Qwen3VLConfig:
+    """Return a Qwen3-VL config of a size's shapes."""
+    (hidden, inner, layers, heads, keys), (vision, vision_inner, depth, deepstack) = SIZES[size]
+    head = 128 if size != "tiny" else 64
+    return Qwen3VLConfig(
+        text_config={
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": keys,
+            "head_dim": head,
+            "vocab_size": VOCABULARY if size != "tiny" else VOCABULARY // 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_interleaved": True,
+                "mrope_section": [24, 20, 20] if size != "tiny" else [12, 10, 10],
+            },
+        },
+        vision_config={
+            "hidden_size": vision,
+            "intermediate_size": vision_inner,
+            "depth": depth,
+            "num_heads": 16 if size != "tiny" else 4,
+            "out_hidden_size": hidden,
+            "deepstack_visual_indexes": list(deepstack),
+        },
+        image_token_id=IMAGE if size != "tiny" else TEXT,
+        tie_word_embeddings=size in ("2b", "4b"),
+    )
+
+
+def make_samples(config: Qwen3VLConfig, arguments: argparse.Namespace) -> list[EncodedSample]:
+    """Return samples of which half have a picture, with texts from short to long: a mixture as users train on."""
+    generator = np.random.default_rng(0)
+    longest = arguments.pack_length // 2
+    samples = []
+    for number in range(arguments.samples):
+        text = int(min(longest // 2, max(24, generator.lognormal(math.log(longest / 24), 1.0))))
+        side = int(generator.integers(8, 8 + max(2, int(math.sqrt(longest) / 2)))) * 2
+        grid = (1, side, side) if number % 2 else None
+        samples.append(_make_sample(config, text, max(8, text // 3), grid, generator))
+    return samples
+
+
+def _make_sample(
+    config: Qwen3VLConfig, text: int, answer: int, grid: tuple[int, int, int] | None, generator: np.random.Generator
+) -> EncodedSample:
+    merge, patch = config.vision_config.spatial_merge_size, config.vision_config.patch_size
+    merged = None if grid is None else (1, grid[1] // merge, grid[2] // merge)
+    visual = 0 if merged is None else math.prod(merged)
+    length = text + visual
+    ids = torch.from_numpy(generator.integers(0, TEXT, length))
+    mask = torch.zeros(length, dtype=torch.bool)
+    mask[8 : 8 + visual] = True
+    ids[mask] = config.image_token_id
+    labels = torch.full((length,), -100)
+    labels[-answer:] = ids[-answer:]
+    spans = [] if merged is None else [VisionSpan(8, merged)]
+    media: tuple[Medium, ...] = ()
+    if grid is not None:
+        size = (1, grid[1] * patch, grid[2] * patch, 3)
+        media = (Medium(torch.from_numpy(generator.integers(0, 256, size, dtype=np.uint8)), grid),)
+    return EncodedSample(Tokens(ids, labels, position_ids(length, spans), mask), media)
+
+
+def our_batches(samples: list[EncodedSample], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return packs of the samples as the trainer makes them."""
+    packs = pack(np.array([len(sample.tokens) for sample in samples]), arguments.pack_length)
+    collate = Collator(0, flatten=True)
+    return [tell_host(collate([Item((samples[index],)) for index in members])) for members in packs]
+
+
+def stock_batches(
+    samples: list[EncodedSample], arguments: argparse.Namespace, config: Qwen3VLConfig, patchify: Patchify
+) -> list[dict[str, Any]]:
+    """Return padded rows as stock models take them; a batch has so many samples that its positions fit the pack."""
+    longest = max(len(sample.tokens) for sample in samples)
+    size = max(1, arguments.pack_length // longest)
+    batches = []
+    for start in range(0, len(samples), size):
+        batch = Collator(0, flatten=False)([Item((sample,)) for sample in samples[start : start + size]])
+        stock = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+        stock["mm_token_type_ids"] = batch["vision_mask"].int()
+        if "media" in batch:
+            stock["pixel_values"] = patchify(batch["pixels"], batch["media"])
+            stock["image_grid_thw"] = torch.tensor([shape[1:] for shape in batch["media"]])
+        batches.append(stock)
+    return batches
+
+
+def build_model(config: Qwen3VLConfig, arguments: argparse.Namespace, attention: str) -> PreTrainedModel:
+    """Return a model of random weights, made on the device."""
+    torch.manual_seed(0)
+    device = torch.device(arguments.device)
+    with device:
+        model = AutoModelForImageTextToText.from_config(config, dtype=_dtype(device), attn_implementation=attention)
+    set_model(model, tune_mm_vision=not arguments.frozen_vision, tune_mm_mlp=True, tune_mm_llm=True)
+    return model.train()
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def measure(way: str, arguments: argparse.Namespace) -> Result:
+    """Train some steps one way, in this process."""
+    torch.set_num_threads(max(1, torch.get_num_threads()))
+    config = make_config(arguments.size)
+    samples = make_samples(config, arguments)
+    vision = config.vision_config
+    grey = torch.full((3,), 127.5)
+    patchify = Patchify(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, grey, grey)
+    device = torch.device(arguments.device)
+    attention = choose_attention(arguments.attention, half_precision=device.type == "cuda")
+    model = build_model(config, arguments, attention)
+    trained = float(sum((sample.tokens.labels != -100).sum() for sample in samples))
+    configure_checkpointing(model, "both")
+    if way == "ours":
+        install(model, patchify)
+        if attention == "sdpa":
+            attend_by_segments(model)
+        batches = our_batches(samples, arguments)
+    else:
+        if way == "sorted":
+            samples = sorted(samples, key=lambda sample: len(sample.tokens))
+        batches = stock_batches(samples, arguments, config, patchify)
+    loss_of = our_loss if way == "ours" else stock_loss
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    losses, seconds = [], []
+    for _ in range(1 + arguments.steps):  # the first is not measured
+        started = time.perf_counter()
+        total = 0.0
+        for batch in batches:
+            loss = loss_of(model, to_device(batch, device), trained)
+            loss.backward()
+            total = total + loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(total))  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    positions = sum(batch["input_ids"].numel() for batch in batches)
+    return Result(seconds[1:], losses[0], positions, peak_gib(device))
+
+
+def our_loss(model: PreTrainedModel, batch: dict[str, Any], trained: float) -> Tensor:
+    """Return a pack's part of the loss, as the trainer computes it."""
+    return causal_loss(model, batch, num_trained_tokens=trained)
+
+
+def stock_loss(model: PreTrainedModel, batch: dict[str, Any], trained: float) -> Tensor:
+    """Return a padded batch's part of the loss, as the stock Trainer computes it with a count of items."""
+    loss: Tensor = model(**batch, num_items_in_batch=trained, use_cache=False).loss
+    return loss
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move a batch's tensors, without waiting."""
+    return {
+        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+        for key, value in batch.items()
+        if key not in ("events", "origins", "error")
+    }
+
+
+def peak_gib(device: torch.device) -> float:
+    """Return the most memory that was in use: of the device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def count_flops(arguments: argparse.Namespace) -> float:
+    """Return the operations of a step: of the samples, not of padding or recomputation."""
+    config = make_config(arguments.size)
+    trained = Trained(vision=not arguments.frozen_vision)
+    flops = training_flops(config, get_family(FAMILY), trained)
+    rows = []
+    for sample in make_samples(config, arguments):
+        plans = [ImagePlan(ImageItem(""), (0, 0), medium.grid, (0, 0)) for medium in sample.media]
+        rows.append(measure_sample(len(sample.tokens), int((sample.tokens.labels != -100).sum()), plans))
+    return float(flops.count(np.array(rows, MEASURES)).sum())
+
+
+def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Run where nothing was allocated before."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def describe(results: list[Result], tokens: int, trained: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the medians of a way."""
+    seconds = statistics.median(second for result in results for second in result.seconds)
+    described = {
+        "seconds_a_step": round(seconds, 3),
+        "tokens_a_second": round(tokens / seconds, 1),
+        "trained_tokens_a_second": round(trained / seconds, 1),
+        "padding": round(1 - tokens / results[0].positions, 3),
+        "peak_gib": round(statistics.median(result.peak_gib for result in results), 2),
+    }
+    if arguments.peak_tflops:
+        described["mfu"] = round(count_flops(arguments) / seconds / arguments.peak_tflops / 1e12, 3)
+    return described
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--pack_length", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--frozen_vision", action="store_true")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--peak_tflops", type=float, default=0.0, help="of the device, dense; prints MFU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def rounds(arguments: argparse.Namespace) -> Iterator[tuple[str, Result]]:
+    """Measure the ways in turns."""
+    for _ in range(arguments.runs):
+        for way in WAYS:
+            yield way, in_new_process(measure, way, arguments)
+            gc.collect()
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = parse()
+    found: dict[str, list[Result]] = {way: [] for way in WAYS}
+    for way, result in rounds(arguments):
+        found[way].append(result)
+    losses = {way: results[0].loss for way, results in found.items()}
+    exactness = 1e-2 if arguments.device.startswith("cuda") else 1e-4
+    if max(losses.values()) - min(losses.values()) > exactness * losses["ours"]:
+        sys.exit(f"the ways do not compute the same loss: {losses}")
+    samples = make_samples(make_config(arguments.size), arguments)
+    tokens = sum(len(sample.tokens) for sample in samples)
+    trained = int(sum((sample.tokens.labels != -100).sum() for sample in samples))
+    described = {way: describe(results, tokens, trained, arguments) for way, results in found.items()}
+    ours = described["ours"]
+    device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "CPU"
+    report = {
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "size": arguments.size,
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "loss": round(losses["ours"], 5),
+        **described,
+        "times_as_fast": {way: round(ours["tokens_a_second"] / described[way]["tokens_a_second"], 2) for way in WAYS},
+        "share_of_memory": {way: round(ours["peak_gib"] / described[way]["peak_gib"], 2) for way in WAYS},
+    }
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()
