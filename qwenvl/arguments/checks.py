@@ -6,6 +6,7 @@ import logging
 
 from qwenvl.arguments.data import DataArguments
 from qwenvl.arguments.model import ModelArguments
+from qwenvl.arguments.optimizers import check_optimizer
 from qwenvl.arguments.training import TrainingArguments
 from qwenvl.utilities.errors import UserError
 
@@ -41,6 +42,7 @@ def check_together(model: ModelArguments, data: DataArguments, training: Trainin
         )
     if training.label_smoothing_factor:
         raise UserError("--label_smoothing_factor is not supported: the loss is plain cross entropy. Leave it out.")
+    check_optimizer(training)
     if _evaluates(training) and not _has_evaluation_data(data):
         raise UserError(
             "there is nothing to evaluate on, and --eval_strategy or --eval_on_start asks for it. Add "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -249,8 +248,6 @@ def test_settings(place: Place, fail: Callable[[list[str]], str]) -> None:
     output = place.folder / "file" / "output"
     says(fail(place.flags(output=output)), f"--output_dir {output}", "cannot be written to", "Choose another")
     says(fail(place.flags(deepspeed="configs/zero2.json")), "--deepspeed needs a launcher", "torchrun")
-    if find_spec("galore_torch") is None:
-        says(fail(place.flags(optim="galore_adamw", optim_target_modules="all-linear")), "--optim", "galore_torch")
     output = Path("/proc/output")  # where the system says that there is no such folder
     says(fail(place.flags(output=output)), f"--output_dir {output}", "cannot be written to", "Choose another")
 
