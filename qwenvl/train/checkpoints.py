@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -25,18 +25,22 @@ logger = logging.getLogger(__name__)
 DRAFTS = ".saving"
 """Folder inside the output folder in which checkpoints are written until they are whole."""
 
+Engine = Literal["plain", "deepspeed", "fsdp"]
+"""What trains: torch alone or with DDP, DeepSpeed, or FSDP."""
+
+_OPTIMIZER_FILES = {"plain": ["optimizer.pt"], "deepspeed": ["global_step*"], "fsdp": ["optimizer.bin", "optimizer_*"]}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers")
 
 
-def find_checkpoint(output_dir: str, wanted: str | None, *, deepspeed: bool = False) -> str | None:
+def find_checkpoint(output_dir: str, wanted: str | None, engine: Engine = "plain") -> str | None:
     """Return the checkpoint to resume from, or None to start anew.
 
     Args:
         output_dir: of the run.
         wanted: ``--resume_from_checkpoint``: a folder; ``true`` for the newest one, which must exist; ``false`` for
             none; None for the newest one if there is any, as the official recipe does.
-        deepspeed: DeepSpeed trains, and keeps the optimizer's state in files of its own.
+        engine: what trains: each keeps the optimizer's state in files of its own.
 
     Raises:
         UserError: there is no such checkpoint, or it holds no state of this kind of optimizer.
@@ -53,26 +57,27 @@ def find_checkpoint(output_dir: str, wanted: str | None, *, deepspeed: bool = Fa
         problem = problem_of(Path(wanted))
         if problem is not None:
             raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there: {problem}.")
-        return _with_optimizer(Path(wanted), deepspeed)
+        return _with_optimizer(Path(wanted), engine)
     found = _newest(Path(output_dir))
     if wanted is not None and found is None:
         raise UserError(f"--resume_from_checkpoint {wanted}: {output_dir} holds no complete checkpoint-* folder.")
-    return None if found is None else _with_optimizer(found, deepspeed)
+    return None if found is None else _with_optimizer(found, engine)
 
 
-def _with_optimizer(path: Path, deepspeed: bool) -> str:
+def _with_optimizer(path: Path, engine: Engine) -> str:
     """Refuse a checkpoint from which the Trainer would go on with a new optimizer and schedule, without a word."""
-    of_deepspeed, plain = any(path.glob("global_step*")), any(path.glob("optimizer*"))
-    if of_deepspeed if deepspeed else plain:
+    found = [name for name, files in _OPTIMIZER_FILES.items() if any(any(path.glob(pattern)) for pattern in files)]
+    if engine in found:
         return str(path)
-    if of_deepspeed:
-        reason = "was saved with DeepSpeed, and this run has none: resume with --deepspeed and its configuration"
-    elif plain:
-        reason = "was saved without DeepSpeed, which cannot read its optimizer: leave --deepspeed out to resume"
-    else:
-        reason = "was saved without its optimizer (--save_only_model), so that no run can go on from it"
+    reasons = {
+        "deepspeed": "was saved with DeepSpeed, and this run has none: resume with --deepspeed and its configuration",
+        "fsdp": "was saved with FSDP, and this run has none: resume with --fsdp True and its configuration",
+        "plain": f"was saved without DeepSpeed and FSDP: leave --{engine} out to resume",
+    }
+    reason = "was saved without its optimizer (--save_only_model), so that no run can go on from it"
     raise UserError(
-        f"{path} holds no state of the optimizer that this run can continue with. It {reason}; or start anew from its "
+        f"{path} holds no state of the optimizer that this run can continue with. "
+        f"It {reasons[found[0]] if found else reason}; or start anew from its "
         f"weights, with a new optimizer: --model_name_or_path {path} and another --output_dir."
     )
 

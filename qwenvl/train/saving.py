@@ -15,6 +15,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from qwenvl.arguments import TrainingArguments
 from qwenvl.models.loading import load_weights
 from qwenvl.train.checkpoints import published, write_records
+from qwenvl.train.sharding import shard_on_cpu, tie_gathered
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,13 @@ class SavingTrainer(Trainer):
         self._records = records
         self._drafts: str | None = None  # where a checkpoint is written, while one is
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, and have it shard the model on CPUs too where ``--fsdp`` asks for it."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         """Train an epoch, unless a run is resumed at its end: inside an epoch, the Trainer would take one step more."""
         if self.state.global_step < self.state.max_steps:
@@ -82,6 +90,17 @@ class SavingTrainer(Trainer):
         else:
             logger.info("Loading the best checkpoint, %s.", self.state.best_model_checkpoint)
             load_weights(self.model, self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save weights, config and processor to a folder; every rank calls it.
+
+        Under FSDP the stock Trainer would save no weights beside those of ``SHARDED_STATE_DICT``, which nothing but a
+        resumed run opens.
+        """
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call=_internal_call)
 
     def save_final(self) -> None:
         """Save the finished model to the output folder itself."""
@@ -124,8 +143,10 @@ class SavingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save weights, config and processor, and the records that make the folder repeatable."""
-        super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
+            if state_dict is not None:
+                tie_gathered(self.model, state_dict)
+            super()._save(output_dir, state_dict=state_dict)
             folder = self.args.output_dir if output_dir is None else output_dir
             self._processor.save_pretrained(folder)
             write_records(folder, self._records.settings_yaml, self._records.original_limits)

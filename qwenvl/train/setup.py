@@ -33,7 +33,7 @@ from qwenvl.models.patches import Patchify
 from qwenvl.models.vision import install
 from qwenvl.train import interruption
 from qwenvl.train.arrangement import arrange
-from qwenvl.train.checkpoints import find_checkpoint, require_writable
+from qwenvl.train.checkpoints import Engine, find_checkpoint, require_writable
 from qwenvl.train.measured import MeasuredTrainer
 from qwenvl.train.reshaping import fitted_to_ranks
 from qwenvl.train.saving import Records
@@ -72,8 +72,9 @@ def run(parsed: ParsedArguments) -> int:
         UserError: something in the user's input must be changed.
     """
     args = parsed.training
-    if args.deepspeed:
-        _require_launcher()
+    engine = _engine(args)
+    if engine != "plain":
+        _require_launcher(engine)
     settings_yaml = arguments_to_yaml(parsed)
     family = get_family(read_model_type(parsed.model.model_name_or_path, cache_dir=args.cache_dir))
     if args.router_aux_loss_coef and not family.moe:
@@ -88,8 +89,7 @@ def run(parsed: ParsedArguments) -> int:
     model = open_model(parsed, data.processor, config)
     records = Records(settings_yaml, processor_limits(data.processor))
     trainer = build_trainer(parsed, model, data, records)
-    wanted, deepspeed = args.resume_from_checkpoint, bool(args.deepspeed)
-    checkpoint = from_main_process(lambda: find_checkpoint(args.output_dir, wanted, deepspeed=deepspeed))
+    checkpoint = from_main_process(lambda: find_checkpoint(args.output_dir, args.resume_from_checkpoint, engine))
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
         require_same_context(config, checkpoint)
@@ -250,16 +250,20 @@ def _checkpoint_trained_parts(model: PreTrainedModel, args: TrainingArguments) -
         args.activation_checkpointing = False
 
 
-def _require_launcher() -> None:
-    """DeepSpeed asks for the rank even where there is one process; without it, it looks for MPI.
+def _engine(args: TrainingArguments) -> Engine:
+    return "deepspeed" if args.deepspeed else "fsdp" if args.fsdp else "plain"
+
+
+def _require_launcher(engine: Engine) -> None:
+    """FSDP needs a process group, and DeepSpeed asks for the rank even where there is one process.
 
     Raises:
         UserError: nothing has told this process its rank.
     """
     if "RANK" not in os.environ:
         raise UserError(
-            "--deepspeed needs a launcher, for one GPU too: torchrun --nproc_per_node=1 "
-            "qwenvl/train/train_qwen.py ..., or leave --deepspeed out."
+            f"--{engine} needs a launcher, for one GPU too: torchrun --nproc_per_node=1 "
+            f"qwenvl/train/train_qwen.py ..., or leave --{engine} out."
         )
 
 

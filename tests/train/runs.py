@@ -60,9 +60,9 @@ def train(model: Path, output: Path, registry: Path, **settings: Any) -> Path:
     return output
 
 
-def torchrun(script: Path, *arguments: str, ranks: int = 2, seconds: float = 280) -> str:
+def torchrun(script: Path, *arguments: str, ranks: int = 2, seconds: float = 280, **environment: str) -> str:
     """Run a Python file on several ranks of this machine; return what they printed, also written beside it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    environment |= os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     printed = script.with_suffix(".log")
     with (
@@ -84,6 +84,71 @@ def torchrun(script: Path, *arguments: str, ranks: int = 2, seconds: float = 280
     text = printed.read_text()
     assert code == 0, f"{'stopped after its time' if code is None else code}: {text[-6000:]}"
     return text
+
+
+RUNNER = """
+import json, sys
+from accelerate.state import AcceleratorState
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from qwenvl.arguments import parse_arguments
+from qwenvl.train import setup
+from qwenvl.train.measured import MeasuredTrainer
+from qwenvl.utilities.distributed import gather_objects, shut_down
+from qwenvl.utilities.logging import setup_logging
+
+
+def engine_of(model):
+    if isinstance(model, DistributedDataParallel):
+        return "DDP"
+    if isinstance(model, FSDPModule) and any(isinstance(value, DTensor) for value in model.parameters()):
+        return "FSDP2"
+    stage = model.zero_optimization_stage()
+    assert stage < 3 or all(value.ds_tensor.numel() < value.ds_numel for value in model.parameters())
+    return f"ZeRO-{stage}" + (" offload" if model.zero_use_cpu_optimizer() else "")
+
+
+class Trainer(MeasuredTrainer):
+    def train(self, **options):
+        result = super().train(**options)
+        engines.append(engine_of(self.model_wrapped))
+        return result
+
+
+setup_logging("info")
+setup.MeasuredTrainer = Trainer
+engines = []
+for arguments in json.load(open(sys.argv[1])):
+    assert setup.run(parse_arguments(arguments)) == 0
+    gather_objects(None)
+    AcceleratorState._reset_state()
+json.dump(engines, open(sys.argv[1] + ".engines", "w"))
+shut_down()
+"""
+
+
+def run_on_two_ranks(
+    folder: Path, commands: dict[str, list[str]], engine: str | dict[str, str], before: str = "", **options: Any
+) -> dict[str, Path]:
+    """Run command lines one after another in the same two processes.
+
+    Args:
+        folder: the command lines' output folders are in it, by the names of ``commands``.
+        commands: the command lines.
+        engine: what has to have trained them; for each, where they differ.
+        before: Python lines that the processes run first.
+        options: of :func:`torchrun`.
+
+    Returns:
+        The output folders.
+    """
+    (folder / "runner.py").write_text(before + RUNNER)
+    (folder / "commands.json").write_text(json.dumps(list(commands.values())))
+    torchrun(folder / "runner.py", str(folder / "commands.json"), **options)
+    wanted = [engine if isinstance(engine, str) else engine[name] for name in commands]
+    assert json.loads((folder / "commands.json.engines").read_text()) == wanted
+    return {name: folder / name for name in commands}
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

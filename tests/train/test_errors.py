@@ -248,6 +248,7 @@ def test_settings(place: Place, fail: Callable[[list[str]], str]) -> None:
     output = place.folder / "file" / "output"
     says(fail(place.flags(output=output)), f"--output_dir {output}", "cannot be written to", "Choose another")
     says(fail(place.flags(deepspeed="configs/zero2.json")), "--deepspeed needs a launcher", "torchrun")
+    says(fail(place.flags(fsdp=True)), "--fsdp needs a launcher", "torchrun")
     output = Path("/proc/output")  # where the system says that there is no such folder
     says(fail(place.flags(output=output)), f"--output_dir {output}", "cannot be written to", "Choose another")
 

@@ -19,8 +19,7 @@ from qwenvl.data.sampling import SampleOrder, ShardedBatchSampler, Sharding
 from qwenvl.models.loading import load_model
 from qwenvl.train.setup import open_data
 from qwenvl.utilities.families import get_family
-from tests.train.runs import REPOSITORY, flags, history, largest_difference, torchrun, train, weights
-from tests.train.test_invariance import RUNNER
+from tests.train.runs import REPOSITORY, flags, history, largest_difference, run_on_two_ranks, train, weights
 
 pytestmark = pytest.mark.slow
 
@@ -127,10 +126,7 @@ def test_experts_train_under_zero3_from_every_layout_and_with_any_routing(
     (tmp_path / "zero3.json").write_text(json.dumps(settings))
     sharded = {**SETTINGS, "deepspeed": tmp_path / "zero3.json"}
     commands = {name: flags(model, tmp_path / name, routed, **sharded) for name, model in models.items()}
-    (tmp_path / "runner.py").write_text(RUNNER)
-    (tmp_path / "commands.json").write_text(json.dumps(list(commands.values())))
-    torchrun(tmp_path / "runner.py", str(tmp_path / "commands.json"))
-
+    run_on_two_ranks(tmp_path, commands, "ZeRO-3")
     for name, model in models.items():
         alone = train(model, tmp_path / "alone" / name, routed, **SETTINGS, gradient_accumulation_steps=2)
         assert history(tmp_path / name) == pytest.approx(history(alone), rel=1e-5), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,12 @@ import pytest
 
 from qwenvl.data.sampling import SampleOrder, ShardedBatchSampler, Sharding
 from tests.train.runs import (
-    REPOSITORY,
-    changed,
     equal_bits,
     flags,
     history,
     largest_difference,
     read_annotations,
-    torchrun,
-    weights,
+    run_on_two_ranks,
 )
 from tests.train.runs import train as train_here
 
@@ -31,29 +27,6 @@ EVALUATION = {
     "eval_dataset_use": "held_out",
     "per_device_eval_batch_size": 3,
 }
-RUNNER = """
-import json, sys
-from accelerate.state import AcceleratorState
-from qwenvl.arguments import parse_arguments
-from qwenvl.train.setup import run
-from qwenvl.utilities.distributed import gather_objects, shut_down
-from qwenvl.utilities.logging import setup_logging
-
-setup_logging("info")
-for arguments in json.load(open(sys.argv[1])):
-    run(parse_arguments(arguments))
-    gather_objects(None)
-    AcceleratorState._reset_state()
-shut_down()
-"""
-
-
-def _run_on_two_ranks(folder: Path, commands: dict[str, list[str]]) -> dict[str, Path]:
-    """Run command lines one after another in the same two processes; return the output folders."""
-    (folder / "runner.py").write_text(RUNNER)
-    (folder / "commands.json").write_text(json.dumps(list(commands.values())))
-    torchrun(folder / "runner.py", str(folder / "commands.json"))
-    return {name: folder / name for name in commands}
 
 
 @pytest.mark.parametrize("trained", [{}, {"tune_mm_vision": False, "tune_mm_llm": False}], ids=["all", "merger only"])
@@ -151,7 +124,7 @@ def test_two_ranks_train_like_one_process(
     resume = {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-2"}
     commands["resumed"] = flags(model, tmp_path / "resumed", registry, **saving, **resume)
     _require_mixed_ranks(registry)
-    split = _run_on_two_ranks(tmp_path, commands)
+    split = run_on_two_ranks(tmp_path, commands, "DDP")
     for name, alone in single.items():
         assert history(split[name]) == pytest.approx(history(alone), rel=1e-5), name
         assert largest_difference(split[name], alone) < 1e-5, name
@@ -184,43 +157,3 @@ def _require_mixed_ranks(registry: Path) -> None:
     order = SampleOrder(len(has_media), seed=42)
     ranks = [list(ShardedBatchSampler(order, Sharding(1, 2, rank))) for rank in (0, 1)]
     assert any(has_media[one[0]] != has_media[other[0]] for one, other in zip(*ranks, strict=True))
-
-
-@pytest.mark.slow
-def test_zero3_trains_saves_and_resumes_like_one_process(
-    tiny_checkpoint: Callable[[str], Path], publish: Callable[[str], Path], registry: Path, tmp_path: Path
-) -> None:
-    """Two real ranks with the recipe's ZeRO-3 settings, mixed media; experts are stored transposed."""
-    pytest.importorskip("deepspeed")
-    settings = json.loads((REPOSITORY / "configs" / "zero3.json").read_text())
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or a tiny model is never sharded
-    (tmp_path / "zero3.json").write_text(json.dumps(settings))
-    # a large epsilon, because Adam makes much of rounding where a gradient is nearly zero
-    common = {"per_device_train_batch_size": 1, "adam_epsilon": 1e-2, "save_strategy": "steps", "save_steps": 2}
-    single, commands = {}, {}
-    models = {
-        "qwen2_5_vl": publish("qwen2_5_vl"),
-        "qwen3_vl": tiny_checkpoint("qwen3_vl"),
-        "qwen3_vl_moe": publish("qwen3_vl_moe"),
-    }
-    for family, model in models.items():
-        extra = {"data_flatten": family == "qwen3_vl", **common, **EVALUATION}
-        single[family] = train_here(
-            model, tmp_path / "single" / family, registry, gradient_accumulation_steps=2, **extra
-        )
-        extra["deepspeed"] = tmp_path / "zero3.json"
-        commands[family] = flags(model, tmp_path / family, registry, **extra)
-    resume = {"resume_from_checkpoint": tmp_path / "qwen3_vl_moe" / "checkpoint-2"}
-    commands["resumed"] = flags(models["qwen3_vl_moe"], tmp_path / "resumed", registry, **{**extra, **resume})
-    text_alone = {"deepspeed": tmp_path / "zero3.json", "dataset_use": "text"}
-    commands["text"] = flags(models["qwen3_vl"], tmp_path / "text", registry, **text_alone)
-    split = _run_on_two_ranks(tmp_path, commands)
-    for family, alone in single.items():
-        names = weights(models[family]).keys()
-        assert weights(split[family]).keys() == weights(split[family] / "checkpoint-2").keys() == names, family
-        assert history(split[family]) == pytest.approx(history(alone), rel=1e-4), family
-        assert history(split[family], "eval_loss") == pytest.approx(history(alone, "eval_loss"), rel=1e-4), family
-        assert largest_difference(split[family], alone) < 1e-5, family
-    assert equal_bits(split["resumed"], split["qwen3_vl_moe"])
-    assert changed(models["qwen3_vl"], split["text"])
-    assert not changed(models["qwen3_vl"], split["text"], ["model.visual"]), "no sample had a picture"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qwenvl.train.checkpoints import find_checkpoint
+from qwenvl.train.checkpoints import Engine, find_checkpoint
 from qwenvl.train.reshaping import CONVERTED
 from qwenvl.utilities.errors import UserError
 from tests.train.runs import REPOSITORY, equal_bits, flags, history, largest_difference, torchrun
@@ -132,20 +132,22 @@ def test_optimizer_that_cannot_be_converted_is_refused(
     assert not list(tmp_path.glob(f"*/{CONVERTED}"))
 
 
-KINDS = {
-    "plain": ("optimizer.pt", True, "leave --deepspeed out to resume"),
-    "deepspeed": ("global_step2/mp_rank_00_model_states.pt", False, "resume with --deepspeed and its configuration"),
-    "weights alone": ("model.safetensors", True, "--save_only_model"),
+KINDS: dict[str, tuple[str, Engine, str]] = {
+    "plain": ("optimizer.pt", "deepspeed", "leave --deepspeed out to resume"),
+    "plain for FSDP": ("optimizer.pt", "fsdp", "leave --fsdp out to resume"),
+    "deepspeed": ("global_step2/mp_rank_00_model_states.pt", "plain", "resume with --deepspeed and its configuration"),
+    "fsdp": ("optimizer.bin", "plain", "resume with --fsdp True and its configuration"),
+    "weights alone": ("model.safetensors", "deepspeed", "--save_only_model"),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_of_another_engine_says_how_to_resume_it(kind: str, tmp_path: Path) -> None:
-    file, deepspeed, advice = KINDS[kind]
+    file, engine, advice = KINDS[kind]
     checkpoint = tmp_path / "checkpoint-2"
     (checkpoint / file).parent.mkdir(parents=True)
     (checkpoint / file).write_bytes(b"")
     (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
     with pytest.raises(UserError) as error:
-        find_checkpoint(str(tmp_path), None, deepspeed=deepspeed)
+        find_checkpoint(str(tmp_path), None, engine)
     assert advice in str(error.value) and "--model_name_or_path" in str(error.value)
