@@ -125,9 +125,12 @@ class GradientWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self._model = model
         self._seen: set[str] = set()
-        self._handles = [self._watch(name, value) for name, value in self._parameters.items()]
+        self._handles = [self._watch(name, value) for name, value in self._trainable()]
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, value) for name, value in self._model.named_parameters() if value.requires_grad]
 
     def _watch(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
         def note(_: Tensor) -> None:
@@ -139,10 +142,10 @@ class GradientWatch:
     def missing(self) -> list[str]:
         """Names of the trainable parameters that have had no gradient since the watch began.
 
-        ``.grad`` is looked at too: FSDP computes with other tensors than the parameters it shards. Ask before the
-        gradients are cleared.
+        FSDP2 puts other parameters, sharded ones, in the place of those that are watched: their ``.grad`` is looked at.
+        Ask before the gradients are cleared.
         """
-        return [name for name, value in self._parameters.items() if name not in self._seen and value.grad is None]
+        return [name for name, value in self._trainable() if name not in self._seen and value.grad is None]
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -145,7 +145,7 @@ def run_on_two_ranks(
     """
     (folder / "runner.py").write_text(before + RUNNER)
     (folder / "commands.json").write_text(json.dumps(list(commands.values())))
-    torchrun(folder / "runner.py", str(folder / "commands.json"), **options)
+    torchrun(folder / "runner.py", str(folder / "commands.json"), seconds=500, **options)
     wanted = [engine if isinstance(engine, str) else engine[name] for name in commands]
     assert json.loads((folder / "commands.json.engines").read_text()) == wanted
     return {name: folder / name for name in commands}

@@ -1,4 +1,4 @@
-"""Any mixture of samples trains alike on every engine: ZeRO-1, -2, -3, and with offloading."""
+"""Any mixture of samples trains alike on every engine: DDP, FSDP2, ZeRO-1, -2, -3, and with offloading."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from qwenvl.data.sampling import SampleOrder, ShardedBatchSampler, Sharding
+from qwenvl.train.train_qwen import main
 from tests.train.runs import (
     REPOSITORY,
     changed,
@@ -26,6 +27,8 @@ from tests.train.runs import (
     weights,
 )
 
+pytestmark = pytest.mark.timeout(600)  # several runs in one test, which share busy cores with other tests
+FSDP2 = {"fsdp": True, "fsdp_config": "configs/fsdp2.json"}
 EVALUATION = {
     "eval_strategy": "steps",
     "eval_steps": 2,
@@ -139,6 +142,38 @@ def require_stock_opens(folder: Path, single: Path) -> None:
 
 
 @pytest.mark.slow
+def test_fsdp2_trains_saves_and_resumes_like_one_process(
+    command: Callable[..., list[str]],
+    alone: Callable[..., Path],
+    tiny_checkpoint: Callable[[str], Path],
+    publish: Callable[[str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Two real ranks over gloo. accelerate trains with DDP there and does not say so: the model itself is looked at."""
+    older = publish("qwen2_5_vl")
+    sharded = {**FSDP2, "fsdp_config": json.dumps({"state_dict_type": "SHARDED_STATE_DICT"})}
+    commands = {case: command(case, case, **FSDP2) for case in ("padded", "frozen", "packed")}
+    commands["older"] = command("older", "padded", older, **sharded)
+    for name, source, model, settings in (("resumed", "padded", None, FSDP2), ("again", "older", older, sharded)):
+        resume = {"resume_from_checkpoint": tmp_path / source / "checkpoint-2"}
+        commands[name] = command(name, "padded", model, **settings, **resume)
+    split = run_on_two_ranks(tmp_path, commands, "FSDP2")
+    for case in ("padded", "frozen", "packed"):
+        require_alike(split[case], alone(case), tiny_checkpoint("qwen3_vl"))
+    require_alike(split["older"], alone("padded", older), older)
+    for name, source in (("resumed", "padded"), ("again", "older")):
+        assert equal_bits(split[name], split[source])
+        assert history(split[name]) == history(split[source])
+    for name, single in (("padded", alone("padded")), ("older", alone("padded", older))):
+        require_stock_opens(split[name], single)
+        require_stock_opens(split[name] / "checkpoint-2", single / "checkpoint-2")
+    resume = {"resume_from_checkpoint": split["padded"] / "checkpoint-2", "gradient_accumulation_steps": 2}
+    assert main(command("refused", "padded", **resume)) == 1
+    assert "was saved with FSDP, and this run has none" in caplog.text
+
+
+@pytest.mark.slow
 def test_zero_trains_saves_and_resumes_like_one_process(
     command: Callable[..., list[str]],
     alone: Callable[..., Path],
@@ -149,33 +184,33 @@ def test_zero_trains_saves_and_resumes_like_one_process(
 ) -> None:
     """Two real ranks with the recipes' settings, mixed media; the experts of the MoE are stored transposed."""
     pytest.importorskip("deepspeed")
-    model, older, experts = tiny_checkpoint("qwen3_vl"), publish("qwen2_5_vl"), publish("qwen3_vl_moe")
+    model, experts = tiny_checkpoint("qwen3_vl"), publish("qwen3_vl_moe")
     runs = {  # configuration, case, checkpoint
         "ZeRO-1": (zero("zero2", 1), "padded", model),
         "ZeRO-2": (zero("zero2"), "frozen", model),
         "ZeRO-3": (zero("zero3"), "padded", model),
-        "packed": (zero("zero3"), "packed", model),
-        "older": (zero("zero3"), "padded", older),
         "experts": (zero("zero3"), "padded", experts),
         "offload": (zero("zero3_offload"), "frozen", model),
     }
     commands = {
         name: command(name, case, checkpoint, deepspeed=file) for name, (file, case, checkpoint) in runs.items()
     }
-    resume = {"resume_from_checkpoint": tmp_path / "experts" / "checkpoint-2"}
-    commands["resumed"] = command("resumed", "padded", experts, deepspeed=zero("zero3"), **resume)
+    for name, source in (("resumed", "experts"), ("again", "ZeRO-1")):
+        file, case, checkpoint = runs[source]
+        resume = {"resume_from_checkpoint": tmp_path / source / "checkpoint-2"}
+        commands[name] = command(name, case, checkpoint, deepspeed=file, **resume)
     commands["text"] = command("text", "checkpointing", model, deepspeed=zero("zero3"), dataset_use="text")
     commands["crossed"] = command("crossed", "checkpointing", alone("padded"), deepspeed=zero("zero3"))
-    engines = dict.fromkeys(commands, "ZeRO-3") | {"ZeRO-1": "ZeRO-1", "ZeRO-2": "ZeRO-2", "offload": "ZeRO-3 offload"}
+    others = {"ZeRO-1": "ZeRO-1", "again": "ZeRO-1", "ZeRO-2": "ZeRO-2", "offload": "ZeRO-3 offload"}
+    engines = dict.fromkeys(commands, "ZeRO-3") | others
     split = run_on_two_ranks(tmp_path, commands, engines)
     for name, (_, case, checkpoint) in runs.items():
         require_alike(split[name], alone(case, checkpoint), checkpoint)
         if case == "padded":
             assert weights(split[name] / "checkpoint-2").keys() == weights(checkpoint).keys()
-    for name in ("ZeRO-3", "older", "experts"):
-        _, case, checkpoint = runs[name]
-        require_stock_opens(split[name], alone(case, checkpoint))
+    require_stock_opens(split["experts"], alone("padded", experts))
     assert equal_bits(split["resumed"], split["experts"])
+    assert equal_bits(split["again"], split["ZeRO-1"])
     assert not changed(model, split["text"], ["model.visual"]), "no sample had a picture"
     # ZeRO-3 goes on from a folder that one process saved, and one process from a folder that ZeRO-3 saved.
     require_alike(split["crossed"], alone("checkpointing", split["ZeRO-3"]), model)
@@ -183,7 +218,7 @@ def test_zero_trains_saves_and_resumes_like_one_process(
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("engine", ["ZeRO-3"])
+@pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-3"])
 def test_every_family_trains_like_one_process(
     engine: str,
     command: Callable[..., list[str]],
@@ -192,7 +227,7 @@ def test_every_family_trains_like_one_process(
     publish: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    settings = {"deepspeed": zero("zero3")}
+    settings = FSDP2 if engine == "FSDP2" else {"deepspeed": zero("zero3")}
     models = {name: publish(name) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")}
     commands = {name: command(name, "padded", model, **settings) for name, model in models.items()}
     split = run_on_two_ranks(tmp_path, commands, engine)
@@ -220,12 +255,12 @@ vision.encode = encode_pictures_only
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ZeRO-3"])
+@pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-3"])
 def test_without_the_vision_call_on_every_rank_the_run_fails(
     engine: str, command: Callable[..., list[str]], zero: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The negative control: what trains above does not without the call, so that it is the call that is tested."""
-    settings = {"deepspeed": zero("zero3")}
+    settings = FSDP2 if engine == "FSDP2" else {"deepspeed": zero("zero3")}
     commands = {"mixed": command("mixed", "checkpointing", **settings)}
     with pytest.raises(AssertionError) as failure:
         run_on_two_ranks(tmp_path, commands, engine, WITHOUT_THE_CALL, **STRICT)
