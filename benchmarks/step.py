@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import platform
 import resource
 import statistics
@@ -42,12 +41,11 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen3VLCo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
 
-from qwenvl.data.collation import Collator, EncodedSample, Item, Medium
+from benchmarks.step_samples import SIZES, make_config, make_samples
+from qwenvl.data.collation import Collator, EncodedSample, Item
 from qwenvl.data.measures import MEASURES, measure_sample
 from qwenvl.data.packing import pack
-from qwenvl.data.positions import VisionSpan, position_ids
 from qwenvl.data.sizes import ImagePlan
-from qwenvl.data.tokenization import Tokens
 from qwenvl.data.types import ImageItem
 from qwenvl.models.attention import attend_by_segments
 from qwenvl.models.flops import Trained, training_flops
@@ -60,16 +58,6 @@ from qwenvl.utilities.families import get_family
 
 FAMILY = "qwen3_vl"
 WAYS = ("ours", "plain", "sorted")
-VOCABULARY, IMAGE, TEXT = 151_936, 151_655, 1000  # ids that the random text stays below
-
-# hidden size, feed-forward, layers, heads, key heads; tower: hidden size, feed-forward, blocks, blocks with deepstack.
-# Those of the published Qwen3-VL checkpoints; "tiny" has the proportions of none, and runs on a CPU.
-SIZES = {
-    "tiny": ((256, 768, 6, 4, 2), (128, 256, 4, (1, 2, 3))),
-    "2b": ((2048, 6144, 28, 16, 8), (1024, 4096, 24, (5, 11, 17))),
-    "4b": ((2560, 9728, 36, 32, 8), (1024, 4096, 24, (5, 11, 17))),
-    "8b": ((4096, 12288, 36, 32, 8), (1152, 4304, 27, (8, 16, 24))),
-}
 
 
 @dataclass(frozen=True)
@@ -87,73 +75,6 @@ class Result:
     loss: float
     positions: int
     peak_gib: float
-
-
-def make_config(size: str) -> Qwen3VLConfig:
-    """Return a Qwen3-VL config of a size's shapes."""
-    (hidden, inner, layers, heads, keys), (vision, vision_inner, depth, deepstack) = SIZES[size]
-    head = 128 if size != "tiny" else 64
-    return Qwen3VLConfig(
-        text_config={
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": keys,
-            "head_dim": head,
-            "vocab_size": VOCABULARY if size != "tiny" else VOCABULARY // 4,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 5e6,
-                "mrope_interleaved": True,
-                "mrope_section": [24, 20, 20] if size != "tiny" else [12, 10, 10],
-            },
-        },
-        vision_config={
-            "hidden_size": vision,
-            "intermediate_size": vision_inner,
-            "depth": depth,
-            "num_heads": 16 if size != "tiny" else 4,
-            "out_hidden_size": hidden,
-            "deepstack_visual_indexes": list(deepstack),
-        },
-        image_token_id=IMAGE if size != "tiny" else TEXT,
-        tie_word_embeddings=size in ("2b", "4b"),
-    )
-
-
-def make_samples(config: Qwen3VLConfig, arguments: argparse.Namespace) -> list[EncodedSample]:
-    """Return samples of which half have a picture, with texts from short to long: a mixture as users train on."""
-    generator = np.random.default_rng(0)
-    longest = arguments.pack_length // 2
-    samples = []
-    for number in range(arguments.samples):
-        text = int(min(longest // 2, max(24, generator.lognormal(math.log(longest / 24), 1.0))))
-        side = int(generator.integers(8, 8 + max(2, int(math.sqrt(longest) / 2)))) * 2
-        grid = (1, side, side) if number % 2 else None
-        samples.append(_make_sample(config, text, max(8, text // 3), grid, generator))
-    return samples
-
-
-def _make_sample(
-    config: Qwen3VLConfig, text: int, answer: int, grid: tuple[int, int, int] | None, generator: np.random.Generator
-) -> EncodedSample:
-    merge, patch = config.vision_config.spatial_merge_size, config.vision_config.patch_size
-    merged = None if grid is None else (1, grid[1] // merge, grid[2] // merge)
-    visual = 0 if merged is None else math.prod(merged)
-    length = text + visual
-    ids = torch.from_numpy(generator.integers(0, TEXT, length))
-    mask = torch.zeros(length, dtype=torch.bool)
-    mask[8 : 8 + visual] = True
-    ids[mask] = config.image_token_id
-    labels = torch.full((length,), -100)
-    labels[-answer:] = ids[-answer:]
-    spans = [] if merged is None else [VisionSpan(8, merged)]
-    media: tuple[Medium, ...] = ()
-    if grid is not None:
-        size = (1, grid[1] * patch, grid[2] * patch, 3)
-        media = (Medium(torch.from_numpy(generator.integers(0, 256, size, dtype=np.uint8)), grid),)
-    return EncodedSample(Tokens(ids, labels, position_ids(length, spans), mask), media)
 
 
 def our_batches(samples: list[EncodedSample], arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -199,7 +120,7 @@ def measure(way: str, arguments: argparse.Namespace) -> Result:
     """Train some steps one way, in this process."""
     torch.set_num_threads(max(1, torch.get_num_threads()))
     config = make_config(arguments.size)
-    samples = make_samples(config, arguments)
+    samples = make_samples(config, arguments.samples, arguments.pack_length)
     vision = config.vision_config
     grey = torch.full((3,), 127.5)
     patchify = Patchify(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, grey, grey)
@@ -269,7 +190,7 @@ def count_flops(arguments: argparse.Namespace) -> float:
     trained = Trained(vision=not arguments.frozen_vision)
     flops = training_flops(config, get_family(FAMILY), trained)
     rows = []
-    for sample in make_samples(config, arguments):
+    for sample in make_samples(config, arguments.samples, arguments.pack_length):
         plans = [ImagePlan(ImageItem(""), (0, 0), medium.grid, (0, 0)) for medium in sample.media]
         rows.append(measure_sample(len(sample.tokens), int((sample.tokens.labels != -100).sum()), plans))
     return float(flops.count(np.array(rows, MEASURES)).sum())
@@ -329,7 +250,7 @@ def main() -> None:
     exactness = 1e-2 if arguments.device.startswith("cuda") else 1e-4
     if max(losses.values()) - min(losses.values()) > exactness * losses["ours"]:
         sys.exit(f"the ways do not compute the same loss: {losses}")
-    samples = make_samples(make_config(arguments.size), arguments)
+    samples = make_samples(make_config(arguments.size), arguments.samples, arguments.pack_length)
     tokens = sum(len(sample.tokens) for sample in samples)
     trained = int(sum((sample.tokens.labels != -100).sum() for sample in samples))
     described = {way: describe(results, tokens, trained, arguments) for way, results in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -128,4 +129,5 @@ def _store() -> Any:
 def shut_down() -> None:
     """Leave the process group, if there is one; call it when every process has finished its work."""
     if is_initialized():
+        gc.collect()  # what still refers to the group would have to end its threads while Python ends, and may abort
         dist.destroy_process_group()
