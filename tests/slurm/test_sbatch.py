@@ -12,7 +12,7 @@ import pytest
 from tests.slurm import cluster as slurm
 from tests.train.runs import REPOSITORY, equal_bits, flags, history
 
-SCRIPT = REPOSITORY / "scripts" / "slurm" / "sft.sbatch"
+SCRIPTS = REPOSITORY / "scripts" / "slurm"
 SETTINGS: dict[str, Any] = {
     "max_steps": 60,
     "save_strategy": "steps",
@@ -37,27 +37,38 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]
 
 
 class Job:
-    """A training job of two ranks."""
+    """A training job of two ranks, or an array of such jobs."""
 
-    def __init__(self, cluster: slurm.Cluster, model: Path, output: Path, registry: Path) -> None:
+    def __init__(
+        self,
+        cluster: slurm.Cluster,
+        model: Path,
+        output: Path,
+        registry: Path,
+        runs: Path | None = None,
+        **exports: Any,
+    ) -> None:
         self.cluster, self.output = cluster, output
         recipe = REPOSITORY / "configs" / "demo.yaml"
-        exports = {"RECIPE": recipe.stem, "OUTPUT_DIR": output, "NPROC_PER_NODE": 2, "HF_HUB_OFFLINE": 1}
+        exports = {"RECIPE": recipe.stem, "OUTPUT_DIR": output, "NPROC_PER_NODE": 2, "HF_HUB_OFFLINE": 1, **exports}
+        array = [] if runs is None else [f"--array=1-{len(runs.read_text().splitlines())}"]
+        exports |= {} if runs is None else {"RUNS": runs}
         self.number = cluster.run(
             "sbatch",
             "--parsable",
             "--partition=low",
+            *array,
             "--gpus-per-node=0",
             "--cpus-per-task=2",
             f"--output={output}.log",
             "--export=ALL," + ",".join(f"{name}={value}" for name, value in exports.items()),
-            str(SCRIPT),
-            *flags(model, output, registry, **SETTINGS),
+            str(SCRIPTS / ("sft.sbatch" if runs is None else "sft_array.sbatch")),
+            *flags(model, output, registry, **SETTINGS, **({} if runs is None else {"output_dir": None})),
             cwd=REPOSITORY,
         )
 
     def log(self) -> str:
-        files = [self.output.with_name(f"{self.output.name}.log"), *self.output.glob("logs/*")]
+        files = [self.output.with_name(f"{self.output.name}.log"), *self.output.glob("**/logs/*")]
         return "\n".join(file.read_text() for file in files if file.exists())
 
     def wait_until(self, moment: Callable[[], bool], seconds: float = 300) -> None:
@@ -117,3 +128,36 @@ def test_job_goes_on_by_itself(
     assert "Resuming from" in job.log()
     assert history(job.output) == history(whole)
     assert equal_bits(job.output, whole)
+
+
+def test_each_run_of_an_array_has_its_flags_and_goes_on_by_itself(
+    whole: Path, cluster: slurm.Cluster, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs.txt"
+    runs.write_text("--run_name 'the whole one'\n--learning_rate 5e-4 --max_steps 2\n")
+    job = Job(cluster, tiny_checkpoint("qwen3_vl"), tmp_path / "runs", registry, runs)
+    first, second = f"{job.number}_1", f"{job.number}_2"
+    job.wait_until(job.trains)
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    job.wait_until(lambda: cluster.job(first)["Restarts"] == "1")
+    for number, steps in ((second, 2), (first, 60)):
+        job.wait_until(lambda number=number: cluster.job(number)["JobState"] == "COMPLETED")  # type: ignore[misc]
+        assert len(history(job.output / f"run-{number[-1]}")) == steps
+    assert equal_bits(job.output / "run-1", whole)
+    assert "run_name: the whole one" in (job.output / "run-1" / "training_args.yaml").read_text()
+    assert history(job.output / "run-2", "learning_rate") == [5e-4] * 2
+
+
+@pytest.mark.parametrize(
+    ("exports", "message"),
+    [
+        ({"RECIPE": "sft_qwen9"}, "configs/sft_qwen9.yaml does not exist"),
+        ({"MODEL": "/no/model"}, "/no/model/config.json"),
+    ],
+)
+def test_wrong_path_ends_the_job_before_anything_starts(
+    cluster: slurm.Cluster, registry: Path, tmp_path: Path, exports: dict[str, str], message: str
+) -> None:
+    job = Job(cluster, Path("no-model"), tmp_path / "run", registry, **exports)
+    assert cluster.wait_for(job.number, "FAILED", "COMPLETED")["ExitCode"] == "2:0"
+    assert message in job.log() and not job.output.exists()
