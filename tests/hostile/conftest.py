@@ -13,6 +13,9 @@ from PIL import Image
 from qwenvl.data.encoding import SampleEncoder
 from tests.data.test_video import make_video
 from tests.hostile.doors import Doors, open_run_encoder
+from tests.train.conftest import registry
+
+__all__ = ["registry"]
 
 
 @pytest.fixture(scope="session")

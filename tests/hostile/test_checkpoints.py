@@ -1,0 +1,65 @@
+"""Checkpoints that bring code with them: none of it runs unless it is asked for."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwenvl.models.loading import load_model
+from qwenvl.train import manifest
+from qwenvl.train.train_qwen import main
+from tests.train.runs import flags, train
+
+
+def test_code_of_a_checkpoint_is_not_run(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, proof = tmp_path / "checkpoint", tmp_path / "it ran"
+    shutil.copytree(tiny_checkpoint("qwen3_vl"), folder)
+    (folder / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass Model: pass\nclass Config: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load_model(str(folder), dtype=torch.float32, attn_implementation="sdpa")
+    assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
+    assert not proof.exists()
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.proof), "w")
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that can go on from its first step."""
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "dataset_use": "text"}
+    return train(tiny_checkpoint("qwen3_vl"), tmp_path_factory.mktemp("stopped") / "run", registry, **settings)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_code_in_the_state_of_a_run_is_not_run(
+    name: str, stopped: Path, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    output, proof = tmp_path / "run", tmp_path / "it ran"
+    shutil.copytree(stopped, output)
+    torch.save(Payload(proof), output / "checkpoint-1" / name)
+    (output / "checkpoint-1" / manifest.NAME).unlink()  # an attacker would write a new one
+    arguments = flags(tiny_checkpoint("qwen3_vl"), output, registry, max_steps=2, dataset_use="text")
+    if name == "training_args.bin":  # which nothing reads
+        assert main(arguments) == 0
+    else:
+        with pytest.raises(pickle.UnpicklingError, match="[Ww]eights.only"):
+            main(arguments)
+    assert not proof.exists()
+    pickle.loads(pickle.dumps(Payload(proof)))
+    assert proof.exists(), "the code works where it is let"
