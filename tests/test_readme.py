@@ -131,7 +131,8 @@ def test_named_files_and_flags_exist() -> None:
     known = set(parse_arguments.__globals__["all_settings"]())
     for flag in re.findall(r"`--(\w+)", README):
         assert flag in known or flag in TOOL_FLAGS, flag
-    for row in re.findall(r"^\| (`\w+`.*?) \|", README, flags=re.MULTILINE):
+    table = README.split("| flag | meaning |")[1].split("\n\n")[0]
+    for row in re.findall(r"^\| (`\w+`.*?) \|", table, flags=re.MULTILINE):
         for flag in re.findall(r"`(\w+)`", row):
             assert flag in known, flag
 

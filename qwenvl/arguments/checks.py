@@ -40,6 +40,11 @@ def check_together(model: ModelArguments, data: DataArguments, training: Trainin
         raise UserError(
             "nothing would be trained: set one or more of --tune_mm_llm, --tune_mm_mlp and --tune_mm_vision to True."
         )
+    if training.torch_compile and (training.deepspeed or training.fsdp):
+        raise UserError(
+            "--torch_compile with --deepspeed or --fsdp is not supported: they gather the weights of a layer while it "
+            "runs. Leave one of them out."
+        )
     if training.label_smoothing_factor:
         raise UserError("--label_smoothing_factor is not supported: the loss is plain cross entropy. Leave it out.")
     check_optimizer(training)

@@ -9,7 +9,6 @@ Flash attention does the same in its kernel, by ``cu_seq_lens``; this is for whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
+from qwenvl.models.segments import Segments
+
 NAME = "sdpa_segments"
 """Under which transformers knows it. It has no function that makes masks: that is how transformers learns that none is
 wanted."""
 
 
+@torch.compiler.disable  # compiled, it would be compiled anew for each number of samples
 def segmented_attention(
     module: nn.Module,
     query: Tensor,
@@ -29,7 +31,7 @@ def segmented_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segment_lengths: Sequence[int] | None = None,
+    segments: Segments | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -42,7 +44,7 @@ def segmented_attention(
         key: [B, key heads, T, D]; query heads are a multiple of its heads.
         value: like ``key``.
         attention_mask: not used.
-        segment_lengths: tokens of each segment, Python numbers, which add up to T.
+        segments: whose lengths add up to T.
         scaling: of the products; default 1 / sqrt(D).
         dropout: of the attention weights.
         kwargs: of other attention functions.
@@ -51,16 +53,16 @@ def segmented_attention(
         ([B, T, heads, D], None).
 
     Raises:
-        ValueError: ``segment_lengths`` is missing, as in a call that is not the trainer's: without it, samples would
+        ValueError: ``segments`` is missing, as in a call that is not the trainer's: without it, samples would
             see each other, and tokens would see padding.
     """
     del module, attention_mask, kwargs
-    if segment_lengths is None:
+    if segments is None:
         raise ValueError(
             f"The attention {NAME!r} is for training and has to be told where samples end. Before other calls, such as "
             "generate, choose another one: model.set_attn_implementation('sdpa')."
         )
-    queries, keys, values = (tensor.split(list(segment_lengths), dim=2) for tensor in (query, key, value))
+    queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
     attended = [
         functional.scaled_dot_product_attention(

@@ -137,23 +137,27 @@ def configure_checkpointing(model: PreTrainedModel, parts: CheckpointedParts | N
     tower_trains = any(
         parameter.requires_grad and groups[name] == "vision" for name, parameter in model.named_parameters()
     )
-    _disable_checkpointing(model)
-    if parts in ("language", "both"):
-        _enable_checkpointing(model.model.language_model)
-    if parts in ("vision", "both") and tower_trains:
-        _enable_checkpointing(model.model.visual)
+    wanted = {
+        model.model.language_model: parts in ("language", "both"),
+        model.model.visual: parts in ("vision", "both") and tower_trains,
+    }
+    if any(wanted.values()):
+        _enable_checkpointing(model)
+    for module, checkpointed in wanted.items():
+        if not checkpointed:
+            _disable_checkpointing(module)
 
 
-def _enable_checkpointing(module: PreTrainedModel) -> None:
-    """Checkpoint every layer of a part; transformers renamed the method between 5.19 and 5.23."""
+def _enable_checkpointing(model: PreTrainedModel) -> None:
+    """Checkpoint every layer; transformers renamed the method between 5.19 and 5.23."""
     arguments = {"use_reentrant": False}
-    if hasattr(module, "activation_checkpointing_enable"):
-        module.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     else:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     # Enabling also makes the embeddings' output require a gradient, which only the reentrant kind needs. It would
     # build a graph through layers that have none.
-    module.disable_input_require_grads()
+    model.disable_input_require_grads()
 
 
 def _disable_checkpointing(module: PreTrainedModel) -> None:

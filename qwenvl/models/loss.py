@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qwenvl.models.balance import sample_of_tokens, summed_balance
+from qwenvl.models.segments import Segments
 from qwenvl.models.vision import VisionInputs
 
 IGNORED_LABEL = -100
@@ -34,8 +35,7 @@ def tell_host(batch: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         The batch without ``labels``, with ``kept_positions`` int64 [n], in the batch's rows one after another;
-        ``targets`` int64 [n]; and ``segment_lengths``, Python numbers: tokens of each sample of a flattened row, or
-        the length of padded rows.
+        ``targets`` int64 [n]; and ``segments``.
     """
     batch = dict(batch)
     labels: Tensor = batch.pop("labels")
@@ -45,7 +45,7 @@ def tell_host(batch: dict[str, Any]) -> dict[str, Any]:
     return batch | {
         "kept_positions": kept.flatten().nonzero().squeeze(1),
         "targets": labels[:, 1:][kept[:, :-1]],
-        "segment_lengths": tuple(borders.diff().tolist()) if borders is not None else (labels.shape[1],),
+        "segments": Segments(tuple(borders.diff().tolist()) if borders is not None else (labels.shape[1],)),
     }
 
 
@@ -88,7 +88,7 @@ def causal_loss(
         model: a model with :func:`qwenvl.models.vision.install`, wrapped or not.
         batch: from :func:`tell_host`: ``input_ids`` int64 [B, T], ``position_ids`` int64 [4, B, T], ``vision_mask``
             bool [B, T] and ``num_vision_tokens``, the number of True in it; ``kept_positions``, ``targets`` and
-            ``segment_lengths``; ``pixels`` and ``media`` where it holds media (see
+            ``segments``; ``pixels`` and ``media`` where it holds media (see
             :class:`~qwenvl.models.vision.VisionInputs`), ``attention_mask`` if padded, ``cu_seq_lens_q`` and the like
             if flattened.
         num_trained_tokens: what to divide by: the trained tokens of the whole optimizer step, over all ranks and

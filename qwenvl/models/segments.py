@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """How long the samples of a row are, for attention.
+
+    An object and no tuple: torch.compile looks into a tuple, and would compile anew for each number of samples.
+
+    Args:
+        lengths: tokens of each sample of a flattened row, or the length of padded rows, Python numbers.
+    """
+
+    lengths: tuple[int, ...]
 
 
 def sample_index(cu_seq_lens: Tensor, length: int) -> Tensor:

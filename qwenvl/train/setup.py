@@ -221,6 +221,7 @@ def open_model(parsed: ParsedArguments, processor: ProcessorMixin, config: Pretr
     )
     logger.info("Trained parts:\n%s", format_table(summarize(model, learning_rates_of(groups))))
     _checkpoint_trained_parts(model, args)
+    _compile_layers(model, args)
     install(model, patchify, open_liger_loss() if args.use_liger_kernel else linear_cross_entropy)
     args.use_liger_kernel = False  # the Trainer would exchange parts of the model for Liger's own
     return model
@@ -240,6 +241,18 @@ def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData
         processor=with_training_limits(data.processor, data.encoder.settings) if training_limits else data.processor,
         records=records,
     )
+
+
+def _compile_layers(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Compile the language model, each layer for itself: what is not the same for any pictures and samples stays out.
+
+    The blocks of the tower split tensors by pictures, and would be compiled anew for each number of them. In place, so
+    that saved names stay; the Trainer's own way wraps the whole model.
+    """
+    if args.torch_compile:
+        for layer in model.model.language_model.layers:
+            layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
 
 
 def _checkpoint_trained_parts(model: PreTrainedModel, args: TrainingArguments) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenvl.models.attention import attend_by_segments, segmented_attention
 from qwenvl.models.loss import causal_loss
+from qwenvl.models.segments import Segments
 from tests.patches import install
 
 
@@ -27,7 +28,9 @@ def test_equals_a_mask_of_the_whole_row(lengths, rows, groups, scaled):
     expected = functional.scaled_dot_product_attention(
         query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), attn_mask=mask, scale=scale
     )
-    found, _ = segmented_attention(nn.Identity(), query, key, value, None, segment_lengths=lengths, scaling=scale)
+    found, _ = segmented_attention(
+        nn.Identity(), query, key, value, None, segments=Segments(tuple(lengths)), scaling=scale
+    )
     torch.testing.assert_close(found, expected.transpose(1, 2))
 
 

@@ -169,7 +169,7 @@ def test_trained_positions_are_those_before_trained_tokens():
     told = tell_host({"labels": labels})
     assert told["kept_positions"].tolist() == [1, 2, 5, 8]
     assert told["targets"].tolist() == [7, 8, 5, 6]
-    assert told["segment_lengths"] == (5,)
+    assert told["segments"].lengths == (5,)
 
 
 def test_the_last_token_of_a_flattened_sample_predicts_nothing():
@@ -177,7 +177,7 @@ def test_the_last_token_of_a_flattened_sample_predicts_nothing():
     told = tell_host({"labels": labels, "cu_seq_lens_q": torch.tensor([0, 3, 6], dtype=torch.int32)})
     assert told["kept_positions"].tolist() == [0, 1, 3, 4]
     assert told["targets"].tolist() == [4, 5, 6, 7]
-    assert told["segment_lengths"] == (3, 3)
+    assert told["segments"].lengths == (3, 3)
 
 
 def test_loss_is_float32_and_close_under_autocast(family_name, layout, load_tiny, mixture, make_batch):
