@@ -1,0 +1,82 @@
+"""What hostile input may cost in memory, measured in a process of its own."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.pictures import encoded, picture
+from tests.hostile.test_media import jpeg_of, png_of, webp_of
+from tests.train.runs import REPOSITORY
+
+BOUND_MIB = 600
+"""Above what the same command takes for one harmless row. The largest single thing below is a line of 64 MB."""
+
+CHECK = """
+import resource, sys
+from tools.check_image import main
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+registry, output = sys.argv[1:]
+for name in ("harmless", "hostile"):
+    main(["--dataset_use", name, "--dataset_registry", registry, "--output", f"{output}/{name}", "--decode",
+          "--workers", "0"])
+    print("peak", peak())
+"""
+
+
+def row(image: str, text: str = "What?") -> str:
+    turns = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "Noise."}]
+    return json.dumps({"image": image, "conversations": turns})
+
+
+def hostile_rows(folder: Path) -> list[str]:
+    """Write files that claim or hold far too much, and return rows that name them."""
+    bombs = {"a.png": png_of(60_000, 60_000), "b.jpg": jpeg_of(65_500, 65_500), "c.webp": webp_of(16_000, 16_000)}
+    for name, content in bombs.items():
+        (folder / name).write_bytes(content)
+    with (folder / "sparse.png").open("wb") as file:  # a picture, then nothing for 40 GB
+        file.write(encoded(picture(), "PNG"))
+        file.truncate(40 << 30)
+    with (folder / "sparse.mp4").open("wb") as file:
+        file.write(b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom")
+        file.truncate(40 << 30)
+    video = {
+        "video": "sparse.mp4",
+        "conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "x"}],
+    }
+    embedded = "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(8 << 20)).decode()
+    deep = "[" * 100_000 + "]" * 100_000
+    return [
+        *map(row, [*bombs, "sparse.png", embedded]),
+        json.dumps(video),
+        row("good.png", "x" * (64 << 20)),
+        f'{{"image": {deep}, "conversations": []}}',
+        f'{{"image": "good.png", "conversations": {"9" * 100_000}}}',
+    ]
+
+
+@pytest.mark.slow
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(encoded(picture(), "PNG"))
+    sets = {"harmless": [row("good.png")], "hostile": hostile_rows(tmp_path)}
+    for name, rows in sets.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    entries = {name: {"annotation_path": str(tmp_path / f"{name}.jsonl"), "data_path": str(tmp_path)} for name in sets}
+    (tmp_path / "registry.py").write_text(f"data_dict = {entries!r}")
+    command = [sys.executable, "-c", CHECK, str(tmp_path / "registry.py"), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak"))
+    assert after - before < BOUND_MIB, (before, after)
+    found = [
+        json.loads(line) for line in (tmp_path / "out" / "hostile" / "hostile_problems.jsonl").read_text().splitlines()
+    ]
+    assert {problem["line"] for problem in found} >= {1, 2, 3, 4, 5, 6, 8, 9}, done.stdout[-2000:]
