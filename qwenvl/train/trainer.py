@@ -91,6 +91,11 @@ class QwenVLTrainer(FeedingTrainer):
         self.running_loss.save(folder, writes=self.args.should_save)
         super().save_position(folder)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, however long that takes."""
+        self._watchdog.rest()
+        super()._save_checkpoint(model, trial)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:

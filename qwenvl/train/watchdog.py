@@ -21,8 +21,8 @@ _SECONDS_FOR_THE_OTHERS = 3.0  # the launcher ends all ranks when the first one 
 class Watchdog(TrainerCallback):
     """Ends this process when a step takes too long.
 
-    The clock runs from the moment a step asks for its batches to its end, and during each batch of an evaluation. It
-    stands still while a checkpoint is saved.
+    The clock runs from the moment a step asks for its batches until its figures are logged, for which ranks wait for
+    each other, and during each batch of an evaluation. It stands still while a checkpoint is saved.
 
     Args:
         seconds: what a step may take (``--step_timeout``); 0 for any time.
@@ -48,10 +48,26 @@ class Watchdog(TrainerCallback):
             self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
             self._thread.start()
 
+    def rest(self) -> None:
+        """Stop the clock."""
+        self._deadline = None
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start the clock again: what comes next is the step's log line."""
+        del args, state, control, kwargs
+        self.watch(self._about)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock."""
         del args, state, control, kwargs
-        self._deadline = None
+        self.rest()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the clock."""
+        del args, state, control, kwargs
+        self.rest()
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,7 +79,7 @@ class Watchdog(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock."""
         del args, state, control, kwargs
-        self._deadline = None
+        self.rest()
 
     def _run(self) -> None:
         while True:

@@ -152,10 +152,8 @@ def test_one_backend_is_chosen_and_logged_once(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO):
         assert choose_backend() is choose_backend()
     assert choose_backend().name == expected
-    assert [
-        record.message for record in caplog.records if f"decoded by {expected}" in record.message
-    ] == caplog.messages
-    assert len(caplog.messages) == 1
+    (said,) = [record.message for record in caplog.records if record.name == "qwenvl.data.video"]
+    assert f"decoded by {expected}" in said
 
 
 def test_decord_leaves_pictures_to_transformers(tmp_path: Path) -> None:

@@ -71,9 +71,9 @@ def test_killed_while_saving_and_while_training(
     ]
     for moment in moments:
         kill_when(start(model, output, registry), moment)
-        for folder in output.glob("checkpoint-*"):
-            assert problem_of(folder) is None, folder
-        assert find_checkpoint(str(output), None) is not None
+        newest = max(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+        assert problem_of(newest) is None  # an older one may be half removed
+        assert find_checkpoint(str(output), None) == str(newest)
     resumed = train(model, output, registry, **STEPS)
     assert history(resumed) == history(whole)
     assert equal_bits(resumed, whole)
