@@ -1,0 +1,212 @@
+"""The tool that holds what serving gives a model against what training gave it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.data.test_video import make_video
+from tests.train.runs import train
+from tools.check_serving import main
+
+WHOLE_SECONDS = Version(transformers.__version__) < Version("5.18")  # stock temporal positions, until 5.18 mended them
+LIMITS = ["--max_pixels", "64*64", "--min_pixels", "32*32", "--video_max_pixels", "4*64*64", "--video_min_pixels"]
+LIMITS += ["4*32*32", "--video_max_frames", "4", "--video_min_frames", "2"]
+Check = Callable[..., tuple[int, str]]
+
+
+def _record(name: str, tag: str, answer: str = "A thing.", **media: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": f"{tag}What is it?"}, {"from": "gpt", "value": answer}]
+    return {"id": name, "conversations": turns, **media}
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Datasets of text, a picture that is shrunk and one that is not, and a clip."""
+    folder = tmp_path_factory.mktemp("served")
+    generator = np.random.default_rng(0)
+    for name, size in (("large", (90, 70)), ("exact", (64, 64)), ("turned", (90, 40))):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if name == "turned" else 1
+        pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.jpg", quality=95, exif=exif)
+    make_video(folder / "clip.mp4")
+    sets = {
+        "all": [
+            _record("text", ""),
+            _record("two", "<image><image>", image=["large.jpg", "exact.jpg"]),
+            _record("clip", "<video>", video="clip.mp4"),
+        ],
+        "own": [_record("own", "<image>", image=[{"image": "large.jpg", "max_pixels": 64 * 32}])],
+        "turned": [_record("turned", "<image>", image="turned.jpg")],
+        "newline": [_record("newline", "", answer="\n\nYes.")],
+        "bad": [_record("bad", "<image>", image="none.jpg")],
+    }
+    for name, records in sets.items():
+        (folder / f"{name}.json").write_text(json.dumps(records))
+    entries = {name: {"annotation_path": str(folder / f"{name}.json"), "data_path": str(folder)} for name in sets}
+    (folder / "registry.py").write_text(f"data_dict = {entries!r}\n")
+    return folder / "registry.py"
+
+
+@pytest.fixture
+def check(registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Check:
+    """Function of a folder, a dataset and flags that returns the exit code and what was printed."""
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.delenv("FORCE_QWENVL_VIDEO_READER", raising=False)
+
+    def run(folder: Path, dataset: str = "all", *flags: str) -> tuple[int, str]:
+        named = ["--model_name_or_path", str(folder), "--dataset_registry", str(registry), "--dataset_use", dataset]
+        code = main([*named, *flags])
+        return code, "".join(capsys.readouterr())
+
+    return run
+
+
+def _states(printed: str, way: str, item: str) -> list[str]:
+    return re.findall(rf"^  {way} +{item} +(equal|known|different)", printed, flags=re.MULTILINE)
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def saved(
+    request: pytest.FixtureRequest,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder of a run of one step."""
+    output = tmp_path_factory.mktemp("saved") / request.param
+    return train(tiny_checkpoint(request.param), output, registry, dataset_use="all", max_steps=1)
+
+
+@pytest.mark.skipif(WHOLE_SECONDS, reason="stock positions of Qwen2.5-VL videos are wrong before transformers 5.18")
+def test_a_saved_folder_gives_what_training_fed(saved: Path, check: Check) -> None:
+    code, printed = check(saved)
+    assert code == 0, printed
+    assert "different" not in printed
+    assert _states(printed, "processor", "pixel and frame limits") == ["equal"]
+    for item in ("image grids", "image pixels", "video frames", "video grids", "video pixels"):
+        assert _states(printed, "apply_chat_template", item) == ["equal"], item
+    assert _states(printed, "apply_chat_template", "input ids")[:2] == ["equal", "equal"]
+    assert _states(printed, "apply_chat_template", "positions")[:2] == ["equal", "equal"]
+    assert _states(printed, "qwen-vl-utils", "image pixels") == ["known"]
+    assert "resizes pictures by PIL" in printed
+
+
+@pytest.mark.skipif(WHOLE_SECONDS, reason="stock positions of Qwen2.5-VL videos are wrong before transformers 5.18")
+def test_a_second_pair_of_markers_is_known_where_it_is(saved: Path, check: Check) -> None:
+    _, printed = check(saved)
+    state = _states(printed, "apply_chat_template", "input ids")[2]
+    assert state == ("known" if "2 more tokens" in printed else "equal")
+    assert ("standing around those of a video's frames" in printed) == (state == "known")
+
+
+def test_commands_carry_the_limits(saved: Path, check: Check) -> None:
+    _, printed = check(saved)
+    vllm, sglang = re.findall(r"^(?:vllm|python) (?:.*\\\n)*.*", printed, flags=re.MULTILINE)
+    assert "--mm-processor-kwargs" not in vllm  # the folder's own processor has them
+    assert "--max-model-len 2048" in vllm and "--context-length 2048" in sglang
+    assert """--limit-mm-per-prompt '{"image": 2, "video": 1}'""" in vllm
+    frames = '{"num_frames": -1}' if saved.name == "qwen3_vl" else '{"num_frames": 4, "fps": 2.0}'
+    assert f"""--media-io-kwargs '{{"video": {frames}}}'""" in vllm
+    assert '"image": {"size": {"shortest_edge": 1024, "longest_edge": 4096}}' in sglang
+    assert '"fps": 2.0, "min_frames": 2, "max_frames": 4' in sglang
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_other_limits_of_a_checkpoint_are_noticed(
+    family: str, tiny_checkpoint: Callable[[str], Path], check: Check
+) -> None:
+    code, printed = check(tiny_checkpoint(family), "all", *LIMITS)
+    assert code == 1
+    assert _states(printed, "processor", "pixel and frame limits") == ["different"]
+    assert "image_processor size: 1024 to 4096 pixels in training" in printed
+    assert _states(printed, "apply_chat_template", "image grids") == ["different"]
+    assert """--mm-processor-kwargs '{"images_kwargs": {"size": {"shortest_edge": 1024,""" in printed
+
+
+def test_a_folder_whose_template_was_exchanged_is_noticed(saved: Path, check: Check, tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(saved, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template.replace("<|im_end|>", " <|im_end|>"))
+    code, printed = check(folder)
+    assert code == 1
+    assert set(_states(printed, "apply_chat_template", "input ids")) == {"different"}
+    assert re.search(r"tokens, first at \d+: '.+' in training, '.+' here", printed)
+
+
+def test_another_normalisation_is_noticed(saved: Path, check: Check, tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(saved, folder)
+    path = folder / "processor_config.json"
+    config = json.loads(path.read_text())
+    config["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
+    path.write_text(json.dumps(config))
+    code, printed = check(folder)
+    assert code == 1
+    assert _states(printed, "apply_chat_template", "image pixels") == ["different"]
+    assert _states(printed, "apply_chat_template", "video pixels") == ["equal"]
+    assert re.search(r"100\.0% of the values, by \d+\.\d of 255 levels at most", printed)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "way", "reason"),
+    [
+        ("own", "apply_chat_template", "the sample has max_pixels of its own, which apply_chat_template does not read"),
+        ("turned", "qwen-vl-utils", "does not turn pictures as their EXIF orientation says"),
+        ("newline", "apply_chat_template", "an answer opens with a newline"),
+    ],
+)
+def test_known_differences_are_named(saved: Path, check: Check, dataset: str, way: str, reason: str) -> None:
+    code, printed = check(saved, dataset)
+    assert code == 0, printed
+    assert [line for line in printed.splitlines() if reason in line and line.startswith(f"  {way}")]
+
+
+def test_a_sample_that_cannot_be_used_fails(saved: Path, check: Check) -> None:
+    code, printed = check(saved, "bad")
+    assert code == 1
+    assert "none.jpg does not exist" in printed
+
+
+def test_an_adapter_is_served_beside_its_base(saved: Path, check: Check, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in ("chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(saved / name, folder / name)
+    shutil.copy(saved / "training_args.yaml", folder)
+    config = {"base_model_name_or_path": str(saved), "r": 12, "rank_pattern": {"q_proj": 20}, "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"base_model.model.model.visual.x.lora_A.weight": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    code, printed = check(folder, "own")
+    assert code == 0, printed
+    assert f"vllm serve {saved} \\" in printed
+    assert "--mm-processor-kwargs" in printed  # the base model's processor has other limits
+    assert f"--max-lora-rank 32 \\\n    --lora-modules adapter={folder}" in printed
+    assert f"--max-lora-rank 20 \\\n    --lora-paths adapter={folder}" in printed
+    assert "adapters of the vision tower: merge the adapter" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset_use", "text"], "--model_name_or_path is missing"),
+        (["--model_name_or_path", "x", "--samples", "-1"], "--samples -1 must be 0 or more"),
+    ],
+)
+def test_mistakes_are_one_message(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags) == 1
+    assert message in capsys.readouterr().err
