@@ -20,7 +20,6 @@ from rich.text import Text
 if __package__ in (None, ""):  # run as a script: make the repository's packages importable from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qwenvl.evaluate.generate import open_answerer
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
 from tools.demo.chart import read_losses
@@ -64,7 +63,7 @@ def report(model: Path, data: Path, output: Path, limit: int | None = None) -> l
     Raises:
         UserError: model or data cannot be used.
     """
-    results = answer_heldout(open_answerer(str(model)), data.resolve(), limit=limit)
+    results = answer_heldout(str(model), data.resolve(), limit=limit)
     scores = score(results)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_results(output.with_suffix(".jsonl"), results)

@@ -167,6 +167,33 @@ def with_training_limits(processor: ProcessorMixin, settings: VisionSettings) ->
     return limited
 
 
+def limits_as_flags(processor: Any, family: Family) -> dict[str, Any]:
+    """Return the flags of training whose limits a processor has: of a trained folder, those it was trained with.
+
+    A video processor that samples no frames, as in published checkpoints of Qwen2.5-VL, stands for 2 frames a second
+    and 4 to 768 of them, the defaults of qwen-vl-utils, which those checkpoints are used with.
+    """
+    video = processor.video_processor
+    sampled = video.do_sample_frames and video.fps
+    images, clips = _as_dict(processor.image_processor.size), _as_dict(video.size)
+    flags: dict[str, Any] = {
+        "min_pixels": images["shortest_edge"],
+        "max_pixels": images["longest_edge"],
+        "video_fps": float(video.fps) if sampled else 2.0,
+        "video_min_frames": (sampled and video.min_frames) or 4,
+        "video_max_frames": (sampled and video.max_frames) or 768,
+        "video_min_pixels": clips["shortest_edge"],
+        "video_max_pixels": clips["longest_edge"],
+    }
+    if family.video_layout != "frames":  # the size is that of a frame
+        flags |= {"video_min_frame_pixels": clips["shortest_edge"], "video_max_frame_pixels": clips["longest_edge"]}
+        flags["video_max_pixels"] = clips["longest_edge"] * flags["video_max_frames"]
+        if getattr(video, "cap_pixels_per_frame", None):
+            factor = video.patch_size * video.merge_size
+            flags["video_max_pixels"] = 2 * int(0.9 * factor**2 * video.max_video_tokens)
+    return flags
+
+
 def processor_limits(processor: Any) -> dict[str, Any]:
     """Return the pixel and frame limits of a processor, for the record beside a checkpoint."""
     names = ("do_sample_frames", "fps", "min_frames", "max_frames", "cap_pixels_per_frame", "max_video_tokens")

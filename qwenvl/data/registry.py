@@ -6,13 +6,13 @@ Its entries have one of two keys, and any of the others:
 ===================  ===================================================================================================
 ``annotation_path``  a file, a glob pattern (``"train/*.jsonl"``, ``"**/*.parquet"``), or a list of these. What a
                      pattern finds comes sorted, and no file twice
-``hf_dataset``       a folder that the ``datasets`` library opens (of ``save_to_disk``, or with Parquet, JSON Lines or
-                     pictures), or a name on the Hugging Face hub; with ``split`` (``"train"`` if left out),
-                     ``config`` and ``revision``
+``hf_dataset``       what the ``datasets`` library opens: a folder (``save_to_disk``, Parquet, JSON Lines, pictures), or
+                     a name on the Hub; with ``split`` (``"train"`` if left out), ``config`` and ``revision``
 ``data_path``        folder of the media, or ``""``; with ``hf_dataset`` it may be left out
 ``columns``          ``{"image": "picture"}``: the field ``image`` is called ``picture`` in the rows
 ``allow_absolute``   absolute paths of media may lie outside ``data_path``
 ``bbox_format``      see :mod:`qwenvl.data.boxes`
+``metric``           what evaluation measures its answers by, see :mod:`qwenvl.evaluate.metrics`
 ===================  ===================================================================================================
 
 Relative paths in it start from the folder that holds it: for ``my_registry.py`` the folder of that file, for
@@ -210,7 +210,7 @@ def _source_key(entry: Any, where: str) -> str:
             hint = nearest(key, (str(known) for known in entry))
             more = ' It may be "".' if key == "data_path" else " (Or 'hf_dataset'.)"
             raise UserError(f"{where} has no {key!r}.{hint}{more}")
-    known = (*_OWN_KEYS, "allow_absolute", "bbox_format")
+    known = (*_OWN_KEYS, "allow_absolute", "bbox_format", "metric")
     for key in entry:
         if key not in known:
             hint = nearest(str(key), known)

@@ -1,109 +1,134 @@
-"""Answers of a trained folder, through the stock classes of transformers: what any user of the folder would get.
+"""Answers of a model folder, through the stock classes of transformers, in batches that are padded on the left.
 
-Nothing here knows of training. Prompts come from annotation records, are rendered by the folder's own chat template,
-and are answered in batches that are padded on the left.
+Nothing here knows of training. Prompts are rendered by the folder's own chat template and processor; see
+:mod:`qwenvl.evaluate.prompts` for their pictures and videos.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from PIL import Image
+from transformers import AutoModelForImageTextToText
 from transformers.video_utils import VideoMetadata
 
-from qwenvl.data.boxes import bbox_format
-from qwenvl.data.media import MediaReader
-from qwenvl.data.messages import build_conversation
-from qwenvl.data.types import ImageItem, Message, Sample, TextPart, VideoItem
-from qwenvl.utilities.errors import SampleError, UserError
+from qwenvl.data.processor import open_processor
+from qwenvl.data.sizes import MediaPlan, VideoPlan
+from qwenvl.data.types import ImageItem, Message, TextPart, VideoItem
+from qwenvl.evaluate.prompts import Prompt
+from qwenvl.utilities.distributed import local_rank
+from qwenvl.utilities.errors import UserError
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What a model is asked.
+class Decoding:
+    """How tokens of an answer are chosen.
 
     Args:
-        messages: turns up to the question.
-        reader: opens the media that the turns name.
+        max_new_tokens: longest answer; the folder's end-of-turn tokens end it earlier.
+        temperature: 0 for the likeliest token each time; above, tokens are drawn.
+        top_p: drawn among the likeliest tokens that have this probability together.
     """
 
-    messages: tuple[Message, ...]
-    reader: MediaReader
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of ``generate``; those that the folder's generation config has do not come in."""
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
+        neutral = {"temperature": None, "top_p": None, "top_k": None}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": bool(drawn), **(drawn or neutral)}
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model folder, opened.
+    """A model with what renders its prompts.
 
     Args:
         model: on its device, in evaluation mode.
         processor: of the same folder.
+        template_kwargs: further arguments of the chat template.
     """
 
     model: Any
     processor: Any
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def base_of(folder: str) -> str:
+    """Return the folder or name of the base model of an adapter folder; any other folder as it is.
+
+    Raises:
+        UserError: ``adapter_config.json`` does not name a base.
+    """
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        return folder
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path} does not name the base model (base_model_name_or_path). Write its folder there.")
+    return base
+
+
+def processor_folder(folder: str) -> str:
+    """Return where the processor is: an adapter folder may have none, and its base has one."""
+    has_own = any((Path(folder) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    return folder if has_own else base_of(folder)
 
 
 def open_answerer(folder: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> Answerer:
-    """Open a model folder with ``AutoModelForImageTextToText`` and ``AutoProcessor``.
+    """Open a folder of a whole model, or of adapters and where their base is, with the stock classes.
 
     Args:
-        folder: model folder, or a Hugging Face id.
+        folder: model folder, adapter folder, or a Hugging Face id.
         device: such as ``cpu`` or ``cuda:1``; None for the accelerator where there is one.
         dtype: of the weights; None for the one they are saved in.
 
     Raises:
         UserError: the folder cannot be opened.
     """
-    device = device or _default_device()
+    device = device or default_device()
+    processor = open_processor(processor_folder(folder))
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
-        processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} cannot be opened as a model with its processor: {first_line}") from error
     return Answerer(model.to(device).eval(), processor)
 
 
-def split_sample(sample: Sample) -> tuple[Prompt, str]:
-    """Return what a sample asks before its last answer, and that answer.
-
-    Raises:
-        SampleError: the record cannot be used, does not end in an answer, or has a ``bbox_format``, whose boxes only
-            training converts.
-    """
-    if bbox_format(sample) is not None:
-        reason = "its boxes are not as the model writes them. Convert them (qwenvl.data.boxes) and drop bbox_format."
-        raise SampleError("bad_boxes", reason, sample.origin)
-    messages = build_conversation(sample, ()).messages
-    if messages[-1].role != "assistant" or len(messages) < 2:
-        raise SampleError("no_answer", "the sample does not end in an answer to a question.", sample.origin)
-    return Prompt(messages[:-1], MediaReader(sample.data_path, allow_absolute=sample.allow_absolute)), messages[-1].text
-
-
 def generate(
-    answerer: Answerer, prompts: Sequence[Prompt], *, max_new_tokens: int = 128, batch_size: int = 16
+    answerer: Answerer,
+    prompts: Sequence[Prompt],
+    *,
+    decoding: Decoding | None = None,
+    batch_size: int = 16,
+    **options: Any,
 ) -> list[str]:
-    """Return the greedy answer to every prompt, in order.
+    """Return the answer to every prompt, in order.
 
     Args:
         answerer: from :func:`open_answerer`.
         prompts: the questions.
-        max_new_tokens: longest answer; the folder's end-of-turn tokens end it earlier.
+        decoding: how tokens are chosen; None for the likeliest, up to 128.
         batch_size: prompts answered at once.
-
-    Raises:
-        SampleError: a picture or video cannot be read.
+        options: further ones of ``generate``.
     """
+    options = {**(decoding or Decoding()).options(), **options}
     answers: list[str] = []
-    for batch in _chunks(prompts, batch_size):
-        inputs = encode_prompts(answerer.processor, batch).to(answerer.model.device)
+    for start in range(0, len(prompts), batch_size):
+        inputs = encode_prompts(answerer, prompts[start : start + batch_size]).to(answerer.model.device)
         with torch.inference_mode():
-            output = answerer.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            output = answerer.model.generate(**inputs, **options)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         answers += answerer.processor.batch_decode(
             new_tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -111,25 +136,40 @@ def generate(
     return answers
 
 
-def encode_prompts(processor: Any, prompts: Sequence[Prompt]) -> Any:
-    """Render and tokenize prompts and read their media, as the processor's own settings say.
+def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt]) -> Any:
+    """Render and tokenize prompts, and cut patches of their media.
 
     Returns:
         ``BatchFeature`` with ``input_ids`` and ``attention_mask`` int64 [B, T], padded on the left, and the media's
         ``pixel_values``, ``image_grid_thw``, ``pixel_values_videos`` and ``video_grid_thw`` where there are any.
     """
-    texts = [
-        processor.apply_chat_template(template_messages(prompt.messages), tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
+    texts = [_render(answerer, prompt) for prompt in prompts]
+    processor = answerer.processor
+    shown = [pair for prompt in prompts for pair in zip(prompt.plans, prompt.frames, strict=True)]
     media: dict[str, Any] = {}
-    if images := [prompt.reader.read_image(item) for prompt, item in _media(prompts, ImageItem)]:
-        media["images"] = images
-    if videos := [read_video(processor, prompt.reader, item) for prompt, item in _media(prompts, VideoItem)]:
-        media["videos"] = [frames for frames, _ in videos]
-        media["video_metadata"] = [metadata for _, metadata in videos]
-        media["do_sample_frames"] = False  # already done: only these frames were decoded
-    return processor(text=texts, return_tensors="pt", padding=True, padding_side="left", **media)
+    if images := [Image.fromarray(frames[0].numpy()) for plan, frames in shown if not isinstance(plan, VideoPlan)]:
+        media |= {"images": images, "images_kwargs": {"do_resize": False}}  # they have their size
+    if videos := [(plan, frames) for plan, frames in shown if isinstance(plan, VideoPlan)]:
+        media["videos"] = [frames.permute(0, 3, 1, 2) for _, frames in videos]
+        # a rule of resizing, which is done; transformers from 5.21 on would warn where nobody chooses
+        chosen = {"cap_pixels_per_frame": False} if hasattr(processor.video_processor, "cap_pixels_per_frame") else {}
+        media["videos_kwargs"] = chosen | {
+            "do_resize": False,
+            "do_sample_frames": False,  # only the sampled ones were decoded
+            "video_metadata": [_metadata(plan) for plan, _ in videos],
+        }
+    return processor(text=texts, text_kwargs={"padding": True, "padding_side": "left"}, return_tensors="pt", **media)
+
+
+def _render(answerer: Answerer, prompt: Prompt) -> str:
+    text: str = answerer.processor.apply_chat_template(
+        template_messages(prompt.messages),
+        tools=[dict(tool) for tool in prompt.tools] or None,
+        tokenize=False,
+        add_generation_prompt=True,
+        **answerer.template_kwargs,
+    )
+    return text
 
 
 def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
@@ -140,46 +180,29 @@ def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     ]
 
 
-def read_video(processor: Any, reader: MediaReader, item: VideoItem) -> tuple[torch.Tensor, VideoMetadata]:
-    """Decode the frames that the processor samples; frame limits of the record itself are not used.
-
-    Returns:
-        uint8 [n, 3, height, width], and the metadata from which the processor writes timestamps.
-    """
-    header = reader.video_header(item)
-    metadata = VideoMetadata(
-        total_num_frames=header.num_frames,
-        fps=header.fps,
-        height=header.height,
-        width=header.width,
-        duration=header.num_frames / header.fps,
-    )
-    video = processor.video_processor
-    indices = video.sample_frames(metadata) if video.do_sample_frames else range(header.num_frames)
-    metadata.frames_indices = np.asarray(indices, dtype=np.int64)
-    return reader.read_frames(item, metadata.frames_indices), metadata
-
-
 def _template_part(part: TextPart | ImageItem | VideoItem) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
     return {"type": "image" if isinstance(part, ImageItem) else "video"}
 
 
-def _media(prompts: Sequence[Prompt], kind: type[ImageItem] | type[VideoItem]) -> Iterator[tuple[Prompt, Any]]:
-    """Yield the media of one kind with their prompt, in the order they are rendered."""
-    for prompt in prompts:
-        for message in prompt.messages:
-            for part in message.parts:
-                if isinstance(part, kind):
-                    yield prompt, part
+def _metadata(plan: MediaPlan) -> VideoMetadata:
+    """Return what timestamps are written from: the sampled frames' places in the source, and its rate."""
+    assert isinstance(plan, VideoPlan)
+    metadata = VideoMetadata(
+        total_num_frames=plan.num_frames,
+        fps=plan.fps,
+        height=plan.resized[0],
+        width=plan.resized[1],
+        duration=plan.num_frames / plan.fps,
+    )
+    metadata.frames_indices = plan.indices
+    return metadata
 
 
-def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
-
-
-def _default_device() -> str:
+def default_device() -> str:
+    """Return the accelerator, of this process's own number where torchrun started several; else ``cpu``."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator is not None else "cpu"
+    if accelerator is None:
+        return "cpu"
+    return f"{accelerator.type}:{local_rank()}" if accelerator.type != "mps" else accelerator.type

@@ -38,6 +38,23 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def local_rank() -> int:
+    """Return the number of this process among those of its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def start_group(days: int = 7) -> None:
+    """Make the process group, on the CPU, if torchrun started several processes and there is none.
+
+    For tools whose processes work apart and meet at the end.
+
+    Args:
+        days: that processes may wait for each other.
+    """
+    if world_size() > 1 and not is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=days))
+
+
 def is_main_process() -> bool:
     """Return whether this is process 0 of all: the one that prints, and writes what exists once."""
     return rank() == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+from qwenvl.arguments import DataArguments
 from qwenvl.data.annotations import open_annotations
+from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.processor import build_encoder, limits_as_flags
 from qwenvl.data.types import DatasetSpec, ImageItem, Origin, Sample, VideoItem
 from qwenvl.data.video import choose_backend
-from qwenvl.evaluate.generate import Answerer, Prompt, encode_prompts, generate, open_answerer, split_sample
+from qwenvl.evaluate.generate import Answerer, Decoding, encode_prompts, generate, open_answerer
+from qwenvl.evaluate.prompts import open_exercise
 from qwenvl.utilities.errors import SampleError, UserError
+from qwenvl.utilities.families import get_family
 from tools.make_demo_data import make_demo_data
 
 TASKS = ("digits", "comparisons", "grounding", "motion")
@@ -31,35 +37,45 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     return [*drawn, Sample(Origin("text", "memory", 1), {"conversations": turns})]
 
 
-@pytest.fixture(scope="module")
-def answerer_of(tiny_checkpoint: Callable[..., Path]) -> Callable[[str], Answerer]:
-    opened: dict[str, Answerer] = {}
+Opened = tuple[Answerer, SampleEncoder]
 
-    def answerer(family: str) -> Answerer:
-        if family not in opened:
-            opened[family] = open_answerer(str(tiny_checkpoint(family)), device="cpu")
-            processor = opened[family].processor  # its published lower limit of a picture would make the tests slow
+
+@pytest.fixture(scope="module")
+def opened(tiny_checkpoint: Callable[..., Path]) -> Callable[[str], Opened]:
+    """Function of the family: a model, and the encoder with the limits of its processor."""
+    known: dict[str, Opened] = {}
+
+    def function(family: str) -> Opened:
+        if family not in known:
+            answerer = open_answerer(str(tiny_checkpoint(family)), device="cpu")
+            processor = answerer.processor  # its published lower limit of a picture would make the tests slow
             processor.image_processor.size = {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}
             video = processor.video_processor
             video.do_sample_frames, video.fps, video.min_frames, video.max_frames = True, 2, 2, 4
-        return opened[family]
+            limits = limits_as_flags(processor, get_family(family))
+            config = answerer.model.config
+            encoder = build_encoder(processor, config, get_family(family), DataArguments(**limits), 1 << 20)
+            known[family] = answerer, encoder
+        return known[family]
 
-    return answerer
+    return function
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_batches_give_the_answers_of_single_prompts(
-    family: str, samples: list[Sample], answerer_of: Callable[[str], Answerer]
+    family: str, samples: list[Sample], opened: Callable[[str], Opened]
 ) -> None:
-    answerer = answerer_of(family)
-    prompts = [split_sample(sample)[0] for sample in samples]
-    batched = generate(answerer, prompts, max_new_tokens=6, batch_size=5)
-    assert batched == generate(answerer, prompts, max_new_tokens=6, batch_size=1)
+    answerer, encoder = opened(family)
+    prompts = [open_exercise(sample, encoder).prompt for sample in samples]
+    short = Decoding(max_new_tokens=6)
+    batched = generate(answerer, prompts, decoding=short, batch_size=5)
+    assert batched == generate(answerer, prompts, decoding=short, batch_size=1)
     assert len(set(batched)) > 1  # random weights, but they look at the prompt
 
 
-def test_padding_stands_on_the_left(samples: list[Sample], answerer_of: Callable[[str], Answerer]) -> None:
-    inputs = encode_prompts(answerer_of("qwen3_vl").processor, [split_sample(sample)[0] for sample in samples])
+def test_padding_stands_on_the_left(samples: list[Sample], opened: Callable[[str], Opened]) -> None:
+    answerer, encoder = opened("qwen3_vl")
+    inputs = encode_prompts(answerer, [open_exercise(sample, encoder).prompt for sample in samples])
     mask = inputs["attention_mask"]
     assert mask[:, -1].all()
     assert not mask[:, 0].all()
@@ -68,20 +84,20 @@ def test_padding_stands_on_the_left(samples: list[Sample], answerer_of: Callable
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_inputs_are_those_of_the_processor_alone(
-    family: str, samples: list[Sample], answerer_of: Callable[[str], Answerer]
+    family: str, samples: list[Sample], opened: Callable[[str], Opened]
 ) -> None:
     """Where transformers can open videos itself, it gives the same tokens and pixels."""
     if choose_backend().name != "torchcodec":
         pytest.skip("transformers opens videos with torchcodec alone")
-    processor = answerer_of(family).processor
+    answerer, encoder = opened(family)
     for sample in samples:
-        prompt, _ = split_sample(sample)
-        ours = encode_prompts(processor, [prompt])
+        prompt = open_exercise(sample, encoder).prompt
+        ours = encode_prompts(answerer, [prompt])
         turns = [
             {"role": turn.role, "content": [stock_part(part, sample) for part in turn.parts]}
             for turn in prompt.messages
         ]
-        theirs = processor.apply_chat_template(
+        theirs = answerer.processor.apply_chat_template(
             turns, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         assert set(ours) == set(theirs)
@@ -97,34 +113,44 @@ def stock_part(part: object, sample: Sample) -> dict[str, object]:
     return {"type": "text", "text": part.text}  # type: ignore[attr-defined]
 
 
-def test_the_answer_is_split_off(samples: list[Sample]) -> None:
-    prompt, answer = split_sample(samples[-1])
-    assert [message.text for message in prompt.messages] == ["How are you?"]
-    assert answer == "Well."
-    assert isinstance(prompt, Prompt)
+def test_the_answer_is_split_off(samples: list[Sample], opened: Callable[[str], Opened]) -> None:
+    exercise = open_exercise(samples[-1], opened("qwen3_vl")[1])
+    assert [message.text for message in exercise.prompt.messages] == ["How are you?"]
+    assert exercise.prompt.question == "How are you?"
+    assert exercise.expected == "Well."
 
 
-def test_a_sample_that_ends_in_a_question_is_refused() -> None:
+def test_a_sample_that_ends_in_a_question_is_refused(opened: Callable[[str], Opened]) -> None:
     values = [("human", "Hello?"), ("gpt", "Yes."), ("human", "Who?")]
     sample = Sample(Origin("d", "f.jsonl", 3), {"conversations": [{"from": f, "value": v} for f, v in values]})
     with pytest.raises(SampleError, match=r"f\.jsonl:3.*end in an answer"):
-        split_sample(sample)
+        open_exercise(sample, opened("qwen3_vl")[1])
 
 
-def test_boxes_that_training_would_convert_are_refused() -> None:
-    turns = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": '{"bbox_2d": [1, 2, 3, 4]}'}]
-    with pytest.raises(SampleError, match=r"f\.jsonl:3.*drop bbox_format"):
-        split_sample(Sample(Origin("d", "f.jsonl", 3), {"conversations": turns}, bbox_format="pixel"))
+@pytest.mark.parametrize(("family", "box"), [("qwen3_vl", [0, 0, 500, 1000]), ("qwen2_5_vl", [])])
+def test_boxes_are_as_the_family_writes_them(
+    family: str, box: list[int], tmp_path: Path, opened: Callable[[str], Opened]
+) -> None:
+    """A picture of 20 x 10 pixels, which is enlarged, and its left half."""
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": '{"bbox_2d": [0, 0, 10, 10]}'}]
+    record = {"image": "a.png", "conversations": turns}
+    sample = Sample(Origin("d", "f.jsonl", 3), record, str(tmp_path), bbox_format="pixel")
+    exercise = open_exercise(sample, opened(family)[1])
+    found = json.loads(exercise.expected)["bbox_2d"]
+    height, width = exercise.prompt.plans[0].resized
+    assert found == (box if family == "qwen3_vl" else [0, 0, width // 2, height - 1])
 
 
 def test_a_missing_folder_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be opened"):
+    with pytest.raises(UserError, match="there is no such folder|cannot open"):
         open_answerer(str(tmp_path / "none"), device="cpu")
 
 
-def test_answers_are_text_alone(samples: list[Sample], answerer_of: Callable[[str], Answerer]) -> None:
+def test_answers_are_text_alone(samples: list[Sample], opened: Callable[[str], Opened]) -> None:
     """No special token is left in an answer."""
-    answerer = answerer_of("qwen3_vl")
-    answers = generate(answerer, [split_sample(sample)[0] for sample in samples[:3]], max_new_tokens=4)
+    answerer, encoder = opened("qwen3_vl")
+    prompts = [open_exercise(sample, encoder).prompt for sample in samples[:3]]
+    answers = generate(answerer, prompts, decoding=Decoding(max_new_tokens=4))
     for answer, token in itertools.product(answers, answerer.processor.tokenizer.all_special_tokens):
         assert token not in answer

@@ -7,11 +7,18 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from qwenvl.data.annotations import open_annotations
-from qwenvl.data.types import DatasetSpec, ImageItem, VideoItem
-from qwenvl.evaluate.generate import Answerer, generate, split_sample
+from qwenvl.data.dataset import SampledTable
+from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.types import DatasetSpec
+from qwenvl.evaluate.answering import Job, answer
+from qwenvl.evaluate.generate import Answerer
+from qwenvl.evaluate.predictions import Prediction
 from qwenvl.evaluate.scoring import guess_rate, is_right
 from qwenvl.utilities.errors import UserError
+from tools.asking.opening import AskArguments, open_asking_encoder, open_model
 
 SUFFIX = "_heldout.jsonl"
 ORDER = ("digits", "comparisons", "grounding", "motion")
@@ -64,45 +71,50 @@ class TaskScore:
         return self.right / self.total
 
 
-def answer_heldout(answerer: Answerer, data: Path, *, limit: int | None = None, batch_size: int = 50) -> list[Result]:
-    """Let the model answer the held-out samples of every task below a folder.
+def answer_heldout(model: str, data: Path, *, limit: int | None = None, batch_size: int = 50) -> list[Result]:
+    """Let a model answer the held-out samples of every task below a folder.
 
     Args:
-        answerer: the model.
+        model: its folder.
         data: folder with ``*_heldout.jsonl``.
         limit: most samples of a task; None for all.
         batch_size: samples answered at once.
 
     Raises:
-        UserError: there is nothing to answer.
+        UserError: the model cannot be opened, or there is nothing to answer.
     """
     files = sorted(data.glob(f"*{SUFFIX}"), key=lambda file: _place(file.name.removesuffix(SUFFIX)))
-    results = [result for file in files for result in _answer_file(answerer, file, limit, batch_size)]
-    if not results:
+    if not files:
         raise UserError(
             f"{data} holds no held-out samples (*{SUFFIX}). Make them: tools/make_demo_data.py --output DIR"
         )
-    return results
+    arguments = AskArguments(model_name_or_path=model, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch_size)
+    encoder, answerer = open_asking_encoder(arguments), open_model(arguments)
+    return [result for file in files for result in _answer_file(arguments, encoder, answerer, file, limit)]
 
 
 def _place(task: str) -> tuple[int, str]:
     return ORDER.index(task) if task in ORDER else len(ORDER), task
 
 
-def _answer_file(answerer: Answerer, file: Path, limit: int | None, batch_size: int) -> list[Result]:
+def _answer_file(
+    arguments: AskArguments, encoder: SampleEncoder, answerer: Answerer, file: Path, limit: int | None
+) -> list[Result]:
     task = file.name.removesuffix(SUFFIX)
     table = open_annotations(DatasetSpec(task, (str(file),), str(file.parent)))
-    rows = range(len(table) if limit is None else min(limit, len(table)))
-    samples = [split_sample(sample) for row in rows for sample in table[row]]
-    prompts = [prompt for prompt, _ in samples]
-    answers = generate(answerer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch_size)
-    results = []
-    for (prompt, expected), answer in zip(samples, answers, strict=True):
-        parts = [part for message in prompt.messages for part in message.parts]
-        media = tuple(str(file.parent / str(part.source)) for part in parts if isinstance(part, ImageItem | VideoItem))
-        question = " ".join(message.text for message in prompt.messages)
-        results.append(Result(task, media, question, expected, answer, is_right(answer, expected)))
-    return results
+    rows = np.arange(len(table) if limit is None else min(limit, len(table)))
+    job = Job(str(file), [SampledTable(table, rows)], encoder, arguments.decoding, arguments.batch_size)
+    lines: list[Prediction] = []
+    answer(job, rows.tolist(), answerer, lines.extend)
+    return [_result(task, line) for line in lines]
+
+
+def _result(task: str, line: Prediction) -> Result:
+    if line.prediction is None:
+        raise UserError(f"{line.file}:{line.line}: {line.error} Make the data anew: tools/make_demo_data.py")
+    media = tuple(str(source) for _, source in line.media)
+    right = is_right(line.prediction, line.expected)
+    return Result(task, media, line.question, line.expected, line.prediction, right)
 
 
 def score(results: Iterable[Result]) -> list[TaskScore]:

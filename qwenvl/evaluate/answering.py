@@ -1,0 +1,179 @@
+"""Rows of datasets answered by any number of processes, each its share, in batches that are kept as they come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenvl.data.dataset import SampledTable
+from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.media_sources import absolute_source
+from qwenvl.data.types import ImageItem, Sample, Source, VideoItem
+from qwenvl.evaluate.generate import Answerer, Decoding, generate
+from qwenvl.evaluate.predictions import Prediction, PredictionStore
+from qwenvl.evaluate.prompts import Exercise, open_exercise
+from qwenvl.utilities.cache import array_hash, fingerprint
+from qwenvl.utilities.distributed import from_main_process, is_main_process, rank, wait_for_all, world_size
+from qwenvl.utilities.errors import SampleError
+
+Progress = Callable[[int], None]
+"""Called with how many rows this process has just answered."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be answered, and how.
+
+    Args:
+        model: folder of the model, part of what answers depend on.
+        tables: the datasets and their rows.
+        encoder: opens samples.
+        decoding: how tokens are chosen.
+        batch_size: prompts answered at once.
+        seed: of drawn tokens.
+    """
+
+    model: str
+    tables: Sequence[SampledTable]
+    encoder: SampleEncoder
+    decoding: Decoding
+    batch_size: int = 16
+    seed: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all datasets together."""
+        return sum(len(table.rows) for table in self.tables)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what answers depend on, for the record beside them; one value changes when any of it does."""
+        rows = [(table.table.fingerprint, array_hash(table.rows)) for table in self.tables]
+        drawn = {"seed": self.seed} if self.decoding.temperature else {}
+        return {
+            "model": os.path.abspath(self.model) if os.path.exists(self.model) else self.model,
+            "weights": _weights(Path(self.model)),
+            "datasets": [table.table.spec.name for table in self.tables],
+            "rows": fingerprint(*rows),
+            "input": self.encoder.fingerprint(),
+            **asdict(self.decoding),
+            **drawn,
+        }
+
+    def row(self, index: int) -> tuple[SampledTable, int]:
+        """Return the table of a row and its row there."""
+        for table in self.tables:
+            if index < len(table.rows):
+                return table, int(table.rows[index])
+            index -= len(table.rows)
+        raise IndexError(index)
+
+
+def _weights(folder: Path) -> str:
+    """Return a hash that changes when the files of a folder's weights do: their names, sizes and times."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return fingerprint(*((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+def answer_rows(
+    job: Job, output: Path, open_model: Callable[[], Answerer], progress: Callable[[int], Progress]
+) -> list[Prediction]:
+    """Answer the rows that have no answer yet; every process has to call it.
+
+    Args:
+        job: what is to be answered.
+        output: file of the answers.
+        open_model: opens the model; called where something is to be answered.
+        progress: called with the number of rows to answer here; see :data:`Progress`.
+
+    Returns:
+        All answers in the order of the data, in process 0; none in the others.
+
+    Raises:
+        UserError: the output was made with other settings, or cannot be written.
+    """
+    store = PredictionStore(output, job.settings())
+    done = from_main_process(store.begin)
+    missing = [index for index in range(job.num_rows) if index not in done]
+    mine = missing[rank() :: world_size()]
+    if mine:
+        answer(job, mine, open_model(), store.writer(rank()), progress(len(mine)))
+    wait_for_all()
+    return store.join() if is_main_process() else []
+
+
+def answer(
+    job: Job,
+    indices: Sequence[int],
+    answerer: Answerer,
+    write: Callable[[Iterable[Prediction]], None],
+    told: Progress = lambda _: None,
+) -> None:
+    """Answer rows a batch at a time.
+
+    Args:
+        job: what holds them.
+        indices: which rows.
+        answerer: the model.
+        write: called with the lines of each batch.
+        told: called with the number of rows of each batch.
+    """
+    for start in range(0, len(indices), job.batch_size):
+        chunk = indices[start : start + job.batch_size]
+        lines = [line for index in chunk for line in open_row(job, index)]
+        prompts = [exercise.prompt for _, exercise in lines if exercise is not None]
+        torch.manual_seed(job.seed + chunk[0])  # what is drawn does not depend on what was answered before
+        answers = iter(generate(answerer, prompts, decoding=job.decoding, batch_size=job.batch_size))
+        write([line if exercise is None else replace(line, prediction=next(answers)) for line, exercise in lines])
+        told(len(chunk))
+
+
+def open_row(job: Job, index: int) -> Iterator[tuple[Prediction, Exercise | None]]:
+    """Yield the samples of a row: lines without an answer, and what is asked; None where a sample cannot be."""
+    table, row = job.row(index)
+    place = table.table.origin(row)
+    line = Prediction(index, place.dataset, place.file, place.line)
+    try:
+        samples = table.table[row]
+    except SampleError as error:
+        yield replace(line, error=f"{error.category}: {error.reason}"), None
+        return
+    for sample in samples:
+        named = replace(line, id=sample.origin.id, member=sample.origin.member, members=len(samples))
+        try:
+            exercise = open_exercise(sample, job.encoder)
+        except SampleError as error:
+            yield replace(named, error=f"{error.category}: {error.reason}"), None
+        else:
+            yield _described(named, sample, exercise, table.table.spec.options), exercise
+
+
+def _described(line: Prediction, sample: Sample, exercise: Exercise, options: Mapping[str, Any]) -> Prediction:
+    items = [plan.item for plan in exercise.prompt.plans]
+    metric = sample.record.get("metric") or options.get("metric")
+    answers = sample.record.get("answers")
+    return replace(
+        line,
+        question=exercise.prompt.question,
+        media=tuple((_kind(item), _where(item.source, sample.data_path)) for item in items),
+        expected=exercise.expected,
+        accepted=tuple(one for one in answers if isinstance(one, str)) if isinstance(answers, list) else (),
+        metric=metric if isinstance(metric, str) else None,
+    )
+
+
+def _kind(item: ImageItem | VideoItem) -> str:
+    return "image" if isinstance(item, ImageItem) else "video"
+
+
+def _where(source: Source | tuple[Source, ...], data_path: str) -> Any:
+    """Return an absolute path or URL; None for what has no address, or carries itself in it."""
+    if isinstance(source, tuple):
+        return tuple(_where(frame, data_path) for frame in source)
+    if isinstance(source, bytes) or source.startswith("data:"):
+        return None
+    return absolute_source(source, data_path)

@@ -1,0 +1,95 @@
+"""What a model is asked: turns up to a question, with their pictures and videos decoded as training decodes them.
+
+Media pass through the encoder of training: the same limits, the same frames of a video, the same pixels. So a sample
+is asked about exactly what a model is trained on, and its loss and its answer are about the same input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qwenvl.data.collation import EncodedSample, Medium
+from qwenvl.data.encoding import SampleEncoder, plan_item
+from qwenvl.data.media import MediaReader
+from qwenvl.data.pixels import read_resized
+from qwenvl.data.sizes import MediaPlan, VisionSettings
+from qwenvl.data.types import Message, Sample, TextPart
+from qwenvl.utilities.errors import SampleError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked.
+
+    Args:
+        messages: turns up to the question.
+        plans: what is known of each picture and video of the turns, in order.
+        frames: their pixels, in the same order: uint8 [frames, height, width, 3], RGB; one frame for a picture.
+        tools: that the model may call.
+    """
+
+    messages: tuple[Message, ...]
+    plans: tuple[MediaPlan, ...] = ()
+    frames: tuple[torch.Tensor, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def question(self) -> str:
+        """Text of the last turn."""
+        return self.messages[-1].text
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A sample whose answer is known.
+
+    Args:
+        prompt: what it asks before its last answer.
+        expected: that answer, with boxes as the model's family writes them.
+        encoded: the whole sample, as training would get it.
+    """
+
+    prompt: Prompt
+    expected: str
+    encoded: EncodedSample
+
+    def showing(self, frames: Iterable[torch.Tensor]) -> Exercise:
+        """Return the exercise with other pixels in its media: of the same number of frames and the same sizes."""
+        shown = tuple(frames)
+        media = tuple(Medium(new, old.grid) for new, old in zip(shown, self.encoded.media, strict=True))
+        assert all(new.shape == old.shape for new, old in zip(shown, self.prompt.frames, strict=True))
+        return replace(self, prompt=replace(self.prompt, frames=shown), encoded=replace(self.encoded, media=media))
+
+
+def open_exercise(sample: Sample, encoder: SampleEncoder) -> Exercise:
+    """Split a sample into question and answer, and decode its media.
+
+    Raises:
+        SampleError: the sample cannot be used, or does not end in an answer to a question.
+    """
+    reader = encoder.reader(sample, keep_images=True)
+    plan = encoder.plan(sample, reader)
+    messages = plan.conversation.messages
+    if messages[-1].role != "assistant" or len(messages) < 2:
+        raise SampleError("no_answer", "the sample does not end in an answer to a question.", sample.origin)
+    encoded = encoder.encode(plan, sample, reader)
+    frames = tuple(medium.frames for medium in encoded.media)
+    return Exercise(
+        Prompt(messages[:-1], plan.media, frames, plan.conversation.tools), messages[-1].text.strip(), encoded
+    )
+
+
+def open_prompt(messages: Iterable[Message], reader: MediaReader, settings: VisionSettings) -> Prompt:
+    """Decode the media of turns that belong to no sample.
+
+    Raises:
+        SampleError: a picture or video cannot be used.
+    """
+    turns = tuple(messages)
+    items = [part for message in turns for part in message.parts if not isinstance(part, TextPart)]
+    plans = tuple(plan_item(item, reader, settings) for item in items)
+    return Prompt(turns, plans, tuple(read_resized(plan, reader) for plan in plans))

@@ -1,0 +1,1 @@
+"""What tools/predict.py and tools/evaluate.py share: flags, opening, chat."""

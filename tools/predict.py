@@ -1,0 +1,121 @@
+r"""Ask a model: the samples of datasets, one question, or a chat.
+
+    python tools/predict.py --model_name_or_path MODEL --dataset_use "a%10,b" --output answers.jsonl
+    torchrun --nproc_per_node=8 tools/predict.py --model_name_or_path MODEL --annotation_path FILE --data_path DIR \
+        --output answers.jsonl
+    python tools/predict.py --model_name_or_path MODEL --image a.jpg --prompt "What is this?"
+    python tools/predict.py --model_name_or_path MODEL
+
+MODEL is a folder of a whole model or of adapters. The first two write one JSON line a sample, in the order of the data:
+dataset, file, line, id, question, expected, prediction; or error, for a sample that cannot be asked. Stopped and
+started again, with as many processes as you like, they answer what is missing. ``--image`` and ``--video`` may be given
+several times over. With nothing but a model, it is a chat.
+
+Exit code: 0; 1 where samples could not be asked (the output has the reasons); 2 where nothing could be done.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
+
+from qwenvl.arguments.command_line import HelpPage
+from qwenvl.arguments.parsing import parse_class
+from qwenvl.data.media import MediaReader
+from qwenvl.data.messages_media import image_item, video_item
+from qwenvl.data.types import Message, TextPart
+from qwenvl.evaluate.answering import answer_rows
+from qwenvl.evaluate.predictions import Prediction
+from qwenvl.evaluate.prompts import open_prompt
+from qwenvl.utilities.distributed import is_first_to_say, is_main_process, shut_down, start_group, world_size
+from qwenvl.utilities.errors import UserError
+from qwenvl.utilities.logging import setup_logging
+from tools.asking.chat import Chat, answer_aloud
+from tools.asking.opening import AskArguments, open_asking_encoder, open_job, open_model, progress_bar
+
+logger = logging.getLogger("qwenvl.predict")
+
+PAGE = HelpPage(
+    "predict.py --model_name_or_path MODEL [--dataset_use NAMES --output FILE | --prompt TEXT] [--flag VALUE ...]",
+    "Ask a model: the samples of datasets (several processes by torchrun, resumable), one question about pictures and "
+    "videos, or, with a model alone, in a chat.",
+)
+
+
+@dataclass
+class PredictArguments(AskArguments):
+    """Flags of this tool, besides those of the tools that ask a model."""
+
+    output: str | None = field(default=None, metadata={"help": "JSON lines file of the answers to datasets."})
+    prompt: str | None = field(default=None, metadata={"help": "One question, answered in the terminal."})
+    image: list[str] = field(default_factory=list, metadata={"help": "Pictures to ask about, one or more."})
+    video: list[str] = field(default_factory=list, metadata={"help": "Videos to ask about, one or more."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        data = bool(self.dataset_use or self.annotation_path)
+        if data and (self.prompt is not None or self.image or self.video):
+            raise UserError("Give data (--dataset_use, --annotation_path) or one question (--prompt), not both.")
+        if data and self.output is None:
+            raise UserError("--output is missing: the JSON lines file of the answers.")
+        if self.output is not None and not data:
+            raise UserError("--output is for answers to datasets: name them by --dataset_use or --annotation_path.")
+        if (self.image or self.video) and self.prompt is None:
+            raise UserError('--prompt is missing: what is asked about them, such as --prompt "What is this?".')
+        if not data and world_size() > 1:
+            raise UserError("One question or a chat is for one process: start it without torchrun.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Ask; return the exit code."""
+    setup_logging("warning")
+    try:
+        code = run(parse_class(PredictArguments, sys.argv[1:] if argv is None else argv, PAGE))
+    except UserError as error:
+        if is_first_to_say("error"):
+            logger.error("%s", error)
+        return 2
+    shut_down()
+    return code
+
+
+def run(arguments: PredictArguments) -> int:
+    """Do what the flags ask for; return the exit code.
+
+    Raises:
+        UserError: model, data or output cannot be used.
+    """
+    if arguments.output is not None:
+        start_group()
+        job = open_job(arguments)
+        lines = answer_rows(job, Path(arguments.output), lambda: open_model(arguments), progress_bar("Answering"))
+        return summarize(lines, arguments.output) if is_main_process() else 0
+    encoder = open_asking_encoder(arguments)
+    reader = MediaReader("", arguments.allow_remote_media, video_timeout=arguments.video_timeout)
+    if arguments.prompt is None:
+        Chat(open_model(arguments), encoder.settings, reader, arguments.decoding).run()
+        return 0
+    images, videos = map(image_item, arguments.image), map(video_item, arguments.video)
+    turn = Message("user", (*images, *videos, TextPart(arguments.prompt)))
+    prompt = open_prompt([turn], reader, encoder.settings)  # before the model, which takes long
+    answer_aloud(open_model(arguments), prompt, arguments.decoding)
+    return 0
+
+
+def summarize(lines: list[Prediction], output: str) -> int:
+    """Print how many answers there are and what could not be asked; return the exit code."""
+    bad = [line for line in lines if line.error is not None]
+    print(f"{output}: {len(lines) - len(bad):,} answers, {len(bad):,} samples that could not be asked.")
+    for reason, count in Counter((line.error or "").partition(":")[0] for line in bad).most_common():
+        first = next(line for line in bad if (line.error or "").startswith(reason))
+        print(f"  {count:,} x {reason}, first: {first.file}:{first.line}: {first.error}")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
