@@ -14,17 +14,19 @@ from functools import cached_property
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers.video_utils import VideoMetadata
 
 from qwenvl.data.collation import Collator, EncodedSample, Item
 from qwenvl.data.encoding import Plan, SampleEncoder
+from qwenvl.data.media import MediaReader
 from qwenvl.data.media_sources import MediaSources
 from qwenvl.data.sizes import VideoPlan
 from qwenvl.data.types import ImageItem, Message, Sample, Source, TextPart, VideoItem
-from qwenvl.evaluate.generate import read_video
 from qwenvl.models.patches import Patchify
 from qwenvl.utilities.errors import SampleError
 
@@ -115,7 +117,7 @@ def template_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs
         SampleError: the processor refuses the sample.
     """
     reader, items, sources = serving.encoder.reader(sample), plan.conversation.media(), serving.sources(sample)
-    videos = [read_video(serving.processor, reader, item) for item in items if isinstance(item, VideoItem)]
+    videos = [_read_video(serving.processor, reader, item) for item in items if isinstance(item, VideoItem)]
     frames = iter(videos)
 
     def element(number: int, item: ImageItem | VideoItem) -> Mapping[str, Any]:
@@ -139,6 +141,26 @@ def template_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise SampleError("serving", f"apply_chat_template refuses it: {error}", sample.origin) from error
     return _read(serving, outputs, [metadata for _, metadata in videos])
+
+
+def _read_video(processor: Any, reader: MediaReader, item: VideoItem) -> tuple[Tensor, VideoMetadata]:
+    """Decode the frames that a processor samples; frame limits of the record itself are not used.
+
+    Returns:
+        uint8 [n, 3, height, width], and the metadata from which the processor writes timestamps.
+    """
+    header = reader.video_header(item)
+    metadata = VideoMetadata(
+        total_num_frames=header.num_frames,
+        fps=header.fps,
+        height=header.height,
+        width=header.width,
+        duration=header.num_frames / header.fps,
+    )
+    video = processor.video_processor
+    indices = video.sample_frames(metadata) if video.do_sample_frames else range(header.num_frames)
+    metadata.frames_indices = np.asarray(indices, dtype=np.int64)
+    return reader.read_frames(item, metadata.frames_indices), metadata
 
 
 def utils_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs:
