@@ -204,6 +204,26 @@ def is_turned(serving: Serving, sample: Sample, item: ImageItem) -> bool:
         return bool(image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
 
 
+def _read_video(processor: Any, reader: MediaReader, item: VideoItem) -> tuple[Tensor, VideoMetadata]:
+    """Decode the frames that the processor samples; frame limits of the record itself are not used.
+
+    Returns:
+        uint8 [n, 3, height, width], and the metadata from which the processor writes timestamps.
+    """
+    header = reader.video_header(item)
+    metadata = VideoMetadata(
+        total_num_frames=header.num_frames,
+        fps=header.fps,
+        height=header.height,
+        width=header.width,
+        duration=header.num_frames / header.fps,
+    )
+    video = processor.video_processor
+    indices = video.sample_frames(metadata) if video.do_sample_frames else range(header.num_frames)
+    metadata.frames_indices = np.asarray(indices, dtype=np.int64)
+    return reader.read_frames(item, metadata.frames_indices), metadata
+
+
 def _messages(messages: Sequence[Message], element: Element) -> list[dict[str, Any]]:
     """Return turns as users of a chat template write them: text alone as a string."""
     written, number = [], 0
