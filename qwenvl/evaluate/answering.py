@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ import torch
 from qwenvl.data.dataset import SampledTable
 from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.media_sources import absolute_source
+from qwenvl.data.sizes import VisionSettings
 from qwenvl.data.types import ImageItem, Sample, Source, VideoItem
+from qwenvl.evaluate.blindness import Key, View, blank, fitted, key_of
+from qwenvl.evaluate.box_answers import read_boxes
 from qwenvl.evaluate.generate import Answerer, Decoding, generate
-from qwenvl.evaluate.predictions import Prediction, PredictionStore
-from qwenvl.evaluate.prompts import Exercise, open_exercise
+from qwenvl.evaluate.losses import exercise_loss
+from qwenvl.evaluate.predictions import EMBEDDED, Prediction, PredictionStore
+from qwenvl.evaluate.prompts import Exercise, Prompt, open_exercise
 from qwenvl.utilities.cache import array_hash, fingerprint
-from qwenvl.utilities.distributed import from_main_process, is_main_process, rank, wait_for_all, world_size
+from qwenvl.utilities.distributed import from_main_process, rank, wait_for_all, world_size
 from qwenvl.utilities.errors import SampleError
 
 Progress = Callable[[int], None]
@@ -36,6 +41,9 @@ class Job:
         decoding: how tokens are chosen.
         batch_size: prompts answered at once.
         seed: of drawn tokens.
+        with_loss: compute the loss of each sample as well.
+        view: what the samples show.
+        partners: whose pictures each sample shows, where it shows those of others.
     """
 
     model: str
@@ -44,6 +52,9 @@ class Job:
     decoding: Decoding
     batch_size: int = 16
     seed: int = 0
+    with_loss: bool = False
+    view: View = "shown"
+    partners: Mapping[Key, Key] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -62,6 +73,8 @@ class Job:
             "input": self.encoder.fingerprint(),
             **asdict(self.decoding),
             **drawn,
+            **({"with_loss": True, "view": self.view} if self.with_loss else {}),
+            **({"partners": fingerprint(sorted(self.partners.items(), key=str))} if self.partners else {}),
         }
 
     def row(self, index: int) -> tuple[SampledTable, int]:
@@ -91,7 +104,7 @@ def answer_rows(
         progress: called with the number of rows to answer here; see :data:`Progress`.
 
     Returns:
-        All answers in the order of the data, in process 0; none in the others.
+        All answers in the order of the data.
 
     Raises:
         UserError: the output was made with other settings, or cannot be written.
@@ -103,7 +116,7 @@ def answer_rows(
     if mine:
         answer(job, mine, open_model(), store.writer(rank()), progress(len(mine)))
     wait_for_all()
-    return store.join() if is_main_process() else []
+    return from_main_process(store.join)
 
 
 def answer(
@@ -124,12 +137,55 @@ def answer(
     """
     for start in range(0, len(indices), job.batch_size):
         chunk = indices[start : start + job.batch_size]
-        lines = [line for index in chunk for line in open_row(job, index)]
+        lines = [_viewed(job, *line) for index in chunk for line in open_row(job, index)]
         prompts = [exercise.prompt for _, exercise in lines if exercise is not None]
         torch.manual_seed(job.seed + chunk[0])  # what is drawn does not depend on what was answered before
         answers = iter(generate(answerer, prompts, decoding=job.decoding, batch_size=job.batch_size))
-        write([line if exercise is None else replace(line, prediction=next(answers)) for line, exercise in lines])
+        write([line if one is None else _answered(job, answerer, line, one, next(answers)) for line, one in lines])
         told(len(chunk))
+
+
+def _answered(job: Job, answerer: Answerer, line: Prediction, exercise: Exercise, answer: str) -> Prediction:
+    loss, tokens = exercise_loss(answerer, exercise) if job.with_loss else (None, None)
+    return replace(line, prediction=answer, loss=loss, trained_tokens=tokens)
+
+
+def _viewed(job: Job, line: Prediction, exercise: Exercise | None) -> tuple[Prediction, Exercise | None]:
+    """Let a sample show what the job's view says; without media to exchange, it is not asked."""
+    if exercise is None or job.view == "shown":
+        return line, exercise
+    frames = exercise.prompt.frames
+    if not frames:
+        return replace(line, error="no_media: there is nothing in the sample to exchange."), None
+    if job.view == "blank":
+        return line, exercise.showing(map(blank, frames))
+    partner = job.partners.get(key_of(line))
+    others = dict(_opened(job, partner[0])).get(partner) if partner is not None else None
+    if others is None:
+        return replace(line, error="no_partner: no other sample has media to exchange for this one's."), None
+    return line, exercise.showing(exchanged(exercise.prompt, others.prompt))
+
+
+def _opened(job: Job, index: int) -> Iterator[tuple[Key, Exercise | None]]:
+    return ((key_of(line), exercise) for line, exercise in open_row(job, index))
+
+
+def exchanged(prompt: Prompt, other: Prompt) -> Iterator[torch.Tensor]:
+    """Yield media of another prompt in the places, sizes and kinds of a prompt's own; repeated where it has fewer."""
+    pairs = list(zip(other.plans, other.frames, strict=True))
+    supply = {
+        kind: itertools.cycle([frames for plan, frames in pairs if isinstance(plan, kind)])
+        for kind in {type(plan) for plan in prompt.plans}
+    }
+    return (fitted(next(supply[type(plan)]), own) for plan, own in zip(prompt.plans, prompt.frames, strict=True))
+
+
+def _canvas(exercise: Exercise, settings: VisionSettings) -> tuple[int, int] | None:
+    """Return what boxes count, (width, height) of the picture, where there is one picture and boxes are expected."""
+    if len(exercise.prompt.plans) != 1 or not read_boxes(exercise.expected):
+        return None
+    height, width = exercise.prompt.plans[0].resized
+    return (1000, 1000) if settings.family.boxes == "relative_1000" else (width, height)
 
 
 def open_row(job: Job, index: int) -> Iterator[tuple[Prediction, Exercise | None]]:
@@ -149,6 +205,8 @@ def open_row(job: Job, index: int) -> Iterator[tuple[Prediction, Exercise | None
         except SampleError as error:
             yield replace(named, error=f"{error.category}: {error.reason}"), None
         else:
+            canvas = _canvas(exercise, job.encoder.settings)
+            named = replace(named, canvas=canvas)
             yield _described(named, sample, exercise, table.table.spec.options), exercise
 
 
@@ -171,9 +229,9 @@ def _kind(item: ImageItem | VideoItem) -> str:
 
 
 def _where(source: Source | tuple[Source, ...], data_path: str) -> Any:
-    """Return an absolute path or URL; None for what has no address, or carries itself in it."""
+    """Return an absolute path or URL; for what carries itself, a name by its content."""
     if isinstance(source, tuple):
         return tuple(_where(frame, data_path) for frame in source)
     if isinstance(source, bytes) or source.startswith("data:"):
-        return None
+        return EMBEDDED + fingerprint(source if isinstance(source, str) else source.hex())
     return absolute_source(source, data_path)

@@ -23,6 +23,9 @@ from qwenvl.utilities.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+EMBEDDED = "embedded:"
+"""Begins the name of a medium that lies in the annotations."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -37,12 +40,14 @@ class Prediction:
         member: place in a packed row, from 1; None in an ordinary one.
         members: samples of the row.
         question: text of the turn that is answered.
-        media: ``image`` or ``video`` and where it is, for each; None for what lies in the annotations themselves.
+        media: ``image`` or ``video`` and where it is, for each; :data:`EMBEDDED` and a hash for what lies in the
+            annotations themselves.
         expected: the answer that is right.
         accepted: other answers that are right too: the sample's field ``answers``.
         prediction: what the model wrote; None with ``error``.
         error: why the sample could not be asked.
         metric: what the sample or its dataset wants to be measured by.
+        canvas: (width, height) of the picture in what boxes count, where boxes are expected.
         loss: cross entropy of the trained tokens, summed, in nats; where it was asked for.
         trained_tokens: how many of them there are.
     """
@@ -61,6 +66,7 @@ class Prediction:
     prediction: str | None = None
     error: str | None = None
     metric: str | None = None
+    canvas: tuple[int, int] | None = None
     loss: float | None = None
     trained_tokens: int | None = None
 
@@ -83,7 +89,7 @@ class Prediction:
             raise ValueError("not an object with question, expected and prediction")
         values = {key: value for key, value in values.items() if key in known}
         values |= {"media": tuple((kind, _hashable(source)) for kind, source in values.get("media", ()))}
-        values |= {"accepted": tuple(values.get("accepted", ()))}
+        values |= {"accepted": tuple(values.get("accepted", ())), "canvas": _hashable(values.get("canvas"))}
         return cls(**{"index": 0, "dataset": "", "file": "", "line": 0, **values})
 
 

@@ -3,14 +3,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from tests.tools.pages import Page
 from tools.demo.chart import Losses, draw, read_losses
 from tools.demo.page import build_page
-from tools.demo.results import Result, score
+from tools.demo.results import Result, guess_rate, score
 from tools.demo_report import main
 from tools.make_demo_data import make_demo_data
 
@@ -42,30 +42,6 @@ def results(data: Path) -> list[Result]:
     ]
 
 
-class Page(HTMLParser):
-    """Tags that are open at the end, attributes that would load something, and the text."""
-
-    VOID = ("meta", "img")
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_the_page_holds_everything_and_loads_nothing(results: list[Result]) -> None:
     losses = Losses(train=((1, 6.0), (50, 0.5)), held_out=((50, 0.7),), seconds=90)
     source = build_page(results, score(results), losses)
@@ -86,6 +62,11 @@ def test_wrong_answers_beyond_the_first_are_shown(results: list[Result]) -> None
     page = Page(build_page(results, score(results), Losses(), shown=1)).text
     assert "Wrong answers among the other 3 samples: 2, 1 of them here." in page
     assert "no record of its training" in page
+
+
+def test_chance_by_hand() -> None:
+    assert guess_rate(["a", "a", "b"]) == pytest.approx(2 / 6)  # of six ordered pairs, two are equal
+    assert guess_rate(["a"]) == 0
 
 
 def test_scores_by_hand(results: list[Result]) -> None:

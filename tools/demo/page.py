@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import string
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from qwenvl.data.media import MediaReader
 from qwenvl.data.types import VideoItem
-from qwenvl.evaluate.scoring import read_box
+from qwenvl.evaluate.box_answers import read_boxes
 from tools.demo.chart import Losses, draw
 from tools.demo.results import Result, TaskScore
+from tools.pages.pictures import image_tag, style, video_frames, with_boxes
 
 TITLE = "A tiny Qwen3-VL learns to see"
 VIDEO_SUFFIXES = (".mp4",)
-SHOWN_FRAMES = 4
 
 ABOUT = {
     "digits": "Real handwritten digits that the model has never seen.",
@@ -43,6 +40,7 @@ def build_page(results: Sequence[Result], scores: Sequence[TaskScore], losses: L
     template = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=TITLE,
+        style=style(),
         lead=_lead(scores, losses),
         scores=_score_table(scores),
         scores_note="Chance: how often the answer to another sample of the same task would be right.",
@@ -90,7 +88,7 @@ def _task(score: TaskScore, results: Sequence[Result], shown: int) -> str:
 
 
 def _needs_room(result: Result) -> bool:
-    return len(result.media) > 1 or _is_video(result.media[0]) or read_box(result.expected) is not None
+    return len(result.media) > 1 or _is_video(result.media[0]) or bool(read_boxes(result.expected))
 
 
 def _cards(results: Sequence[Result], classes: str) -> str:
@@ -110,47 +108,19 @@ def _card(result: Result) -> str:
 
 def _short(answer: str) -> str:
     """Return a box as its four numbers, other answers as they are."""
-    box = read_box(answer)
-    return ", ".join(f"{edge:g}" for edge in box) if box is not None else answer.strip()
+    boxes = read_boxes(answer)
+    return ", ".join(f"{edge:g}" for edge in boxes[0]) if boxes else answer.strip()
 
 
 def _pictures(result: Result) -> str:
     if _is_video(result.media[0]):
-        return "".join(f'<img alt="frame {i}" src="{_uri(frame)}">' for i, frame in enumerate(_frames(result.media[0])))
+        frames = video_frames(MediaReader("", allow_absolute=True), VideoItem(result.media[0]))
+        return "".join(image_tag(frame, f"frame {number}") for number, frame in enumerate(frames))
     pictures = [Image.open(path).convert("RGB") for path in result.media]
-    if read_box(result.expected) is not None and len(pictures) == 1:
-        return _with_boxes(pictures[0], result)
-    return "".join(f'<img alt="picture {i}" src="{_uri(picture)}">' for i, picture in enumerate(pictures, start=1))
-
-
-def _with_boxes(picture: Image.Image, result: Result) -> str:
-    """Return the picture under its boxes, which are in thousandths of its sides."""
-    boxes = [(read_box(result.expected), "expected-line"), (read_box(result.answer), "answer-line")]
-    rectangles = ""
-    for box, name in boxes:
-        if box is not None:
-            left, top, right, bottom = box
-            place = f'x="{left:g}" y="{top:g}" width="{max(0, right - left):g}" height="{max(0, bottom - top):g}"'
-            rectangles += f'<rect class="expected-box" {place}/><rect class="{name}" {place}/>'
-    return (
-        '<svg viewBox="-8 -8 1016 1016" role="img" aria-label="picture with boxes">'
-        f'<image href="{_uri(picture)}" width="1000" height="1000" preserveAspectRatio="none"/>{rectangles}</svg>'
-    )
+    if (boxes := read_boxes(result.expected)) and len(pictures) == 1:
+        return with_boxes(pictures[0], (1000, 1000), boxes, read_boxes(result.answer))
+    return "".join(image_tag(picture, f"picture {number}") for number, picture in enumerate(pictures, start=1))
 
 
 def _is_video(path: str) -> bool:
     return path.endswith(VIDEO_SUFFIXES)
-
-
-def _frames(path: str) -> list[Image.Image]:
-    """Return a few frames of a video, from its first to its last."""
-    reader, item = MediaReader("", allow_absolute=True), VideoItem(path)
-    count = reader.video_header(item).num_frames
-    indices = np.linspace(0, count - 1, min(SHOWN_FRAMES, count)).round().astype(np.int64)
-    return [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in reader.read_frames(item, indices)]
-
-
-def _uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from qwenvl.data.dataset import SampledTable
 from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.types import DatasetSpec
 from qwenvl.evaluate.answering import Job, answer
+from qwenvl.evaluate.cases import Case
 from qwenvl.evaluate.generate import Answerer
+from qwenvl.evaluate.metrics import choose_metric, score_lines, to_case
 from qwenvl.evaluate.predictions import Prediction
-from qwenvl.evaluate.scoring import guess_rate, is_right
 from qwenvl.utilities.errors import UserError
 from tools.asking.opening import AskArguments, open_asking_encoder, open_model
 
@@ -106,15 +107,28 @@ def _answer_file(
     job = Job(str(file), [SampledTable(table, rows)], encoder, arguments.decoding, arguments.batch_size)
     lines: list[Prediction] = []
     answer(job, rows.tolist(), answerer, lines.extend)
-    return [_result(task, line) for line in lines]
+    for line in lines:
+        if line.error is not None:
+            raise UserError(f"{line.file}:{line.line}: {line.error} Make the data anew: tools/make_demo_data.py")
+    scored = score_lines(lines, choose_metric([to_case(line) for line in lines]))
+    return [
+        Result(
+            task,
+            tuple(str(source) for _, source in line.media),
+            line.question,
+            line.expected,
+            line.prediction or "",
+            one.value == 1,
+        )
+        for line, one in zip(lines, scored, strict=True)
+    ]
 
 
-def _result(task: str, line: Prediction) -> Result:
-    if line.prediction is None:
-        raise UserError(f"{line.file}:{line.line}: {line.error} Make the data anew: tools/make_demo_data.py")
-    media = tuple(str(source) for _, source in line.media)
-    right = is_right(line.prediction, line.expected)
-    return Result(task, media, line.question, line.expected, line.prediction, right)
+def guess_rate(expected: Sequence[str]) -> float:
+    """Return how often a guess is right that is the answer to another sample of the same task: the chance level."""
+    metric = choose_metric([Case("", (answer,), answer) for answer in expected])
+    pairs = [(guess, answer) for i, guess in enumerate(expected) for j, answer in enumerate(expected) if i != j]
+    return sum(metric.score(Case("", (want,), got)).value == 1 for got, want in pairs) / len(pairs) if pairs else 0.0
 
 
 def score(results: Iterable[Result]) -> list[TaskScore]:

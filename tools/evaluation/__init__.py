@@ -1,0 +1,1 @@
+"""Parts of tools/evaluate.py: its tables and its page."""

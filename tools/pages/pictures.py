@@ -1,0 +1,79 @@
+"""Pictures and frames of videos as parts of a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from qwenvl.data.media import MediaReader
+from qwenvl.data.types import VideoItem
+from qwenvl.evaluate.box_answers import Box
+
+SHOWN_FRAMES = 4
+LONGEST_SIDE = 400
+"""Pixels of a thumbnail."""
+
+_LOSSLESS_SIDE = 160  # small drawings and digits suffer from JPEG
+
+
+def style() -> str:
+    """Return the style sheet of all pages, light and dark."""
+    return (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+
+
+def data_uri(picture: Image.Image) -> str:
+    """Return a picture as an address that holds all of it: shrunk, and JPEG unless it is small."""
+    picture = picture.convert("RGB")
+    small = max(picture.size) <= _LOSSLESS_SIDE
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG" if small else "JPEG", quality=85)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def image_tag(picture: Image.Image, name: str) -> str:
+    """Return an ``<img>`` of a picture."""
+    return f'<img alt="{escape(name)}" src="{data_uri(picture)}">'
+
+
+def video_frames(reader: MediaReader, item: VideoItem) -> list[Image.Image]:
+    """Return a few frames of a video, from its first to its last.
+
+    Raises:
+        SampleError: it cannot be read.
+    """
+    count = reader.video_header(item).num_frames
+    indices = np.linspace(0, count - 1, min(SHOWN_FRAMES, count)).round().astype(np.int64)
+    return [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in reader.read_frames(item, indices)]
+
+
+def with_boxes(picture: Image.Image, canvas: tuple[int, int], expected: Iterable[Box], found: Iterable[Box]) -> str:
+    """Return a drawing of a picture under boxes.
+
+    Args:
+        picture: as it is.
+        canvas: its (width, height) in what the boxes count.
+        expected: dashed.
+        found: the model's.
+    """
+    width, height = 1000.0, 1000.0 * picture.height / picture.width
+    across, down = width / canvas[0], height / canvas[1]
+    lines = [(box, "expected-line") for box in expected] + [(box, "answer-line") for box in found]
+    rectangles = ""
+    for (left, top, right, bottom), name in lines:
+        place = (
+            f'x="{left * across:g}" y="{top * down:g}" width="{max(0, right - left) * across:g}" '
+            f'height="{max(0, bottom - top) * down:g}"'
+        )
+        rectangles += f'<rect class="expected-box" {place}/><rect class="{name}" {place}/>'
+    return (
+        f'<svg viewBox="-8 -8 {width + 16:g} {height + 16:g}" role="img" aria-label="picture with boxes">'
+        f'<image href="{data_uri(picture)}" width="{width:g}" height="{height:g}" preserveAspectRatio="none"/>'
+        f"{rectangles}</svg>"
+    )
