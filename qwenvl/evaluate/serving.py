@@ -143,26 +143,6 @@ def template_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs
     return _read(serving, outputs, [metadata for _, metadata in videos])
 
 
-def _read_video(processor: Any, reader: MediaReader, item: VideoItem) -> tuple[Tensor, VideoMetadata]:
-    """Decode the frames that a processor samples; frame limits of the record itself are not used.
-
-    Returns:
-        uint8 [n, 3, height, width], and the metadata from which the processor writes timestamps.
-    """
-    header = reader.video_header(item)
-    metadata = VideoMetadata(
-        total_num_frames=header.num_frames,
-        fps=header.fps,
-        height=header.height,
-        width=header.width,
-        duration=header.num_frames / header.fps,
-    )
-    video = processor.video_processor
-    indices = video.sample_frames(metadata) if video.do_sample_frames else range(header.num_frames)
-    metadata.frames_indices = np.asarray(indices, dtype=np.int64)
-    return reader.read_frames(item, metadata.frames_indices), metadata
-
-
 def utils_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs:
     """Return what ``qwen_vl_utils.process_vision_info`` and the processor give, told the limits of training.
 
