@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from qwenvl.arguments import DataArguments
 from qwenvl.data.encoding import SampleEncoder
-from qwenvl.data.processor import build_encoder, open_processor
+from qwenvl.data.processor import add_tokens, build_encoder, open_processor
 from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.types import DatasetSpec
 from qwenvl.models.loading import read_model_type
@@ -55,6 +55,7 @@ def open_encoder(arguments: ToolArguments, max_length: int) -> tuple[SampleEncod
         UserError: no processor, or the model family is unknown.
     """
     processor = open_processor(arguments.model_name_or_path)
+    add_tokens(processor, arguments.additional_tokens or ())
     family, config = family_and_config(arguments, processor)
     return build_encoder(processor, config, family, arguments, max_length), processor
 

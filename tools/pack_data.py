@@ -32,7 +32,7 @@ from qwenvl.data.lengths import measure_lengths
 from qwenvl.data.packed_json import write_packed_json
 from qwenvl.data.packing import lower_bound
 from qwenvl.data.plans import PackPlan, make_plan, write_plan
-from qwenvl.data.processor import build_encoder, log_limits, open_processor
+from qwenvl.data.processor import add_tokens, build_encoder, log_limits, open_processor
 from qwenvl.data.sampling import SampleOrder, Sharding, costs_of_ranks, imbalance
 from qwenvl.data.video import prepare_backend
 from qwenvl.models.flops import Flops, Trained, training_flops
@@ -138,6 +138,7 @@ def open_rows(arguments: PackArguments) -> tuple[ConversationDataset, Flops]:
         UserError: checkpoint, registry or annotations cannot be used.
     """
     processor = open_processor(arguments.model_name_or_path)
+    add_tokens(processor, arguments.additional_tokens or ())
     family, config = family_and_config(arguments, processor)
     encoder = build_encoder(processor, config, family, arguments, arguments.model_max_length)
     log_limits(encoder.settings)

@@ -1,5 +1,6 @@
 """Settings of a run: what they are, and reading them from recipes and command lines."""
 
+from qwenvl.arguments.adapters import AdapterArguments
 from qwenvl.arguments.command_line import wants_debug
 from qwenvl.arguments.data import DataArguments
 from qwenvl.arguments.model import ModelArguments
@@ -7,6 +8,7 @@ from qwenvl.arguments.parsing import ParsedArguments, arguments_to_yaml, parse_a
 from qwenvl.arguments.training import TrainingArguments
 
 __all__ = [
+    "AdapterArguments",
     "DataArguments",
     "ModelArguments",
     "ParsedArguments",

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
+from importlib.util import find_spec
 
+import torch
+
+from qwenvl.arguments.adapters import AdapterArguments, Part, contradiction, target_parts
 from qwenvl.arguments.data import DataArguments
 from qwenvl.arguments.model import ModelArguments
 from qwenvl.arguments.optimizers import check_optimizer
@@ -30,16 +35,16 @@ def check_required(model: ModelArguments, data: DataArguments, output_dir: str |
         raise UserError("--output_dir is missing: name a folder for checkpoints and the trained model.")
 
 
-def check_together(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
+def check_together(
+    model: ModelArguments, adapters: AdapterArguments, data: DataArguments, training: TrainingArguments
+) -> None:
     """Check settings of different classes against each other.
 
     Raises:
         UserError: nothing is trained, evaluation is asked for without data, or a flag is not supported.
     """
-    if not (model.tune_mm_llm or model.tune_mm_mlp or model.tune_mm_vision):
-        raise UserError(
-            "nothing would be trained: set one or more of --tune_mm_llm, --tune_mm_mlp and --tune_mm_vision to True."
-        )
+    _check_trained_parts(model, adapters, data)
+    _check_quantization(adapters, training)
     if training.torch_compile and (training.deepspeed or training.fsdp):
         raise UserError(
             "--torch_compile with --deepspeed or --fsdp is not supported: they gather the weights of a layer while it "
@@ -55,30 +60,77 @@ def check_together(model: ModelArguments, data: DataArguments, training: Trainin
         )
 
 
+_SWITCHES: dict[Part, str] = {"vision": "tune_mm_vision", "merger": "tune_mm_mlp", "language": "tune_mm_llm"}
+
+
+def _check_trained_parts(model: ModelArguments, adapters: AdapterArguments, data: DataArguments) -> None:
+    whole = [part for part, switch in _SWITCHES.items() if getattr(model, switch)]
+    if not whole and not adapters.lora_enable:
+        raise UserError(
+            "nothing would be trained: set one or more of --tune_mm_llm, --tune_mm_mlp and --tune_mm_vision to True, "
+            "or --lora_enable True."
+        )
+    if adapters.lora_enable:
+        named = target_parts(adapters.lora_target) or ()
+        for part in whole:
+            if part in named:
+                raise UserError(contradiction(_SWITCHES[part], adapters.lora_target))
+        if model.tune_mm_llm:
+            raise UserError(
+                "--tune_mm_llm True with --lora_enable True: the folder of adapters would hold the whole language "
+                "model, and PEFT would not tie its embeddings again. Leave one of them out."
+            )
+    if data.additional_tokens and not (model.tune_mm_llm or adapters.lora_enable):
+        raise UserError(
+            "--additional_tokens: nothing would train their embeddings. Add --tune_mm_llm True, or --lora_enable True, "
+            "which trains just their rows."
+        )
+
+
+def _check_quantization(adapters: AdapterArguments, training: TrainingArguments) -> None:
+    if not adapters.quantization_bit:
+        return
+    flag = f"--quantization_bit {adapters.quantization_bit}"
+    if training.use_cpu or not torch.cuda.is_available():
+        raise UserError(f"{flag} needs a CUDA device: bitsandbytes trains on no other. Leave it out for plain LoRA.")
+    if training.deepspeed or training.fsdp:
+        raise UserError(f"{flag} with --deepspeed or --fsdp is not supported: quantized weights cannot be shared out.")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"{flag} needs a package that is missing: pip install bitsandbytes.")
+
+
 def log_without_effect(
-    model: ModelArguments, data: DataArguments, training: TrainingArguments, given: frozenset[str]
+    model: ModelArguments,
+    adapters: AdapterArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+    given: frozenset[str],
 ) -> None:
     """Log, once each, what was set but changes nothing.
 
     Args:
         model: model arguments.
+        adapters: arguments of the adapters.
         data: data arguments.
         training: training arguments.
         given: names of the settings that the user gave.
     """
     if "base_interval" in given:
         logger.info("base_interval has no effect, here as in the official recipe.")
-    for rate, switch in (("mm_projector_lr", "tune_mm_mlp"), ("vision_tower_lr", "tune_mm_vision")):
-        if getattr(training, rate) is not None and not getattr(model, switch):
-            logger.warning("--%s has no effect: --%s is False.", rate, switch)
+    rates: dict[Part, str] = {"merger": "mm_projector_lr", "vision": "vision_tower_lr"}
+    for part, rate in rates.items():
+        trains = getattr(model, _SWITCHES[part]) or part in adapters.adapted_parts
+        if getattr(training, rate) is not None and not trains:
+            logger.warning("--%s has no effect: --%s is False.", rate, _SWITCHES[part])
     for name in sorted(given & BATCH_FLAGS):
         logger.warning(
             "--%s has no effect: every epoch holds each sample once, in a new order. --group_by_cost True makes steps "
             "of rows of similar cost and length.",
             name,
         )
-    if adapters := sorted(given & {"lora_r", "lora_alpha", "lora_dropout"}):
-        logger.info("%s: no effect without adapters.", ", ".join(adapters))
+    of_adapters = {field.name for field in fields(AdapterArguments)} - {"lora_enable"}
+    if not adapters.lora_enable and (unused := sorted(given & of_adapters)):
+        logger.info("%s: no effect without --lora_enable True.", ", ".join(unused))
     if "group_by_cost" in given and data.data_packing:
         logger.info("group_by_cost has no effect with packs: their steps are balanced without it.")
     if _has_evaluation_data(data) and not _evaluates(training):

@@ -56,6 +56,14 @@ class DataArguments:
             "batch sizes then count packs."
         },
     )
+    additional_tokens: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Texts that become a token each, such as <loc_0> <loc_1>: added to the tokenizer where it does not "
+            "know them, with an embedding of their own that starts as the mean and trains. Decoding keeps them, also "
+            "with skip_special_tokens."
+        },
+    )
     packing_plan: str | None = field(
         default=None,
         metadata={

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import transformers
 import yaml
 
+from qwenvl.arguments.adapters import AdapterArguments
 from qwenvl.arguments.checks import check_required, check_together, log_without_effect
 from qwenvl.arguments.command_line import HelpPage, read_flags, split_debug
 from qwenvl.arguments.data import DataArguments
@@ -25,6 +26,7 @@ SETTINGS_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "dataset_reg
 INHERITED = transformers.TrainingArguments
 GROUPS: dict[type, str] = {
     ModelArguments: "model",
+    AdapterArguments: "adapters",
     DataArguments: "data",
     TrainingArguments: "training",
     INHERITED: "training, as in transformers.TrainingArguments",
@@ -37,6 +39,7 @@ class ParsedArguments:
 
     Args:
         model: what is trained.
+        adapters: which adapters train beside it or in its place.
         data: on what.
         training: how.
         debug: show tracebacks of errors.
@@ -44,6 +47,7 @@ class ParsedArguments:
     """
 
     model: ModelArguments
+    adapters: AdapterArguments
     data: DataArguments
     training: TrainingArguments
     debug: bool
@@ -51,8 +55,8 @@ class ParsedArguments:
 
 
 def all_settings() -> dict[str, Setting]:
-    """Return every setting by name: the model's, the data's, this trainer's, then those of transformers."""
-    settings = settings_of(ModelArguments, DataArguments, TrainingArguments)
+    """Return every setting by name: those of the model, adapters, data, this trainer, then those of transformers."""
+    settings = settings_of(ModelArguments, AdapterArguments, DataArguments, TrainingArguments)
     own = [name for name in TrainingArguments.__annotations__ if name in settings]
     inherited = {
         name: replace(setting, owner=INHERITED)
@@ -142,18 +146,19 @@ def _converted(values: Mapping[str, Any], settings: Mapping[str, Setting], where
 
 def _build(given: Mapping[str, Any], settings: Mapping[str, Setting], debug: bool) -> ParsedArguments:
     values = {name: _found(name, value) for name, value in given.items()}
-    by_class: dict[type, dict[str, Any]] = {ModelArguments: {}, DataArguments: {}, TrainingArguments: {}}
+    by_class: dict[type, dict[str, Any]] = {owner: {} for owner in GROUPS}
     for name, value in values.items():
         owner = settings[name].owner
-        by_class[owner if owner in by_class else TrainingArguments][name] = value
+        by_class[TrainingArguments if owner is INHERITED else owner][name] = value
     model = ModelArguments(**by_class[ModelArguments])
+    adapters = AdapterArguments(**by_class[AdapterArguments])
     data = DataArguments(**by_class[DataArguments])
     check_required(model, data, values.get("output_dir"))
     refuse_parallelism(values.get("deepspeed"))
     training = _training(by_class[TrainingArguments])
-    check_together(model, data, training)
-    log_without_effect(model, data, training, frozenset(given))
-    return ParsedArguments(model, data, training, debug, dict(given))
+    check_together(model, adapters, data, training)
+    log_without_effect(model, adapters, data, training, frozenset(given))
+    return ParsedArguments(model, adapters, data, training, debug, dict(given))
 
 
 def _found(name: str, value: Any) -> Any:

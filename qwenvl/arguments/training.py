@@ -52,12 +52,6 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None,
         metadata={"help": "Share of the optimizer steps used for warm-up, 0 to 1. Not together with warmup_steps."},
     )
-    lora_enable: bool = field(
-        default=False, metadata={"help": "Train adapters instead of weights. Not available yet: an error."}
-    )
-    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=128, metadata={"help": "Scale of the adapters; their weight is alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters, 0 to 1; 0 means none."})
 
     # Own flags.
     max_bad_steps: int = field(
@@ -183,12 +177,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self._keep_to_one_device()
 
     def _check_own_fields(self) -> None:
-        if self.lora_enable:
-            raise UserError(
-                "--lora_enable True: adapters are not available yet. Leave it out and choose what to train by "
-                "--tune_mm_llm, --tune_mm_mlp and --tune_mm_vision."
-            )
-        for name in ("model_max_length", "mm_projector_lr", "vision_tower_lr", "lora_r", "device_peak_tflops"):
+        for name in ("model_max_length", "mm_projector_lr", "vision_tower_lr", "device_peak_tflops"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name} {value:g} must be above 0.")
@@ -198,8 +187,6 @@ class TrainingArguments(transformers.TrainingArguments):
             raise UserError(f"--router_aux_loss_coef {self.router_aux_loss_coef:g} must be 0 or more.")
         if self.model_max_length < 2:
             raise UserError("--model_max_length 1 leaves nothing to predict: a sample needs two tokens or more.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise UserError(f"--lora_dropout {self.lora_dropout:g} must be 0 to below 1.")
 
     def _map_warmup_ratio(self) -> None:
         """Hand the ratio to ``warmup_steps``, which transformers 5 reads as a ratio below 1."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoProcessor, PretrainedConfig, ProcessorMixin
+from transformers import AddedToken, AutoProcessor, PretrainedConfig, ProcessorMixin
 from transformers.image_utils import PILImageResampling
 
 from qwenvl.arguments import DataArguments
@@ -48,6 +50,41 @@ def open_processor(
         if tokenizer.convert_ids_to_tokens(tokenizer.convert_tokens_to_ids(token)) != token:
             raise UserError(_incomplete(model_name_or_path, f"its tokenizer is missing, or does not know {token}"))
     return processor
+
+
+@dataclass(frozen=True, slots=True)
+class AddedTokens:
+    """Ids of the tokens of ``--additional_tokens``.
+
+    Args:
+        ids: of all of them.
+        new: of those that the tokenizer did not know, in a row after all others.
+    """
+
+    ids: tuple[int, ...] = ()
+    new: tuple[int, ...] = ()
+
+
+def add_tokens(processor: Any, tokens: Sequence[str]) -> AddedTokens:
+    """Teach a processor's tokenizer texts that are to be one token each; those it knows as one stay as they are.
+
+    Args:
+        processor: changed in place.
+        tokens: the texts.
+
+    Raises:
+        UserError: a text is empty, begins or ends with white space, or comes twice.
+    """
+    tokenizer = processor.tokenizer
+    for token in tokens:
+        if not token.strip() or token != token.strip():
+            raise UserError(f"--additional_tokens {token!r}: a token is a text without white space at its ends.")
+    if len(set(tokens)) < len(tokens):
+        raise UserError(f"--additional_tokens: {max(tokens, key=list(tokens).count)} is named twice.")
+    known = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+    ids = tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
+    return AddedTokens(ids, tuple(token_id for token_id in ids if token_id >= known))
 
 
 def _incomplete(model_name_or_path: str, problem: str) -> str:

@@ -10,7 +10,7 @@ sample, patches, squared patches of each picture, trained tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -56,11 +56,23 @@ class Flops:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Which parts train: the three switches of ``--tune_mm_*``."""
+    """What trains.
+
+    Args:
+        vision: the vision tower without its mergers, whole.
+        merger: the mergers, whole.
+        language: the language model, whole.
+        adapters: elements of the adapters' matrices, by the part they are in; 0 where their number is not known yet.
+    """
 
     vision: bool = True
     merger: bool = True
     language: bool = True
+    adapters: Mapping[Part, int] = field(default_factory=dict)
+
+    def any_of(self, part: Part) -> bool:
+        """Whether anything in a part trains."""
+        return bool(getattr(self, part)) or part in self.adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +84,13 @@ class Product:
         measure: what their number grows with.
         forward: operations of the forward pass for one unit of the measure.
         kind: ``weights``: activations times weights; ``pixels``: the same, and nothing before it has a gradient;
-            ``attention``: activations times activations.
+            ``adapters``: activations times weights of adapters; ``attention``: activations times activations.
     """
 
     part: Part
     measure: str
     forward: float
-    kind: Literal["weights", "pixels", "attention"] = "weights"
+    kind: Literal["weights", "pixels", "adapters", "attention"] = "weights"
 
 
 def training_flops(config: Any, family: Family, trained: Trained, *, causal: bool = True) -> Flops:
@@ -94,13 +106,23 @@ def training_flops(config: Any, family: Family, trained: Trained, *, causal: boo
         causal: count only the half of each sample's attention in the language model that is not masked, as
             flash-attention computes it; otherwise the whole square.
     """
-    return _sum((product, 1 + _backward(product, trained)) for product in products(config, family, causal=causal))
+    computed = (*products(config, family, causal=causal), *_adapters(config.vision_config, trained))
+    return _sum((product, 1 + _backward(product, trained)) for product in computed)
 
 
 def products(config: Any, family: Family, *, causal: bool = True) -> tuple[Product, ...]:
     """Return the matrix products of a model's forward pass; see :func:`training_flops`."""
     share = 0.5 if causal else 1.0
     return (*_vision(config.vision_config, family), *_language(config.get_text_config(), family, share))
+
+
+def _adapters(config: Any, trained: Trained) -> Iterator[Product]:
+    """Products of adapters: each meets the tokens, patches or merged patches that the layer it adapts meets."""
+    tokens_of_patch = 1 / config.spatial_merge_size**2
+    rates = {"vision": ("patches", 1.0), "merger": ("patches", tokens_of_patch), "language": ("tokens", 1.0)}
+    for part, elements in trained.adapters.items():
+        measure, rate = rates[part]
+        yield Product(part, measure, 2.0 * rate * elements, "adapters")
 
 
 def _sum(weighed: Iterator[tuple[Product, int]]) -> Flops:
@@ -114,14 +136,12 @@ def _sum(weighed: Iterator[tuple[Product, int]]) -> Flops:
 
 def _backward(product: Product, trained: Trained) -> int:
     """Return how many products of the same size the backward pass takes: 0 to 2."""
-    reached = {  # a gradient passes through it
-        "vision": trained.vision,
-        "merger": trained.vision or trained.merger,
-        "language": trained.vision or trained.merger or trained.language,
-    }[product.part]
+    parts: tuple[Part, ...] = ("vision", "merger", "language")
+    reached = any(trained.any_of(part) for part in parts[: parts.index(product.part) + 1])  # a gradient passes through
     if product.kind == "attention":
         return 2 * reached
-    return (reached and product.kind != "pixels") + getattr(trained, product.part)
+    weights = product.kind == "adapters" or getattr(trained, product.part)
+    return (reached and product.kind != "pixels") + weights
 
 
 def _vision(config: Any, family: Family) -> Iterator[Product]:

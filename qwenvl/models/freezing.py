@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
 from transformers import PreTrainedModel
 
+from qwenvl.models.shared_out import full_size
 from qwenvl.utilities.errors import UserError
 
 ModuleGroup = Literal["vision", "merger", "language"]
@@ -52,7 +52,7 @@ def parameter_modules(model: PreTrainedModel) -> dict[str, ModuleGroup]:
 
 
 def set_model(
-    model: PreTrainedModel, *, tune_mm_vision: bool, tune_mm_mlp: bool, tune_mm_llm: bool
+    model: PreTrainedModel, *, tune_mm_vision: bool, tune_mm_mlp: bool, tune_mm_llm: bool, adapted: bool = False
 ) -> list[ModuleSummary]:
     """Set ``requires_grad`` of every parameter by the three switches.
 
@@ -61,6 +61,7 @@ def set_model(
         tune_mm_vision: train the vision tower except its mergers.
         tune_mm_mlp: train the mergers (deepstack ones too).
         tune_mm_llm: train the language model, its embeddings and ``lm_head``, tied or not.
+        adapted: adapters will train, so that the switches may all be off.
 
     Returns:
         A row for each module group.
@@ -71,9 +72,10 @@ def set_model(
     switches: dict[ModuleGroup, bool] = {"vision": tune_mm_vision, "merger": tune_mm_mlp, "language": tune_mm_llm}
     groups = parameter_modules(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(switches[groups[name]])
+        if parameter.is_floating_point():  # quantized weights cannot train
+            parameter.requires_grad_(switches[groups[name]])
     rows = summarize(model)
-    if not any(row.trainable for row in rows):
+    if not adapted and not any(row.trainable for row in rows):
         raise UserError(
             "No parameter trains: --tune_mm_vision, --tune_mm_mlp and --tune_mm_llm are all False. Set one to True."
         )
@@ -97,12 +99,6 @@ def summarize(model: PreTrainedModel, learning_rates: Mapping[ModuleGroup, float
         trainable[groups[name]] += count if parameter.requires_grad else 0
     rates = learning_rates or {}
     return [ModuleSummary(group, trainable[group], total[group], rates.get(group)) for group in GROUPS]
-
-
-def full_size(parameter: nn.Parameter) -> int:
-    """Number of elements of the whole parameter; ZeRO-3 leaves an empty tensor and the size in ``ds_numel``."""
-    size: int = getattr(parameter, "ds_numel", None) or parameter.numel()
-    return size
 
 
 def format_table(rows: Sequence[ModuleSummary]) -> str:

@@ -9,13 +9,15 @@ Kernel's fused linear cross entropy, Hsu et al., 2024, arXiv 2410.10989, section
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from qwenvl.models.token_rows import ROWS, with_rows
 
 CHUNK_ELEMENTS = 1 << 27
 """Logits held at a time: 883 rows of 151,936 columns, 0.5 GB in float32."""
@@ -117,10 +119,24 @@ class LossHead(nn.Linear):
         self.weight = linear.weight
         self.summed_loss = summed_loss
         self.targets: Tensor | None = None  # for the next call, and for that alone
+        self.row_ids: list[int] = []
+        self.rows: nn.Parameter | None
+        self.register_parameter(ROWS, None)
+
+    def train_rows(self, row_ids: Sequence[int], rows: nn.Parameter) -> None:
+        """Take some rows of the weight from a parameter of their own.
+
+        Args:
+            row_ids: ids of the tokens that train, without repeats.
+            rows: [len(row_ids), H].
+        """
+        self.row_ids = list(row_ids)
+        self.rows = rows
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V]; or, with ``targets`` set, the summed cross entropy of all rows, float32 scalar."""
         targets, self.targets = self.targets, None
+        weight = self.weight if self.rows is None else with_rows(self.weight, self.row_ids, self.rows)
         if targets is None:
-            return super().forward(hidden)
-        return self.summed_loss(hidden.flatten(0, -2), self.weight, targets)
+            return functional.linear(hidden, weight)
+        return self.summed_loss(hidden.flatten(0, -2), weight, targets)

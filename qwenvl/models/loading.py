@@ -39,6 +39,7 @@ def load_model(
     dtype: torch.dtype,
     attn_implementation: str,
     config: PreTrainedConfig | None = None,
+    quantization: Any = None,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -49,6 +50,8 @@ def load_model(
         dtype: of the weights in memory.
         attn_implementation: a name of transformers, from :func:`choose_attention`.
         config: to build the model from, of this checkpoint; None for its ``config.json`` as it is.
+        quantization: how frozen weights are held, from :func:`qwenvl.models.quantization.quantization`; None as they
+            are.
         cache_dir: where downloads are kept.
         trust_remote_code: run Python code that comes with the checkpoint.
 
@@ -66,6 +69,7 @@ def load_model(
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 model_name_or_path,
                 config=config,
+                quantization_config=quantization,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 use_safetensors=True,
@@ -234,32 +238,6 @@ def _import_obstacle(module: str) -> str:
     except ImportError as error:
         return f"{module} cannot be imported ({_first_line(error)})"
     return ""
-
-
-def resolve_dtype(model_dtype: str, *, bf16: bool, fp16: bool, deepspeed: bool) -> torch.dtype:
-    """Choose the data type of the weights in memory.
-
-    ``auto`` is bfloat16 under DeepSpeed with ``--bf16``, because DeepSpeed then keeps float32 master weights beside
-    them, and float32 otherwise: autocast computes in bfloat16 all the same, and AdamW on pure bfloat16 weights loses
-    every update smaller than about 1/256 of the weight.
-
-    Args:
-        model_dtype: ``auto``, ``float32`` or ``bfloat16``.
-        bf16: ``--bf16``.
-        fp16: ``--fp16``.
-        deepspeed: whether DeepSpeed trains the model.
-
-    Raises:
-        UserError: an unknown name, or bfloat16 weights with ``--fp16``.
-    """
-    if model_dtype == "auto":
-        return torch.bfloat16 if deepspeed and bf16 else torch.float32
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if model_dtype not in known:
-        raise UserError(f"--model_dtype {model_dtype!r} is not one of auto, {', '.join(known)}.")
-    if fp16 and model_dtype == "bfloat16":
-        raise UserError("--model_dtype bfloat16 does not go with --fp16. Use --bf16, or --model_dtype float32.")
-    return known[model_dtype]
 
 
 def refuse_flattening(config: Any, family: Family) -> None:

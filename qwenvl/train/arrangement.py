@@ -55,7 +55,8 @@ def arrange(
     arguments, args = parsed.data, parsed.training
     seed = args.seed if args.data_seed is None else args.data_seed
     switches = parsed.model
-    trained = Trained(switches.tune_mm_vision, switches.tune_mm_mlp, switches.tune_mm_llm)
+    adapters = dict.fromkeys(parsed.adapters.adapted_parts, 0)
+    trained = Trained(switches.tune_mm_vision, switches.tune_mm_mlp, switches.tune_mm_llm, adapters)
     flops = training_flops(config, family, trained)
     if arguments.data_packing:
         plan = _plan(rows, parsed, flops)

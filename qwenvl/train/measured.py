@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwenvl.data.measures import MEASURES
+from qwenvl.models.adapters import adapter_sizes, trains_whole
 from qwenvl.models.device_peak import known_peak, name_device
 from qwenvl.models.flops import Flops, Trained, training_flops
-from qwenvl.models.freezing import summarize
+from qwenvl.models.freezing import parameter_modules
 from qwenvl.train.step_profile import Phase, StepProfile
 from qwenvl.train.throughput import Throughput, measure_batch
 from qwenvl.train.trainer import QwenVLTrainer
@@ -124,5 +125,8 @@ class _StartOver(TrainerCallback):
 
 
 def _flops_of(model: Any) -> Flops:
-    trained = Trained(**{row.module: row.trainable > 0 for row in summarize(model)})
+    adapters = adapter_sizes(model)
+    groups = parameter_modules(model)
+    whole = {groups[name] for name, value in model.named_parameters() if value.requires_grad and trains_whole(name)}
+    trained = Trained("vision" in whole, "merger" in whole, "language" in whole, adapters)
     return training_flops(model.config, get_family(model.config.model_type), trained)

@@ -13,6 +13,8 @@ from transformers import PretrainedConfig, ProcessorMixin, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from qwenvl.arguments import TrainingArguments
+from qwenvl.models import adapter_files
+from qwenvl.models.adapters import has_adapters
 from qwenvl.models.loading import load_weights
 from qwenvl.train.checkpoints import published, write_records
 from qwenvl.train.sharding import shard_on_cpu, tie_gathered
@@ -81,7 +83,7 @@ class SavingTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_weights(self.model, resume_from_checkpoint)
+            self._load_trained(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         """Load the weights of the best checkpoint, in the same way."""
@@ -89,15 +91,24 @@ class SavingTrainer(Trainer):
             super()._load_best_model()
         else:
             logger.info("Loading the best checkpoint, %s.", self.state.best_model_checkpoint)
-            load_weights(self.model, self.state.best_model_checkpoint)
+            self._load_trained(self.state.best_model_checkpoint)
+
+    def _load_trained(self, folder: str) -> None:
+        """Load the weights of a checkpoint of this run, all of them or the adapters."""
+        if has_adapters(self.model):
+            adapter_files.load(self.model, folder)
+        else:
+            load_weights(self.model, folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights, config and processor to a folder; every rank calls it.
 
         Under FSDP the stock Trainer would save no weights beside those of ``SHARDED_STATE_DICT``, which nothing but a
-        resumed run opens.
+        resumed run opens. Of adapters, only what is saved is gathered, never the frozen weights.
         """
-        if self.is_fsdp_enabled:
+        if has_adapters(self.model):
+            self._save(output_dir, state_dict=adapter_files.collect(self.model))
+        elif self.is_fsdp_enabled:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         else:
             super().save_model(output_dir, _internal_call=_internal_call)
@@ -144,10 +155,14 @@ class SavingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save weights, config and processor, and the records that make the folder repeatable."""
         if self.args.should_save:
-            if state_dict is not None:
-                tie_gathered(self.model, state_dict)
-            super()._save(output_dir, state_dict=state_dict)
             folder = self.args.output_dir if output_dir is None else output_dir
+            if has_adapters(self.model):
+                assert state_dict is not None
+                adapter_files.save(self.model, folder, state_dict)
+            else:
+                if state_dict is not None:
+                    tie_gathered(self.model, state_dict)
+                super()._save(output_dir, state_dict=state_dict)
             self._processor.save_pretrained(folder)
             write_records(folder, self._records.settings_yaml, self._records.original_limits)
 

@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from qwenvl.arguments import ParsedArguments, TrainingArguments, arguments_to_yaml
 from qwenvl.data.collation import Collator, Event
 from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, split_tables
 from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.plans import planned_datasets
-from qwenvl.data.processor import build_encoder, log_limits, open_processor, processor_limits, with_training_limits
+from qwenvl.data.processor import (
+    AddedTokens,
+    add_tokens,
+    build_encoder,
+    log_limits,
+    open_processor,
+    processor_limits,
+    with_training_limits,
+)
 from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.sampling import SampleOrder
 from qwenvl.data.types import DatasetSpec
 from qwenvl.data.video import prepare_backend
-from qwenvl.models.attention import attend_by_segments
 from qwenvl.models.context import context_length, extend_context, require_same_context
-from qwenvl.models.freezing import configure_checkpointing, format_table, set_model, summarize
-from qwenvl.models.head import linear_cross_entropy
-from qwenvl.models.liger import open_liger_loss
-from qwenvl.models.loading import choose_attention, load_model, read_model_type, refuse_flattening, resolve_dtype
-from qwenvl.models.optimizer import learning_rates_of, parameter_groups
-from qwenvl.models.patches import Patchify
-from qwenvl.models.vision import install
+from qwenvl.models.loading import read_model_type, refuse_flattening
 from qwenvl.train import interruption
 from qwenvl.train.arrangement import arrange
 from qwenvl.train.checkpoints import Engine, find_checkpoint, require_writable
 from qwenvl.train.measured import MeasuredTrainer
+from qwenvl.train.model_setup import open_model, origin_options
 from qwenvl.train.reshaping import fitted_to_ranks
 from qwenvl.train.saving import Records
 from qwenvl.utilities.distributed import from_main_process, is_main_process
@@ -55,6 +56,7 @@ class RunData:
         order: in which they are trained on.
         evaluation: evaluation samples, or None.
         events: what there is to report before training starts.
+        added_tokens: of ``--additional_tokens``.
     """
 
     processor: ProcessorMixin
@@ -63,6 +65,7 @@ class RunData:
     order: SampleOrder
     evaluation: ConversationDataset | None
     events: tuple[Event, ...] = ()
+    added_tokens: AddedTokens = field(default_factory=AddedTokens)
 
 
 def run(parsed: ParsedArguments) -> int:
@@ -86,7 +89,7 @@ def run(parsed: ParsedArguments) -> int:
         refuse_flattening(config, family)
     require_writable(args.output_dir)
     data = open_data(parsed, family, config)
-    model = open_model(parsed, data.processor, config)
+    model = open_model(parsed, data.processor, config, data.added_tokens)
     records = Records(settings_yaml, processor_limits(data.processor))
     trainer = build_trainer(parsed, model, data, records)
     checkpoint = from_main_process(lambda: find_checkpoint(args.output_dir, args.resume_from_checkpoint, engine))
@@ -128,7 +131,7 @@ def open_config(parsed: ParsedArguments) -> PretrainedConfig:
         UserError: its context cannot be extended.
     """
     arguments = parsed.model
-    config = AutoConfig.from_pretrained(arguments.model_name_or_path, **_origin_options(parsed))
+    config = AutoConfig.from_pretrained(arguments.model_name_or_path, **origin_options(parsed))
     if arguments.rope_scaling is not None:
         assert arguments.rope_factor is not None
         extend_context(config, arguments.rope_factor, arguments.rope_native_length)
@@ -143,6 +146,7 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     """
     arguments, args = parsed.data, parsed.training
     processor = open_processor(parsed.model.model_name_or_path, args.cache_dir, parsed.model.trust_remote_code)
+    added_tokens = add_tokens(processor, arguments.additional_tokens or ())
     context = context_length(config)
     if args.model_max_length > context:
         logger.warning(
@@ -173,7 +177,7 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
         evaluation.require_usable_sample("evaluation")
     logger.info("Data: %d training rows, %d evaluation rows.", len(train), len(evaluation) if evaluation else 0)
     arranged = arrange(train, parsed, config, family)
-    return RunData(processor, encoder, arranged.dataset, arranged.order, evaluation, arranged.events)
+    return RunData(processor, encoder, arranged.dataset, arranged.order, evaluation, arranged.events, added_tokens)
 
 
 def _open_tables(specs: list[DatasetSpec], seed: int, cache_dir: str | None) -> list[SampledTable]:
@@ -181,50 +185,6 @@ def _open_tables(specs: list[DatasetSpec], seed: int, cache_dir: str | None) -> 
     opened: list[SampledTable] = []
     from_main_process(lambda: opened.extend(open_tables(specs, seed, cache_dir)))
     return opened or open_tables(specs, seed, cache_dir)
-
-
-def open_model(parsed: ParsedArguments, processor: ProcessorMixin, config: PretrainedConfig) -> PreTrainedModel:
-    """Load the checkpoint, freeze what is not trained, and install the vision call.
-
-    Raises:
-        UserError: the checkpoint is incomplete, its processor normalises in a way that is not known, or nothing trains.
-    """
-    arguments, args = parsed.model, parsed.training
-    patchify = Patchify.from_processor(processor)
-    set_seed(args.seed)
-    if args.deepspeed:
-        _start_deepspeed()
-    dtype = resolve_dtype(arguments.model_dtype, bf16=args.bf16, fp16=args.fp16, deepspeed=bool(args.deepspeed))
-    half_precision = args.bf16 or args.fp16 or dtype == torch.bfloat16
-    attention = choose_attention(arguments.attn_implementation, half_precision=half_precision)
-    model = load_model(
-        arguments.model_name_or_path,
-        dtype=dtype,
-        attn_implementation=attention,
-        config=config,
-        **_origin_options(parsed),
-    )
-    if attention == "sdpa":
-        attend_by_segments(model)
-    set_model(
-        model,
-        tune_mm_vision=arguments.tune_mm_vision,
-        tune_mm_mlp=arguments.tune_mm_mlp,
-        tune_mm_llm=arguments.tune_mm_llm,
-    )
-    groups = parameter_groups(
-        model,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        mm_projector_lr=args.mm_projector_lr,
-        vision_tower_lr=args.vision_tower_lr,
-    )
-    logger.info("Trained parts:\n%s", format_table(summarize(model, learning_rates_of(groups))))
-    _checkpoint_trained_parts(model, args)
-    _compile_layers(model, args)
-    install(model, patchify, open_liger_loss() if args.use_liger_kernel else linear_cross_entropy)
-    args.use_liger_kernel = False  # the Trainer would exchange parts of the model for Liger's own
-    return model
 
 
 def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData, records: Records) -> MeasuredTrainer:
@@ -243,26 +203,6 @@ def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData
     )
 
 
-def _compile_layers(model: PreTrainedModel, args: TrainingArguments) -> None:
-    """Compile the language model, each layer for itself: what is not the same for any pictures and samples stays out.
-
-    The blocks of the tower split tensors by pictures, and would be compiled anew for each number of them. In place, so
-    that saved names stay; the Trainer's own way wraps the whole model.
-    """
-    if args.torch_compile:
-        for layer in model.model.language_model.layers:
-            layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
-        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
-
-
-def _checkpoint_trained_parts(model: PreTrainedModel, args: TrainingArguments) -> None:
-    """Turn gradient checkpointing on here and off in the arguments: the Trainer would checkpoint frozen parts too."""
-    configure_checkpointing(model, args.checkpointed_parts)
-    args.gradient_checkpointing = False
-    if hasattr(args, "activation_checkpointing"):  # its newer name
-        args.activation_checkpointing = False
-
-
 def _engine(args: TrainingArguments) -> Engine:
     return "deepspeed" if args.deepspeed else "fsdp" if args.fsdp else "plain"
 
@@ -278,14 +218,3 @@ def _require_launcher(engine: Engine) -> None:
             f"--{engine} needs a launcher, for one GPU too: torchrun --nproc_per_node=1 "
             f"qwenvl/train/train_qwen.py ..., or leave --{engine} out."
         )
-
-
-def _start_deepspeed() -> None:
-    """Start DeepSpeed's process group before the weights load: it would otherwise believe there is one rank."""
-    import deepspeed
-
-    deepspeed.init_distributed()
-
-
-def _origin_options(parsed: ParsedArguments) -> dict[str, Any]:
-    return {"cache_dir": parsed.training.cache_dir, "trust_remote_code": parsed.model.trust_remote_code}

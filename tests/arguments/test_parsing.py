@@ -31,7 +31,7 @@ def test_every_official_flag_has_its_meaning(monkeypatch: pytest.MonkeyPatch, tm
     assert (result.data.max_pixels, result.data.video_max_pixels) == (576 * 28 * 28, 1664 * 28 * 28)
     assert (result.data.video_max_frame_pixels, result.data.video_fps) == (768 * 28 * 28, 2)
     assert (result.training.mm_projector_lr, result.training.vision_tower_lr) == (1e-5, 1e-6)
-    assert (result.training.lora_r, result.training.lora_alpha, result.training.lora_dropout) == (8, 16, 0.0)
+    assert (result.adapters.lora_r, result.adapters.lora_alpha, result.adapters.lora_dropout) == (8, 16, 0.0)
     assert result.training.gradient_checkpointing is True
     assert result.training.bf16 is True
     assert not (tmp_path / "checkpoints").exists()
@@ -127,7 +127,7 @@ def test_a_null_takes_a_value_of_the_recipe_away(tmp_path: Path) -> None:
         (["--eval_on_start"], ["--eval_dataset_use", "--eval_ratio"]),
         (["--warmup_ratio", "0.1", "--warmup_steps", "5"], ["--warmup_ratio", "--warmup_steps"]),
         (["--warmup_ratio", "1.5"], ["--warmup_ratio", "share"]),
-        (["--lora_enable"], ["--lora_enable", "not available yet"]),
+        (["--lora_enable"], ["--tune_mm_llm True", "--lora_target language"]),
         (["--lora_dropout", "1"], ["--lora_dropout"]),
         (["--model_max_length", "1"], ["--model_max_length"]),
         (["--vision_tower_lr", "0"], ["--vision_tower_lr", "above 0"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from qwenvl.data.measures import MEASURES, measure_sample
 from qwenvl.data.sizes import ImagePlan
 from qwenvl.data.types import ImageItem
+from qwenvl.models.adapters import AdapterSettings, adapter_sizes, add_adapters
 from qwenvl.models.flops import Trained, training_flops
 from qwenvl.models.freezing import set_model
 from qwenvl.models.loss import causal_loss, tell_host
@@ -115,6 +117,24 @@ def test_flops_are_what_torch_counts(family: str, trained: Trained, build: Calla
     model.zero_grad()
     both = training_flops(model.config, get_family(family), trained, causal=False)
     assert both.count(measures) == pytest.approx(counter.get_total_flops(), rel=exactness[1])
+
+
+@pytest.mark.parametrize("target", ["language", "vision", "merger", "all"])
+def test_flops_of_adapters_are_what_torch_counts(target: str, build: Callable[[str], PreTrainedModel]) -> None:
+    """Frozen weights have no gradient, adapters do; counted as if a gradient reached the first layer of a part too."""
+    model = copy.deepcopy(build("qwen3_vl"))
+    model.requires_grad_(False)
+    add_adapters(model, AdapterSettings(target, r=8, alpha=8, dropout=0.0))
+    part = {"language": model.get_input_embeddings(), "merger": model.model.visual.merger.norm}
+    part.get(target, model.model.visual.patch_embed).register_forward_hook(lambda *call: call[2].requires_grad_())
+    for merger in model.model.visual.deepstack_merger_list if target == "merger" else ():
+        merger.norm.register_forward_hook(lambda *call: call[2].requires_grad_())
+    batch, measures = one_batch(model)
+    with FlopCounterMode(display=False) as counter:
+        causal_loss(model, batch, num_trained_tokens=1.0).backward()
+    trained = Trained(False, False, False, adapter_sizes(model))
+    expected = training_flops(model.config, get_family("qwen3_vl"), trained, causal=False)
+    assert expected.count(measures) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_flops_add_up_and_causal_attention_is_half(build: Callable[[str], PreTrainedModel]) -> None:

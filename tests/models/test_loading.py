@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from qwenvl.models.loading import choose_attention, load_model, refuse_flattening, resolve_dtype
+from qwenvl.models.loading import choose_attention, load_model, refuse_flattening
 from qwenvl.models.loss import causal_loss
+from qwenvl.models.precision import resolve_dtype
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import get_family
 from tests.patches import install
@@ -209,24 +210,24 @@ class TestAttention:
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("auto", {"bf16": True, "deepspeed": True}, torch.bfloat16),
+        ("auto", {"bf16": True, "masters": True}, torch.bfloat16),
         ("auto", {"bf16": True}, torch.float32),
-        ("auto", {"deepspeed": True}, torch.float32),
-        ("auto", {"fp16": True, "deepspeed": True}, torch.float32),
+        ("auto", {"masters": True}, torch.float32),
+        ("auto", {"fp16": True, "masters": True}, torch.float32),
         ("auto", {}, torch.float32),
         ("bfloat16", {}, torch.bfloat16),
-        ("float32", {"bf16": True, "deepspeed": True}, torch.float32),
+        ("float32", {"bf16": True, "masters": True}, torch.float32),
     ],
 )
 def test_dtype(name, options, expected):
-    assert resolve_dtype(name, **({"bf16": False, "fp16": False, "deepspeed": False} | options)) == expected
+    assert resolve_dtype(name, **({"bf16": False, "fp16": False, "masters": False} | options)) == expected
 
 
 def test_dtype_mistakes():
     with pytest.raises(UserError, match="'half' is not one of auto"):
-        resolve_dtype("half", bf16=False, fp16=False, deepspeed=False)
+        resolve_dtype("half", bf16=False, fp16=False, masters=False)
     with pytest.raises(UserError, match="does not go with --fp16"):
-        resolve_dtype("bfloat16", bf16=False, fp16=True, deepspeed=False)
+        resolve_dtype("bfloat16", bf16=False, fp16=True, masters=False)
 
 
 class TestFlattening:

@@ -47,6 +47,16 @@ SETTINGS: dict[str, Any] = {
     "attn_implementation": "sdpa",
 }
 
+LORA: dict[str, Any] = {
+    "tune_mm_llm": False,
+    "tune_mm_mlp": False,
+    "tune_mm_vision": False,
+    "lora_enable": True,
+    "lora_r": 4,
+    "lora_alpha": 8,
+}
+"""Settings that train adapters alone."""
+
 
 def flags(model: Path, output: Path, registry: Path, **settings: Any) -> list[str]:
     """Return the command line of a run: ``SETTINGS``, changed by ``settings``; None leaves a flag out."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 from qwenvl.data.sampling import SampleOrder, ShardedBatchSampler, Sharding
 from qwenvl.train.train_qwen import main
 from tests.train.runs import (
+    LORA,
     REPOSITORY,
     changed,
     equal_bits,
@@ -45,6 +46,10 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen": {"tune_mm_vision": False, "gradient_checkpointing": True, "data_flatten": True, **EVALUATION},
     "checkpointing": {"gradient_checkpointing": True, "data_flatten": True},
     "packed": {"data_packing": True, "model_max_length": 128, "gradient_checkpointing": True},
+    "adapters": {
+        **(LORA | {"lora_target": "language,vision", "tune_mm_mlp": True, "additional_tokens": "slowly"}),
+        **(EVALUATION | SAVING | {"gradient_checkpointing": True, "data_packing": True, "model_max_length": 128}),
+    },
 }
 # A mismatch of collective operations is named within seconds; it makes every one of them slow.
 STRICT = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
@@ -214,6 +219,29 @@ def test_zero_trains_saves_and_resumes_like_one_process(
     assert not changed(model, split["text"], ["model.visual"]), "no sample had a picture"
     # ZeRO-3 goes on from a folder that one process saved, and one process from a folder that ZeRO-3 saved.
     require_alike(split["crossed"], alone("checkpointing", split["ZeRO-3"]), model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["FSDP2", "ZeRO-3"])
+def test_adapters_train_save_and_resume_like_in_one_process(
+    engine: str,
+    command: Callable[..., list[str]],
+    alone: Callable[..., Path],
+    zero: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    settings = FSDP2 if engine == "FSDP2" else {"deepspeed": zero("zero3")}
+    resume = {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-2"}
+    commands = {
+        "whole": command("whole", "adapters", **settings),
+        "resumed": command("resumed", "adapters", **settings, **resume),
+    }
+    split = run_on_two_ranks(tmp_path, commands, engine)
+    assert largest_difference(split["whole"], alone("adapters")) < 1e-5
+    assert changed(split["whole"] / "checkpoint-2", split["whole"]) == set(weights(split["whole"]))
+    for key in ("loss", "eval_loss"):
+        assert history(split["whole"], key) == pytest.approx(history(alone("adapters"), key), rel=1e-4)
+    assert equal_bits(split["resumed"], split["whole"])
 
 
 @pytest.mark.slow

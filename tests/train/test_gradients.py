@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig
 
 from qwenvl.arguments import parse_arguments
+from qwenvl.train.model_setup import open_model
 from qwenvl.train.saving import Records
-from qwenvl.train.setup import build_trainer, open_data, open_model
+from qwenvl.train.setup import build_trainer, open_data
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import get_family
 from tests.train.runs import flags
@@ -24,7 +25,7 @@ def test_a_tensor_without_a_gradient_is_named(
     parsed = parse_arguments(flags(checkpoint, tmp_path / "out", registry))
     config = AutoConfig.from_pretrained(checkpoint)
     data = open_data(parsed, family, config)
-    model = open_model(parsed, data.processor, config)
+    model = open_model(parsed, data.processor, config, data.added_tokens)
     model.model.language_model.register_parameter("forgotten", torch.nn.Parameter(torch.zeros(3)))
     trainer = build_trainer(parsed, model, data, Records("", {}))
     with pytest.raises(UserError, match=r"1 trainable tensors got no gradient.*language_model\.forgotten"):

@@ -25,8 +25,9 @@ from qwenvl.data.tokenization import IGNORE_INDEX, Tokens
 from qwenvl.models.flops import Flops, Trained, training_flops
 from qwenvl.models.loss import tell_host
 from qwenvl.train.measured import MeasuredTrainer
+from qwenvl.train.model_setup import open_model
 from qwenvl.train.saving import Records
-from qwenvl.train.setup import build_trainer, open_data, open_model
+from qwenvl.train.setup import build_trainer, open_data
 from qwenvl.train.throughput import Throughput, measure_batch
 from qwenvl.utilities.families import get_family
 from tests.train.runs import flags, history, train
@@ -200,7 +201,9 @@ def _trainer(command: list[str], checkpoint: Path) -> tuple[MeasuredTrainer, lis
     parsed = parse_arguments(command)
     config = AutoConfig.from_pretrained(checkpoint)
     data = open_data(parsed, get_family("qwen3_vl"), config)
-    trainer = build_trainer(parsed, open_model(parsed, data.processor, config), data, Records("", {}))
+    trainer = build_trainer(
+        parsed, open_model(parsed, data.processor, config, data.added_tokens), data, Records("", {})
+    )
     evaluated, output = _Evaluated(), Path(parsed.training.output_dir)
     trainer.add_callback(evaluated)
     trainer.throughput.clock = lambda: (

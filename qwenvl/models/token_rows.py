@@ -1,0 +1,60 @@
+"""Rows of the vocabulary that train while the rest of it is frozen: those of added tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+ROWS = "rows"
+"""Last part of the name of every such parameter."""
+
+
+class RowsEmbedding(nn.Embedding):
+    """An embedding of which some rows are taken from a parameter of their own.
+
+    Its weight keeps its name and its values; the rows are those that ``row_ids`` names.
+
+    Args:
+        embedding: the stock layer.
+        row_ids: ids of the tokens that train, without repeats.
+        rows: [len(row_ids), H].
+    """
+
+    def __init__(self, embedding: nn.Embedding, row_ids: Sequence[int], rows: nn.Parameter) -> None:
+        super().__init__(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta")
+        self.weight = embedding.weight
+        self.row_ids = list(row_ids)
+        self.rows = rows
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return embeddings [..., H] of int64 ids [...]."""
+        embeddings = super().forward(input_ids)
+        ids = torch.tensor(self.row_ids, device=input_ids.device)
+        matches = input_ids.unsqueeze(-1) == ids
+        rows = functional.embedding(matches.int().argmax(-1), self.rows).to(embeddings.dtype)
+        return torch.where(matches.any(-1, keepdim=True), rows, embeddings)
+
+
+def with_rows(weight: Tensor, row_ids: Sequence[int], rows: Tensor) -> Tensor:
+    """Return a vocabulary's weight [V, H] with some of its rows exchanged; gradients reach ``rows`` alone."""
+    index = torch.tensor(row_ids, device=weight.device)
+    return weight.index_copy(0, index, rows.to(weight.dtype))
+
+
+def is_row(name: str) -> bool:
+    """Whether a parameter of this name holds rows of a vocabulary."""
+    return name.rpartition(".")[2] == ROWS
+
+
+def row_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return names and layers that hold rows of their own; of tied layers the first."""
+    found, seen = [], set()
+    for name, module in model.named_modules():
+        rows = module._parameters.get(ROWS)
+        if rows is not None and id(rows) not in seen:
+            seen.add(id(rows))
+            found.append((name, module))
+    return found

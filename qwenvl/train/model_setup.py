@@ -1,0 +1,133 @@
+"""The model of a run: loaded, frozen where it does not train, with adapters, and ready for the trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
+
+from qwenvl.arguments import ParsedArguments, TrainingArguments
+from qwenvl.data.processor import AddedTokens
+from qwenvl.models.adapter_files import describe_base
+from qwenvl.models.adapters import AdapterSettings, add_adapters, count_experts, trained_in_float32
+from qwenvl.models.attention import attend_by_segments
+from qwenvl.models.freezing import configure_checkpointing, format_table, set_model, summarize
+from qwenvl.models.head import linear_cross_entropy
+from qwenvl.models.liger import open_liger_loss
+from qwenvl.models.loading import choose_attention, load_model
+from qwenvl.models.optimizer import learning_rates_of, parameter_groups
+from qwenvl.models.patches import Patchify
+from qwenvl.models.precision import resolve_dtype
+from qwenvl.models.quantization import quantization
+from qwenvl.models.vision import install
+from qwenvl.models.vocabulary import make_room, train_rows
+
+logger = logging.getLogger(__name__)
+
+
+def open_model(
+    parsed: ParsedArguments, processor: ProcessorMixin, config: PretrainedConfig, tokens: AddedTokens
+) -> PreTrainedModel:
+    """Load the checkpoint, freeze what is not trained, install the vision call, and add adapters.
+
+    Raises:
+        UserError: the checkpoint is incomplete, its processor normalises in a way that is not known, or nothing trains.
+    """
+    arguments, args = parsed.model, parsed.training
+    patchify = Patchify.from_processor(processor)
+    set_seed(args.seed)
+    if args.deepspeed:
+        _start_deepspeed()
+    dtype = resolve_dtype(
+        arguments.model_dtype,
+        bf16=args.bf16,
+        fp16=args.fp16,
+        masters=bool(args.deepspeed) or (parsed.adapters.lora_enable and not args.fsdp),
+    )
+    half_precision = args.bf16 or args.fp16 or dtype == torch.bfloat16
+    attention = choose_attention(arguments.attn_implementation, half_precision=half_precision)
+    model = load_model(
+        arguments.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=attention,
+        config=config,
+        quantization=quantization(parsed.adapters.quantization_bit),
+        **origin_options(parsed),
+    )
+    if attention == "sdpa":
+        attend_by_segments(model)
+    make_room(model, tokens.new, may_grow=not parsed.adapters.lora_enable)
+    set_model(
+        model,
+        tune_mm_vision=arguments.tune_mm_vision,
+        tune_mm_mlp=arguments.tune_mm_mlp,
+        tune_mm_llm=arguments.tune_mm_llm,
+        adapted=parsed.adapters.lora_enable,
+    )
+    install(model, patchify, open_liger_loss() if args.use_liger_kernel else linear_cross_entropy)
+    args.use_liger_kernel = False  # the Trainer would exchange parts of the model for Liger's own
+    if parsed.adapters.lora_enable:
+        _adapt(model, parsed, tokens.ids)
+    groups = parameter_groups(
+        model,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        mm_projector_lr=args.mm_projector_lr,
+        vision_tower_lr=args.vision_tower_lr,
+    )
+    logger.info("Trained parts:\n%s", format_table(summarize(model, learning_rates_of(groups))))
+    _checkpoint_trained_parts(model, args)
+    _compile_layers(model, args)
+    return model
+
+
+def _adapt(model: PreTrainedModel, parsed: ParsedArguments, token_ids: Sequence[int]) -> None:
+    """Add adapters, beside what trains whole, and let the rows of added tokens train."""
+    chosen = parsed.adapters
+    settings = AdapterSettings(
+        chosen.lora_target, chosen.lora_r, chosen.lora_alpha, chosen.lora_dropout, chosen.use_dora, chosen.use_rslora
+    )
+    layers = add_adapters(model, settings)
+    if token_ids:
+        train_rows(model, token_ids)
+    describe_base(model, parsed.model.model_name_or_path)
+    if not parsed.training.deepspeed:  # which keeps float32 copies itself
+        trained_in_float32(model)
+    logger.info("Adapters of rank %d in %d linear layers (--lora_target %s).", settings.r, len(layers), settings.target)
+    if experts := count_experts(model):
+        logger.info("The experts, %s weights, stay as they are: adapters do not fit them.", f"{experts:,}")
+
+
+def _compile_layers(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Compile the language model, each layer for itself: what is not the same for any pictures and samples stays out.
+
+    The blocks of the tower split tensors by pictures, and would be compiled anew for each number of them. In place, so
+    that saved names stay; the Trainer's own way wraps the whole model.
+    """
+    if args.torch_compile:
+        for layer in model.model.language_model.layers:
+            layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+
+
+def _checkpoint_trained_parts(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Turn gradient checkpointing on here and off in the arguments: the Trainer would checkpoint frozen parts too."""
+    configure_checkpointing(model, args.checkpointed_parts)
+    args.gradient_checkpointing = False
+    if hasattr(args, "activation_checkpointing"):  # its newer name
+        args.activation_checkpointing = False
+
+
+def _start_deepspeed() -> None:
+    """Start DeepSpeed's process group before the weights load: it would otherwise believe there is one rank."""
+    import deepspeed
+
+    deepspeed.init_distributed()
+
+
+def origin_options(parsed: ParsedArguments) -> dict[str, Any]:
+    """Return what every opening of the checkpoint takes."""
+    return {"cache_dir": parsed.training.cache_dir, "trust_remote_code": parsed.model.trust_remote_code}
