@@ -12,6 +12,7 @@ import transformers
 from transformers.training_args import OptimizerNames
 
 from qwenvl.arguments.engines import check_deepspeed, check_fsdp
+from qwenvl.arguments.export import ExportArguments
 from qwenvl.utilities.cores import available_cores
 from qwenvl.utilities.errors import UserError, nearest
 
@@ -24,7 +25,7 @@ def default_workers() -> int:
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
+class TrainingArguments(ExportArguments, transformers.TrainingArguments):
     """``transformers.TrainingArguments`` with defaults for this trainer. Every field is explained by its ``help``.
 
     Raises:
@@ -101,8 +102,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     # Fields of transformers whose default is another one here.
     optim: OptimizerNames | str = field(
-        default="adamw_torch",
-        metadata={"help": "Optimizer. As in the official recipe."},
+        default="adamw_torch", metadata={"help": "Optimizer. As in the official recipe."}
     )
     report_to: str | list[str] | None = field(
         default=None,
@@ -143,8 +143,7 @@ class TrainingArguments(transformers.TrainingArguments):
     average_tokens_across_devices: bool = field(
         default=True,
         metadata={
-            "help": "Divide the loss by the trained tokens of all ranks together, so that it does not depend on "
-            "how samples are split over them."
+            "help": "Divide the loss by the trained tokens of all ranks, so that the split over them does not matter."
         },
     )
     use_liger_kernel: bool = field(
@@ -177,6 +176,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self._keep_to_one_device()
 
     def _check_own_fields(self) -> None:
+        self.check_export()
         for name in ("model_max_length", "mm_projector_lr", "vision_tower_lr", "device_peak_tflops"):
             value = getattr(self, name)
             if value is not None and value <= 0:

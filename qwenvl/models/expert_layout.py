@@ -91,14 +91,14 @@ def _stored_transposed(path: str, origin: dict[str, Any]) -> bool | None:
 
 def _expert_shapes(path: str, origin: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield name and shape, without that of the experts' dimension, of every tensor that holds fused experts."""
-    for file in _weight_files(path, origin):
+    for file in weight_files(path, origin):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a dict
                 if ".mlp.experts." in name:
                     yield name, tuple(tensors.get_slice(name).get_shape()[1:])
 
 
-def _weight_files(path: str, origin: dict[str, Any]) -> list[str]:
+def weight_files(path: str, origin: dict[str, Any]) -> list[str]:
     """Return the checkpoint's safetensors files, downloaded if they are not here; none where there are none."""
     cache_dir = origin.get("cache_dir")
     missing = {"_raise_exceptions_for_missing_entries": False}

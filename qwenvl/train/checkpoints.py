@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from qwenvl import __version__
 from qwenvl.train import manifest
+from qwenvl.train.weight_files import remove_older_weights
 from qwenvl.utilities.distributed import rank, wait_for_all
 from qwenvl.utilities.errors import UserError
 
@@ -155,9 +156,11 @@ def _move(draft: Path, place: Path, *, whole: bool) -> None:
         shutil.rmtree(place, ignore_errors=True)  # a broken one of the same step
         draft.replace(place)
     else:
+        names = [file.name for file in draft.iterdir()]
         # Weights first and what names them last: a reader finds the old set or the new one.
         for file in sorted(draft.iterdir(), key=lambda file: (not file.name.endswith(".safetensors"), file.name)):
             file.replace(place / file.name)
+        remove_older_weights(place, names)
         draft.rmdir()
     draft.parent.rmdir()
 

@@ -13,11 +13,17 @@ from transformers import PretrainedConfig, ProcessorMixin, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from qwenvl.arguments import TrainingArguments
+from qwenvl.arguments.export import shard_bytes
+from qwenvl.evaluate.folder_check import Header
 from qwenvl.models import adapter_files
 from qwenvl.models.adapters import has_adapters
 from qwenvl.models.loading import load_weights
 from qwenvl.train.checkpoints import published, write_records
+from qwenvl.train.hub import push_checkpoint, push_model
+from qwenvl.train.model_card import Card
 from qwenvl.train.sharding import shard_on_cpu, tie_gathered
+from qwenvl.train.weight_files import rewrite_weights
+from qwenvl.train.wholeness import require_whole
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +37,12 @@ class Records:
     Args:
         settings_yaml: recipe that reruns the job.
         original_limits: pixel and frame limits of the checkpoint's processor before training.
+        source: the tensors of that checkpoint; None where they are not known.
     """
 
     settings_yaml: str
     original_limits: Mapping[str, Any]
+    source: Mapping[str, Header] | None = None
 
 
 class SavingTrainer(Trainer):
@@ -59,6 +67,7 @@ class SavingTrainer(Trainer):
         self._processor = processor
         self._records = records
         self._drafts: str | None = None  # where a checkpoint is written, while one is
+        self.card: Card | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, and have it shard the model on CPUs too where ``--fsdp`` asks for it."""
@@ -113,12 +122,36 @@ class SavingTrainer(Trainer):
         else:
             super().save_model(output_dir, _internal_call=_internal_call)
 
-    def save_final(self) -> None:
-        """Save the finished model to the output folder itself."""
+    def save_final(self, card: Card | None = None) -> None:
+        """Save the finished model to the output folder itself, with a model card if one is given."""
         with published(self.args.output_dir, None, writes=self.args.should_save) as folder:
             self.save_model(str(folder), _internal_call=True)
+            if self.args.should_save:
+                rewrite_weights(folder, self.args.save_dtype, shard_bytes(self.args.max_shard_size))
+        if self.args.should_save:
+            require_whole(self.args.output_dir, self._records.source, self.model)
+            self.card = card
+            self.create_model_card()
         if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self.push_to_hub(commit_message="Model save")
+
+    def create_model_card(self, **options: Any) -> None:
+        """Write the README.md of the finished model, unless a person has put one there."""
+        del options
+        if self.card is not None and not self.card.write(Path(self.args.output_dir), self.state.log_history):
+            logger.info("%s/README.md is not this trainer's, and stays as it is.", self.args.output_dir)
+
+    def push_to_hub(
+        self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None, **_: Any
+    ) -> Any:
+        """Upload the finished model, which is in the output folder, without checkpoints and curves."""
+        if self.is_world_process_zero():
+            message = commit_message or "End of training"
+            return push_model(Path(self.args.output_dir), self.hub_model_id, self.args, message, token=token)
+        return None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing yet: the stock Trainer pushes while it saves, when a checkpoint has not got its name."""
 
     def save_position(self, folder: Path) -> None:
         """Write what a checkpoint says of the data, for the run that resumes from it; nothing here.
@@ -148,6 +181,9 @@ class SavingTrainer(Trainer):
             finally:
                 self._drafts = None
         if self.args.should_save:
+            require_whole(str(Path(self.args.output_dir) / name), self._records.source, self.model)
+            if self.args.push_to_hub and self.is_world_process_zero():
+                push_checkpoint(Path(self.args.output_dir) / name, self.hub_model_id, self.args)
             rotate_checkpoints(
                 self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )

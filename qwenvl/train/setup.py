@@ -34,10 +34,13 @@ from qwenvl.models.loading import read_model_type, refuse_flattening
 from qwenvl.train import interruption
 from qwenvl.train.arrangement import arrange
 from qwenvl.train.checkpoints import Engine, find_checkpoint, require_writable
+from qwenvl.train.exporting import verify_export
 from qwenvl.train.measured import MeasuredTrainer
+from qwenvl.train.model_card import describe_run
 from qwenvl.train.model_setup import open_model, origin_options
 from qwenvl.train.reshaping import fitted_to_ranks
 from qwenvl.train.saving import Records
+from qwenvl.train.wholeness import read_source
 from qwenvl.utilities.distributed import from_main_process, is_main_process
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import Family, get_family
@@ -90,7 +93,8 @@ def run(parsed: ParsedArguments) -> int:
     require_writable(args.output_dir)
     data = open_data(parsed, family, config)
     model = open_model(parsed, data.processor, config, data.added_tokens)
-    records = Records(settings_yaml, processor_limits(data.processor))
+    source = read_source(parsed.model.model_name_or_path, cache_dir=args.cache_dir)
+    records = Records(settings_yaml, processor_limits(data.processor), source)
     trainer = build_trainer(parsed, model, data, records)
     checkpoint = from_main_process(lambda: find_checkpoint(args.output_dir, args.resume_from_checkpoint, engine))
     if checkpoint is not None:
@@ -114,10 +118,12 @@ def run(parsed: ParsedArguments) -> int:
         )
         return interruption.EXIT_CODE
     trainer.save_state()
-    trainer.save_final()
-    for line in trainer.data_report.summary():
+    summary = trainer.data_report.summary()
+    trainer.save_final(describe_run(parsed, data.train, data.evaluation, summary))
+    for line in summary:
         if is_main_process():
             logger.warning("%s", line)
+    verify_export(trainer, (data.evaluation, data.train), data.processor)
     logger.info(
         "Saved to %s: it opens with transformers' AutoModelForImageTextToText and AutoProcessor.", args.output_dir
     )

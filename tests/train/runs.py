@@ -45,6 +45,7 @@ SETTINGS: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
     "attn_implementation": "sdpa",
+    "verify_export": False,  # tests/train/test_export.py tries it; a process of its own takes seconds
 }
 
 LORA: dict[str, Any] = {

@@ -1,0 +1,159 @@
+"""The README.md of a finished model: what it was trained on and how, how well, and how to use it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwenvl.arguments import ParsedArguments
+from qwenvl.data.dataset import ConversationDataset
+
+MARKER = "<!-- Written by qwenvl after training. Without this line it is yours, and no run replaces it. -->"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LOADED = """from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}")"""
+_ADAPTER_LOADED = """from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+base = AutoModelForImageTextToText.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{name}")
+processor = AutoProcessor.from_pretrained("{name}")"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says.
+
+    Args:
+        name: of the model: its folder, or its repository on the hub.
+        base: folder or name of the checkpoint that it was trained from.
+        given: the settings that the user gave.
+        rows: used rows of each dataset, by its name: for training, and for evaluation.
+        left_out: what happened to samples, a sentence each.
+    """
+
+    name: str
+    base: str
+    given: Mapping[str, Any]
+    rows: Mapping[str, Mapping[str, int]]
+    left_out: Sequence[str] = ()
+
+    def write(self, folder: Path, history: Sequence[Mapping[str, float]]) -> bool:
+        """Write ``README.md``, unless a person has put one there; return whether it was written.
+
+        Args:
+            folder: of the model.
+            history: log lines of the training.
+        """
+        path = folder / "README.md"
+        if path.exists() and MARKER not in path.read_text(encoding="utf-8"):
+            return False
+        path.write_text(self.text(folder, history), encoding="utf-8")
+        return True
+
+    def text(self, folder: Path, history: Sequence[Mapping[str, float]]) -> str:
+        """Return the card of a folder."""
+        adapter = (folder / "adapter_config.json").is_file()
+        kind = "A LoRA adapter for" if adapter else "Fine-tuned from"
+        loaded = (_ADAPTER_LOADED if adapter else _LOADED).format(name=self.name, base=self.base)
+        parts = [
+            f"---\n{yaml.safe_dump(self._front(adapter), sort_keys=False)}---\n\n{MARKER}",
+            f"# {Path(self.name).name}\n\n{kind} `{self.base}`.",
+            f"## Use\n\n```python\n{loaded}\n```",
+            _limits(folder),
+            f"## Data\n\n{_table(('dataset', 'rows', 'for'), self._row_lines())}",
+            "\n".join(f"- {line}" for line in self.left_out),
+            f"## Results\n\n{_table(('', 'value'), _metrics(history))}",
+            f"## Settings\n\nEverything else is a default; `training_args.yaml` reruns it.\n\n{self._command()}",
+            f"## Versions\n\n{_versions(folder)}",
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def _front(self, adapter: bool) -> dict[str, Any]:
+        front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
+        if _HUB_NAME.fullmatch(self.base) and not Path(self.base).exists():
+            front["base_model"] = self.base
+        return front | {"pipeline_tag": "image-text-to-text", "tags": ["qwenvl", "sft", *(["lora"] if adapter else [])]}
+
+    def _row_lines(self) -> list[tuple[str, ...]]:
+        return [(name, f"{count:,}", use) for use, names in self.rows.items() for name, count in names.items()]
+
+    def _command(self) -> str:
+        """Return the command line of the given settings, without secrets."""
+        words = ["torchrun qwenvl/train/train_qwen.py"]
+        for name, value in self.given.items():
+            if not name.endswith(("token", "secret", "password")):
+                shown = json.dumps(value) if isinstance(value, dict | list) else str(value)
+                words.append(f"--{name} {shlex.quote(shown)}")
+        lines = " \\\n    ".join(words)
+        return f"```bash\n{lines}\n```"
+
+
+def describe_run(
+    parsed: ParsedArguments, train: ConversationDataset, evaluation: ConversationDataset | None, left_out: Sequence[str]
+) -> Card:
+    """Return the card of a run.
+
+    Args:
+        parsed: its settings.
+        train: what was trained on.
+        evaluation: what was held out.
+        left_out: what happened to samples, a sentence each.
+    """
+    uses = {"training": train, "evaluation": evaluation}
+    rows = {
+        use: {table.table.spec.name: len(table.rows) for table in dataset.tables}
+        for use, dataset in uses.items()
+        if dataset is not None
+    }
+    name = parsed.training.hub_model_id or parsed.training.output_dir
+    return Card(name, parsed.model.model_name_or_path, parsed.given, rows, left_out)
+
+
+def _limits(folder: Path) -> str:
+    """Return what the saved processor does to pictures and videos, as a sentence."""
+    path = folder / "processor_config.json"
+    if not path.is_file():
+        return ""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    image, video = config.get("image_processor", {}).get("size", {}), config.get("video_processor", {})
+    if "longest_edge" not in image or "max_frames" not in video:
+        return ""
+    return (
+        f"The processor resizes images to {image['shortest_edge']:,} to {image['longest_edge']:,} pixels, and takes "
+        f"{video['min_frames']} to {video['max_frames']} frames of a video, {video['fps']:g} a second."
+    )
+
+
+def _metrics(history: Sequence[Mapping[str, float]]) -> list[tuple[str, ...]]:
+    """Return the last loss of training and all that the last evaluation found."""
+    train = next((line for line in reversed(history) if "loss" in line), {})
+    evaluated = next((line for line in reversed(history) if "eval_loss" in line), {})
+    lines: list[tuple[str, ...]] = [("optimizer steps", f"{int(train['step']):,}")] if "step" in train else []
+    lines += [("training loss, last log line", f"{train['loss']:.4g}")] if train else []
+    shown = {"eval_loss": "evaluation loss"}
+    return lines + [
+        (shown.get(name, name.removeprefix("eval_").replace("_", " ")), f"{value:.4g}")
+        for name, value in evaluated.items()
+        if name == "eval_loss" or (name.startswith("eval_") and not name.endswith(("_second", "runtime", "_tokens")))
+    ]
+
+
+def _versions(folder: Path) -> str:
+    path = folder / "versions.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return ", ".join(f"{name} {version}" for name, version in found.items()) + "."
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
