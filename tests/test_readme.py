@@ -19,13 +19,15 @@ from qwenvl.data.messages import build_conversation
 from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.types import Origin, Sample
 from tools.check_image import main as check_image
+from tools.evaluate import main as evaluate
 from tools.pack_data import main as pack_data
+from tools.predict import main as predict
 from tools.show_sample import main as show_sample
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
-TOOL_FLAGS = ("all", "help", "decode", "format")
+TOOL_FLAGS = ("all", "help", "decode", "format", "image", "prompt", "metric")
 
 
 def blocks(language: str) -> list[str]:
@@ -86,6 +88,19 @@ def test_show_sample(apples: Path, tiny_checkpoint: Callable[..., Path], capsys:
     assert "A red apple on a wooden table" in capsys.readouterr().out
 
 
+def test_predict_and_evaluate(
+    apples: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (*commands("tools/predict.py"), *commands("tools/evaluate.py")):
+        flags = shlex.split(command.partition(".py ")[2])
+        if "--model_name_or_path" in flags:
+            flags[flags.index("--model_name_or_path") + 1] = str(tiny_checkpoint("qwen3_vl"))
+            flags += ["--dataset_registry", str(apples), "--max_pixels", "64*64", "--min_pixels", "32*32"]
+        assert (predict if "predict.py" in command else evaluate)(flags) == 0
+    assert (tmp_path / "answers.jsonl").exists() and (tmp_path / "evaluation" / "evaluation.html").exists()
+
+
 def test_check_image_and_pack_data(
     apples: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +126,7 @@ def test_launchers_give_valid_flags(command: str) -> None:
 
 
 def test_torchrun_line_has_valid_flags() -> None:
-    (command,) = commands("torchrun ")
+    (command,) = commands("torchrun --nproc_per_node=8 qwenvl")
     words = shlex.split(command)
     assert (REPOSITORY / words[2]).is_file()
     assert parse_arguments(_on_a_cpu(words[3:])).data.dataset_use == "apples"

@@ -131,7 +131,7 @@ def ask(arguments: EvaluateArguments) -> Views:
         UserError: model, data or output cannot be used.
     """
     job, folder = open_job(arguments), Path(arguments.output)
-    model = functools.cache(lambda: open_model(arguments))
+    model = functools.cache(lambda: open_model(arguments, job.encoder))
     shown = answer_rows(
         replace(job, with_loss=arguments.blind), folder / "predictions.jsonl", model, progress_bar("Answering")
     )

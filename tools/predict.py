@@ -93,17 +93,19 @@ def run(arguments: PredictArguments) -> int:
     if arguments.output is not None:
         start_group()
         job = open_job(arguments)
-        lines = answer_rows(job, Path(arguments.output), lambda: open_model(arguments), progress_bar("Answering"))
+        lines = answer_rows(
+            job, Path(arguments.output), lambda: open_model(arguments, job.encoder), progress_bar("Answering")
+        )
         return summarize(lines, arguments.output) if is_main_process() else 0
     encoder = open_asking_encoder(arguments)
     reader = MediaReader("", arguments.allow_remote_media, video_timeout=arguments.video_timeout)
     if arguments.prompt is None:
-        Chat(open_model(arguments), encoder.settings, reader, arguments.decoding).run()
+        Chat(open_model(arguments, encoder), encoder.settings, reader, arguments.decoding).run()
         return 0
     images, videos = map(image_item, arguments.image), map(video_item, arguments.video)
     turn = Message("user", (*images, *videos, TextPart(arguments.prompt)))
     prompt = open_prompt([turn], reader, encoder.settings)  # before the model, which takes long
-    answer_aloud(open_model(arguments), prompt, arguments.decoding)
+    answer_aloud(open_model(arguments, encoder), prompt, arguments.decoding)
     return 0
 
 

@@ -53,6 +53,9 @@ def check_together(
     if training.label_smoothing_factor:
         raise UserError("--label_smoothing_factor is not supported: the loss is plain cross entropy. Leave it out.")
     check_optimizer(training)
+    training.check_questions()
+    if training.eval_generate and not _evaluates(training):
+        raise UserError("--eval_generate asks at every evaluation, and there is none: add --eval_strategy steps.")
     if _evaluates(training) and not _has_evaluation_data(data):
         raise UserError(
             "there is nothing to evaluate on, and --eval_strategy or --eval_on_start asks for it. Add "

@@ -14,6 +14,7 @@ from qwenvl.arguments.adapters import AdapterArguments
 from qwenvl.arguments.checks import check_required, check_together, log_without_effect
 from qwenvl.arguments.command_line import HelpPage, read_flags, split_debug
 from qwenvl.arguments.data import DataArguments
+from qwenvl.arguments.evaluation import EvaluationArguments
 from qwenvl.arguments.export import ExportArguments
 from qwenvl.arguments.model import ModelArguments
 from qwenvl.arguments.parallelism import hint_for, refuse_parallelism
@@ -58,7 +59,11 @@ class ParsedArguments:
 def all_settings() -> dict[str, Setting]:
     """Return every setting by name: those of the model, adapters, data, this trainer, then those of transformers."""
     settings = settings_of(ModelArguments, AdapterArguments, DataArguments, TrainingArguments)
-    named = {**TrainingArguments.__annotations__, **ExportArguments.__annotations__}
+    named = {
+        **TrainingArguments.__annotations__,
+        **EvaluationArguments.__annotations__,
+        **ExportArguments.__annotations__,
+    }
     own = [name for name in named if name in settings]
     inherited = {
         name: replace(setting, owner=INHERITED)

@@ -12,6 +12,7 @@ import transformers
 from transformers.training_args import OptimizerNames
 
 from qwenvl.arguments.engines import check_deepspeed, check_fsdp
+from qwenvl.arguments.evaluation import EvaluationArguments
 from qwenvl.arguments.export import ExportArguments
 from qwenvl.utilities.cores import available_cores
 from qwenvl.utilities.errors import UserError, nearest
@@ -25,7 +26,7 @@ def default_workers() -> int:
 
 
 @dataclass
-class TrainingArguments(ExportArguments, transformers.TrainingArguments):
+class TrainingArguments(EvaluationArguments, ExportArguments, transformers.TrainingArguments):
     """``transformers.TrainingArguments`` with defaults for this trainer. Every field is explained by its ``help``.
 
     Raises:

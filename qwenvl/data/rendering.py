@@ -80,7 +80,7 @@ class ChatTemplate:
 
     def __init__(self, processor: ChatProcessor, template_kwargs: Mapping[str, Any] | None = None) -> None:
         self._processor = processor
-        self._kwargs = dict(template_kwargs or {})
+        self.kwargs = dict(template_kwargs or {})
         self._frames: dict[_Form, _Frame] = {}
         question = {"role": "user", "content": "Q"}
         prompt = self._render([question])
@@ -115,7 +115,7 @@ class ChatTemplate:
         """Return everything that renderings depend on, as values that JSON can hold."""
         processor: Any = self._processor
         templates = [getattr(part, "chat_template", None) for part in (processor, processor.tokenizer)]
-        return [templates, processor.tokenizer.special_tokens_map, self._kwargs, transformers.__version__]
+        return [templates, processor.tokenizer.special_tokens_map, self.kwargs, transformers.__version__]
 
     def thinking_mismatch(self, conversation: Conversation) -> bool:
         """Whether the last answer has a ``<think>`` block the template does not open, or lacks the one it opens."""
@@ -148,10 +148,10 @@ class ChatTemplate:
         processor: Any = self._processor
         template = getattr(processor, "chat_template", None)
         own = inspect.signature(processor.apply_chat_template).parameters  # which do more than tell the template
-        if not isinstance(template, str) or any(name in own for name in self._kwargs):
+        if not isinstance(template, str) or any(name in own for name in self.kwargs):
             return _Frame(literals, False)
         variables = {"tools": None, "documents": None, "add_generation_prompt": False}
-        variables |= {**processor.tokenizer.special_tokens_map, **self._kwargs}
+        variables |= {**processor.tokenizer.special_tokens_map, **self.kwargs}
         messages = [_as_template_message(message, None) for message in emptied.messages]
         return _Frame(literals, writes_texts_as_they_are(template, messages, variables, written))
 
@@ -196,7 +196,7 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         try:
-            rendered = self._processor.apply_chat_template(list(messages), tokenize=False, **kwargs, **self._kwargs)
+            rendered = self._processor.apply_chat_template(list(messages), tokenize=False, **kwargs, **self.kwargs)
         except ValueError as error:
             if "chat_template" not in str(error) and "chat template" not in str(error):
                 raise

@@ -207,10 +207,18 @@ def open_row(job: Job, index: int) -> Iterator[tuple[Prediction, Exercise | None
         else:
             canvas = _canvas(exercise, job.encoder.settings)
             named = replace(named, canvas=canvas)
-            yield _described(named, sample, exercise, table.table.spec.options), exercise
+            yield describe(named, sample, exercise, table.table.spec.options), exercise
 
 
-def _described(line: Prediction, sample: Sample, exercise: Exercise, options: Mapping[str, Any]) -> Prediction:
+def describe(line: Prediction, sample: Sample, exercise: Exercise, options: Mapping[str, Any]) -> Prediction:
+    """Return a line with what is known of its sample before it is answered.
+
+    Args:
+        line: where the sample stands.
+        sample: its record.
+        exercise: the sample, opened.
+        options: of its dataset's registry entry.
+    """
     items = [plan.item for plan in exercise.prompt.plans]
     metric = sample.record.get("metric") or options.get("metric")
     answers = sample.record.get("answers")

@@ -127,7 +127,7 @@ def generate(
     answers: list[str] = []
     for start in range(0, len(prompts), batch_size):
         inputs = encode_prompts(answerer, prompts[start : start + batch_size]).to(answerer.model.device)
-        with torch.inference_mode():
+        with torch.no_grad():  # no inference tensors: a model in training has to go on
             output = answerer.model.generate(**inputs, **options)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         answers += answerer.processor.batch_decode(

@@ -18,19 +18,19 @@ from qwenvl.models.adapters import adapter_sizes, trains_whole
 from qwenvl.models.device_peak import known_peak, name_device
 from qwenvl.models.flops import Flops, Trained, training_flops
 from qwenvl.models.freezing import parameter_modules
+from qwenvl.train.asking import AskingTrainer
 from qwenvl.train.step_profile import Phase, StepProfile
 from qwenvl.train.throughput import Throughput, measure_batch
-from qwenvl.train.trainer import QwenVLTrainer
 from qwenvl.utilities.families import get_family
 
 logger = logging.getLogger(__name__)
 
 
-class MeasuredTrainer(QwenVLTrainer):
+class MeasuredTrainer(AskingTrainer):
     """The trainer, which also says how fast it is; what it computes is the same.
 
     Args:
-        options: of :class:`qwenvl.train.trainer.QwenVLTrainer`.
+        options: of :class:`qwenvl.train.asking.AskingTrainer`.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -35,6 +35,7 @@ from qwenvl.train import interruption
 from qwenvl.train.arrangement import arrange
 from qwenvl.train.checkpoints import Engine, find_checkpoint, require_writable
 from qwenvl.train.exporting import verify_export
+from qwenvl.train.held_out import HeldOutQuestions
 from qwenvl.train.measured import MeasuredTrainer
 from qwenvl.train.model_card import describe_run
 from qwenvl.train.model_setup import open_model, origin_options
@@ -206,7 +207,14 @@ def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData
         collator=Collator(tokenizer.pad_token_id, parsed.data.data_flatten),
         processor=with_training_limits(data.processor, data.encoder.settings) if training_limits else data.processor,
         records=records,
+        questions=_held_out_questions(parsed.training, data),
     )
+
+
+def _held_out_questions(args: TrainingArguments, data: RunData) -> HeldOutQuestions | None:
+    if not args.eval_generate or data.evaluation is None:
+        return None
+    return HeldOutQuestions(data.evaluation, data.processor, args.eval_generate, args.data_seed or 0)
 
 
 def _engine(args: TrainingArguments) -> Engine:

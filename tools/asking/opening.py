@@ -102,8 +102,8 @@ def open_job(arguments: AskArguments) -> Job:
     return Job(arguments.model_name_or_path, tables, encoder, arguments.decoding, arguments.batch_size, arguments.seed)
 
 
-def open_model(arguments: AskArguments) -> Answerer:
-    """Open the model.
+def open_model(arguments: AskArguments, encoder: SampleEncoder) -> Answerer:
+    """Open the model, to be asked what an encoder has opened.
 
     Raises:
         UserError: it cannot be opened.
@@ -112,8 +112,7 @@ def open_model(arguments: AskArguments) -> Answerer:
         transformers_logging.disable_progress_bar()
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     opened = open_answerer(arguments.model_name_or_path, device=arguments.device, dtype=dtype)
-    kwargs = dict(arguments.chat_template_kwargs)
-    return replace(opened, template_kwargs=kwargs | ({"add_vision_id": True} if arguments.add_vision_id else {}))
+    return replace(opened, template_kwargs=encoder.template.kwargs)
 
 
 def progress_bar(what: str) -> Callable[[int], Progress]:

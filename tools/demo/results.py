@@ -90,7 +90,8 @@ def answer_heldout(model: str, data: Path, *, limit: int | None = None, batch_si
             f"{data} holds no held-out samples (*{SUFFIX}). Make them: tools/make_demo_data.py --output DIR"
         )
     arguments = AskArguments(model_name_or_path=model, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch_size)
-    encoder, answerer = open_asking_encoder(arguments), open_model(arguments)
+    encoder = open_asking_encoder(arguments)
+    answerer = open_model(arguments, encoder)
     return [result for file in files for result in _answer_file(arguments, encoder, answerer, file, limit)]
 
 
