@@ -1,4 +1,4 @@
-"""A SLURM cluster of one node in a folder: the real daemons, started as ordinary processes."""
+"""A SLURM cluster of one or more nodes in a folder: the real daemons, started as ordinary processes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 
@@ -55,9 +57,31 @@ class Cluster:
             time.sleep(0.2)
         return found
 
+    def nodes_of(self, job: str) -> list[str]:
+        """Return the nodes on which a job runs, or ran last."""
+        return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).split()
+
+    def cut_power(self, node: str) -> None:
+        """End a node's daemon and all that it started, as when the machine loses its power."""
+        marks = {f"SLURM_CONF={self.folder}/slurm.conf", f"SLURMD_NODENAME={node}"}
+        while found := [process for process in psutil.process_iter() if marks <= _environment_of(process)]:
+            # slurmstepd has overwritten its environment; first of all, as it would report how its tasks ended.
+            parents = {parent for process in found if (parent := process.parent()) and parent.name() == "slurmstepd"}
+            for process in (*parents, *found):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.1)
+
     def logs(self) -> str:
         """Return the ends of the daemons' logs."""
         return "\n".join(f"--- {log.name}\n{log.read_text()[-2000:]}" for log in sorted(self.folder.glob("*.log")))
+
+
+def _environment_of(process: psutil.Process) -> set[str]:
+    try:
+        return {f"{name}={value}" for name, value in process.environ().items()}
+    except psutil.Error:  # it ended meanwhile
+        return set()
 
 
 def _free_port() -> int:
@@ -67,23 +91,26 @@ def _free_port() -> int:
         return port
 
 
-def _configuration(folder: Path) -> str:
+def _configuration(folder: Path, nodes: list[str]) -> str:
     name = socket.gethostname().split(".")[0]
+    machine = f"NodeHostname={name} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN"
+    lines = "\n".join(f"NodeName={node} Port={_free_port()} {machine}" for node in nodes)
     return f"""
 ClusterName=test
 SlurmctldHost={name}(127.0.0.1)
 SlurmctldPort={_free_port()}
-SlurmdPort={_free_port()}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
+SlurmdTimeout=10
+JobRequeue=0
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -94,38 +121,41 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=60
-NodeName={name} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN
+{lines}
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=120 MaxTime=INFINITE State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=off MaxTime=INFINITE State=UP
 """
 
 
 @contextmanager
-def start(folder: Path) -> Iterator[Cluster]:
-    """Start the daemons and stop them afterwards."""
-    for name in ("state", "spool", "munge"):
+def start(folder: Path, nodes: int = 1) -> Iterator[Cluster]:
+    """Start the daemons and stop them afterwards; the nodes' names are addresses of this machine."""
+    names = [f"127.0.0.{number}" for number in range(1, nodes + 1)]
+    for name in ("state", "munge"):
         (folder / name).mkdir(mode=0o700)
     key = folder / "munge" / "key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    (folder / "slurm.conf").write_text(_configuration(folder))
+    (folder / "slurm.conf").write_text(_configuration(folder, names))
     environment = os.environ | {
         "SLURM_CONF": str(folder / "slurm.conf"),
         "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
     }
     munged = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket"]
     munged += [f"--{kind}-file={folder}/munge/{kind}" for kind in ("pid", "seed")] + [f"--log-file={folder}/munge.log"]
-    commands = [munged, ["slurmctld", "-D", "-i"], ["slurmd", "-D"]]
+    commands = [munged, ["slurmctld", "-D", "-i"], *(["slurmd", "-D", "-N", name] for name in names)]
     with ExitStack() as stack:
         for command in commands:
-            output = stack.enter_context((folder / f"{command[0]}.out.log").open("wb"))
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            output = stack.enter_context((folder / f"{command[0]}.out.log").open("ab"))
+            settings = environment | ({"SLURMD_NODENAME": command[-1]} if command[0] == "slurmd" else {})
+            process = subprocess.Popen(command, env=settings, stdout=output, stderr=subprocess.STDOUT)
             stack.callback(process.wait)
             stack.callback(process.terminate)
             time.sleep(0.5)
         cluster = Cluster(folder, environment)
         deadline = time.monotonic() + 60
-        while "idle" not in cluster.run("sinfo", "--noheader", "--format=%t", "--partition=low"):
+        states = ("sinfo", "--noheader", "--Node", "--format=%t", "--partition=low")
+        while cluster.run(*states).split() != ["idle"] * nodes:
             assert time.monotonic() < deadline, cluster.logs()
             time.sleep(0.2)
         yield cluster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,8 @@ class Job:
         output: Path,
         registry: Path,
         runs: Path | None = None,
+        nodes: int = 1,
+        settings: dict[str, Any] = SETTINGS,
         **exports: Any,
     ) -> None:
         self.cluster, self.output = cluster, output
@@ -59,12 +62,13 @@ class Job:
             "--parsable",
             "--partition=low",
             *array,
+            f"--nodes={nodes}",
             "--gpus-per-node=0",
             "--cpus-per-task=2",
             f"--output={output}.log",
             "--export=ALL," + ",".join(f"{name}={value}" for name, value in exports.items()),
             str(SCRIPTS / ("sft.sbatch" if runs is None else "sft_array.sbatch")),
-            *flags(model, output, registry, **SETTINGS, **({} if runs is None else {"output_dir": None})),
+            *flags(model, output, registry, **settings, **({} if runs is None else {"output_dir": None})),
             cwd=REPOSITORY,
         )
 
@@ -81,11 +85,21 @@ class Job:
     def trains(self) -> bool:
         return "'loss'" in self.log()
 
+    def start_again(self, number: str) -> str:
+        """Spare a requeued job the two minutes for which it waits; return the state it is in."""
+        job = self.cluster.job(number)
+        if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+            # Without a look at the outcome: it may have started meanwhile.
+            command = ["scontrol", "update", f"JobId={number}", "StartTime=now"]
+            subprocess.run(command, env=self.cluster.environment, capture_output=True)
+            time.sleep(1)
+        return job["JobState"]
+
     def finish(self) -> None:
-        """Wait for its end; a requeued job waits two minutes unless it is told to start."""
+        """Wait for its end."""
 
         def ended() -> bool:
-            state = self.cluster.job(self.number)["JobState"]
+            state = self.start_again(self.number)
             assert state in ("PENDING", "RUNNING", "COMPLETING", "COMPLETED", "REQUEUED", "PREEMPTED"), (
                 f"{state} {self.log()}"
             )
@@ -131,6 +145,25 @@ def test_job_goes_on_by_itself(
     assert equal_bits(job.output, whole)
 
 
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.long)], ids=["other node", "script's node"])
+def test_job_of_two_nodes_goes_on_by_itself_on_others_after_one_failed(
+    lost: int, whole: Path, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "slurm").mkdir()
+    with slurm.start(tmp_path / "slurm", nodes=3) as cluster:
+        model, often = tiny_checkpoint("qwen3_vl"), SETTINGS | {"save_steps": 20}
+        job = Job(cluster, model, tmp_path / "run", registry, nodes=2, settings=often, NPROC_PER_NODE=1)
+        job.wait_until((job.output / "checkpoint-20").exists)
+        node = cluster.nodes_of(job.number)[lost]
+        cluster.cut_power(node)
+        job.wait_until(lambda: cluster.job(job.number)["Restarts"] == "1", seconds=120)
+        job.finish()
+        assert node not in cluster.nodes_of(job.number)
+    assert "Resuming from" in job.log()
+    assert history(job.output) == history(whole)
+    assert equal_bits(job.output, whole)
+
+
 def test_each_run_of_an_array_has_its_flags_and_goes_on_by_itself(
     whole: Path, cluster: slurm.Cluster, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:
@@ -142,7 +175,7 @@ def test_each_run_of_an_array_has_its_flags_and_goes_on_by_itself(
     cluster.run("scancel", "--batch", "--signal=USR1", first)
     job.wait_until(lambda: cluster.job(first)["Restarts"] == "1")
     for number in (second, first):
-        job.wait_until(lambda number=number: cluster.job(number)["JobState"] == "COMPLETED")  # type: ignore[misc]
+        job.wait_until(lambda number=number: job.start_again(number) == "COMPLETED")  # type: ignore[misc]
     assert equal_bits(job.output / "run-1", whole)
     assert history(job.output / "run-1") == history(whole)
     assert "run_name: the whole one" in (job.output / "run-1" / "training_args.yaml").read_text()
@@ -159,7 +192,7 @@ def test_each_run_of_an_array_has_its_flags_and_goes_on_by_itself(
     ],
 )
 def test_wrong_path_ends_the_job_before_anything_starts(
-    cluster: slurm.Cluster, registry: Path, tmp_path: Path, exports: dict[str, str], message: str
+    cluster: slurm.Cluster, registry: Path, tmp_path: Path, exports: dict[str, Any], message: str
 ) -> None:
     job = Job(cluster, Path("no-model"), tmp_path / "run", registry, **exports)
     assert cluster.wait_for(job.number, "FAILED", "COMPLETED")["ExitCode"] == "2:0"
