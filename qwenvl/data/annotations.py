@@ -15,6 +15,7 @@ or without a byte order mark. A row that is a list of samples is a packed row of
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
@@ -93,6 +94,7 @@ class AnnotationTable:
 
         Raises:
             SampleError: the row is not JSON (``bad_json``), or not an object or a list of objects (``bad_record``).
+            UserError: the system cannot read the file any more.
             IndexError: there is no such row.
         """
         if not 0 <= row < len(self):
@@ -103,6 +105,12 @@ class AnnotationTable:
             return self._to_samples(rows.record(place), origin)
         except SampleError as error:
             raise error.at(origin) from error.__cause__
+        except OSError as error:
+            reason = str(error) if error.errno is None else os.strerror(error.errno)
+            raise UserError(
+                f"{origin}: the annotation file cannot be read any more ({reason}). Look after its disk, or the "
+                "network that it lies behind; then start again."
+            ) from error
 
     def __iter__(self) -> Iterator[tuple[Sample, ...]]:
         return (self[row] for row in range(len(self)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qwenvl.data import annotations_text
+from qwenvl.data import annotations_parquet, annotations_text
+from qwenvl.data.dataset import ConversationDataset, open_tables
+from qwenvl.data.types import DatasetSpec
+from qwenvl.utilities.errors import SampleError, UserError
 from tests.hostile.doors import Doors
 from tests.hostile.fuzz import EFFORTS, damaged, deep, fuzz
 
@@ -139,3 +143,48 @@ def test_parquet_that_promises_more_than_it_holds(doors: Doors, tmp_path: Path) 
     content[middle : middle + 80] = bytes(80)
     said = doors.train(doors.write("a.parquet", bytes(content)))
     assert said and all("is not a whole Parquet file" in message for message in said)
+
+
+def repeating(length: int, times: int) -> bytes:
+    """A small Parquet file whose second row of three repeats one text."""
+    indices = pa.array([0, 0, *[1] * times, 0, 0], pa.int32())
+    texts = pa.DictionaryArray.from_arrays(indices, pa.array(["short", "x" * length]))
+    roles = pa.array(["human", "gpt"] * (times // 2 + 2))
+    turns = pa.StructArray.from_arrays([roles, texts], ["from", "value"])
+    rows = pa.ListArray.from_arrays([0, 2, times + 2, times + 4], turns)
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"conversations": rows}), stream, compression="zstd", store_schema=False)
+    return stream.getvalue()
+
+
+def test_a_text_that_a_row_of_parquet_repeats_without_end(doors: Doors) -> None:
+    content = repeating(length=1 << 20, times=500)
+    assert len(content) < 10_000
+    annotations = doors.write("a.parquet", content)
+    [said] = doors.train(annotations)
+    assert "a.parquet:2" in said and "the row takes 500 MiB of memory; the limit is 256 MiB" in said
+    assert doors.check(annotations) == 1
+
+
+def test_a_group_of_parquet_rows_beyond_all_memory(doors: Doors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annotations_parquet, "GROUP_BYTES", 100)
+    said = doors.train(doors.write("a.parquet", parquet()))
+    assert said and all("Write it with smaller row groups" in message for message in said)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="the error of a disk is made with Linux's /proc")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_disk_that_fails_stops_the_run_in_one_message(doors: Doors, name: str, skips: bool) -> None:
+    annotations = doors.write(name, FILES[name])
+    spec = DatasetSpec("hostile", (str(annotations),), str(doors.folder / "media"))
+    dataset = ConversationDataset(open_tables([spec], seed=0, cache_dir=str(doors.folder)), doors.encoder, skips)
+    assert dataset[0].error is None
+    nothing = os.open("/proc/self/mem", os.O_RDONLY)  # where there is no memory, reading it is an I/O error
+    for file in Path("/proc/self/fd").iterdir():
+        if os.path.realpath(file) == str(annotations):
+            os.dup2(nothing, int(file.name))
+    os.close(nothing)
+    error = dataset[4].error
+    assert isinstance(error, UserError) and not isinstance(error, SampleError)
+    assert f"{annotations}:5: the annotation file cannot be read any more (Input/output error)" in str(error)
