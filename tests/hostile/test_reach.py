@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import http.server
 import os
@@ -220,14 +221,17 @@ def test_playlists_lead_nowhere(world: World, backend: VideoBackend) -> None:
                 assert world.untouched(), content
 
 
-def test_names_that_stand_for_other_files(world: World, backend: VideoBackend) -> None:
-    """FFmpeg takes ``a%d.gif`` for the pictures a0.gif, a1.gif, ..."""
+def test_names_that_stand_for_other_files(world: World, backend: VideoBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg takes ``a%d.png`` for the pictures a0.png, a1.png, ..., whatever the file of that name holds."""
     del backend
-    (world.outside / "secret.gif").write_bytes(VIDEOS["gif"])
     for number in range(3):
-        (world.media / f"a{number}.gif").symlink_to(world.outside / "secret.gif")
-    for name in ("a%d.gif", "a%01d.gif", "a*.gif", "concat:link-a.ts", "a.ts|link-a.ts"):
-        (world.media / name).write_bytes(VIDEOS["gif"])
-        world.watch.opened()
-        world.open(name)
+        (world.media / f"a{number}.png").symlink_to(world.outside / "a.png")
+    names = ("a%d.png", "a%01d.png", "a%*.png")
+    for name in (*names, "a*.png", "concat:link-a.ts", "a.ts|link-a.ts"):
+        (world.media / name).write_bytes(VIDEOS["mp4"])
+        assert world.open(name) == "wrong_type", "it is no picture"
         assert world.untouched(), name
+    monkeypatch.setattr("qwenvl.data.video.opened_video", contextlib.nullcontext)  # gives the name itself to FFmpeg
+    for name in names:
+        world.open(name)
+        assert not world.untouched(), f"{name} leads nowhere, and shows nothing"
