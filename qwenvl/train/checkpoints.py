@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import platform
 import re
 import shutil
@@ -13,7 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
+from transformers.trainer_pt_utils import safe_globals
 
 from qwenvl import __version__
 from qwenvl.train import manifest
@@ -148,6 +151,39 @@ def published(output_dir: str, name: str | None, *, writes: bool) -> Iterator[Pa
             "some, or keep fewer checkpoints (--save_total_limit)."
         ) from error
     wait_for_all()
+
+
+@contextmanager
+def refused_state_named(checkpoint: str | None) -> Iterator[None]:
+    """Turn what torch refuses of a checkpoint's state (optimizer, schedule, random numbers) into a UserError.
+
+    It reads tensors and numbers only: a file with code in it is refused, and none of the code runs.
+
+    Args:
+        checkpoint: the folder, which what runs inside reads; None for none.
+    """
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        for file in sorted(Path(checkpoint).glob("*.pt*")) if checkpoint else ():
+            reason = _refusal(file)
+            if reason is not None:
+                raise UserError(
+                    f"{file} is damaged, or holds more than the state of a run: {reason} None of it was used. Resume "
+                    "from another checkpoint (--resume_from_checkpoint), or start anew from the weights beside it: "
+                    f"--model_name_or_path {checkpoint} and another --output_dir."
+                ) from error
+        raise
+
+
+def _refusal(file: Path) -> str | None:
+    """Return the first sentence of what torch has against a file; None if it reads it."""
+    try:
+        with safe_globals():  # as the Trainer reads them
+            torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        return str(error).partition("\n")[0].partition(". ")[0].rstrip(".")[:200] + "."
+    return None
 
 
 def _move(draft: Path, place: Path, *, whole: bool) -> None:

@@ -18,7 +18,7 @@ from qwenvl.evaluate.folder_check import Header
 from qwenvl.models import adapter_files
 from qwenvl.models.adapters import has_adapters
 from qwenvl.models.loading import load_weights
-from qwenvl.train.checkpoints import published, write_records
+from qwenvl.train.checkpoints import published, refused_state_named, write_records
 from qwenvl.train.hub import push_checkpoint, push_model
 from qwenvl.train.model_card import Card
 from qwenvl.train.sharding import shard_on_cpu, tie_gathered
@@ -93,6 +93,14 @@ class SavingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._load_trained(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with refused_state_named(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with refused_state_named(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         """Load the weights of the best checkpoint, in the same way."""

@@ -13,9 +13,9 @@ from PIL import Image
 from qwenvl.data.encoding import SampleEncoder
 from tests.data.test_video import make_video
 from tests.hostile.doors import Doors, open_run_encoder
-from tests.train.conftest import registry
+from tests.train.conftest import fail, registry
 
-__all__ = ["registry"]
+__all__ = ["fail", "registry"]
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,12 @@ def stopped(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path_fac
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_code_in_the_state_of_a_run_is_not_run(
-    name: str, stopped: Path, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+    name: str,
+    stopped: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+    fail: Callable[[list[str]], str],
 ) -> None:
     output, proof = tmp_path / "run", tmp_path / "it ran"
     shutil.copytree(stopped, output)
@@ -58,8 +63,27 @@ def test_code_in_the_state_of_a_run_is_not_run(
     if name == "training_args.bin":  # which nothing reads
         assert main(arguments) == 0
     else:
-        with pytest.raises(pickle.UnpicklingError, match="[Ww]eights.only"):
-            main(arguments)
+        message = fail(arguments)
+        assert (
+            f"checkpoint-1/{name} is damaged, or holds more than the state of a run: Weights only load failed."
+            in message
+        )
     assert not proof.exists()
     pickle.loads(pickle.dumps(Payload(proof)))
     assert proof.exists(), "the code works where it is let"
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"PK\x03\x04 and no more"])
+def test_damaged_state_of_a_run_is_one_message(
+    content: bytes,
+    stopped: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+    fail: Callable[[list[str]], str],
+) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-1" / "optimizer.pt").write_bytes(content)
+    (tmp_path / "run" / "checkpoint-1" / manifest.NAME).unlink()  # as in a checkpoint of the stock Trainer
+    message = fail(flags(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, max_steps=2, dataset_use="text"))
+    assert "checkpoint-1/optimizer.pt is damaged" in message and "--resume_from_checkpoint" in message
