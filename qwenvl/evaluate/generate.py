@@ -6,7 +6,6 @@ Nothing here knows of training. Prompts are rendered by the folder's own chat te
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +13,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 from transformers.video_utils import VideoMetadata
 
 from qwenvl.data.processor import open_processor
 from qwenvl.data.sizes import MediaPlan, VideoPlan
 from qwenvl.data.types import ImageItem, Message, TextPart, VideoItem
 from qwenvl.evaluate.prompts import Prompt
+from qwenvl.models.adapter_files import CONFIG_FILE, read_base
+from qwenvl.models.merging import open_adapted
 from qwenvl.utilities.distributed import local_rank
 from qwenvl.utilities.errors import UserError
 
@@ -65,18 +66,19 @@ def base_of(folder: str) -> str:
     """Return the folder or name of the base model of an adapter folder; any other folder as it is.
 
     Raises:
-        UserError: ``adapter_config.json`` does not name a base.
+        UserError: ``adapter_config.json`` cannot be read, or does not name a base.
     """
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        return folder
-    try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{path} does not name the base model (base_model_name_or_path). Write its folder there.")
-    return base
+    return read_base(folder) if (Path(folder) / CONFIG_FILE).is_file() else folder
+
+
+def config_of(folder: str) -> PretrainedConfig:
+    """Return the config of a model; of adapters, that of their folder, where it has one, or of their base.
+
+    Raises:
+        UserError: the base of adapters is not named.
+    """
+    own = (Path(folder) / "config.json").is_file()
+    return AutoConfig.from_pretrained(folder if own else base_of(folder))
 
 
 def processor_folder(folder: str) -> str:
@@ -86,7 +88,7 @@ def processor_folder(folder: str) -> str:
 
 
 def open_answerer(folder: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> Answerer:
-    """Open a folder of a whole model, or of adapters and where their base is, with the stock classes.
+    """Open a folder of a whole model with the stock classes, or of adapters, on their base, with PEFT.
 
     Args:
         folder: model folder, adapter folder, or a Hugging Face id.
@@ -98,8 +100,15 @@ def open_answerer(folder: str, *, device: str | None = None, dtype: torch.dtype 
     """
     device = device or default_device()
     processor = open_processor(processor_folder(folder))
+    base = base_of(folder)
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
+        model: Any = (
+            AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
+            if base == folder
+            else open_adapted(base, folder, dtype or AutoConfig.from_pretrained(base).dtype or torch.float32)
+        )
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} cannot be opened as a model with its processor: {first_line}") from error

@@ -145,3 +145,20 @@ def test_two_ranks_ask_like_one_process(
         found, expected = figures(runs[f"{engine}-asking"]), figures(alone)
         for key in KEYS:
             assert found[key] == pytest.approx(expected[key], rel=1e-3), (engine, key)
+
+
+def test_adapters_are_asked_in_training_and_as_they_are_saved(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a part that trains whole."""
+    adapters = {"lora_enable": True, "lora_target": "language,vision", "tune_mm_vision": False, "tune_mm_llm": False}
+    settings = {**ASKING, **adapters, "max_steps": 2, "learning_rate": 1e-2}
+    folder = train(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, **settings)
+    monkeypatch.chdir(tmp_path)
+    asked = ["--model_name_or_path", str(folder), "--dataset_registry", str(registry), "--dataset_use", "mixed"]
+    assert evaluate([*asked, "--blind", "--max_new_tokens", "4", "--device", "cpu"]) == 0
+    found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    (scores,), (blind,), trained = found["datasets"], found["blind"], figures(folder)
+    assert trained["eval_chrf"] == [pytest.approx(scores["score"]["value"])]
+    for view in ("shown", "blank", "swapped"):
+        assert trained[f"eval_loss_{view}"] == [pytest.approx(blind["losses"][view]["value"], rel=1e-4)], view

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from qwenvl.arguments import DataArguments
@@ -18,7 +17,7 @@ from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.processor import build_encoder, limits_as_flags, open_processor
 from qwenvl.data.video import prepare_backend
 from qwenvl.evaluate.answering import Job, Progress
-from qwenvl.evaluate.generate import Answerer, Decoding, base_of, open_answerer, processor_folder
+from qwenvl.evaluate.generate import Answerer, Decoding, base_of, config_of, open_answerer, processor_folder
 from qwenvl.models.context import context_length
 from qwenvl.models.loading import read_model_type
 from qwenvl.utilities.distributed import is_main_process
@@ -80,10 +79,9 @@ def open_asking_encoder(arguments: AskArguments) -> SampleEncoder:
     Raises:
         UserError: the folder has no config or processor that can be used.
     """
-    base = base_of(arguments.model_name_or_path)
-    family = get_family(read_model_type(base))
+    family = get_family(read_model_type(base_of(arguments.model_name_or_path)))
     processor: Any = open_processor(processor_folder(arguments.model_name_or_path))
-    config = AutoConfig.from_pretrained(base)
+    config = config_of(arguments.model_name_or_path)
     own = limits_as_flags(processor, family)
     missing = {name: value for name, value in own.items() if getattr(arguments, name) is None}
     values = {one.name: getattr(arguments, one.name) for one in fields(DataArguments)} | missing
