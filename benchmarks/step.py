@@ -1,10 +1,11 @@
 """Trained tokens a second and peak memory of a training step: packed and chunked, against padded with full logits.
 
     python benchmarks/step.py [--size tiny|2b|4b|8b] [--pack_length 8192] [--samples 48] [--frozen_vision]
-                              [--attention auto|sdpa] [--steps 3] [--runs 3] [--peak_tflops 989]
+                              [--lora_r 64] [--attention auto|sdpa] [--steps 3] [--runs 3] [--peak_tflops 989]
 
 Builds a Qwen3-VL of random weights on the device from a config of the size's shapes, and the same samples for all ways:
-text and pictures, many short and some long. An optimizer step of fused AdamW over all of them, with checkpointing:
+text and pictures, many short and some long. An optimizer step of fused AdamW over all of them, with checkpointing; with
+``--lora_r`` of adapters on the language model and of nothing else:
 
     ours      packs of ``pack_length`` tokens, pixels of eight bits, one vision call, loss in chunks of trained tokens
     plain     what the stock Trainer does with a batch: padded rows of as many samples as fit into ``pack_length``
@@ -47,6 +48,7 @@ from qwenvl.data.measures import MEASURES, measure_sample
 from qwenvl.data.packing import pack
 from qwenvl.data.sizes import ImagePlan
 from qwenvl.data.types import ImageItem
+from qwenvl.models.adapters import AdapterSettings, adapter_sizes, add_adapters
 from qwenvl.models.attention import attend_by_segments
 from qwenvl.models.flops import Trained, training_flops
 from qwenvl.models.freezing import configure_checkpointing, set_model
@@ -108,7 +110,11 @@ def build_model(config: Qwen3VLConfig, arguments: argparse.Namespace, attention:
     device = torch.device(arguments.device)
     with device:
         model = AutoModelForImageTextToText.from_config(config, dtype=_dtype(device), attn_implementation=attention)
-    set_model(model, tune_mm_vision=not arguments.frozen_vision, tune_mm_mlp=True, tune_mm_llm=True)
+    if arguments.lora_r:
+        model.requires_grad_(False)
+        add_adapters(model, AdapterSettings("language", arguments.lora_r, 2 * arguments.lora_r, dropout=0.0))
+    else:
+        set_model(model, tune_mm_vision=not arguments.frozen_vision, tune_mm_mlp=True, tune_mm_llm=True)
     return model.train()
 
 
@@ -128,7 +134,7 @@ def measure(way: str, arguments: argparse.Namespace) -> Result:
     attention = choose_attention(arguments.attention, half_precision=device.type == "cuda")
     model = build_model(config, arguments, attention)
     trained = float(sum((sample.tokens.labels != -100).sum() for sample in samples))
-    configure_checkpointing(model, "both")
+    configure_checkpointing(model, arguments.checkpointing)
     if way == "ours":
         install(model, patchify)
         if attention == "sdpa":
@@ -188,6 +194,11 @@ def count_flops(arguments: argparse.Namespace) -> float:
     """Return the operations of a step: of the samples, not of padding or recomputation."""
     config = make_config(arguments.size)
     trained = Trained(vision=not arguments.frozen_vision)
+    if arguments.lora_r:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        add_adapters(model, AdapterSettings("language", arguments.lora_r, 1.0, dropout=0.0))
+        trained = Trained(False, False, False, adapter_sizes(model))
     flops = training_flops(config, get_family(FAMILY), trained)
     rows = []
     for sample in make_samples(config, arguments.samples, arguments.pack_length):
@@ -224,12 +235,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pack_length", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--frozen_vision", action="store_true")
+    parser.add_argument("--lora_r", type=int, default=0)
+    parser.add_argument("--checkpointing", choices=("none", "language", "vision", "both"), default="both")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peak_tflops", type=float, default=0.0, help="of the device, dense; prints MFU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    return with_parts(parser.parse_args())
+
+
+def with_parts(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Name the checkpointed parts as the trainer does."""
+    if arguments.checkpointing == "none":
+        arguments.checkpointing = None
+    return arguments
 
 
 def rounds(arguments: argparse.Namespace) -> Iterator[tuple[str, Result]]:

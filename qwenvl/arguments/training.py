@@ -56,6 +56,17 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
     )
 
     # Own flags.
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Train nothing: try what can fail later, and say tokens, packs, steps, operations, hours and the "
+            "memory of each device. No GPU is needed."
+        },
+    )
+    dry_run_devices: int = field(default=0, metadata={"help": "Devices that dry_run computes for; 0 for those here."})
+    dry_run_mfu: float = field(
+        default=0.4, metadata={"help": "Share of a device's peak that dry_run takes for its hours, 0 to 1."}
+    )
     max_bad_steps: int = field(
         default=10,
         metadata={

@@ -123,6 +123,14 @@ class ConversationDataset(Dataset[Item]):
         """
         return ConversationDataset(self.tables, self.encoder, self.skips_bad_samples, packs)
 
+    def add_up(self, measures: np.ndarray) -> np.ndarray:
+        """Return the measures of every index: sums over the rows of each pack, or those of the rows themselves.
+
+        Args:
+            measures: :data:`~qwenvl.data.measures.MEASURES` of every row.
+        """
+        return measures if self._packs is None else self._packs.add_up(measures)
+
     @cached_property
     def content(self) -> dict[str, str | None]:
         """Hashes of what stands at the indices.

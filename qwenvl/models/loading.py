@@ -40,6 +40,7 @@ def load_model(
     attn_implementation: str,
     config: PreTrainedConfig | None = None,
     quantization: Any = None,
+    on_meta: bool = False,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -52,6 +53,7 @@ def load_model(
         config: to build the model from, of this checkpoint; None for its ``config.json`` as it is.
         quantization: how frozen weights are held, from :func:`qwenvl.models.quantization.quantization`; None as they
             are.
+        on_meta: read names and shapes alone: the weights are on the meta device.
         cache_dir: where downloads are kept.
         trust_remote_code: run Python code that comes with the checkpoint.
 
@@ -70,6 +72,7 @@ def load_model(
                 model_name_or_path,
                 config=config,
                 quantization_config=quantization,
+                device_map={"": "meta"} if on_meta else None,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 use_safetensors=True,

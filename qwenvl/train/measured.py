@@ -35,7 +35,7 @@ class MeasuredTrainer(AskingTrainer):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.flops = _flops_of(self.model)
+        self.flops = flops_of(self.model)
         self.throughput = Throughput(self.flops, self._peak(), self.args.device)
         folder = Path(self.args.output_dir) / "profile"
         self.profile = StepProfile(self.args.profile_steps, folder, self.args.device, self.throughput.paused)
@@ -124,7 +124,8 @@ class _StartOver(TrainerCallback):
         self._throughput.start_over()
 
 
-def _flops_of(model: Any) -> Flops:
+def flops_of(model: Any) -> Flops:
+    """Return what samples cost a model that is ready for training."""
     adapters = adapter_sizes(model)
     groups = parameter_modules(model)
     whole = {groups[name] for name, value in model.named_parameters() if value.requires_grad and trains_whole(name)}

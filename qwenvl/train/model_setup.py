@@ -29,9 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 def open_model(
-    parsed: ParsedArguments, processor: ProcessorMixin, config: PretrainedConfig, tokens: AddedTokens
+    parsed: ParsedArguments,
+    processor: ProcessorMixin,
+    config: PretrainedConfig,
+    tokens: AddedTokens,
+    *,
+    on_meta: bool = False,
 ) -> PreTrainedModel:
     """Load the checkpoint, freeze what is not trained, install the vision call, and add adapters.
+
+    On the meta device only shapes are read: all weights then have the type that is computed in.
 
     Raises:
         UserError: the checkpoint is incomplete, its processor normalises in a way that is not known, or nothing trains.
@@ -39,22 +46,18 @@ def open_model(
     arguments, args = parsed.model, parsed.training
     patchify = Patchify.from_processor(processor)
     set_seed(args.seed)
-    if args.deepspeed:
+    if args.deepspeed and not on_meta:
         _start_deepspeed()
-    dtype = resolve_dtype(
-        arguments.model_dtype,
-        bf16=args.bf16,
-        fp16=args.fp16,
-        masters=bool(args.deepspeed) or (parsed.adapters.lora_enable and not args.fsdp),
-    )
+    dtype, _ = weight_types(parsed)
     half_precision = args.bf16 or args.fp16 or dtype == torch.bfloat16
     attention = choose_attention(arguments.attn_implementation, half_precision=half_precision)
     model = load_model(
         arguments.model_name_or_path,
-        dtype=dtype,
+        dtype=compute_type(parsed) if on_meta else dtype,
         attn_implementation=attention,
         config=config,
-        quantization=quantization(parsed.adapters.quantization_bit),
+        quantization=None if on_meta else quantization(parsed.adapters.quantization_bit),
+        on_meta=on_meta,
         **origin_options(parsed),
     )
     if attention == "sdpa":
@@ -84,6 +87,20 @@ def open_model(
     return model
 
 
+def weight_types(parsed: ParsedArguments) -> tuple[torch.dtype, torch.dtype]:
+    """Return the types in which weights are kept: those that are frozen, and those that train."""
+    args, adapted = parsed.training, parsed.adapters.lora_enable
+    masters = bool(args.deepspeed) or (adapted and not args.fsdp)
+    dtype = resolve_dtype(parsed.model.model_dtype, bf16=args.bf16, fp16=args.fp16, masters=masters)
+    return dtype, torch.float32 if adapted and not args.deepspeed else dtype
+
+
+def compute_type(parsed: ParsedArguments) -> torch.dtype:
+    """Return the type of matrix products and of what they leave."""
+    args = parsed.training
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weight_types(parsed)[0]
+
+
 def _adapt(model: PreTrainedModel, parsed: ParsedArguments, token_ids: Sequence[int]) -> None:
     """Add adapters, beside what trains whole, and let the rows of added tokens train."""
     chosen = parsed.adapters
@@ -94,7 +111,7 @@ def _adapt(model: PreTrainedModel, parsed: ParsedArguments, token_ids: Sequence[
     if token_ids:
         train_rows(model, token_ids)
     describe_base(model, parsed.model.model_name_or_path)
-    if not parsed.training.deepspeed:  # which keeps float32 copies itself
+    if weight_types(parsed)[1] == torch.float32 and not next(model.parameters()).is_meta:
         trained_in_float32(model)
     logger.info("Adapters of rank %d in %d linear layers (--lora_target %s).", settings.r, len(layers), settings.target)
     if experts := count_experts(model):

@@ -17,8 +17,8 @@ from qwenvl.arguments import TrainingArguments, parse_arguments
 from qwenvl.data.collation import Collator
 from qwenvl.data.registry import load_registry
 from qwenvl.data.sampling import Sharding
+from qwenvl.train.data_setup import RunData, open_data
 from qwenvl.train.loader import build_loader
-from qwenvl.train.setup import RunData, open_data
 from qwenvl.utilities.families import get_family
 from tests.train.runs import SETTINGS, flags
 from tools.pack_data import main

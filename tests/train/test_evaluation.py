@@ -16,7 +16,7 @@ from qwenvl.arguments import parse_arguments
 from qwenvl.data.collation import EncodedSample
 from qwenvl.models.freezing import parameter_modules
 from qwenvl.models.head import LossHead
-from qwenvl.train.setup import open_data
+from qwenvl.train.data_setup import open_data
 from qwenvl.utilities.families import get_family
 from tests.patches import grids_of, patches_of
 from tests.train.runs import equal_bits, flags, history, largest_difference, train, weights

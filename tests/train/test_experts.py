@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from qwenvl.arguments import parse_arguments
 from qwenvl.data.sampling import SampleOrder, ShardedBatchSampler, Sharding
 from qwenvl.models.loading import load_model
-from qwenvl.train.setup import open_data
+from qwenvl.train.data_setup import open_data
 from qwenvl.utilities.families import get_family
 from tests.train.runs import REPOSITORY, flags, history, largest_difference, run_on_two_ranks, train, weights
 

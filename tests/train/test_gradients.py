@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig
 
 from qwenvl.arguments import parse_arguments
+from qwenvl.train.data_setup import open_data
 from qwenvl.train.model_setup import open_model
 from qwenvl.train.saving import Records
-from qwenvl.train.setup import build_trainer, open_data
+from qwenvl.train.setup import build_trainer
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import get_family
 from tests.train.runs import flags

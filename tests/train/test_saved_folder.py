@@ -18,7 +18,7 @@ from transformers.video_utils import VideoMetadata
 from qwenvl.arguments import parse_arguments
 from qwenvl.data.collation import EncodedSample
 from qwenvl.data.video import choose_backend
-from qwenvl.train.setup import open_data
+from qwenvl.train.data_setup import open_data
 from qwenvl.train.train_qwen import main
 from qwenvl.utilities.families import get_family
 from tests.patches import grids_of, patches_of

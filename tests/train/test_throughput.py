@@ -24,10 +24,11 @@ from qwenvl.data.sampling import ShardedBatchSampler, Sharding
 from qwenvl.data.tokenization import IGNORE_INDEX, Tokens
 from qwenvl.models.flops import Flops, Trained, training_flops
 from qwenvl.models.loss import tell_host
+from qwenvl.train.data_setup import open_data
 from qwenvl.train.measured import MeasuredTrainer
 from qwenvl.train.model_setup import open_model
 from qwenvl.train.saving import Records
-from qwenvl.train.setup import build_trainer, open_data
+from qwenvl.train.setup import build_trainer
 from qwenvl.train.throughput import Throughput, measure_batch
 from qwenvl.utilities.families import get_family
 from tests.train.runs import flags, history, train

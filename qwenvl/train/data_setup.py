@@ -1,0 +1,119 @@
+"""The data of a run: processor, datasets, order and evaluation, opened before the model loads."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig, ProcessorMixin
+
+from qwenvl.arguments import ParsedArguments
+from qwenvl.data.collation import Event
+from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, split_tables
+from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.plans import planned_datasets
+from qwenvl.data.processor import (
+    AddedTokens,
+    add_tokens,
+    build_encoder,
+    log_limits,
+    open_processor,
+)
+from qwenvl.data.registry import load_registry, parse_dataset_use
+from qwenvl.data.sampling import SampleOrder
+from qwenvl.data.types import DatasetSpec
+from qwenvl.data.video import prepare_backend
+from qwenvl.models.context import context_length, extend_context
+from qwenvl.train.arrangement import arrange
+from qwenvl.train.model_setup import origin_options
+from qwenvl.utilities.distributed import from_main_process
+from qwenvl.utilities.families import Family
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run.
+
+    Args:
+        processor: the checkpoint's, as it was.
+        encoder: record to model inputs.
+        train: training samples.
+        order: in which they are trained on.
+        evaluation: evaluation samples, or None.
+        events: what there is to report before training starts.
+        added_tokens: of ``--additional_tokens``.
+    """
+
+    processor: ProcessorMixin
+    encoder: SampleEncoder
+    train: ConversationDataset
+    order: SampleOrder
+    evaluation: ConversationDataset | None
+    events: tuple[Event, ...] = ()
+    added_tokens: AddedTokens = field(default_factory=AddedTokens)
+
+
+def open_config(parsed: ParsedArguments) -> PretrainedConfig:
+    """Read the checkpoint's config, with the context that the arguments ask for.
+
+    Raises:
+        UserError: its context cannot be extended.
+    """
+    arguments = parsed.model
+    config = AutoConfig.from_pretrained(arguments.model_name_or_path, **origin_options(parsed))
+    if arguments.rope_scaling is not None:
+        assert arguments.rope_factor is not None
+        extend_context(config, arguments.rope_factor, arguments.rope_native_length)
+    return config
+
+
+def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig) -> RunData:
+    """Open processor and datasets.
+
+    Raises:
+        UserError: registry, annotations or processor cannot be used, or no sample fits.
+    """
+    arguments, args = parsed.data, parsed.training
+    processor = open_processor(parsed.model.model_name_or_path, args.cache_dir, parsed.model.trust_remote_code)
+    added_tokens = add_tokens(processor, arguments.additional_tokens or ())
+    context = context_length(config)
+    if args.model_max_length > context:
+        logger.warning(
+            "--model_max_length %d is above the context of the model, %d positions: a sample that takes more of them "
+            "is an error. --rope_scaling yarn extends the context.",
+            args.model_max_length,
+            context,
+        )
+    encoder = build_encoder(processor, config, family, arguments, args.model_max_length, context)
+    log_limits(encoder.settings)
+    prepare_backend()
+    seed = 0 if args.data_seed is None else args.data_seed  # not --seed: another one must not move held-out rows
+    registry = load_registry(arguments.dataset_registry)
+    plan = Path(arguments.packing_plan or "")
+    names = arguments.dataset_use or from_main_process(lambda: planned_datasets(plan))
+    tables = _open_tables(parse_dataset_use(names, registry), seed, arguments.data_cache_dir)
+    held_out: list[SampledTable] = []
+    if arguments.eval_dataset_use:
+        named = parse_dataset_use(arguments.eval_dataset_use, registry, "--eval_dataset_use")
+        held_out = _open_tables(named, seed, arguments.data_cache_dir)
+    elif arguments.eval_ratio:
+        tables, held_out = split_tables(tables, arguments.eval_ratio, seed)
+    skip = arguments.on_bad_sample == "skip"
+    train = ConversationDataset(tables, encoder, skip)
+    evaluation = ConversationDataset(held_out, encoder, skip) if held_out else None
+    train.require_usable_sample("training")
+    if evaluation is not None:
+        evaluation.require_usable_sample("evaluation")
+    logger.info("Data: %d training rows, %d evaluation rows.", len(train), len(evaluation) if evaluation else 0)
+    arranged = arrange(train, parsed, config, family)
+    return RunData(processor, encoder, arranged.dataset, arranged.order, evaluation, arranged.events, added_tokens)
+
+
+def _open_tables(specs: list[DatasetSpec], seed: int, cache_dir: str | None) -> list[SampledTable]:
+    """Open datasets in process 0 first: what it leaves in the cache, the others find."""
+    opened: list[SampledTable] = []
+    from_main_process(lambda: opened.extend(open_tables(specs, seed, cache_dir)))
+    return opened or open_tables(specs, seed, cache_dir)

@@ -1,0 +1,151 @@
+"""``--dry_run``: everything that can fail later is tried now, and what the run will be is computed. No GPU is needed.
+
+Tokens, packs, steps and operations are exact. Memory is counted by running the step of the heaviest micro-batch on the
+meta device (:mod:`qwenvl.models.step_memory`). Hours are operations / (devices x peak x an MFU that is assumed).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from qwenvl.arguments import ParsedArguments, TrainingArguments
+from qwenvl.data.collation import Collator
+from qwenvl.data.dataset import ConversationDataset
+from qwenvl.data.lengths import measure_lengths
+from qwenvl.data.sampling import Sharding, costs_of_ranks, imbalance
+from qwenvl.models.loss import tell_host
+from qwenvl.models.step_memory import StepMemory, measure_step
+from qwenvl.train.data_setup import RunData
+from qwenvl.train.measured import flops_of
+from qwenvl.train.model_setup import open_model, weight_types
+from qwenvl.train.preflight_report import (
+    Schedule,
+    describe_data,
+    describe_memory,
+    describe_schedule,
+    describe_work,
+    gib,
+)
+from qwenvl.train.state_memory import StateMemory, estimate_states, read_sharing
+from qwenvl.utilities.cache import cache_folder
+from qwenvl.utilities.distributed import world_size
+from qwenvl.utilities.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 20
+"""Rows of a dataset of which one has to be decodable."""
+
+
+def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) -> None:
+    """Try, compute and report; in one process, whatever their number.
+
+    Raises:
+        UserError: something would stop the run.
+    """
+    args = parsed.training
+    ranks = args.dry_run_devices or world_size()
+    rows = ConversationDataset(data.train.tables, data.encoder, data.train.skips_bad_samples)
+    lengths = measure_lengths(rows, cache_folder(parsed.data.data_cache_dir))
+    measures = data.train.add_up(lengths.measures)
+    for dataset in filter(None, (rows, data.evaluation)):
+        decode_one_of_each(dataset)
+    unset_hf_deepspeed_config()  # or the weights would be shared out over ranks that are not there
+    model = open_model(parsed, data.processor, config, data.added_tokens, on_meta=True)
+    flops, sharing = flops_of(model), read_sharing(args, ranks)
+    schedule = plan_schedule(data, flops.count(measures), args, ranks)
+    states = estimate_states(model, sharing, str(args.optim), *weight_types(parsed))
+    require_room_on_disk(args, states)
+    step = measure_heaviest(model, data, measures, parsed)
+    packed = parsed.data.data_packing
+    fill = int(measures["tokens"].sum()) / (len(measures) * args.model_max_length) if packed else None
+    lines = [
+        *describe_data(rows, lengths.measures, lengths.events),
+        *describe_schedule(schedule, fill, args, ranks),
+        *describe_work(flops, measures, schedule, args, ranks),
+        *describe_memory(sharing, states, step),
+    ]
+    logger.info("Dry run; nothing was trained.\n%s", "\n".join(f"  {line}" for line in lines))
+
+
+def decode_one_of_each(dataset: ConversationDataset) -> None:
+    """Decode a sample of each dataset, as a worker would.
+
+    Raises:
+        UserError: a sample must stop the run, or none of the first rows of a dataset can be decoded.
+    """
+    for table in dataset.tables:
+        single = ConversationDataset([table], dataset.encoder, dataset.skips_bad_samples)
+        reasons: list[str] = []
+        for index in range(min(_LOOKED_AT, len(single))):
+            item = single[index]
+            if item.error is not None:
+                raise item.error
+            if item.samples:
+                break
+            reasons += [event.message for event in item.events]
+        else:
+            raise UserError(
+                f"None of the first {_LOOKED_AT} rows of {table.table.spec.name!r} can be used: {reasons[0]}"
+            )
+
+
+def plan_schedule(data: RunData, costs: np.ndarray, args: TrainingArguments, ranks: int) -> Schedule:
+    """Return how many steps there are, and how evenly they fall on so many ranks.
+
+    Args:
+        data: of the run.
+        costs: operations of each index.
+        args: of the run.
+        ranks: devices.
+    """
+    sharding = Sharding(args.train_batch_size, ranks, 0, args.gradient_accumulation_steps)
+    of_epoch = -(-len(costs) // sharding.step_size)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * of_epoch)
+    of_ranks = costs_of_ranks(costs, data.order.steps(0, sharding.step_size), sharding)
+    return Schedule(len(costs), of_epoch, steps, imbalance(of_ranks) if ranks > 1 else 1.0)
+
+
+def require_room_on_disk(args: TrainingArguments, states: StateMemory) -> None:
+    """Check that a checkpoint fits on the disk, and say so where not all fit that are kept.
+
+    Raises:
+        UserError: none fits.
+    """
+    assert args.output_dir is not None
+    free = shutil.disk_usage(args.output_dir).free
+    if states.checkpoint > free:
+        raise UserError(
+            f"--output_dir {args.output_dir}: a checkpoint takes about {gib(states.checkpoint)}, and its disk has "
+            f"{gib(free)} free. Choose another disk, or --save_only_model True."
+        )
+    kept = args.save_total_limit
+    if kept and (kept + 1) * states.checkpoint > free:
+        logger.warning(
+            "%d checkpoints of %s (--save_total_limit %d, and the one being saved) do not fit on the disk of %s, which "
+            "has %s free.",
+            *(kept + 1, gib(states.checkpoint), kept, args.output_dir, gib(free)),
+        )
+
+
+def measure_heaviest(
+    model: PreTrainedModel, data: RunData, measures: np.ndarray, parsed: ParsedArguments
+) -> StepMemory:
+    """Return the memory of the micro-batch with most tokens, or of that with most patches: whichever takes more."""
+    tokenizer: Any = data.processor.tokenizer
+    collate = Collator(tokenizer.pad_token_id, parsed.data.data_flatten)
+    found = []
+    for name in ("tokens", "patches"):
+        heaviest = np.argsort(-measures[name], kind="stable")[: parsed.training.train_batch_size].tolist()
+        batch = collate([data.train[index] for index in heaviest])
+        for own in ("events", "error", "origins"):
+            batch.pop(own)
+        found.append(measure_step(model, tell_host(batch)))
+    return max(found, key=lambda one: one.activations + one.logits)
