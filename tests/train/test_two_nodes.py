@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.train.runs import REPOSITORY, flags, history, largest_difference
@@ -17,10 +20,28 @@ SETTINGS: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 1, "s
 LAUNCHER = REPOSITORY / "scripts" / "launch.sh"
 
 
-def ip(*words: str) -> None:
+def ip(*words: str) -> str:
     done = subprocess.run(["ip", *words], capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def remove_machine(name: str) -> None:
+    """End what runs in a namespace, and remove it: it would live as long as they do."""
+    listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    for process in map(int, listed.stdout.split()):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    ip("netns", "delete", name)
+
+
+def remove_stale_machines() -> None:
+    """Remove the namespaces of tests that were killed themselves: their names say of which process they were."""
+    for name in (line.split()[0] for line in ip("netns", "list").splitlines()):
+        owner = re.fullmatch(r"qwenvl-(\d+)-[01]", name)
+        if owner and not psutil.pid_exists(int(owner[1])):
+            remove_machine(name)
 
 
 @contextmanager
@@ -31,10 +52,11 @@ def two_machines() -> Iterator[tuple[str, str]]:
         OSError: that is not allowed here, or there is no ``ip``.
     """
     names = tuple(f"qwenvl-{os.getpid()}-{number}" for number in (0, 1))
+    remove_stale_machines()
     with ExitStack() as stack:
         for name in names:
             ip("netns", "add", name)
-            stack.callback(ip, "netns", "delete", name)
+            stack.callback(remove_machine, name)
         ip("-netns", names[0], "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", names[1])
         for number, name in enumerate(names, start=1):
             ip("-netns", name, "address", "add", f"10.77.0.{number}/24", "dev", "wire")
