@@ -9,14 +9,7 @@ from typing import Any
 import pytest
 
 from qwenvl.data.sampling import SampleOrder, ShardedBatchSampler, Sharding
-from tests.train.runs import (
-    equal_bits,
-    flags,
-    history,
-    largest_difference,
-    read_annotations,
-    run_on_two_ranks,
-)
+from tests.train.runs import equal_bits, flags, history, largest_difference, read_annotations, run_on_two_ranks
 from tests.train.runs import train as train_here
 
 # Plain gradient descent: Adam divides by the gradient's size, and makes much of rounding where it is nearly zero.
