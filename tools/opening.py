@@ -13,6 +13,7 @@ from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.processor import add_tokens, build_encoder, open_processor
 from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.types import DatasetSpec
+from qwenvl.models.adapter_files import CONFIG_FILE, read_base, read_config
 from qwenvl.models.loading import read_model_type
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import FAMILIES, Family, get_family
@@ -67,6 +68,9 @@ def family_and_config(arguments: ToolArguments, processor: Any) -> tuple[Family,
         UserError: the checkpoint has no config that can be read, or the family cannot be told.
     """
     folder = Path(arguments.model_name_or_path)
+    if (folder / CONFIG_FILE).exists():
+        adapted = read_config(folder, read_base(folder))
+        return get_family(adapted.model_type), adapted
     if arguments.model_type is None and ((folder / "config.json").exists() or not folder.is_dir()):
         family = get_family(read_model_type(arguments.model_name_or_path))
         return family, AutoConfig.from_pretrained(arguments.model_name_or_path)

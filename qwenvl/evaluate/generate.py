@@ -20,7 +20,7 @@ from qwenvl.data.processor import open_processor
 from qwenvl.data.sizes import MediaPlan, VideoPlan
 from qwenvl.data.types import ImageItem, Message, TextPart, VideoItem
 from qwenvl.evaluate.prompts import Prompt
-from qwenvl.models.adapter_files import CONFIG_FILE, read_base
+from qwenvl.models.adapter_files import CONFIG_FILE, read_base, read_config
 from qwenvl.models.merging import open_adapted
 from qwenvl.utilities.distributed import local_rank
 from qwenvl.utilities.errors import UserError
@@ -77,8 +77,8 @@ def config_of(folder: str) -> PretrainedConfig:
     Raises:
         UserError: the base of adapters is not named.
     """
-    own = (Path(folder) / "config.json").is_file()
-    return AutoConfig.from_pretrained(folder if own else base_of(folder))
+    base = base_of(folder)
+    return AutoConfig.from_pretrained(folder) if base == folder else read_config(folder, base)
 
 
 def processor_folder(folder: str) -> str:

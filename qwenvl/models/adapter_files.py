@@ -10,12 +10,13 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from qwenvl.models.adapters import is_adapter, trains_whole
 from qwenvl.models.shared_out import gathered
@@ -24,6 +25,12 @@ from qwenvl.utilities.errors import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """Names that PEFT gives a folder's files."""
+
+TRAINED_CONFIG = "trained_config.json"
+"""The model's config in training, whose context may be extended.
+
+Under its usual name, transformers would take the folder for one of a whole model.
+"""
 
 _LISTED = 6
 
@@ -64,10 +71,10 @@ def save(model: PreTrainedModel, folder: str | Path, weights: Mapping[str, Tenso
     config.inference_mode = True
     config.save_pretrained(folder)
     config.inference_mode = False
-    described = copy.deepcopy(model.config)  # PEFT needs none; what reads the family and the context does
+    described = copy.deepcopy(model.config)
     if hasattr(described, "quantization_config"):
         del described.quantization_config  # of the frozen weights during training; merging is into whole ones
-    described.save_pretrained(folder)
+    described.to_json_file(Path(folder) / TRAINED_CONFIG)
 
 
 def describe_base(model: PreTrainedModel, base: str) -> None:
@@ -132,6 +139,19 @@ def require_same_names(path: Path, saved: Set[str], wanted: Set[str]) -> None:
             if names
         ]
         raise UserError(f"{path}: of its tensors {' and '.join(parts)}. It was saved from adapters of other layers.")
+
+
+def read_config(folder: str | Path, base: str, **origin: Any) -> PretrainedConfig:
+    """Return the config of the model that adapters were trained on; of folders of PEFT alone, that of the base.
+
+    Args:
+        folder: of adapters.
+        base: its checkpoint.
+        origin: options of ``from_pretrained``.
+    """
+    if (Path(folder) / TRAINED_CONFIG).is_file():
+        return AutoConfig.from_pretrained(folder, _configuration_file=TRAINED_CONFIG, **origin)
+    return AutoConfig.from_pretrained(base, **origin)
 
 
 def read_base(folder: str | Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from qwenvl.models.adapter_files import TRAINED_CONFIG
 from qwenvl.utilities.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -61,12 +62,15 @@ def require_same_context(config: Any, checkpoint: str) -> None:
 
     Args:
         config: of the run's model.
-        checkpoint: folder with a ``config.json``.
+        checkpoint: folder of a model or of adapters.
 
     Raises:
         UserError: it was trained with another one: same weights, other positions.
     """
-    saved, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    adapted = (Path(checkpoint) / TRAINED_CONFIG).is_file()
+    saved, _ = PreTrainedConfig.get_config_dict(
+        checkpoint, **({"_configuration_file": TRAINED_CONFIG} if adapted else {})
+    )
     there, here = _scaling(saved.get("text_config", saved).get("rope_parameters") or {}), _scaling(_rope(config))
     if there != here:
         raise UserError(

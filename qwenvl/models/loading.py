@@ -127,6 +127,11 @@ def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> st
     looks_local = folder.is_absolute() or model_name_or_path.startswith((".", "~")) or folder.exists()
     if looks_local and not folder.is_dir():
         raise UserError(f"--model_name_or_path {model_name_or_path}: there is no such folder.")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"--model_name_or_path {model_name_or_path}: the folder holds adapters. Merge them first: python "
+            f"tools/merge_lora.py --adapter {model_name_or_path} --output DIR; or resume their run by its own command."
+        )
     if looks_local and not (folder / "config.json").is_file():
         raise UserError(
             f"--model_name_or_path {model_name_or_path}: the folder has no config.json, so it is no checkpoint. "

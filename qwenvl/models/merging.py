@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from qwenvl.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, require_same_names
+from qwenvl.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_config, require_same_names
 from qwenvl.models.loading import load_model
 from qwenvl.utilities.errors import UserError
 
@@ -69,8 +69,7 @@ def open_adapted(
     if not path.is_file() or not (Path(adapter) / CONFIG_FILE).is_file():
         raise UserError(f"--adapter {adapter} holds no {CONFIG_FILE} with {WEIGHTS_FILE}.")
     origin: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    own = (Path(adapter) / "config.json").is_file()  # with the context of training, where it was extended
-    config = AutoConfig.from_pretrained(adapter if own else base, **origin)
+    config = read_config(adapter, base, **origin)
     model = load_model(base, dtype=dtype, attn_implementation="sdpa", config=config, **origin)
     try:
         adapted = PeftModel.from_pretrained(model, adapter)

@@ -53,6 +53,8 @@ def test_merged_folder_has_the_loss_and_the_logits_of_the_trained_adapters(
     opened = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter).eval()
     alone = AutoModelForImageTextToText.from_pretrained(merged).eval()
     inputs = sample_inputs(AutoProcessor.from_pretrained(merged), torch.device("cpu"))
+    directly = AutoModelForImageTextToText.from_pretrained(adapter).eval()  # transformers finds the base itself
+    torch.testing.assert_close(logits_of(directly, inputs), logits_of(opened, inputs), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits_of(opened, inputs), logits_of(alone, inputs), rtol=1e-4, atol=1e-4)
 
 
@@ -225,3 +227,22 @@ def test_adapters_train_on_a_quantized_base_and_merge_into_the_whole_one(
     shutil.copytree(adapter / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
     assert equal_bits(train(base, tmp_path / "resumed", registry, **quantized), adapter)
     assert weights(merge(adapter, tmp_path / "merged")).keys() == weights(base).keys()
+
+
+def test_an_extended_context_stays_with_the_adapters(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, fail: Callable[[list[str]], str]
+) -> None:
+    """Stock loading knows the base's context; merging knows that of training, and resuming asks for the same."""
+    base, yarn = tiny_checkpoint("qwen3_vl"), {"rope_scaling": "yarn", "rope_factor": 2}
+    settings = {**LORA, "save_strategy": "steps", "save_steps": 2}
+    adapter = train(base, tmp_path / "adapter", registry, **settings, **yarn)
+    assert "was trained with" in fail(flags(base, adapter, registry, **settings))
+    config = json.loads((merge(adapter, tmp_path / "merged") / "config.json").read_text())
+    assert config["text_config"]["rope_parameters"]["factor"] == 2
+
+
+def test_a_folder_of_adapters_is_no_checkpoint_to_start_from(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, fail: Callable[[list[str]], str]
+) -> None:
+    adapter = train(tiny_checkpoint("qwen3_vl"), tmp_path / "adapter", registry, **LORA, max_steps=1)
+    assert "tools/merge_lora.py --adapter" in fail(flags(adapter, tmp_path / "out", registry))
