@@ -23,6 +23,7 @@ from tools.evaluate import main as evaluate
 from tools.pack_data import main as pack_data
 from tools.predict import main as predict
 from tools.show_sample import main as show_sample
+from tools.view_data import main as view_data
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -86,6 +87,15 @@ def test_show_sample(apples: Path, tiny_checkpoint: Callable[..., Path], capsys:
     flags[flags.index("--model_name_or_path") + 1] = str(tiny_checkpoint("qwen3_vl"))
     assert show_sample([*flags, "--dataset_registry", str(apples)]) == 0
     assert "A red apple on a wooden table" in capsys.readouterr().out
+
+
+def test_view_data(apples: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    (command,) = commands("view_data.py")
+    flags = shlex.split(command)[2:]
+    flags[flags.index("--model_name_or_path") + 1] = str(tiny_checkpoint("qwen3_vl"))
+    flags[flags.index("--output") + 1] = str(tmp_path / "site")
+    assert view_data([*flags, "--dataset_registry", str(apples), "--data_cache_dir", str(tmp_path / "cache")]) == 0
+    assert "a red apple on a wooden table" in (tmp_path / "site" / "data" / "texts_0.js").read_text()
 
 
 def test_predict_and_evaluate(
