@@ -19,18 +19,24 @@ if __package__ in (None, ""):  # started as a file: the package lies two folders
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from qwenvl.arguments import parse_arguments, wants_debug
-from qwenvl.utilities.distributed import is_first_to_say, shut_down
+from qwenvl.utilities.distributed import is_first_to_say, lost_contact, shut_down
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
 
 logger = logging.getLogger("qwenvl")
+
+_LOST_CONTACT = (
+    "Another rank is gone, and with it the run; its own log, or that of its machine, says why. Start the same command "
+    "again: it goes on from the newest checkpoint. What was noticed here: %s"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; return the exit code.
 
     A user's mistake is one message without a traceback, anything else a traceback; of all ranks, the first one to fail
-    speaks, since the others fail of the same mistake or for want of the first. With ``--debug`` all of them do. A run
+    speaks, since the others fail of the same mistake or for want of the first: a rank that only misses another, on
+    another machine perhaps, says so in one message. With ``--debug`` all of them do. A run
     that SIGTERM or SIGUSR1 stopped has saved a checkpoint and returns 75.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -48,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or is_first_to_say("error"):
             logger.error("%s", error, exc_info=error if debug else None)
         return 1
-    except Exception:
+    except Exception as error:
         if debug or is_first_to_say("error"):
-            raise
+            if debug or not lost_contact(error):
+                raise
+            logger.error(_LOST_CONTACT, error)
         return 1
     shut_down()  # only here: after an error, other ranks may be waiting for this one in a collective
     return code

@@ -124,6 +124,13 @@ def is_first_to_say(what: str) -> bool:
         return True
 
 
+def lost_contact(error: BaseException) -> bool:
+    """Return whether an error says that another process of the job is gone, rather than what went wrong in this one."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):  # NCCL's, and the store's
+        return True
+    return isinstance(error, RuntimeError) and "/gloo/transport/" in str(error)  # gloo has no class of its own
+
+
 def _attempt() -> str:
     """Return where in the store this start of the job keeps its keys: torchrun's store outlives a restart."""
     return f"qwenvl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"

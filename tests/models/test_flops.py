@@ -95,6 +95,12 @@ def one_batch(model: PreTrainedModel) -> tuple[dict[str, Any], np.ndarray]:
     return tell_host(batch), np.array(measure_sample(length, ANSWER, plans), MEASURES)
 
 
+def count_products(counter: FlopCounterMode) -> int:
+    """Return the operations without those of rotary tables, which older transformers make by a product."""
+    tables = (ops for name, ops in counter.get_flop_counts().items() if name.endswith(".rotary_emb"))
+    return counter.get_total_flops() - sum(sum(ops.values()) for ops in tables)
+
+
 @pytest.mark.parametrize(
     ("family", "trained"), [*((name, Trained()) for name in FAMILIES), *(("qwen3_vl", one) for one in FROZEN)], ids=str
 )
@@ -109,14 +115,14 @@ def test_flops_are_what_torch_counts(family: str, trained: Trained, build: Calla
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         causal_loss(model, batch, num_trained_tokens=1.0)
     forward = training_flops(model.config, get_family(family), Trained(False, False, False), causal=False)
-    assert forward.count(measures) == pytest.approx(counter.get_total_flops(), rel=exactness[0])
+    assert forward.count(measures) == pytest.approx(count_products(counter), rel=exactness[0])
     vision = sum(counter.get_flop_counts()[tower].values())
     assert forward.split(measures)[0] == pytest.approx(vision, rel=exactness[0])
     with FlopCounterMode(display=False) as counter:
         causal_loss(model, batch, num_trained_tokens=1.0).backward()
     model.zero_grad()
     both = training_flops(model.config, get_family(family), trained, causal=False)
-    assert both.count(measures) == pytest.approx(counter.get_total_flops(), rel=exactness[1])
+    assert both.count(measures) == pytest.approx(count_products(counter), rel=exactness[1])
 
 
 @pytest.mark.parametrize("target", ["language", "vision", "merger", "all"])
@@ -134,7 +140,7 @@ def test_flops_of_adapters_are_what_torch_counts(target: str, build: Callable[[s
         causal_loss(model, batch, num_trained_tokens=1.0).backward()
     trained = Trained(False, False, False, adapter_sizes(model))
     expected = training_flops(model.config, get_family("qwen3_vl"), trained, causal=False)
-    assert expected.count(measures) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert expected.count(measures) == pytest.approx(count_products(counter), rel=1e-6)
 
 
 def test_flops_add_up_and_causal_attention_is_half(build: Callable[[str], PreTrainedModel]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import ERROR, REPOSITORY
+from tests.train.runs import ERROR, REPOSITORY, flags
 from tests.train.test_errors import GOOD, Place, sample
 
 
@@ -75,3 +76,36 @@ def test_the_launcher_adds_no_traceback_of_its_own(place: Place) -> None:
     assert code == 1
     assert len(ERROR.findall(output)) == 1, output
     assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_rank_that_misses_another_says_so_in_one_message(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """Two machines as it were: no launcher here ends the one when the other dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    ranks, logs = [], []
+    command = flags(tiny_checkpoint("qwen3_vl"), tmp_path / "out", registry, max_steps=2000)
+    for rank in ("0", "1"):
+        logs.append(tmp_path / f"{rank}.log")
+        environment = os.environ | common | {"RANK": rank, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        script = [sys.executable, SCRIPT]
+        with logs[-1].open("w") as log:
+            ranks.append(subprocess.Popen([*script, *command], env=environment, stdout=log, stderr=log))
+    try:
+        deadline = time.monotonic() + 200
+        while logs[0].read_text().count("'loss'") < 2:
+            assert time.monotonic() < deadline and ranks[0].poll() is None, logs[0].read_text()
+            time.sleep(0.2)
+        ranks[1].kill()
+        assert ranks[0].wait(60) == 1
+    finally:
+        for process in ranks:
+            process.kill()
+    text = logs[0].read_text()
+    assert "Traceback" not in text
+    (message,) = ERROR.findall(text)
+    assert message.startswith("Another rank is gone") and "Start the same command again" in message
