@@ -212,7 +212,7 @@ def test_merging_refuses_what_does_not_fit(
 
 
 def test_adapters_train_on_a_quantized_base_and_merge_into_the_whole_one(
-    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """On the CPU, where bitsandbytes trains too, though too slowly for anything but a test: so it is let through."""
     pytest.importorskip("bitsandbytes")
@@ -220,7 +220,8 @@ def test_adapters_train_on_a_quantized_base_and_merge_into_the_whole_one(
     base = tiny_checkpoint("qwen3_vl")
     settings = {**LORA, "bf16": True, "tune_mm_mlp": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 3}
     quantized = {**settings, "quantization_bit": 4}
-    adapter = train(base, tmp_path / "adapter", registry, **quantized)
+    adapter = train(base, tmp_path / "adapter", registry, **quantized, verify_export=True)
+    assert "its base had 4 bits in training" in caplog.text
     plain = train(base, tmp_path / "plain", registry, **settings)
     assert history(adapter) == pytest.approx(history(plain), rel=0.05)
     assert history(adapter) != history(plain), "nothing was quantized"
