@@ -73,7 +73,7 @@ def open_adapted(
     model = load_model(base, dtype=dtype, attn_implementation="sdpa", config=config, **origin)
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError) as error:  # shapes that differ, layers that are not there
+    except (RuntimeError, ValueError, KeyError) as error:  # shapes that differ, layers or tensors that are not there
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{adapter} does not fit {base}: {first} Was it trained on another checkpoint?") from error
     with safe_open(path, "pt") as file:

@@ -193,13 +193,14 @@ def test_merging_refuses_what_does_not_fit(
     tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = tiny_checkpoint("qwen3_vl")
-    adapter = train(base, tmp_path / "adapter", registry, **LORA, max_steps=1)
+    adapter = train(base, tmp_path / "adapter", registry, **{**LORA, "tune_mm_mlp": True}, max_steps=1)
     tensors = weights(adapter)
+    partial = {name: tensor for name, tensor in tensors.items() if "merger" not in name}
     renamed = {name.replace("q_proj", "query"): tensor for name, tensor in tensors.items()}
     zero = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
     wider = {name: torch.cat([tensor, tensor], -1) if "lora_A" in name else tensor for name, tensor in tensors.items()}
     for number, (broken, words) in enumerate(
-        [(renamed, "fit nothing"), (zero, "weights changed"), (wider, "does not fit")]
+        [(renamed, "fit nothing"), (zero, "weights changed"), (wider, "does not fit"), (partial, "does not fit")]
     ):
         folder = shutil.copytree(adapter, tmp_path / f"broken-{number}")
         save_file(broken, folder / "adapter_model.safetensors", {"format": "pt"})
