@@ -14,6 +14,10 @@ from pathlib import Path
 
 import psutil
 
+CREDENTIALS = 15
+"""Seconds in which a job has to be started on its nodes, some of which a busy machine needs; and for which one that was
+requeued waits, as its nodes refuse it until its first credentials are void."""
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 
 
@@ -100,7 +104,7 @@ ClusterName=test
 SlurmctldHost={name}(127.0.0.1)
 SlurmctldPort={_free_port()}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire={CREDENTIALS}
 CredType=cred/munge
 SlurmUser=root
 StateSaveLocation={folder}/state
