@@ -147,3 +147,14 @@ class Collator:
         ids = torch.full((2,), self.pad_token_id)
         positions = torch.arange(2).expand(4, 2).clone()
         return EncodedSample(Tokens(ids, torch.full_like(ids, IGNORE_INDEX), positions, torch.zeros(2).bool()))
+
+
+def for_model(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch of :class:`Collator` without what is told of its samples.
+
+    Raises:
+        UserError: one of them must stop the run.
+    """
+    if batch["error"] is not None:
+        raise batch["error"]
+    return {name: value for name, value in batch.items() if name not in ("events", "error", "origins")}

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qwenvl.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """Names of floating-point types in headers and in configs."""
 
@@ -64,7 +65,7 @@ def problems_of(folder: Path, source: Mapping[str, Header] | None = None, ignore
         ignored: patterns of names that transformers leaves out on purpose when it loads the source.
     """
     problems = [*_processor_problems(folder)]
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / CONFIG_FILE).is_file():
         return problems + _adapter_problems(folder)
     small = ("config.json", "generation_config.json")
     problems += [f"{name} is missing" for name in small if not (folder / name).is_file()]
@@ -174,11 +175,11 @@ def _naming_problems(
 
 def _adapter_problems(folder: Path) -> list[str]:
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        headers = read_headers([folder / ADAPTER])
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        headers = read_headers([folder / WEIGHTS_FILE])
     except (OSError, ValueError, SafetensorError) as error:
         return [f"the adapter cannot be read: {error}"]
-    problems = [] if config.get("base_model_name_or_path") else [f"{ADAPTER_CONFIG} names no base model"]
+    problems = [] if config.get("base_model_name_or_path") else [f"{CONFIG_FILE} names no base model"]
     halves = {half: {name.replace(half, "lora") for name in headers if half in name} for half in ("lora_A", "lora_B")}
     lonely = sorted(halves["lora_A"] ^ halves["lora_B"])
     if lonely:

@@ -22,6 +22,7 @@ from qwenvl.data.types import ImageItem, Message, TextPart, VideoItem
 from qwenvl.evaluate.prompts import Prompt
 from qwenvl.models.adapter_files import CONFIG_FILE, read_base, read_config
 from qwenvl.models.merging import open_adapted
+from qwenvl.models.precision import read_dtype
 from qwenvl.utilities.distributed import local_rank
 from qwenvl.utilities.errors import UserError
 
@@ -105,7 +106,7 @@ def open_answerer(folder: str, *, device: str | None = None, dtype: torch.dtype 
         model: Any = (
             AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
             if base == folder
-            else open_adapted(base, folder, dtype or AutoConfig.from_pretrained(base).dtype or torch.float32)
+            else open_adapted(base, folder, dtype or read_dtype(base))
         )
     except UserError:
         raise

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwenvl.data.collation import EncodedSample, Item
+from qwenvl.data.collation import EncodedSample, Item, for_model
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.encoding import Plan
 from qwenvl.data.sizes import VideoPlan
 from qwenvl.data.types import Sample
-from qwenvl.evaluate.folder_check import ADAPTER, ADAPTER_CONFIG
+from qwenvl.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from qwenvl.models.expert_layout import weight_files
 from qwenvl.models.loss import tell_host
 from qwenvl.models.patches import Patchify
@@ -97,9 +97,7 @@ def trainer_logits(trainer: SavingTrainer, case: Case) -> tuple[Tensor, Tensor]:
         int64 [n], and float32 [n, V], both on the host.
     """
     assert trainer.data_collator is not None
-    batch = trainer.data_collator([Item((case.encoded,))])
-    for name in ("events", "error", "origins"):
-        batch.pop(name)
+    batch = for_model(trainer.data_collator([Item((case.encoded,))]))
     inputs = tell_host(batch)
     length = batch["input_ids"].shape[1]
     rows = torch.linspace(0, length - 1, min(_ROWS, length)).round().long()
@@ -173,15 +171,15 @@ def _obstacle(folder: Path) -> str:
 
 def _bytes_of(folder: Path) -> int:
     """Return the size of the weights, those of an adapter with its base model's."""
-    files = [file for file in folder.glob("*model*.safetensors") if (file.name == ADAPTER) == _is_adapter(folder)]
+    files = [file for file in folder.glob("*model*.safetensors") if (file.name == WEIGHTS_FILE) == _is_adapter(folder)]
     if _is_adapter(folder):
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
         files += map(Path, weight_files(base, {}))
     return sum(file.stat().st_size for file in files)
 
 
 def _is_adapter(folder: Path) -> bool:
-    return (folder / ADAPTER_CONFIG).is_file()
+    return (folder / CONFIG_FILE).is_file()
 
 
 def _compare(folder: Path, tensors: Mapping[str, Tensor], trainer: SavingTrainer) -> None:

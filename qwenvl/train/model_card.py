@@ -14,6 +14,7 @@ import yaml
 
 from qwenvl.arguments import ParsedArguments
 from qwenvl.data.dataset import ConversationDataset
+from qwenvl.models.adapter_files import CONFIG_FILE
 
 MARKER = "<!-- Written by qwenvl after training. Without this line it is yours, and no run replaces it. -->"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -62,7 +63,7 @@ class Card:
 
     def text(self, folder: Path, history: Sequence[Mapping[str, float]]) -> str:
         """Return the card of a folder."""
-        adapter = (folder / "adapter_config.json").is_file()
+        adapter = (folder / CONFIG_FILE).is_file()
         kind = "A LoRA adapter for" if adapter else "Fine-tuned from"
         loaded = (_ADAPTER_LOADED if adapter else _LOADED).format(name=self.name, base=self.base)
         parts = [

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from qwenvl.arguments import ParsedArguments, TrainingArguments
-from qwenvl.data.collation import Collator
+from qwenvl.data.collation import Collator, for_model
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.lengths import measure_lengths
 from qwenvl.data.sampling import Sharding, costs_of_ranks, imbalance
@@ -138,14 +138,15 @@ def require_room_on_disk(args: TrainingArguments, states: StateMemory) -> None:
 def measure_heaviest(
     model: PreTrainedModel, data: RunData, measures: np.ndarray, parsed: ParsedArguments
 ) -> StepMemory:
-    """Return the memory of the micro-batch with most tokens, or of that with most patches: whichever takes more."""
+    """Return the memory of the micro-batch with most tokens, or of that with most patches: whichever takes more.
+
+    Raises:
+        UserError: one of their samples must stop the run.
+    """
     tokenizer: Any = data.processor.tokenizer
     collate = Collator(tokenizer.pad_token_id, parsed.data.data_flatten)
-    found = []
-    for name in ("tokens", "patches"):
-        heaviest = np.argsort(-measures[name], kind="stable")[: parsed.training.train_batch_size].tolist()
-        batch = collate([data.train[index] for index in heaviest])
-        for own in ("events", "error", "origins"):
-            batch.pop(own)
-        found.append(measure_step(model, tell_host(batch)))
+    size = parsed.training.train_batch_size
+    heaviest = {tuple(np.argsort(-measures[name], kind="stable")[:size].tolist()) for name in ("tokens", "patches")}
+    batches = [for_model(collate([data.train[index] for index in indices])) for indices in sorted(heaviest)]
+    found = [measure_step(model, tell_host(batch)) for batch in batches]
     return max(found, key=lambda one: one.activations + one.logits)

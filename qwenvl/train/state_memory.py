@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qwenvl.arguments import TrainingArguments
 from qwenvl.arguments.engines import read_settings
+from qwenvl.models.adapters import has_adapters
 
 _STATES = {"adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 2.0, "ademamix_8bit": 3.0}
 _STATES |= {"lion_32bit": 4.0, "paged_lion_32bit": 4.0, "lion_8bit": 1.0, "paged_lion_8bit": 1.0, "sgd": 0.0}
@@ -96,12 +97,8 @@ def estimate_states(
         weights=0 if sharing.offloads_weights else weights // (sharing.ranks if sharing.stage == 3 else 1),
         gradients=gradients // (sharing.ranks if sharing.stage >= 2 else 1) + buckets,
         optimizer=of_optimizer,
-        checkpoint=states + (counts[True] * trained.itemsize if _is_adapted(model) else weights),
+        checkpoint=states + (counts[True] * trained.itemsize if has_adapters(model) else weights),
     )
-
-
-def _is_adapted(model: nn.Module) -> bool:
-    return bool(getattr(model, "peft_config", None))
 
 
 def _optimizer_bytes(model: nn.Module, optimizer: str) -> int:

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qwenvl.evaluate.folder_check import ADAPTER, DTYPES, INDEX, WEIGHTS, Header, read_headers
+from qwenvl.evaluate.folder_check import DTYPES, INDEX, WEIGHTS, Header, read_headers
+from qwenvl.models.adapter_files import WEIGHTS_FILE
 
 _OF_A_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -29,7 +30,7 @@ def rewrite_weights(folder: Path, dtype: str, max_bytes: int) -> None:
         dtype: ``float32`` or ``bfloat16``; ``auto`` for the one they have.
         max_bytes: of one file; a tensor is never split.
     """
-    adapter = folder / ADAPTER
+    adapter = folder / WEIGHTS_FILE
     files = [adapter] if adapter.is_file() else sorted(folder.glob("model*.safetensors"))
     headers = read_headers(files)
     shards = [list(headers)] if adapter.is_file() else list(_shards(headers, dtype, max_bytes))

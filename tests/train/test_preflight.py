@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
 from qwenvl.arguments import parse_arguments
+from qwenvl.data.collation import for_model
 from qwenvl.models.loss import causal_loss, tell_host
 from qwenvl.models.step_memory import measure_step
 from qwenvl.train.data_setup import open_config, open_data
@@ -95,9 +96,7 @@ def test_memory_is_what_a_real_step_takes(
         parsed, open_model(parsed, data.processor, config, data.added_tokens), data, Records("", {})
     )
     batch = next(iter(trainer.get_train_dataloader()))
-    for own in ("events", "error", "origins"):
-        batch.pop(own)
-    batch, model = tell_host(batch), trainer.model
+    batch, model = tell_host(for_model(batch)), trainer.model
     on_meta = open_model(parsed, data.processor, config, data.added_tokens, on_meta=True)
     step = measure_step(on_meta, batch)
     for parameter in model.parameters():
@@ -129,6 +128,9 @@ def test_finds_what_would_fail_later(
     command = flags(tiny_checkpoint("qwen3_vl"), tmp_path / "out", folder / "registry.py", dataset_use="pictures")
     message = fail([*command, "--dry_run"])
     assert picture.name in message and "pictures.json" in message
+    all_at_once = {"dataset_use": "mixed", "per_device_train_batch_size": 11}  # where a text comes first
+    command = flags(tiny_checkpoint("qwen3_vl"), tmp_path / "out", folder / "registry.py", **all_at_once)
+    assert picture.name in fail([*command, "--dry_run"])
     model = shutil.copytree(tiny_checkpoint("qwen3_vl"), tmp_path / "model")
     tensors = weights(model)
     missing = next(name for name in tensors if "layers.0.mlp.up" in name)
