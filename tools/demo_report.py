@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a script: make the repository's packages
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
 from tools.demo.chart import read_losses
-from tools.demo.page import build_page
+from tools.demo.page import build_demo_page
 from tools.demo.results import Result, TaskScore, answer_heldout, score, write_results
 
 logger = logging.getLogger("qwenvl.demo_report")
@@ -67,7 +67,7 @@ def report(model: Path, data: Path, output: Path, limit: int | None = None) -> l
     scores = score(results)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_results(output.with_suffix(".jsonl"), results)
-    output.write_text(build_page(results, scores, read_losses(model)), encoding="utf-8")
+    output.write_text(build_demo_page(results, scores, read_losses(model)), encoding="utf-8")
     console = Console()
     console.print(answer_table(results, data.resolve()))
     console.print(score_table(scores))

@@ -43,7 +43,7 @@ from qwenvl.utilities.distributed import is_first_to_say, is_main_process, shut_
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
 from tools.asking.opening import AskArguments, open_job, open_model, progress_bar
-from tools.evaluation.page import OtherAnswers, build_page, percent
+from tools.evaluation.page import OtherAnswers, build_evaluation_page, percent
 
 logger = logging.getLogger("qwenvl.evaluate")
 
@@ -158,7 +158,7 @@ def write(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Seq
     others: OtherAnswers = {
         view: {key_of(line): line for line in lines} for view, lines in views.items() if view != "shown"
     }
-    page = build_page(f"Evaluation of {asked}", scores, blindness, others, arguments.worst)
+    page = build_evaluation_page(f"Evaluation of {asked}", scores, blindness, others, arguments.worst)
     for name, text in (("evaluation.json", json.dumps(record, indent=2) + "\n"), ("evaluation.html", page)):
         with replacing(folder / name) as path:
             path.write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.tools.pages import Page
 from tools.demo.chart import Losses, draw, read_losses
-from tools.demo.page import build_page
+from tools.demo.page import build_demo_page
 from tools.demo.results import Result, guess_rate, score
 from tools.demo_report import main
 from tools.make_demo_data import make_demo_data
@@ -44,7 +44,7 @@ def results(data: Path) -> list[Result]:
 
 def test_the_page_holds_everything_and_loads_nothing(results: list[Result]) -> None:
     losses = Losses(train=((1, 6.0), (50, 0.5)), held_out=((50, 0.7),), seconds=90)
-    source = build_page(results, score(results), losses)
+    source = build_demo_page(results, score(results), losses)
     page = Page(source)
     assert page.open == []
     assert len(page.links) == 4 + 1 + 4  # digits, the box's picture, frames of the clip
@@ -59,7 +59,7 @@ def test_the_page_holds_everything_and_loads_nothing(results: list[Result]) -> N
 
 
 def test_wrong_answers_beyond_the_first_are_shown(results: list[Result]) -> None:
-    page = Page(build_page(results, score(results), Losses(), shown=1)).text
+    page = Page(build_demo_page(results, score(results), Losses(), shown=1)).text
     assert "Wrong answers among the other 3 samples: 2, 1 of them here." in page
     assert "no record of its training" in page
 

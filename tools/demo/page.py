@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 from PIL import Image
 
 from qwenvl.data.media import MediaReader
 from qwenvl.data.types import VideoItem
 from qwenvl.evaluate.box_answers import read_boxes
+from qwenvl.pages.parts import build_page, table
+from qwenvl.pages.pictures import image_tag, video_frames, with_boxes
 from tools.demo.chart import Losses, draw
 from tools.demo.results import Result, TaskScore
-from tools.pages.pictures import image_tag, style, video_frames, with_boxes
 
 TITLE = "A tiny Qwen3-VL learns to see"
+SCORES_NOTE = "Chance: how often the answer to another sample of the same task would be right."
 VIDEO_SUFFIXES = (".mp4",)
 
 ABOUT = {
@@ -28,7 +28,7 @@ ABOUT = {
 }
 
 
-def build_page(results: Sequence[Result], scores: Sequence[TaskScore], losses: Losses, *, shown: int = 12) -> str:
+def build_demo_page(results: Sequence[Result], scores: Sequence[TaskScore], losses: Losses, *, shown: int = 12) -> str:
     """Return the page.
 
     Args:
@@ -37,16 +37,13 @@ def build_page(results: Sequence[Result], scores: Sequence[TaskScore], losses: L
         losses: of the training run.
         shown: samples shown of a task, the first ones; wrong answers among the others follow, at most half as many.
     """
-    template = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=TITLE,
-        style=style(),
-        lead=_lead(scores, losses),
-        scores=_score_table(scores),
-        scores_note="Chance: how often the answer to another sample of the same task would be right.",
-        chart=draw(losses),
-        tasks="".join(_task(one, [result for result in results if result.task == one.task], shown) for one in scores),
+    figures = (
+        f'<section class="panel"><h2>Right answers</h2>{_score_table(scores)}'
+        f'<p class="note">{SCORES_NOTE}</p></section>'
+        f'<section class="panel"><h2>Loss</h2>{draw(losses)}</section>'
     )
+    tasks = (_task(one, [result for result in results if result.task == one.task], shown) for one in scores)
+    return build_page(TITLE, f"<p>{_lead(scores, losses)}</p>", f'<div class="top">{figures}</div>', *tasks)
 
 
 def _lead(scores: Sequence[TaskScore], losses: Losses) -> str:
@@ -62,12 +59,11 @@ def _lead(scores: Sequence[TaskScore], losses: Losses) -> str:
 
 
 def _score_table(scores: Sequence[TaskScore]) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(score.task)}</td><td>{score.right} of {score.total}</td>"
-        f"<td>{score.accuracy:.1%}</td><td>{score.chance:.0%}</td></tr>"
+    rows = [
+        (score.task, f"{score.right} of {score.total}", f"{score.accuracy:.1%}", f"{score.chance:.0%}")
         for score in scores
-    )
-    return f"<table><tr><th>Task</th><th>Right</th><th>Accuracy</th><th>Chance</th></tr>{rows}</table>"
+    ]
+    return table(("Task", "Right", "Accuracy", "Chance"), rows)
 
 
 def _task(score: TaskScore, results: Sequence[Result], shown: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -15,8 +14,9 @@ from qwenvl.evaluate.box_answers import read_boxes
 from qwenvl.evaluate.cases import Scored
 from qwenvl.evaluate.evaluation import Scores
 from qwenvl.evaluate.predictions import EMBEDDED, Prediction
+from qwenvl.pages.parts import build_page, table
+from qwenvl.pages.pictures import image_tag, video_frames, with_boxes
 from qwenvl.utilities.errors import SampleError
-from tools.pages.pictures import image_tag, style, video_frames, with_boxes
 
 LONGEST_TEXT = 600
 """Characters of a question or answer that are shown."""
@@ -29,7 +29,7 @@ VIEW_NAMES: Mapping[View, str] = {"shown": "its own", "blank": "blank", "swapped
 OtherAnswers = Mapping[View, Mapping[Key, Prediction]]
 
 
-def build_page(
+def build_evaluation_page(
     title: str, scores: Sequence[Scores], blindness: Sequence[Blindness], others: OtherAnswers, worst: int
 ) -> str:
     """Return the page.
@@ -41,19 +41,22 @@ def build_page(
         others: answers to blank and exchanged pictures, by sample.
         worst: samples that are shown of each dataset, from the lowest score up.
     """
-    template = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     asked, not_asked = sum(len(one.lines) for one in scores), [line for one in scores for line in one.not_asked]
-    return template.substitute(
-        title=escape(title),
-        style=style(),
-        lead=f"{_samples(asked)} of {len({one.dataset for one in scores})} dataset(s). {len(not_asked):,} could not be "
-        f"asked. The lowest scores of each dataset are shown, at most {worst}.",
-        scores=_score_table(scores),
-        note="95% CI: percentiles of 1,000 bootstrap resamples of the samples. Unreadable answers lack the form that "
-        "the metric reads, and count as wrong.",
-        blindness=_blindness(blindness) if blindness else "",
-        groups="".join(_group(one, others, worst) for one in scores),
-        not_asked=_not_asked(not_asked) if not_asked else "",
+    lead = (
+        f"{_samples(asked)} of {len({one.dataset for one in scores})} dataset(s). {len(not_asked):,} could not be "
+        f"asked. The lowest scores of each dataset are shown, at most {worst}."
+    )
+    note = (
+        "95% CI: percentiles of 1,000 bootstrap resamples of the samples. Unreadable answers lack the form that "
+        "the metric reads, and count as wrong."
+    )
+    return build_page(
+        title,
+        f"<p>{lead}</p>",
+        f'<section class="panel"><h2>Scores</h2>{_score_table(scores)}<p class="note">{note}</p></section>',
+        _blindness(blindness) if blindness else "",
+        *(_group(one, others, worst) for one in scores),
+        _not_asked(not_asked) if not_asked else "",
     )
 
 
@@ -74,7 +77,7 @@ def _score_table(scores: Sequence[Scores]) -> str:
         )
         for one in scores
     ]
-    return _table(names, rows)
+    return table(names, rows)
 
 
 def percent(interval: Interval | None) -> tuple[str, str]:
@@ -84,16 +87,9 @@ def percent(interval: Interval | None) -> tuple[str, str]:
     return f"{interval.value:.1%}", f"{interval.low:.1%} to {interval.high:.1%}"
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
 def _blindness(groups: Sequence[Blindness]) -> str:
     text = "".join(
-        f'<p class="says"><strong>{escape(one.name)}.</strong> {escape(one.verdict)}</p>'
-        f'<div class="scroll">{_view_table(one)}</div>'
+        f'<p class="says"><strong>{escape(one.name)}.</strong> {escape(one.verdict)}</p>{_view_table(one)}'
         for one in groups
     )
     note = (
@@ -121,7 +117,7 @@ def _view_table(one: Blindness) -> str:
                 *(("", "") if rise is None else (f"{rise.value:+.3f}", f"{rise.low:.3f} to {rise.high:.3f}")),
             )
         )
-    return _table(names, rows) + f'<p class="note">{_samples(one.count)} compared, {one.left_out:,} left out.</p>'
+    return table(names, rows) + f'<p class="note">{_samples(one.count)} compared, {one.left_out:,} left out.</p>'
 
 
 def _change(fall: Interval | None) -> tuple[str, str]:
@@ -190,5 +186,5 @@ def _medium(line: Prediction, kind: str, source: str | tuple[str, ...]) -> str:
 def _not_asked(lines: Sequence[Prediction]) -> str:
     rows = [(line.dataset, f"{Path(line.file).name}:{line.line}", line.id or "", line.error or "") for line in lines]
     more = f'<p class="note">And {len(rows) - LISTED:,} more.</p>' if len(rows) > LISTED else ""
-    table = _table(("Dataset", "Line", "Id", "Reason"), rows[:LISTED])
-    return f'<section><h2>Not asked</h2><div class="panel scroll reasons">{table}</div>{more}</section>'
+    listed = table(("Dataset", "Line", "Id", "Reason"), rows[:LISTED])
+    return f'<section><h2>Not asked</h2><div class="panel reasons">{listed}</div>{more}</section>'

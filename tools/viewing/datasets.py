@@ -15,9 +15,9 @@ from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.lengths import RowLengths
 from qwenvl.data.packing import lower_bound
 from qwenvl.data.plans import PackPlan
+from qwenvl.pages.parts import table
 from tools.viewing.charts import histogram, legend, pack_bars, shares
 from tools.viewing.rows import MediaStatistics
-from tools.viewing.site import table
 
 SHOWN_PACKS = 60
 LISTED = 500

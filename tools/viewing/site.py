@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from qwenvl.pages.parts import style
 from qwenvl.utilities.errors import UserError
-from tools.pages.pictures import style
 from tools.viewing.samples import KINDS
 
 SAMPLES_A_FILE = 25
@@ -116,10 +116,3 @@ def write_pages(folder: Path, title: str, lead: str, sections: Iterable[str]) ->
         (folder / name).write_text(template.substitute(values), encoding="utf-8")
     for name in ("viewer.js", "cards.js"):
         shutil.copyfile(here / name, folder / name)
-
-
-def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of plain texts."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'

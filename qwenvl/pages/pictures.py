@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Iterable
 from html import escape
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -20,11 +19,6 @@ LONGEST_SIDE = 400
 """Pixels of a thumbnail."""
 
 _LOSSLESS_SIDE = 160  # small drawings and digits suffer from JPEG
-
-
-def style() -> str:
-    """Return the style sheet of all pages, light and dark."""
-    return (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -1,0 +1,36 @@
+"""The style sheet and plain parts of every page."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+
+def style() -> str:
+    """Return the style sheet of all pages, light and dark."""
+    return (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+
+
+def build_page(title: str, *parts: str) -> str:
+    """Return a page that needs no other file.
+
+    Args:
+        title: plain text.
+        parts: what stands below the title, one after another.
+    """
+    template = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    return template.substitute(title=escape(title), style=style(), body="\n".join(part for part in parts if part))
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of plain texts, which scrolls where the page is narrow.
+
+    Args:
+        names: of the columns.
+        rows: a text for each of them.
+    """
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
