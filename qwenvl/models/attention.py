@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
+from qwenvl.models.attention_maps import AttentionProbe
 from qwenvl.models.segments import Segments
 
 NAME = "sdpa_segments"
@@ -47,7 +48,7 @@ def segmented_attention(
         segments: whose lengths add up to T.
         scaling: of the products; default 1 / sqrt(D).
         dropout: of the attention weights.
-        kwargs: of other attention functions.
+        kwargs: ``attention_probe``, which is shown the queries and keys; the rest is of other attention functions.
 
     Returns:
         ([B, T, heads, D], None).
@@ -56,12 +57,16 @@ def segmented_attention(
         ValueError: ``segments`` is missing, as in a call that is not the trainer's: without it, samples would
             see each other, and tokens would see padding.
     """
-    del module, attention_mask, kwargs
+    del attention_mask
     if segments is None:
         raise ValueError(
             f"The attention {NAME!r} is for training and has to be told where samples end. Before other calls, such as "
             "generate, choose another one: model.set_attn_implementation('sdpa')."
         )
+    probe: AttentionProbe | None = kwargs.get("attention_probe")
+    if probe is not None:
+        layer: Any = module
+        probe.see(layer.layer_idx, query, key, segments.lengths, scaling)
     queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
     attended = [
