@@ -39,7 +39,7 @@ from qwenvl.evaluate.evaluation import Scores, evaluate, evaluate_views
 from qwenvl.evaluate.metrics import METRICS, find_metric
 from qwenvl.evaluate.predictions import Prediction, read_predictions
 from qwenvl.utilities.cache import replacing
-from qwenvl.utilities.distributed import is_first_to_say, is_main_process, shut_down, start_group
+from qwenvl.utilities.distributed import is_first_to_say, is_main_process, run_program, shut_down, start_group
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
 from tools.asking.opening import AskArguments, open_job, open_model, progress_bar
@@ -183,4 +183,4 @@ def show(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Sequ
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -32,7 +32,14 @@ from qwenvl.data.types import Message, TextPart
 from qwenvl.evaluate.answering import answer_rows
 from qwenvl.evaluate.predictions import Prediction
 from qwenvl.evaluate.prompts import open_prompt
-from qwenvl.utilities.distributed import is_first_to_say, is_main_process, shut_down, start_group, world_size
+from qwenvl.utilities.distributed import (
+    is_first_to_say,
+    is_main_process,
+    run_program,
+    shut_down,
+    start_group,
+    world_size,
+)
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
 from tools.asking.chat import Chat, answer_aloud
@@ -120,4 +127,4 @@ def summarize(lines: list[Prediction], output: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # started as a file: the package lies two folders
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from qwenvl.arguments import parse_arguments, wants_debug
-from qwenvl.utilities.distributed import is_first_to_say, lost_contact, shut_down
+from qwenvl.utilities.distributed import is_first_to_say, lost_contact, run_program, shut_down
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
 
@@ -65,4 +65,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import gc
+import logging
 import os
+import sys
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -153,5 +156,31 @@ def _store() -> Any:
 def shut_down() -> None:
     """Leave the process group, if there is one; call it when every process has finished its work."""
     if is_initialized():
-        gc.collect()  # what still refers to the group would have to end its threads while Python ends, and may abort
+        gc.collect()  # a group ends its threads when nothing refers to it any more
         dist.destroy_process_group()
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Call a program's main function, and end the process with the exit code that it returns.
+
+    One of several processes ends without taking Python apart: DeepSpeed and FSDP keep process groups alive whatever is
+    destroyed, and a thread of gloo that lets go of a tensor while Python ends aborts the process, so that the launcher
+    would call a finished run failed. What is registered with ``atexit`` still runs (experiment trackers finish there).
+    """
+    if "RANK" not in os.environ:
+        sys.exit(main())
+    code = 1
+
+    def leave() -> None:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+    atexit.register(leave)  # before all others, which makes it the last one to run
+    try:
+        code = main()
+    except SystemExit as ended:  # --help
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+    sys.exit(code)

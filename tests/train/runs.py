@@ -106,7 +106,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qwenvl.arguments import parse_arguments
 from qwenvl.train import setup
 from qwenvl.train.measured import MeasuredTrainer
-from qwenvl.utilities.distributed import gather_objects, shut_down
+from qwenvl.utilities.distributed import gather_objects, run_program, shut_down
 from qwenvl.utilities.logging import setup_logging
 
 
@@ -136,6 +136,7 @@ for arguments in json.load(open(sys.argv[1])):
     AcceleratorState._reset_state()
 json.dump(engines, open(sys.argv[1] + ".engines", "w"))
 shut_down()
+run_program(lambda: 0)
 """
 
 

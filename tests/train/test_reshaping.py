@@ -21,7 +21,7 @@ import json, sys
 from accelerate.state import AcceleratorState
 from qwenvl.arguments import parse_arguments
 from qwenvl.train.setup import run
-from qwenvl.utilities.distributed import gather_objects, shut_down
+from qwenvl.utilities.distributed import gather_objects, run_program, shut_down
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
 
@@ -34,6 +34,7 @@ for name, arguments in json.load(open(sys.argv[1])).items():
     gather_objects(None)
     AcceleratorState._reset_state()
 shut_down()
+run_program(lambda: 0)
 """
 # Four samples a step and eleven in all: three steps an epoch, of which the last one is not full.
 STEPS: dict[str, Any] = {

@@ -3,6 +3,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -125,3 +127,41 @@ def test_where_nobody_can_be_asked_everyone_speaks(monkeypatch: pytest.MonkeyPat
     assert distributed.is_first_to_say("x")
     monkeypatch.delenv("MASTER_ADDR")
     assert distributed.is_first_to_say("x")
+
+
+PROGRAM = """
+import atexit, logging, sys
+from qwenvl.utilities.distributed import run_program
+
+class TakenApart:
+    def __del__(self, write=sys.stderr.write):
+        write("taken apart")
+
+def main():
+    global kept
+    kept = TakenApart()
+    atexit.register(lambda: sys.stdout.write("tracker finished"))  # not flushed
+    {ending}
+
+run_program(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("return 0", 0), ("return 75", 75), ("sys.exit(2)", 2), ("sys.exit()", 0), ("raise KeyError('x')", 1)],
+)
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_launched_program_ends_with_its_code_and_is_not_taken_apart(ending: str, code: int, launched: bool) -> None:
+    """Threads of the process group would abort it while Python ends; experiment trackers still finish."""
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.replace("{ending}", ending)],
+        env=environment | ({"RANK": "0"} if launched else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (code, "tracker finished"), done.stderr
+    assert ("taken apart" in done.stderr) is not launched
+    assert ("KeyError" in done.stderr) is (code == 1)
