@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, ProcessorMixin
 
 from qwenvl.arguments import ParsedArguments
 from qwenvl.data.collation import Event
-from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, split_tables
+from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, shared_rows, split_tables
 from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.plans import planned_datasets
 from qwenvl.data.processor import (
@@ -99,6 +99,13 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     if arguments.eval_dataset_use:
         named = parse_dataset_use(arguments.eval_dataset_use, registry, "--eval_dataset_use")
         held_out = _open_tables(named, seed, arguments.data_cache_dir)
+        for name, count in shared_rows(tables, held_out).items():
+            logger.warning(
+                "%d rows of the evaluation dataset %r are training rows too, so that its loss and answers show what is "
+                "remembered. Hold rows out by --eval_ratio, or name other data.",
+                count,
+                name,
+            )
     elif arguments.eval_ratio:
         tables, held_out = split_tables(tables, arguments.eval_ratio, seed)
     skip = arguments.on_bad_sample == "skip"

@@ -106,6 +106,20 @@ def test_loss_of_evaluation_is_that_of_all_its_trained_tokens(
     assert max(counts) > 3 * min(counts)  # a mean of the batches' means would be another number
 
 
+def test_evaluation_on_training_rows_is_said(
+    checkpoint: Path, registry: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``a%50`` for both takes the same rows twice: its loss would be taken for that of unseen samples."""
+    said = []
+    for used, held_out in (("mixed%60", "mixed%40"), ("mixed", "held_out")):
+        caplog.clear()
+        command = flags(checkpoint, tmp_path, registry, dataset_use=used, eval_dataset_use=held_out)
+        _samples(command, checkpoint)
+        said.append([record.getMessage() for record in caplog.records if "training rows too" in record.getMessage()])
+    assert [len(lines) for lines in said] == [1, 0]
+    assert said[0][0].startswith("4 rows of the evaluation dataset 'mixed' are training rows too")
+
+
 def test_logged_loss_is_that_of_the_trained_tokens_of_the_step(
     checkpoint: Path, registry: Path, tmp_path: Path
 ) -> None:
