@@ -45,6 +45,11 @@ def check_together(
     """
     _check_trained_parts(model, adapters, data)
     _check_quantization(adapters, training)
+    if training.max_steps == 0:
+        raise UserError(
+            "--max_steps 0 trains nothing. Leave it out for --num_train_epochs, or add --dry_run to see what training "
+            "would do."
+        )
     if training.dry_run_devices < 0 or not 0.0 < training.dry_run_mfu <= 1.0:
         raise UserError("--dry_run_devices must be 0 or more, and --dry_run_mfu above 0 and up to 1.")
     if training.torch_compile and (training.deepspeed or training.fsdp):

@@ -120,6 +120,7 @@ def test_a_null_takes_a_value_of_the_recipe_away(tmp_path: Path) -> None:
         (["--video_max_frame_pixels", "3", "--video_min_frame_pixels", "4"], ["--video_min_frame_pixels 4"]),
         (["--video_fps", "0"], ["--video_fps", "above 0"]),
         (["--max_pixels", "-1"], ["--max_pixels", "above 0"]),
+        (["--max_steps", "0"], ["--max_steps", "--dry_run"]),
         (["--eval_ratio", "1"], ["--eval_ratio", "share"]),
         (["--eval_ratio", "-0.1"], ["--eval_ratio", "share"]),
         (["--eval_ratio", "0.1", "--eval_dataset_use", "b"], ["--eval_ratio", "--eval_dataset_use"]),
