@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a script: make the repository's packages
 
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
-from tools.demo.chart import read_losses
+from tools.demo.losses import read_losses
 from tools.demo.page import build_demo_page
 from tools.demo.results import Result, TaskScore, answer_heldout, score, write_results
 

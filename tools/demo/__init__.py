@@ -1,1 +1,1 @@
-"""The parts of make_demo_data.py (drawing) and of demo_report.py: answers to held-out samples, loss chart, page."""
+"""The parts of make_demo_data.py (drawing) and of demo_report.py: answers to held-out samples, losses, page."""

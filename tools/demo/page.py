@@ -10,9 +10,10 @@ from PIL import Image
 from qwenvl.data.media import MediaReader
 from qwenvl.data.types import VideoItem
 from qwenvl.evaluate.box_answers import read_boxes
+from qwenvl.pages.chart import draw
 from qwenvl.pages.parts import build_page, table
 from qwenvl.pages.pictures import image_tag, video_frames, with_boxes
-from tools.demo.chart import Losses, draw
+from tools.demo.losses import Losses
 from tools.demo.results import Result, TaskScore
 
 TITLE = "A tiny Qwen3-VL learns to see"
@@ -40,10 +41,16 @@ def build_demo_page(results: Sequence[Result], scores: Sequence[TaskScore], loss
     figures = (
         f'<section class="panel"><h2>Right answers</h2>{_score_table(scores)}'
         f'<p class="note">{SCORES_NOTE}</p></section>'
-        f'<section class="panel"><h2>Loss</h2>{draw(losses)}</section>'
+        f'<section class="panel"><h2>Loss</h2>{_curve(losses)}</section>'
     )
     tasks = (_task(one, [result for result in results if result.task == one.task], shown) for one in scores)
     return build_page(TITLE, f"<p>{_lead(scores, losses)}</p>", f'<div class="top">{figures}</div>', *tasks)
+
+
+def _curve(losses: Losses) -> str:
+    if not losses.chart.lines:
+        return '<p class="note">The folder holds no record of its training, so there is no loss to show.</p>'
+    return f'<p class="note">nats per trained token</p>{draw(losses.chart)}'
 
 
 def _lead(scores: Sequence[TaskScore], losses: Losses) -> str:

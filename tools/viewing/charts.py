@@ -8,6 +8,8 @@ from html import escape
 
 import numpy as np
 
+from qwenvl.pages.scales import round_up, short
+
 COLOURS = 8
 """Classes ``c0`` to ``c7`` of the style sheet; further datasets start again."""
 
@@ -60,14 +62,9 @@ def _edges(numbers: np.ndarray) -> np.ndarray:
     whole = bool(np.all(numbers == np.round(numbers)))
     if whole and high - low < _BINS:
         return np.arange(low, high + 2)
-    step = _round_up((high - low) / _BINS) if high > low else max(abs(high) / 10, 1e-3)
+    step = round_up((high - low) / _BINS) if high > low else max(abs(high) / 10, 1e-3)
     first = math.floor(low / step) * step
     return first + step * np.arange(math.floor((high - first) / step) + 2)
-
-
-def _round_up(value: float) -> float:
-    magnitude = 10.0 ** math.floor(math.log10(value))
-    return next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= value * 0.999)
 
 
 def _bin_name(edges: np.ndarray, place: int) -> str:
@@ -78,13 +75,6 @@ def _bin_name(edges: np.ndarray, place: int) -> str:
 
 def _is_one_number(edges: np.ndarray, place: int) -> bool:
     return bool(edges[place + 1] - edges[place] == 1 and edges[place] == round(edges[place]))
-
-
-def short(value: float) -> str:
-    """Return a number in few characters."""
-    if abs(value) >= 1000 or value == round(value):
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
 
 
 def shares(title: str, names: Sequence[str], values: Sequence[float]) -> str:
