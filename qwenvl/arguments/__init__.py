@@ -5,6 +5,7 @@ from qwenvl.arguments.command_line import wants_debug
 from qwenvl.arguments.data import DataArguments
 from qwenvl.arguments.model import ModelArguments
 from qwenvl.arguments.parsing import ParsedArguments, arguments_to_yaml, parse_arguments
+from qwenvl.arguments.tasks import TaskArguments
 from qwenvl.arguments.training import TrainingArguments
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DataArguments",
     "ModelArguments",
     "ParsedArguments",
+    "TaskArguments",
     "TrainingArguments",
     "arguments_to_yaml",
     "parse_arguments",

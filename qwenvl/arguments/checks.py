@@ -12,6 +12,7 @@ from qwenvl.arguments.adapters import AdapterArguments, Part, contradiction, tar
 from qwenvl.arguments.data import DataArguments
 from qwenvl.arguments.model import ModelArguments
 from qwenvl.arguments.optimizers import check_optimizer
+from qwenvl.arguments.tasks import TaskArguments
 from qwenvl.arguments.training import TrainingArguments
 from qwenvl.utilities.errors import UserError
 
@@ -36,14 +37,20 @@ def check_required(model: ModelArguments, data: DataArguments, output_dir: str |
 
 
 def check_together(
-    model: ModelArguments, adapters: AdapterArguments, data: DataArguments, training: TrainingArguments
+    model: ModelArguments,
+    adapters: AdapterArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+    tasks: TaskArguments,
 ) -> None:
     """Check settings of different classes against each other.
 
     Raises:
         UserError: nothing is trained, evaluation is asked for without data, or a flag is not supported.
     """
-    _check_trained_parts(model, adapters, data)
+    _check_trained_parts(model, adapters, data, has_head=tasks.task is not None)
+    if tasks.task is not None:
+        _check_task(tasks.task, data, training)
     _check_quantization(adapters, training)
     if training.max_steps == 0:
         raise UserError(
@@ -73,9 +80,21 @@ def check_together(
 _SWITCHES: dict[Part, str] = {"vision": "tune_mm_vision", "merger": "tune_mm_mlp", "language": "tune_mm_llm"}
 
 
-def _check_trained_parts(model: ModelArguments, adapters: AdapterArguments, data: DataArguments) -> None:
+def _check_task(task: str, data: DataArguments, training: TrainingArguments) -> None:
+    if training.eval_generate:
+        raise UserError(f"--eval_generate asks for answers, and --task {task} learns none. Leave it out.")
+    if data.overlength == "truncate_turns":
+        raise UserError(
+            f"--overlength truncate_turns leaves out turns from the end, where the question of --task {task} is. Use "
+            "drop or error."
+        )
+
+
+def _check_trained_parts(
+    model: ModelArguments, adapters: AdapterArguments, data: DataArguments, *, has_head: bool
+) -> None:
     whole = [part for part, switch in _SWITCHES.items() if getattr(model, switch)]
-    if not whole and not adapters.lora_enable:
+    if not whole and not adapters.lora_enable and not has_head:
         raise UserError(
             "nothing would be trained: set one or more of --tune_mm_llm, --tune_mm_mlp and --tune_mm_vision to True, "
             "or --lora_enable True."

@@ -20,6 +20,7 @@ from qwenvl.arguments.model import ModelArguments
 from qwenvl.arguments.parallelism import hint_for, refuse_parallelism
 from qwenvl.arguments.recipes import find_file, read_recipe
 from qwenvl.arguments.settings import Setting, convert, settings_of
+from qwenvl.arguments.tasks import TaskArguments
 from qwenvl.arguments.training import TrainingArguments
 from qwenvl.utilities.errors import UserError
 
@@ -29,6 +30,7 @@ INHERITED = transformers.TrainingArguments
 GROUPS: dict[type, str] = {
     ModelArguments: "model",
     AdapterArguments: "adapters",
+    TaskArguments: "tasks",
     DataArguments: "data",
     TrainingArguments: "training",
     INHERITED: "training, as in transformers.TrainingArguments",
@@ -44,6 +46,7 @@ class ParsedArguments:
         adapters: which adapters train beside it or in its place.
         data: on what.
         training: how.
+        tasks: what is learned, if it is not language.
         debug: show tracebacks of errors.
         given: what the user set, in recipe and flags together, by name; everything else is a default.
     """
@@ -52,13 +55,14 @@ class ParsedArguments:
     adapters: AdapterArguments
     data: DataArguments
     training: TrainingArguments
+    tasks: TaskArguments
     debug: bool
     given: Mapping[str, Any]
 
 
 def all_settings() -> dict[str, Setting]:
-    """Return every setting by name: those of the model, adapters, data, this trainer, then those of transformers."""
-    settings = settings_of(ModelArguments, AdapterArguments, DataArguments, TrainingArguments)
+    """Return every setting by name: those of the model, adapters, tasks, data, this trainer; then transformers'."""
+    settings = settings_of(ModelArguments, AdapterArguments, TaskArguments, DataArguments, TrainingArguments)
     named = {
         **TrainingArguments.__annotations__,
         **EvaluationArguments.__annotations__,
@@ -159,13 +163,14 @@ def _build(given: Mapping[str, Any], settings: Mapping[str, Setting], debug: boo
         by_class[TrainingArguments if owner is INHERITED else owner][name] = value
     model = ModelArguments(**by_class[ModelArguments])
     adapters = AdapterArguments(**by_class[AdapterArguments])
+    tasks = TaskArguments(**by_class[TaskArguments])
     data = DataArguments(**by_class[DataArguments])
     check_required(model, data, values.get("output_dir"))
     refuse_parallelism(values.get("deepspeed"))
     training = _training(by_class[TrainingArguments])
-    check_together(model, adapters, data, training)
+    check_together(model, adapters, data, training, tasks)
     log_without_effect(model, adapters, data, training, frozenset(given))
-    return ParsedArguments(model, adapters, data, training, debug, dict(given))
+    return ParsedArguments(model, adapters, data, training, tasks, debug, dict(given))
 
 
 def _found(name: str, value: Any) -> Any:

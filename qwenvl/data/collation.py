@@ -40,11 +40,13 @@ class EncodedSample:
         tokens: ids, labels and positions.
         media: its pictures and videos, in token order.
         origin: where it stands, for messages.
+        target: what a task wants to know of it, see :mod:`qwenvl.data.targets`.
     """
 
     tokens: Tokens
     media: tuple[Medium, ...] = ()
     origin: Origin | None = None
+    target: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Collator:
     [B, T] and ``num_vision_tokens``, an int, the number of True in it; ``num_samples``, an int, its usable samples;
     where it holds media, in token order, ``pixels`` uint8, the values of all their frames one after another, and
     ``media``, (frames, temporal, height, width) of each in frames and patches, ints that stay on the host;
+    ``sample_targets``, of its usable samples, where there is a task;
     ``attention_mask`` int64 [B, T] if padded; ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [samples + 1],
     ``max_length_q`` and ``max_length_k`` if flattened; ``events``, ``error`` and ``origins``, of its samples, for the
     trainer.
@@ -112,6 +115,8 @@ class Collator:
             pixels = [medium.frames.flatten() for medium in media]
             batch["pixels"] = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
             batch["media"] = tuple(medium.shape for medium in media)
+        if not usable or usable[0].target is not None:
+            batch["sample_targets"] = [sample.target for sample in usable]
         batch["events"] = [event for item in items for event in item.events]
         batch["origins"] = [sample.origin for sample in samples if sample.origin is not None]
         batch["error"] = next((item.error for item in items if item.error is not None), None)

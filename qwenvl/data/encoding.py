@@ -14,6 +14,7 @@ from qwenvl.data.messages import build_conversation
 from qwenvl.data.pixels import read_resized
 from qwenvl.data.rendering import ChatTemplate, Rendering
 from qwenvl.data.sizes import MediaPlan, VisionSettings, plan_image, plan_video
+from qwenvl.data.targets import TargetReader, as_question
 from qwenvl.data.tokenization import Encoding, Tokenizer, Tokens
 from qwenvl.data.types import Conversation, ImageItem, Sample, VideoItem
 from qwenvl.data.video import backend_name
@@ -89,6 +90,7 @@ class SampleEncoder:
         allow_remote: http(s) media may be fetched.
         video_timeout: seconds that opening or decoding a video may take.
         max_positions: that the model is made for; None for any. A picture has fewer positions than tokens.
+        targets: reads what a task wants to know of each sample; None for language modelling.
     """
 
     template: ChatTemplate
@@ -100,6 +102,12 @@ class SampleEncoder:
     allow_remote: bool = False
     video_timeout: float = 120.0
     max_positions: int | None = None
+    targets: TargetReader | None = None
+
+    @property
+    def prompts(self) -> bool:
+        """Whether samples are rendered as questions, without the answer at their end."""
+        return self.targets is not None and self.targets.prompts
 
     def plan(self, sample: Sample, reader: MediaReader | None = None) -> Plan:
         """Tokenize without decoding media.
@@ -118,7 +126,7 @@ class SampleEncoder:
             removed = len(whole.conversation.messages) - len(kept.conversation.messages)
             message = f"{sample.origin}: {whole.encoding.length} tokens; the last {removed} turns left out"
             events.append(Event("truncated", sample.origin.dataset, message))
-        if self.template.thinking_mismatch(kept.conversation):
+        if not self.prompts and self.template.thinking_mismatch(kept.conversation):
             events.append(Event("thinking_mismatch", sample.origin.dataset, str(sample.origin)))
         tokens = self.tokenizer.expand(kept.encoding)
         self._require_positions(tokens, sample)
@@ -179,15 +187,16 @@ class SampleEncoder:
             reader: the one that opened its media to plan it, if that keeps what it read; None for a new one.
 
         Raises:
-            SampleError: a file cannot be decoded.
+            SampleError: a file cannot be decoded, or the target of a task is wrong.
         """
         reader = reader or self.reader(sample)
         try:
+            target = None if self.targets is None else self.targets.read(sample, plan)
             media = tuple(Medium(read_resized(medium, reader), medium.grid) for medium in plan.media)
         except SampleError as error:
             error.origin = error.origin or sample.origin
             raise
-        return EncodedSample(plan.tokens, media, sample.origin)
+        return EncodedSample(plan.tokens, media, sample.origin, target)
 
     def reader(self, sample: Sample, keep_images: bool = False) -> MediaReader:
         """Return what opens the media of a sample; ``keep_images`` where they are planned and then decoded."""
@@ -205,12 +214,17 @@ class SampleEncoder:
             self.allow_remote,
             limit,
             backend_name(),
+            *([] if self.targets is None else self.targets.identity()),
         )
 
     def _fit(self, sample: Sample, reader: MediaReader) -> Stages[tuple[_Draft, _Draft]]:
         """Return the whole sample and what the over-length policy keeps of it: mostly the same."""
         try:
-            conversation = build_conversation(sample, self.reserved_tokens)
+            conversation = build_conversation(sample, self.reserved_tokens, answered=not self.prompts)
+            if self.prompts:
+                conversation = as_question(conversation)
+            if self.targets is not None:
+                self.targets.check(sample, conversation)
             yield
             media = tuple(plan_item(item, reader, self.settings) for item in conversation.media())
             conversation = convert_boxes(conversation, media, sample, self.settings.family)
@@ -224,9 +238,10 @@ class SampleEncoder:
             raise
 
     def _tokenize(self, conversation: Conversation, media: tuple[MediaPlan, ...]) -> Stages[_Draft]:
-        rendering = self.template.render(conversation)
+        rendering = self.template.render_prompt(conversation) if self.prompts else self.template.render(conversation)
         yield
-        return _Draft(conversation, rendering, media, self.tokenizer.encode(rendering, media))
+        encoding = self.tokenizer.encode(rendering, media, answered=not self.prompts)
+        return _Draft(conversation, rendering, media, encoding)
 
     def _without_last_turns(self, draft: _Draft) -> _Draft | None:
         """Leave out turns from the end, whole, and their media with them, until the rest fits; None if nothing does."""

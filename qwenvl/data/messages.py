@@ -36,7 +36,7 @@ _TAGS = re.compile("(<image>|<video>)")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def build_conversation(sample: Sample, reserved_tokens: Collection[str]) -> Conversation:
+def build_conversation(sample: Sample, reserved_tokens: Collection[str], *, answered: bool = True) -> Conversation:
     """Read a sample's turns and bind its media to them.
 
     White space that touches a bound tag goes; all other text stays as written. In answers, system turns and typed
@@ -45,12 +45,13 @@ def build_conversation(sample: Sample, reserved_tokens: Collection[str]) -> Conv
     Args:
         sample: the record and where it stands.
         reserved_tokens: tokens that only the template may write, such as ``<|image_pad|>``.
+        answered: a sample without an assistant turn is an error.
 
     Raises:
         SampleError: the record cannot be used; ``category`` is one of ``bad_record``, ``bad_role``, ``no_answer``,
             ``reserved_token``, ``too_many_tags`` and ``too_few_tags``.
     """
-    examined = examine(sample, reserved_tokens)
+    examined = examine(sample, reserved_tokens, answered=answered)
     if examined.problems:
         raise examined.problems[0]
     return examined.conversation
@@ -73,9 +74,9 @@ class Examined:
     problems: tuple[SampleError, ...]
 
 
-def examine(sample: Sample, reserved_tokens: Collection[str]) -> Examined:
+def examine(sample: Sample, reserved_tokens: Collection[str], *, answered: bool = True) -> Examined:
     """Do what :func:`build_conversation` does, and go on after a problem."""
-    problems = _Problems(sample)
+    problems = _Problems(sample, answered)
     pool = problems.attempt(_read_pool, sample.record)
     conversation = problems.attempt(_build, sample.record, pool, reserved_tokens, problems) or Conversation(())
     media = conversation.media()
@@ -88,7 +89,8 @@ def examine(sample: Sample, reserved_tokens: Collection[str]) -> Examined:
 class _Problems:
     """Collects what is wrong with a sample."""
 
-    def __init__(self, sample: Sample) -> None:
+    def __init__(self, sample: Sample, wants_answer: bool) -> None:
+        self.wants_answer = wants_answer
         self.found: list[SampleError] = []
         self._origin = sample.origin
 
@@ -126,7 +128,8 @@ def _build(
     if len(messages) == len(turns):
         for kind in KINDS if read_pool is not None else ():
             problems.attempt(pool.check_bound, kind)
-        problems.attempt(_check_answered, messages)
+        if problems.wants_answer:
+            problems.attempt(_check_answered, messages)
     system = problems.attempt(_system, record, messages)
     tools = problems.attempt(_tools, record) or ()
     if system is not None:

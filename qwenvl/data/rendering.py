@@ -111,6 +111,14 @@ class ChatTemplate:
                 text, ends = rendered, self._ends_by_markers(rendered, conversation)
         return Rendering(text, self._spans(text, conversation.messages, ends))
 
+    def render_prompt(self, conversation: Conversation) -> Rendering:
+        """Render a conversation with the header of the answer that is to come; nothing in it is trained.
+
+        Raises:
+            SampleError: the template refuses the conversation.
+        """
+        return Rendering(self._render_messages(conversation, None, add_generation_prompt=True), ())
+
     def identity(self) -> list[Any]:
         """Return everything that renderings depend on, as values that JSON can hold."""
         processor: Any = self._processor
@@ -186,11 +194,11 @@ class ChatTemplate:
                 cursor = text_end
         return tuple(spans)
 
-    def _render_messages(self, conversation: Conversation, marker: str | None) -> str:
+    def _render_messages(self, conversation: Conversation, marker: str | None, **kwargs: Any) -> str:
         messages = [_as_template_message(message, marker) for message in conversation.messages]
         tools = [dict(tool) for tool in conversation.tools] or None
         try:
-            return self._render(messages, tools=tools)
+            return self._render(messages, tools=tools, **kwargs)
         except Exception as error:  # templates raise whatever their author chose (jinja2, TypeError, ...)
             raise SampleError("template", f"the checkpoint's chat template refuses this sample: {error}") from error
 

@@ -104,7 +104,7 @@ class Tokenizer:
         """Tokenize; see :meth:`encode` and :meth:`expand`."""
         return self.expand(self.encode(rendering, plans))
 
-    def encode(self, rendering: Rendering, plans: Sequence[MediaPlan]) -> Encoding:
+    def encode(self, rendering: Rendering, plans: Sequence[MediaPlan], *, answered: bool = True) -> Encoding:
         """Tokenize, with one placeholder a picture or frame.
 
         The text is cut where training starts and stops, so that an answer is tokenized as the model would write it:
@@ -113,6 +113,7 @@ class Tokenizer:
         Args:
             rendering: text with one placeholder a picture or video.
             plans: what becomes of them, in the order of the placeholders.
+            answered: a text in which nothing is trained is an error.
 
         Raises:
             SampleError: placeholders and media do not match, or nothing is trained.
@@ -133,7 +134,7 @@ class Tokenizer:
                 f"the chat template rendered {placeholders} placeholders for {len(blocks)} pictures or frames: "
                 "it leaves out media of some turn (pictures belong into user turns).",
             )
-        if not trained_words:
+        if answered and not trained_words:
             raise SampleError("no_answer", "no token of the sample would be trained: it has no answer.")
         return Encoding(stretches, blocks, words + sum(t * h * w for (t, h, w), _ in blocks), trained_words)
 

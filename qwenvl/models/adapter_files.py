@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from qwenvl.models.adapters import is_adapter, trains_whole
+from qwenvl.models.readout import is_readout
 from qwenvl.models.shared_out import gathered
 from qwenvl.models.token_rows import is_row, row_layers
 from qwenvl.utilities.errors import UserError
@@ -36,10 +37,13 @@ _LISTED = 6
 
 
 def saved_names(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return every trained parameter by the name that PEFT's files give it, in the model's order."""
+    """Return every trained parameter by the name that PEFT's files give it, in the model's order.
+
+    Those of a task's module are in files of their own (:mod:`qwenvl.models.task_files`).
+    """
     names: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not is_readout(name):
             if is_adapter(name):  # PEFT leaves the adapter's own name out
                 name = name.replace("vector.default.weight", "vector").replace(".default.", ".")
             elif is_row(name):

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from qwenvl.arguments.adapters import contradiction, target_parts
+from qwenvl.arguments.adapters import Part, contradiction, target_parts
 from qwenvl.models.freezing import ModuleGroup, parameter_modules
+from qwenvl.models.readout import is_readout
 from qwenvl.models.shared_out import full_size
 from qwenvl.models.token_rows import is_row
 from qwenvl.utilities.errors import UserError
@@ -167,16 +168,18 @@ def is_adapter(name: str) -> bool:
 
 def trains_whole(name: str) -> bool:
     """Whether a parameter of this name, if it trains, is one of the checkpoint's own."""
-    return not is_adapter(name) and not is_row(name)
+    return not is_adapter(name) and not is_row(name) and not is_readout(name)
 
 
-def adapter_sizes(model: PreTrainedModel) -> dict[ModuleGroup, int]:
+def adapter_sizes(model: PreTrainedModel) -> dict[Part, int]:
     """Return the elements of the adapters' matrices of each module group; groups without adapters are left out."""
-    sizes: dict[ModuleGroup, int] = {}
+    sizes: dict[Part, int] = {}
     groups = parameter_modules(model)
     for name, parameter in model.named_parameters():
         if is_adapter(name) and ".lora_magnitude_vector" not in name:
-            sizes[groups[name]] = sizes.get(groups[name], 0) + full_size(parameter)
+            part = groups[name]
+            assert part != "head", "adapters sit in the model's own layers"
+            sizes[part] = sizes.get(part, 0) + full_size(parameter)
     return sizes
 
 

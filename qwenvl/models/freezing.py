@@ -8,11 +8,12 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
+from qwenvl.models.readout import is_readout
 from qwenvl.models.shared_out import full_size
 from qwenvl.utilities.errors import UserError
 
-ModuleGroup = Literal["vision", "merger", "language"]
-GROUPS: tuple[ModuleGroup, ...] = ("vision", "merger", "language")
+ModuleGroup = Literal["vision", "merger", "language", "head"]
+GROUPS: tuple[ModuleGroup, ...] = ("vision", "merger", "language", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ def parameter_modules(model: PreTrainedModel) -> dict[str, ModuleGroup]:
     """Return the module group of every parameter, by its name.
 
     ``merger``: ``visual.merger`` and, where present, ``visual.deepstack_merger_list``. ``vision``: the rest of
-    ``visual``. ``language``: everything else: language model, embeddings, ``lm_head`` (tied or not).
+    ``visual``. ``head``: the module of a task (:mod:`qwenvl.models.readout`). ``language``: everything else: language
+    model, embeddings, ``lm_head`` (tied or not).
 
     Decided by the modules that hold a parameter, not by letters in a name; a tied tensor appears once.
     """
@@ -47,7 +49,8 @@ def parameter_modules(model: PreTrainedModel) -> dict[str, ModuleGroup]:
     groups: dict[str, ModuleGroup] = {}
     for name, parameter in model.named_parameters():
         key = id(parameter)
-        groups[name] = "merger" if key in merger else "vision" if key in vision else "language"
+        part: ModuleGroup = "merger" if key in merger else "vision" if key in vision else "language"
+        groups[name] = "head" if is_readout(name) else part
     return groups
 
 
@@ -61,7 +64,7 @@ def set_model(
         tune_mm_vision: train the vision tower except its mergers.
         tune_mm_mlp: train the mergers (deepstack ones too).
         tune_mm_llm: train the language model, its embeddings and ``lm_head``, tied or not.
-        adapted: adapters will train, so that the switches may all be off.
+        adapted: adapters or the module of a task will train, so that the switches may all be off.
 
     Returns:
         A row for each module group.
@@ -70,6 +73,7 @@ def set_model(
         UserError: nothing would train.
     """
     switches: dict[ModuleGroup, bool] = {"vision": tune_mm_vision, "merger": tune_mm_mlp, "language": tune_mm_llm}
+    switches["head"] = True
     groups = parameter_modules(model)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # quantized weights cannot train
@@ -82,6 +86,12 @@ def set_model(
     return rows
 
 
+def freeze_vocabulary(model: PreTrainedModel) -> None:
+    """Freeze the vocabulary projection, which a task does not run; one that is tied trains as the embeddings."""
+    if model.lm_head.weight is not model.get_input_embeddings().weight:
+        model.lm_head.weight.requires_grad_(False)
+
+
 def summarize(model: PreTrainedModel, learning_rates: Mapping[ModuleGroup, float] | None = None) -> list[ModuleSummary]:
     """Count the parameters of each module group.
 
@@ -92,13 +102,16 @@ def summarize(model: PreTrainedModel, learning_rates: Mapping[ModuleGroup, float
     trainable = dict.fromkeys(GROUPS, 0)
     total = dict.fromkeys(GROUPS, 0)
     groups = parameter_modules(model)
-    assert set(groups.values()) == set(GROUPS), "a model family without a tower, a merger or a language model"
+    parts = set(groups.values())
+    assert parts >= {"vision", "merger", "language"}, "a model family without a tower, a merger or a language model"
     for name, parameter in model.named_parameters():
         count = full_size(parameter)
         total[groups[name]] += count
         trainable[groups[name]] += count if parameter.requires_grad else 0
     rates = learning_rates or {}
-    return [ModuleSummary(group, trainable[group], total[group], rates.get(group)) for group in GROUPS]
+    return [
+        ModuleSummary(group, trainable[group], total[group], rates.get(group)) for group in GROUPS if group in parts
+    ]
 
 
 def format_table(rows: Sequence[ModuleSummary]) -> str:

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from qwenvl.models.expert_layout import experts_read_as_stored
+from qwenvl.models.readout import is_readout
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import Family, get_family
 
@@ -104,7 +105,7 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
     Goes through :func:`load_model`, because files name and lay out some weights otherwise than memory does.
 
     Args:
-        model: changed in place; not sharded (DeepSpeed and FSDP load their own files).
+        model: changed in place, but for the module of a task; not sharded (DeepSpeed and FSDP load their own files).
         folder: a checkpoint with the same config.
 
     Raises:
@@ -112,7 +113,10 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
     """
     saved = load_model(folder, dtype=model.dtype, attn_implementation="sdpa")
     try:
-        model.load_state_dict(saved.state_dict())
+        unknown = model.load_state_dict(saved.state_dict(), strict=False)
+        missing = [name for name in unknown.missing_keys if not is_readout(name)]
+        if missing or unknown.unexpected_keys:
+            raise RuntimeError(f"missing {missing}, unexpected {unknown.unexpected_keys}")
     except RuntimeError as error:
         raise UserError(f"{folder} was saved from another model than the one in training: {error}") from error
 

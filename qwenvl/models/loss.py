@@ -17,7 +17,7 @@ from qwenvl.models.vision import VisionInputs
 IGNORED_LABEL = -100
 """Label of a token that is not trained; what ``torch.nn.functional.cross_entropy`` leaves out by default."""
 
-_OWN_KEYS = frozenset({"pixels", "media", "vision_mask", "num_vision_tokens", "num_samples"})
+_OWN_KEYS = frozenset({"pixels", "media", "vision_mask", "num_vision_tokens", "num_samples", "sample_targets"})
 
 
 def tell_host(batch: dict[str, Any]) -> dict[str, Any]:
@@ -99,17 +99,32 @@ def causal_loss(
         float32 scalar: sum of cross entropy over the batch's trained tokens, in nats, / ``num_trained_tokens``; with
         ``balance``, plus its coefficient x the batch's auxiliary loss summed over tokens / ``num_tokens``.
     """
-    output = model(
+    output = run_model(model, batch, router_logits=balance is not None)
+    # without our head a stock model takes the arguments it does not know without a word
+    assert output.logits.dim() == 0, "call qwenvl.models.vision.install first"
+    return with_balance(output.logits / num_trained_tokens, output, batch, balance)
+
+
+def run_model(model: nn.Module, batch: Mapping[str, Any], *, router_logits: bool = False) -> Any:
+    """Run a batch that was prepared for a model; return the model's output.
+
+    Args:
+        model: a model with :func:`qwenvl.models.vision.install`, wrapped or not.
+        batch: as for :func:`causal_loss`, or with ``readout_inputs`` in the place of its kept positions and targets.
+        router_logits: have the output hold those of a mixture of experts.
+    """
+    return model(
         **{key: value for key, value in batch.items() if key not in _OWN_KEYS},
         vision_inputs=VisionInputs(
             batch.get("pixels"), batch.get("media", ()), batch["vision_mask"], batch["num_vision_tokens"]
         ),
-        **({} if balance is None else {"output_router_logits": True}),
+        **({"output_router_logits": True} if router_logits else {}),
         use_cache=False,  # with a cache, transformers does not look for packed samples and lets them see each other
     )
-    # without our head a stock model takes the arguments it does not know without a word
-    assert output.logits.dim() == 0, "call qwenvl.models.vision.install first"
-    loss = output.logits / num_trained_tokens
+
+
+def with_balance(loss: Tensor, output: Any, batch: Mapping[str, Any], balance: Balance | None) -> Tensor:
+    """Return the loss of a batch plus its part of the auxiliary loss, where there is one."""
     if balance is None:
         return loss
     auxiliary = summed_balance(output.router_logits, balance.top_k, *sample_of_tokens(batch))

@@ -9,10 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qwenvl.models.freezing import GROUPS, ModuleGroup, parameter_modules
+from qwenvl.models.readout import readout_of
 
 
 def module_learning_rates(
-    *, learning_rate: float, mm_projector_lr: float | None, vision_tower_lr: float | None
+    *,
+    learning_rate: float,
+    mm_projector_lr: float | None,
+    vision_tower_lr: float | None,
+    head_lr: float | None = None,
 ) -> dict[ModuleGroup, float]:
     """Return each module group's peak learning rate; None means ``learning_rate``, and 0 means 0.
 
@@ -20,11 +25,13 @@ def module_learning_rates(
         learning_rate: of the language model.
         mm_projector_lr: of the mergers.
         vision_tower_lr: of the vision tower without its mergers.
+        head_lr: of the module of a task.
     """
     return {
         "vision": learning_rate if vision_tower_lr is None else vision_tower_lr,
         "merger": learning_rate if mm_projector_lr is None else mm_projector_lr,
         "language": learning_rate,
+        "head": learning_rate if head_lr is None else head_lr,
     }
 
 
@@ -49,8 +56,12 @@ def parameter_groups(
         Dicts with ``params``, ``lr``, ``weight_decay`` and ``name`` (``vision/decay``, ``vision/no_decay``, ...);
         groups without parameters are left out. Every trainable parameter is in exactly one.
     """
+    readout = readout_of(model)
     rates = module_learning_rates(
-        learning_rate=learning_rate, mm_projector_lr=mm_projector_lr, vision_tower_lr=vision_tower_lr
+        learning_rate=learning_rate,
+        mm_projector_lr=mm_projector_lr,
+        vision_tower_lr=vision_tower_lr,
+        head_lr=None if readout is None else readout.learning_rate,
     )
     modules = parameter_modules(model)
     members: dict[tuple[ModuleGroup, bool], list[nn.Parameter]] = {

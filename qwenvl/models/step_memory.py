@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
 
-from qwenvl.models.loss import causal_loss
+from qwenvl.models.objective import Objective, batch_loss
 
 NAME = "attention_shapes"
 """Under which transformers knows the attention that allocates and does not compute."""
@@ -92,12 +92,13 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_:
     return _FlashShapes.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
-def measure_step(model: PreTrainedModel, batch: Mapping[str, Any]) -> StepMemory:
+def measure_step(model: PreTrainedModel, batch: Mapping[str, Any], objective: Objective | None = None) -> StepMemory:
     """Run forward and backward pass of one micro-batch on the meta device.
 
     Args:
         model: on the meta device, ready for training (:func:`qwenvl.models.vision.install`); its attention is changed.
-        batch: from :func:`qwenvl.models.loss.tell_host`.
+        batch: prepared by the objective.
+        objective: what is learned; None for language modelling.
     """
     AttentionInterface.register(NAME, _attention)
     model.set_attn_implementation(NAME)
@@ -111,7 +112,7 @@ def measure_step(model: PreTrainedModel, batch: Mapping[str, Any]) -> StepMemory
             parameter.grad = torch.empty_like(parameter)
             memory.add(parameter.grad.untyped_storage(), counted=False)
     with _peak_within(model.lm_head, memory) as of_head, memory:
-        causal_loss(model, moved, num_trained_tokens=1.0).backward()
+        batch_loss(objective or Objective(), model, moved, units=1.0)[0].backward()
     model.zero_grad()
     logits = max(0, memory.peak - max(of_head)) if of_head[1] == memory.peak else 0
     return StepMemory(memory.peak - logits, logits)

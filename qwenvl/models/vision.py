@@ -13,13 +13,16 @@ language model; hooks there take ours out of the call before the stock code sees
                      -> after:  hidden states [B, T, H] cut to the kept rows [1, n, H]
       lm_head        -> the loss of those rows in place of logits (qwenvl.models.head)
 
+or, for a task with a module of its own, ``readout_inputs`` in the place of the last two: the module
+(:mod:`qwenvl.models.readout`) runs after the language model, and ``lm_head`` returns what it found.
+
 A call without them, such as ``generate``, is left as it is. No number is read from the device on the way: what the
 host has to know, it is told (lengths, sizes, counts).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +34,7 @@ from transformers import PreTrainedModel
 
 from qwenvl.models.head import LossHead, SummedLoss, linear_cross_entropy
 from qwenvl.models.patches import MediumShape, Patchify
+from qwenvl.models.readout import Readout, attach
 from qwenvl.models.segments import sample_index
 from qwenvl.models.tower import PatchProjection, describe_grids
 
@@ -176,8 +180,10 @@ class _Hooks:
     visual: PreTrainedModel
     head: LossHead
     patchify: Patchify
-    # set before each call and used after it, so that it never outlives a call, not even one that fails
+    readout: Readout | None = None
+    # set before each call and used after it, so that they never outlive a call, not even one that fails
     kept_positions: Tensor | None = field(default=None, init=False)
+    readout_inputs: Mapping[str, Any] | None = field(default=None, init=False)
 
     def before(
         self, language_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -186,6 +192,11 @@ class _Hooks:
         kwargs = dict(kwargs)
         self.kept_positions = kwargs.pop("kept_positions", None)
         self.head.targets = kwargs.pop("targets", None)
+        self.head.passed = None
+        self.readout_inputs = kwargs.pop("readout_inputs", None)
+        if self.readout_inputs is not None:
+            assert self.readout is not None, "a batch of a task, for a model without its module"
+            kwargs |= self.readout.start(self.readout_inputs)
         inputs: VisionInputs | None = kwargs.pop("vision_inputs", None)
         if inputs is not None:
             kwargs |= place(kwargs["inputs_embeds"], inputs.mask, encode(self.visual, self.patchify, inputs))
@@ -196,7 +207,12 @@ class _Hooks:
     def after(self, language_model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Keep the rows of the kept positions, of all sequences in one row [1, n, H]."""
         kept, self.kept_positions = self.kept_positions, None
-        if kept is not None:
+        inputs, self.readout_inputs = self.readout_inputs, None
+        if inputs is not None:
+            assert self.readout is not None
+            self.head.passed = self.readout(output, inputs)
+            output.last_hidden_state = output.last_hidden_state[:, :0]
+        elif kept is not None:
             rows = output.last_hidden_state.flatten(0, 1)
             output.last_hidden_state = rows.index_select(0, kept.to(rows.device)).unsqueeze(0)
         return output
@@ -222,8 +238,13 @@ class Installed:
             setattr(owner, name, layer)
 
 
-def install(model: PreTrainedModel, patchify: Patchify, summed_loss: SummedLoss = linear_cross_entropy) -> Installed:
-    """Teach a stock model the arguments ``vision_inputs``, ``kept_positions`` and ``targets``.
+def install(
+    model: PreTrainedModel,
+    patchify: Patchify,
+    summed_loss: SummedLoss = linear_cross_entropy,
+    readout: Readout | None = None,
+) -> Installed:
+    """Teach a stock model the arguments ``vision_inputs``, ``kept_positions``, ``targets`` and ``readout_inputs``.
 
     Install once, before the model is wrapped (DDP, DeepSpeed, PEFT). Saved files and ``generate`` are not affected:
     the two layers that are exchanged hold the same parameters under the same names.
@@ -232,17 +253,21 @@ def install(model: PreTrainedModel, patchify: Patchify, summed_loss: SummedLoss 
         model: a stock ``...ForConditionalGeneration`` of a family this trainer knows.
         patchify: makes patches as the checkpoint's processor does.
         summed_loss: of the vocabulary projection.
+        readout: module of a task, which becomes a part of the model.
 
     Returns:
-        A handle that undoes it.
+        A handle that undoes it; a readout stays where it is.
     """
     visual, language_model = model.model.visual, model.model.language_model
     stock = ((visual.patch_embed, "proj", visual.patch_embed.proj), (model, "lm_head", model.lm_head))
     visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
     model.lm_head = head = LossHead(model.lm_head, summed_loss)
-    hooks = _Hooks(visual, head, patchify)
+    hooks = _Hooks(visual, head, patchify, readout)
+    if readout is not None:
+        attach(model, readout)
     handles = (
         language_model.register_forward_pre_hook(hooks.before, with_kwargs=True),
         language_model.register_forward_hook(hooks.after),
+        *(() if readout is None else readout.watch(language_model)),
     )
     return Installed(handles, stock)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig, ProcessorMixin
@@ -25,8 +25,10 @@ from qwenvl.data.sampling import SampleOrder
 from qwenvl.data.types import DatasetSpec
 from qwenvl.data.video import prepare_backend
 from qwenvl.models.context import context_length, extend_context
+from qwenvl.models.objective import Objective
 from qwenvl.train.arrangement import arrange
 from qwenvl.train.model_setup import origin_options
+from qwenvl.train.tasks import open_task
 from qwenvl.utilities.distributed import from_main_process
 from qwenvl.utilities.families import Family
 
@@ -45,6 +47,7 @@ class RunData:
         evaluation: evaluation samples, or None.
         events: what there is to report before training starts.
         added_tokens: of ``--additional_tokens``.
+        objective: what is learned of them.
     """
 
     processor: ProcessorMixin
@@ -54,6 +57,7 @@ class RunData:
     evaluation: ConversationDataset | None
     events: tuple[Event, ...] = ()
     added_tokens: AddedTokens = field(default_factory=AddedTokens)
+    objective: Objective = field(default_factory=Objective)
 
 
 def open_config(parsed: ParsedArguments) -> PretrainedConfig:
@@ -108,6 +112,8 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
             )
     elif arguments.eval_ratio:
         tables, held_out = split_tables(tables, arguments.eval_ratio, seed)
+    task = open_task(parsed, tables)
+    encoder = replace(encoder, targets=task.targets)
     skip = arguments.on_bad_sample == "skip"
     train = ConversationDataset(tables, encoder, skip)
     evaluation = ConversationDataset(held_out, encoder, skip) if held_out else None
@@ -116,7 +122,10 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
         evaluation.require_usable_sample("evaluation")
     logger.info("Data: %d training rows, %d evaluation rows.", len(train), len(evaluation) if evaluation else 0)
     arranged = arrange(train, parsed, config, family)
-    return RunData(processor, encoder, arranged.dataset, arranged.order, evaluation, arranged.events, added_tokens)
+    return RunData(
+        *(processor, encoder, arranged.dataset, arranged.order, evaluation, arranged.events, added_tokens),
+        objective=task.objective,
+    )
 
 
 def _open_tables(specs: list[DatasetSpec], seed: int, cache_dir: str | None) -> list[SampledTable]:

@@ -26,9 +26,8 @@ from qwenvl.data.sizes import VideoPlan
 from qwenvl.data.types import Sample
 from qwenvl.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from qwenvl.models.expert_layout import weight_files
-from qwenvl.models.loss import tell_host
+from qwenvl.models.loss import run_model, tell_host
 from qwenvl.models.patches import Patchify
-from qwenvl.models.vision import VisionInputs
 from qwenvl.train.saving import SavingTrainer
 from qwenvl.train.wholeness import BLAME
 from qwenvl.utilities.distributed import from_main_process
@@ -101,16 +100,11 @@ def trainer_logits(trainer: SavingTrainer, case: Case) -> tuple[Tensor, Tensor]:
     inputs = tell_host(batch)
     length = batch["input_ids"].shape[1]
     rows = torch.linspace(0, length - 1, min(_ROWS, length)).round().long()
-    inputs = trainer._prepare_inputs(inputs | {"kept_positions": rows})
-    vision = VisionInputs(
-        inputs.pop("pixels", None), inputs.pop("media", ()), inputs.pop("vision_mask"), inputs.pop("num_vision_tokens")
-    )
-    for name in ("targets", "num_samples"):
-        inputs.pop(name)
+    inputs = trainer._prepare_inputs(inputs | {"kept_positions": rows, "targets": None})
     model = trainer._wrap_model(trainer.model, training=False)
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        logits = model(**inputs, vision_inputs=vision, use_cache=False).logits
+        logits = run_model(model, inputs).logits
     return rows, logits[0].float().cpu()
 
 

@@ -14,10 +14,11 @@ from qwenvl.data.processor import AddedTokens
 from qwenvl.models.adapter_files import describe_base
 from qwenvl.models.adapters import AdapterSettings, add_adapters, count_experts, trained_in_float32
 from qwenvl.models.attention import attend_by_segments
-from qwenvl.models.freezing import configure_checkpointing, format_table, set_model, summarize
+from qwenvl.models.freezing import configure_checkpointing, format_table, freeze_vocabulary, set_model, summarize
 from qwenvl.models.head import linear_cross_entropy
 from qwenvl.models.liger import open_liger_loss
 from qwenvl.models.loading import choose_attention, load_model
+from qwenvl.models.objective import Objective
 from qwenvl.models.optimizer import learning_rates_of, parameter_groups
 from qwenvl.models.patches import Patchify
 from qwenvl.models.precision import resolve_dtype
@@ -34,9 +35,10 @@ def open_model(
     config: PretrainedConfig,
     tokens: AddedTokens,
     *,
+    objective: Objective | None = None,
     on_meta: bool = False,
 ) -> PreTrainedModel:
-    """Load the checkpoint, freeze what is not trained, install the vision call, and add adapters.
+    """Load the checkpoint, freeze what is not trained, install the vision call and a task's module, and add adapters.
 
     On the meta device only shapes are read: all weights then have the type that is computed in.
 
@@ -62,15 +64,19 @@ def open_model(
     )
     if attention == "sdpa":
         attend_by_segments(model)
+    readout = (objective or Objective()).build_readout(config)
     make_room(model, tokens.new, may_grow=not parsed.adapters.lora_enable)
     set_model(
         model,
         tune_mm_vision=arguments.tune_mm_vision,
         tune_mm_mlp=arguments.tune_mm_mlp,
         tune_mm_llm=arguments.tune_mm_llm,
-        adapted=parsed.adapters.lora_enable,
+        adapted=parsed.adapters.lora_enable or readout is not None,
     )
-    install(model, patchify, open_liger_loss() if args.use_liger_kernel else linear_cross_entropy)
+    if readout is not None:
+        readout.to(weight_types(parsed)[1])
+        freeze_vocabulary(model)
+    install(model, patchify, open_liger_loss() if args.use_liger_kernel else linear_cross_entropy, readout)
     args.use_liger_kernel = False  # the Trainer would exchange parts of the model for Liger's own
     if parsed.adapters.lora_enable:
         _adapt(model, parsed, tokens.ids)

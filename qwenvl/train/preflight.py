@@ -20,7 +20,6 @@ from qwenvl.data.collation import Collator, for_model
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.lengths import measure_lengths
 from qwenvl.data.sampling import Sharding, costs_of_ranks, imbalance
-from qwenvl.models.loss import tell_host
 from qwenvl.models.step_memory import StepMemory, measure_step
 from qwenvl.train.data_setup import RunData
 from qwenvl.train.measured import flops_of
@@ -58,7 +57,7 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
     for dataset in filter(None, (rows, data.evaluation)):
         decode_one_of_each(dataset)
     unset_hf_deepspeed_config()  # or the weights would be shared out over ranks that are not there
-    model = open_model(parsed, data.processor, config, data.added_tokens, on_meta=True)
+    model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective, on_meta=True)
     flops, sharing = flops_of(model), read_sharing(args, ranks)
     schedule = plan_schedule(data, flops.count(measures), args, ranks)
     states = estimate_states(model, sharing, str(args.optim), *weight_types(parsed))
@@ -148,5 +147,5 @@ def measure_heaviest(
     size = parsed.training.train_batch_size
     heaviest = {tuple(np.argsort(-measures[name], kind="stable")[:size].tolist()) for name in ("tokens", "patches")}
     batches = [for_model(collate([data.train[index] for index in indices])) for indices in sorted(heaviest)]
-    found = [measure_step(model, tell_host(batch)) for batch in batches]
+    found = [measure_step(model, data.objective.prepare(batch), data.objective) for batch in batches]
     return max(found, key=lambda one: one.activations + one.logits)

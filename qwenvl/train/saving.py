@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, ProcessorMixin, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from qwenvl.arguments import TrainingArguments
 from qwenvl.arguments.export import shard_bytes
 from qwenvl.evaluate.folder_check import Header
-from qwenvl.models import adapter_files
+from qwenvl.models import adapter_files, task_files
 from qwenvl.models.adapters import has_adapters
 from qwenvl.models.loading import load_weights
+from qwenvl.models.readout import readout_of
 from qwenvl.train.checkpoints import published, refused_state_named, write_records
 from qwenvl.train.hub import push_checkpoint, push_model
 from qwenvl.train.model_card import Card
@@ -68,6 +69,7 @@ class SavingTrainer(Trainer):
         self._records = records
         self._drafts: str | None = None  # where a checkpoint is written, while one is
         self.card: Card | None = None
+        self._of_task: Mapping[str, Tensor] = {}  # gathered from all ranks, for the one that writes
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, and have it shard the model on CPUs too where ``--fsdp`` asks for it."""
@@ -116,6 +118,7 @@ class SavingTrainer(Trainer):
             adapter_files.load(self.model, folder)
         else:
             load_weights(self.model, folder)
+        task_files.load(readout_of(self.model), folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights, config and processor to a folder; every rank calls it.
@@ -123,6 +126,7 @@ class SavingTrainer(Trainer):
         Under FSDP the stock Trainer would save no weights beside those of ``SHARDED_STATE_DICT``, which nothing but a
         resumed run opens. Of adapters, only what is saved is gathered, never the frozen weights.
         """
+        self._of_task = task_files.collect(self.model)
         if has_adapters(self.model):
             self._save(output_dir, state_dict=adapter_files.collect(self.model))
         elif self.is_fsdp_enabled:
@@ -206,7 +210,9 @@ class SavingTrainer(Trainer):
             else:
                 if state_dict is not None:
                     tie_gathered(self.model, state_dict)
+                    state_dict = task_files.without_task(state_dict)
                 super()._save(output_dir, state_dict=state_dict)
+            task_files.save(self.model, folder, self._of_task)
             self._processor.save_pretrained(folder)
             write_records(folder, self._records.settings_yaml, self._records.original_limits)
 

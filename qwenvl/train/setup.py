@@ -60,7 +60,7 @@ def run(parsed: ParsedArguments) -> int:
     if args.dry_run:
         from_main_process(lambda: preflight(parsed, data, config))
         return 0
-    model = open_model(parsed, data.processor, config, data.added_tokens)
+    model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective)
     source = read_source(parsed.model.model_name_or_path, cache_dir=args.cache_dir)
     records = Records(settings_yaml, processor_limits(data.processor), source)
     trainer = build_trainer(parsed, model, data, records)
@@ -114,6 +114,7 @@ def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData
         collator=Collator(tokenizer.pad_token_id, parsed.data.data_flatten),
         processor=with_training_limits(data.processor, data.encoder.settings) if training_limits else data.processor,
         records=records,
+        objective=data.objective,
         questions=_held_out_questions(parsed.training, data),
     )
 

@@ -71,17 +71,19 @@ class FirstStep:
 
     Args:
         model: with frozen and trainable parts set, not wrapped.
+        unit: what the loss is a mean of.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, unit: str = "trained_tokens") -> None:
+        self._unit = unit.replace("_", " ")
         self._watch = GradientWatch(model)
 
-    def check(self, loss: float, trained_tokens: float) -> None:
+    def check(self, loss: float, units: float) -> None:
         """Check the step after its backward pass, before gradients are cleared.
 
         Args:
-            loss: mean over the trained tokens of all ranks, in nats.
-            trained_tokens: of the step, over all ranks.
+            loss: mean over the units of all ranks.
+            units: of the step, over all ranks.
 
         Raises:
             UserError: the loss is not finite, or zero although something is trained; or a trainable tensor had no
@@ -91,10 +93,10 @@ class FirstStep:
         self._watch.close()
         if not math.isfinite(loss):
             raise UserError(f"The loss of the first step is {loss}. {_CAUSES}")
-        if loss == 0 and trained_tokens > 0:
+        if loss == 0 and units > 0:
             raise UserError(
-                f"The loss of the first step is 0 for {trained_tokens:.0f} trained tokens: no model is that sure. Look "
-                "at the labels with tools/show_sample.py, and at the checkpoint's weights."
+                f"The loss of the first step is 0 for {units:.0f} {self._unit}: no model is that sure. Look at "
+                " the labels with tools/show_sample.py, and at the checkpoint's weights."
             )
         if missing:
             raise UserError(

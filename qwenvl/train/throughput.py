@@ -29,7 +29,7 @@ def measure_batch(batch: Mapping[str, Any]) -> Measures:
     return Measures(
         samples=len(tokens),
         tokens=sum(tokens),
-        trained_tokens=len(batch["targets"]),
+        trained_tokens=len(batch.get("targets", ())),  # those that the vocabulary is projected for
         patches=sum(t * patches for t, patches in pictures),
         tokens_squared=sum(length**2 for length in tokens),
         patches_squared=sum(t * patches**2 for t, patches in pictures),

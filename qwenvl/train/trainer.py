@@ -1,7 +1,12 @@
-"""The Hugging Face Trainer with our batches, our loss and our checkpoints. Subclassed; nothing of it is replaced."""
+"""The Hugging Face Trainer with our batches, our loss and our checkpoints. Subclassed; nothing of it is replaced.
+
+What is learned is up to an :class:`~qwenvl.models.objective.Objective`. Its loss is divided by its units of the whole
+optimizer step: trained tokens, where language is modelled.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -12,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.trainer_utils import EvalLoopOutput
 
 from qwenvl.arguments import TrainingArguments
 from qwenvl.data.collation import Collator
-from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.sampling import SampleOrder
-from qwenvl.models.loss import Balance, causal_loss, count_tokens, tell_host
+from qwenvl.models.loss import Balance, count_tokens
+from qwenvl.models.objective import Objective, batch_loss
 from qwenvl.models.optimizer import parameter_groups
 from qwenvl.train.feeding import FeedingTrainer
 from qwenvl.train.interruption import StopRequest
@@ -29,23 +34,23 @@ from qwenvl.train.saving import Records
 from qwenvl.train.step_guard import FirstStep, StepGuard
 from qwenvl.train.unused_parts import UnusedVision
 from qwenvl.train.watchdog import Watchdog
+from qwenvl.utilities.distributed import gather_objects
 from qwenvl.utilities.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
 class QwenVLTrainer(FeedingTrainer):
-    """Trains on conversations; the loss is per trained token of the whole optimizer step.
+    """Trains on conversations; the loss is per unit of its objective of the whole optimizer step.
 
     Args:
-        model: with frozen and trainable parts set and the vision call installed.
-        args: training arguments.
-        train_dataset: training samples.
-        order: in which they are trained on.
-        eval_dataset: evaluation samples, or None.
+        order: in which samples are trained on.
         collator: makes batches.
         processor: saved with every checkpoint.
         records: saved with every checkpoint.
+        objective: what is learned; None for language modelling, where a unit is a trained token.
+        options: of the stock Trainer: the model, with frozen and trainable parts set and the vision call installed;
+            training arguments; training samples, and evaluation samples or None.
     """
 
     args: TrainingArguments
@@ -53,26 +58,17 @@ class QwenVLTrainer(FeedingTrainer):
     def __init__(
         self,
         *,
-        model: PreTrainedModel,
-        args: TrainingArguments,
-        train_dataset: ConversationDataset,
         order: SampleOrder,
-        eval_dataset: ConversationDataset | None,
         collator: Collator,
         processor: ProcessorMixin,
         records: Records,
+        objective: Objective | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            order,
-            processor,
-            records,
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=collator,
-        )
-        self.model_accepts_loss_kwargs = True  # the Trainer counts trained tokens over ranks and accumulation steps
+        super().__init__(order, processor, records, data_collator=collator, **options)
+        self.objective = objective or Objective()
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the units of all accumulation steps already
+        args = self.args
         self.data_report = DataReport(args.output_dir)
         self.stop_request = StopRequest()
         self._unused_vision = UnusedVision()
@@ -82,9 +78,9 @@ class QwenVLTrainer(FeedingTrainer):
         self.running_loss = RunningLoss(args.device)
         self._step_guard = StepGuard(args.max_bad_steps)
         self._samples: list[str] = []  # of the step that is under way
-        self._trained_tokens: Any = 0  # of it, over all ranks
+        self._units = 0.0  # of it, that the loss is a mean of
         self._tokens = 0.0  # of it, over all ranks
-        self._first_step: FirstStep | None = FirstStep(model)
+        self._first_step: FirstStep | None = FirstStep(self.model, self.objective.unit)
 
     def save_position(self, folder: Path) -> None:
         """Write how far the data are used, what their order is made of, and the loss that is not logged yet."""
@@ -99,32 +95,37 @@ class QwenVLTrainer(FeedingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
-        """Collect the micro-batches of an optimizer step and count their trained tokens over all ranks.
+        """Collect the micro-batches of an optimizer step and count their units over all ranks.
+
+        With ``--average_tokens_across_devices False`` the count is this rank's own.
 
         Raises:
             SampleError: one of them holds a sample that must stop the run.
         """
         self._watchdog.watch(f"step {self.state.global_step + 1}, waiting for its samples")
-        batches, self._trained_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, here_units = super().get_batch_samples(epoch_iterator, num_batches, device)
         here = (
             any("media" in batch for batch in batches),
             self.stop_request.received,
             sum(count_tokens(batch) for batch in batches),
+            here_units,
         )
-        pictures, stop, self._tokens = self._over_ranks(*here)
+        pictures, stop, self._tokens, units = self._over_ranks(*here)
+        self._units = units if self.args.average_tokens_across_devices else here_units
         self._unused_vision.begin_step(self.optimizer, pictures=pictures > 0)
         self.stop_request.begin_step(agreed=stop > 0)
-        return [tell_host(batch) for batch in batches], self._trained_tokens
+        return [self.objective.prepare(batch) for batch in batches], self._units
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """Look at the batches of a step, then count its trained tokens, which waits for the other ranks."""
+        """Look at the batches of a step, and count this rank's units; after that, it waits for the other ranks."""
+        del device
         self._samples = []
         for batch in batch_samples:
             self._samples += self._receive(batch)
         shapes = [(tuple(batch["input_ids"].shape), batch.get("media", ())) for batch in batch_samples]
         lines = "".join(f"\n  {sample}" for sample in self._samples)
         self._watchdog.watch(f"step {self.state.global_step + 1}, batches of {shapes}, with the samples{lines}")
-        return super()._get_num_items_in_batch(batch_samples, device)
+        return sum(self.objective.count(batch) for batch in batch_samples)
 
     def compute_loss(
         self,
@@ -135,15 +136,16 @@ class QwenVLTrainer(FeedingTrainer):
     ) -> Tensor:
         """Return this micro-batch's part of the loss of the optimizer step.
 
-        Sum of cross entropy over its trained tokens / trained tokens of the step over all ranks and accumulation
-        steps; times the number of ranks, because DDP, DeepSpeed and FSDP average gradients over them. With
+        Sum of the loss over its units / units of the step over all ranks and accumulation steps; times the number of
+        ranks, because DDP, DeepSpeed and FSDP average gradients over them. With
         ``--average_tokens_across_devices False`` the count is this rank's own, and ranks weigh alike.
         """
         assert not return_outputs and num_items_in_batch is not None
-        # A step in which every sample was left out has no trained token: its loss is zero, not NaN.
-        count = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        # A step in which every sample was left out has no unit: its loss is zero, not NaN.
+        units = max(float(num_items_in_batch), 1.0)
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return causal_loss(model, inputs, num_trained_tokens=count, balance=self._balance(ranks)) * ranks
+        loss, _ = batch_loss(self.objective, model, inputs, units=units, balance=self._balance(ranks))
+        return loss * ranks
 
     def _balance(self, ranks: int) -> Balance | None:
         """Return how the auxiliary loss of the experts counts in this step, where there is one."""
@@ -151,7 +153,7 @@ class QwenVLTrainer(FeedingTrainer):
         if not coefficient:
             return None
         top_k: int = self.model.config.get_text_config().num_experts_per_tok
-        # where each rank divides by its own trained tokens, the ranks' means weigh alike; so they do here
+        # where each rank divides by its own units, the ranks' means weigh alike; so they do here
         share = ranks / self.accelerator.num_processes
         return Balance(coefficient, top_k, max(self._tokens * share, 1.0))
 
@@ -183,7 +185,7 @@ class QwenVLTrainer(FeedingTrainer):
         loss, step = self.running_loss.of_step, self.state.global_step + 1
         if self._first_step is not None:
             mean = self.accelerator.reduce(loss, reduction="mean").item()
-            self._first_step.check(mean, float(self._trained_tokens))
+            self._first_step.check(mean, self._units)
             self._first_step = None
         value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if self.is_deepspeed_enabled:
@@ -235,24 +237,31 @@ class QwenVLTrainer(FeedingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Return the loss per trained token of the whole evaluation set; logits are never kept."""
+        """Return the loss per unit of the whole evaluation set, and the metrics of the objective."""
         del description, prediction_loss_only, ignore_keys
         model = self._wrap_model(self.model, training=False)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        totals = self._zeros(2)
+        totals, records = self._zeros(2), list[Any]()
         for batch in dataloader:
             self._receive(batch)
-            inputs = self._prepare_inputs(tell_host(batch))
+            totals[1] += self.objective.count(batch)
+            inputs = self._prepare_inputs(self.objective.prepare(batch))
             with torch.no_grad(), self.compute_loss_context_manager():
-                totals[0] += causal_loss(model, inputs, num_trained_tokens=1.0)
-            totals[1] += len(inputs["targets"])
+                loss, output = batch_loss(self.objective, model, inputs, units=1.0)
+            totals[0] += loss
+            records += self.objective.records(output, inputs)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        loss_sum, tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
-        metrics = {
-            f"{metric_key_prefix}_loss": loss_sum / tokens if tokens else math.nan,  # 0 would pass for the best loss
-            f"{metric_key_prefix}_trained_tokens": int(tokens),
+        loss_sum, units = self.accelerator.reduce(totals, reduction="sum").tolist()
+        records = list(itertools.chain(*gather_objects(records)))
+        if self.is_world_process_zero():
+            self.objective.draw(records, Path(self.args.output_dir))
+        found = {
+            "loss": loss_sum / units if units else math.nan,  # 0 would pass for the best loss
+            self.objective.unit: int(units),
+            **self.objective.metrics(records),
         }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return EvalLoopOutput(
             predictions=(), label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
         )

@@ -29,12 +29,13 @@ class Fault:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: range, factor: float) -> None:
         self.calls, self.factor, self.count = calls, factor, 0
-        self.loss = trainer.causal_loss
-        monkeypatch.setattr(trainer, "causal_loss", self)
+        self.loss = trainer.batch_loss
+        monkeypatch.setattr(trainer, "batch_loss", self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         self.count += 1
-        return self.loss(*args, **kwargs) * (self.factor if self.count in self.calls else 1.0)
+        loss, output = self.loss(*args, **kwargs)
+        return loss * (self.factor if self.count in self.calls else 1.0), output
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
