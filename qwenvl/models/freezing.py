@@ -8,7 +8,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from qwenvl.models.readout import is_readout
+from qwenvl.models.readout import Readout, is_readout, readout_of
 from qwenvl.models.shared_out import full_size
 from qwenvl.utilities.errors import UserError
 
@@ -86,10 +86,31 @@ def set_model(
     return rows
 
 
-def freeze_vocabulary(model: PreTrainedModel) -> None:
-    """Freeze the vocabulary projection, which a task does not run; one that is tied trains as the embeddings."""
+def freeze_unused(model: PreTrainedModel, readout: Readout) -> None:
+    """Freeze what the module of a task does not depend on, and what would so have no gradient.
+
+    The vocabulary projection, which does not run (one that is tied trains as the embeddings), and layers above the
+    hidden states that are read.
+    """
     if model.lm_head.weight is not model.get_input_embeddings().weight:
         model.lm_head.weight.requires_grad_(False)
+    for module in readout.unused(model.model.language_model):
+        module.requires_grad_(False)
+
+
+def refuse_unused(model: PreTrainedModel) -> None:
+    """Refuse adapters that would have no gradient.
+
+    Raises:
+        UserError: some are in layers that the module of a task does not depend on.
+    """
+    readout = readout_of(model)
+    for module in () if readout is None else readout.unused(model.model.language_model):
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            raise UserError(
+                "--lora_target names layers above --hidden_layer, whose adapters would never train. Read the last "
+                "layer (--hidden_layer -1), or name the layers below by a regular expression."
+            )
 
 
 def summarize(model: PreTrainedModel, learning_rates: Mapping[ModuleGroup, float] | None = None) -> list[ModuleSummary]:

@@ -41,12 +41,17 @@ def tell_host(batch: dict[str, Any]) -> dict[str, Any]:
     labels: Tensor = batch.pop("labels")
     kept = torch.zeros_like(labels, dtype=torch.bool)
     kept[:, :-1] = labels[:, 1:] != IGNORED_LABEL
-    borders: Tensor | None = batch.get("cu_seq_lens_q")
     return batch | {
         "kept_positions": kept.flatten().nonzero().squeeze(1),
         "targets": labels[:, 1:][kept[:, :-1]],
-        "segments": Segments(tuple(borders.diff().tolist()) if borders is not None else (labels.shape[1],)),
+        "segments": segments_of(batch, labels),
     }
+
+
+def segments_of(batch: Mapping[str, Any], labels: Tensor) -> Segments:
+    """Return where the samples of a batch's rows are, for attention; of a batch on the host with its labels [B, T]."""
+    borders: Tensor | None = batch.get("cu_seq_lens_q")
+    return Segments(tuple(borders.diff().tolist()) if borders is not None else (labels.shape[1],))
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,11 @@ class Readout(nn.Module):
         del inputs
         return {}
 
+    def unused(self, language_model: nn.Module) -> Sequence[nn.Module]:
+        """Return the layers of the language model that its output does not depend on, which cannot train; here none."""
+        del language_model
+        return ()
+
     def forward(self, output: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Return what the objective computes its loss and its metrics from.
 

@@ -14,7 +14,14 @@ from qwenvl.data.processor import AddedTokens
 from qwenvl.models.adapter_files import describe_base
 from qwenvl.models.adapters import AdapterSettings, add_adapters, count_experts, trained_in_float32
 from qwenvl.models.attention import attend_by_segments
-from qwenvl.models.freezing import configure_checkpointing, format_table, freeze_vocabulary, set_model, summarize
+from qwenvl.models.freezing import (
+    configure_checkpointing,
+    format_table,
+    freeze_unused,
+    refuse_unused,
+    set_model,
+    summarize,
+)
 from qwenvl.models.head import linear_cross_entropy
 from qwenvl.models.liger import open_liger_loss
 from qwenvl.models.loading import choose_attention, load_model
@@ -23,6 +30,7 @@ from qwenvl.models.optimizer import learning_rates_of, parameter_groups
 from qwenvl.models.patches import Patchify
 from qwenvl.models.precision import resolve_dtype
 from qwenvl.models.quantization import quantization
+from qwenvl.models.readout import Readout
 from qwenvl.models.vision import install
 from qwenvl.models.vocabulary import make_room, train_rows
 
@@ -66,20 +74,12 @@ def open_model(
         attend_by_segments(model)
     readout = (objective or Objective()).build_readout(config)
     make_room(model, tokens.new, may_grow=not parsed.adapters.lora_enable)
-    set_model(
-        model,
-        tune_mm_vision=arguments.tune_mm_vision,
-        tune_mm_mlp=arguments.tune_mm_mlp,
-        tune_mm_llm=arguments.tune_mm_llm,
-        adapted=parsed.adapters.lora_enable or readout is not None,
-    )
-    if readout is not None:
-        readout.to(weight_types(parsed)[1])
-        freeze_vocabulary(model)
+    _choose_trained_parts(model, parsed, readout)
     install(model, patchify, open_liger_loss() if args.use_liger_kernel else linear_cross_entropy, readout)
     args.use_liger_kernel = False  # the Trainer would exchange parts of the model for Liger's own
     if parsed.adapters.lora_enable:
         _adapt(model, parsed, tokens.ids)
+        refuse_unused(model)
     groups = parameter_groups(
         model,
         learning_rate=args.learning_rate,
@@ -93,9 +93,25 @@ def open_model(
     return model
 
 
+def _choose_trained_parts(model: PreTrainedModel, parsed: ParsedArguments, readout: Readout | None) -> None:
+    arguments = parsed.model
+    set_model(
+        model,
+        tune_mm_vision=arguments.tune_mm_vision,
+        tune_mm_mlp=arguments.tune_mm_mlp,
+        tune_mm_llm=arguments.tune_mm_llm,
+        adapted=parsed.adapters.lora_enable or readout is not None,
+    )
+    if readout is not None:
+        readout.to(weight_types(parsed)[1])
+        freeze_unused(model, readout)
+
+
 def weight_types(parsed: ParsedArguments) -> tuple[torch.dtype, torch.dtype]:
     """Return the types in which weights are kept: those that are frozen, and those that train."""
-    args, adapted = parsed.training, parsed.adapters.lora_enable
+    args, model = parsed.training, parsed.model
+    head_alone = parsed.tasks.task is not None and not (model.tune_mm_llm or model.tune_mm_mlp or model.tune_mm_vision)
+    adapted = parsed.adapters.lora_enable or head_alone
     masters = bool(args.deepspeed) or (adapted and not args.fsdp)
     dtype = resolve_dtype(parsed.model.model_dtype, bf16=args.bf16, fp16=args.fp16, masters=masters)
     return dtype, torch.float32 if adapted and not args.deepspeed else dtype

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from qwenvl.arguments import ParsedArguments
+from transformers import PretrainedConfig
+
+from qwenvl.arguments import ParsedArguments, TaskArguments
 from qwenvl.data.dataset import SampledTable
+from qwenvl.data.labels import (
+    LabelReader,
+    LabelStatistics,
+    class_weights,
+    count_labels,
+    order_classes,
+    read_class_names,
+)
 from qwenvl.data.targets import TargetReader
+from qwenvl.models.head_objective import HeadObjective
 from qwenvl.models.objective import Objective
+from qwenvl.models.task_head import HeadSpec
+from qwenvl.utilities.distributed import from_main_process
+from qwenvl.utilities.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,16 +41,89 @@ class Task:
     targets: TargetReader | None = None
 
 
-def open_task(parsed: ParsedArguments, tables: Sequence[SampledTable]) -> Task:
+def open_task(
+    parsed: ParsedArguments, config: PretrainedConfig, train: Sequence[SampledTable], held_out: Sequence[SampledTable]
+) -> Task:
     """Return the task of a run; every rank has to call it.
 
     Args:
         parsed: its settings.
-        tables: what is trained on, from which a task learns its classes, for instance.
+        config: of the model.
+        train: what is trained on, from which a task learns its classes, for instance.
+        held_out: what is evaluated on.
 
     Raises:
         UserError: the settings or the data do not fit the task.
     """
-    del tables
-    assert parsed.tasks.task is None
-    return Task()
+    return Task() if parsed.tasks.task is None else _open_head(parsed, config, train, held_out)
+
+
+def _open_head(
+    parsed: ParsedArguments, config: PretrainedConfig, train: Sequence[SampledTable], held_out: Sequence[SampledTable]
+) -> Task:
+    chosen, skip = parsed.tasks, parsed.data.on_bad_sample == "skip"
+    reader = label_reader(chosen)
+    found = from_main_process(lambda: count_labels(train, reader, skip=skip))
+    classes = reader.classes or order_classes(found.names)
+    reader = replace(reader, classes=classes, outputs=len(found.sums))
+    _require_enough(chosen, found, classes)
+    from_main_process(lambda: count_labels(held_out, reader, skip=skip))  # before the first evaluation meets them
+    means, deviations = found.mean_and_deviation()
+    assert chosen.task is not None
+    spec = HeadSpec(
+        task=chosen.task,
+        hidden_size=config.get_text_config().hidden_size,
+        outputs=len(classes) or len(means) or 1,
+        pooling=chosen.chosen_pooling,
+        hidden_layer=chosen.hidden_layer,
+        head=chosen.head,
+        classes=classes,
+        loss=chosen.chosen_loss,
+        class_weights=class_weights(chosen.class_weights, chosen.weights_by_name(), found.names, classes),
+        focal_gamma=chosen.focal_gamma,
+        huber_delta=chosen.huber_delta,
+        means=means,
+        deviations=deviations,
+        keep_answer=chosen.keep_answer,
+    )
+    _log(spec, found)
+    return Task(HeadObjective(spec, parsed.training.seed, chosen.head_lr), reader)
+
+
+def label_reader(chosen: TaskArguments) -> LabelReader:
+    """Return what reads the labels of a task, as far as the flags say it.
+
+    Raises:
+        UserError: the file of class names cannot be used.
+    """
+    assert chosen.task is not None
+    return LabelReader(
+        chosen.task,
+        classes=read_class_names(chosen.class_names) if chosen.class_names else (),
+        needs_media=chosen.chosen_pooling == "vision_mean",
+        prompts=not chosen.keep_answer,
+    )
+
+
+def _require_enough(chosen: TaskArguments, found: LabelStatistics, classes: Sequence[str]) -> None:
+    if not found.samples:
+        raise UserError(f"--task {chosen.task}: none of the training rows has a label that can be used.")
+    if chosen.task == "classification" and len(classes) < 2:
+        raise UserError(
+            f"--task classification: all training rows have the label {classes[0]!r}: nothing to tell apart."
+        )
+    if chosen.task == "multilabel" and not classes:
+        raise UserError("--task multilabel: the labels of all training rows are empty lists.")
+
+
+def _log(spec: HeadSpec, found: LabelStatistics) -> None:
+    if spec.classes:
+        counts = ", ".join(f"{name} {found.names[name]:,}" for name in spec.classes[:20])
+        more = f" and {len(spec.classes) - 20} more" if len(spec.classes) > 20 else ""
+        logger.info("Labels: %d samples, %d classes: %s%s.", found.samples, len(spec.classes), counts, more)
+    elif spec.means:
+        pairs = zip(spec.means, spec.deviations, strict=True)
+        numbers = ", ".join(f"{mean:.4g} ± {deviation:.4g}" for mean, deviation in pairs)
+        logger.info("Labels: %d samples, mean and deviation %s.", found.samples, numbers)
+    else:
+        logger.info("Labels: %d samples with ranked pictures.", found.samples)
