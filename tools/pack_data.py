@@ -32,7 +32,7 @@ from qwenvl.data.lengths import measure_lengths
 from qwenvl.data.packed_json import write_packed_json
 from qwenvl.data.packing import lower_bound
 from qwenvl.data.plans import PackPlan, make_plan, write_plan
-from qwenvl.data.processor import add_tokens, build_encoder, log_limits, open_processor
+from qwenvl.data.processor import add_tokens, build_encoder, describe_limits, open_processor
 from qwenvl.data.sampling import SampleOrder, Sharding, costs_of_ranks, imbalance
 from qwenvl.data.video import prepare_backend
 from qwenvl.models.flops import Flops, Trained, training_flops
@@ -141,7 +141,6 @@ def open_rows(arguments: PackArguments) -> tuple[ConversationDataset, Flops]:
     add_tokens(processor, arguments.additional_tokens or ())
     family, config = family_and_config(arguments, processor)
     encoder = build_encoder(processor, config, family, arguments, arguments.model_max_length)
-    log_limits(encoder.settings)
     prepare_backend()
     seed = arguments.data_seed or 0
     tables = open_tables(chosen_datasets(arguments), seed, arguments.data_cache_dir)
@@ -159,6 +158,7 @@ def figures_of(plan: PackPlan, rows: ConversationDataset, arguments: PackArgumen
     other = Counter(event.kind for event in plan.events if not event.record)
     return {
         "model_max_length": limit,
+        "limits": describe_limits(rows.encoder.settings),
         "rows": len(rows),
         "samples": int(plan.measures["samples"].sum()),
         "tokens": int(tokens.sum()),

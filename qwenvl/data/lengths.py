@@ -26,6 +26,7 @@ from qwenvl.utilities.cores import available_cores
 from qwenvl.utilities.distributed import from_main_process
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.lockstep import in_lockstep
+from qwenvl.utilities.logging import shows_bars
 
 _COUNTING = 1  # to be raised when what is counted of a sample changes, so that older caches are not read
 _ROWS_A_TASK = 64  # done together (see lockstep), and counted again if the run is killed meanwhile
@@ -114,7 +115,8 @@ def _measure(dataset: ConversationDataset, cache: Path | None, workers: int) -> 
     tasks = _plan_tasks(dataset, measures)
     missing = sum(int((measures[task.table][task.rows]["samples"] == 0).sum()) for task in tasks)
     events = list[Event]()
-    with tqdm(total=missing, desc="Counting lengths", unit=" rows", disable=not missing) as progress:
+    hidden = not missing or not shows_bars()
+    with tqdm(total=missing, desc="Counting lengths", unit=" rows", disable=hidden) as progress:
         for task, counted in zip(tasks, _count(_Tasks(dataset, tasks, measures), workers), strict=True):
             new = measures[task.table][task.rows]["samples"] == 0
             keep = new & (counted.whole["samples"] > 0)

@@ -241,21 +241,15 @@ def processor_limits(processor: Any) -> dict[str, Any]:
     }
 
 
-def log_limits(settings: VisionSettings) -> None:
-    """Log the limits in force."""
-    token = settings.factor**2
-    logger.info(
-        "Images: %d to %d pixels (%d to %d tokens). Videos: %d to %d pixels a clip, %d to %d frames at %g a second.",
-        settings.image_min_pixels,
-        settings.image_max_pixels,
-        settings.image_min_pixels // token,
-        settings.image_max_pixels // token,
-        settings.video_min_pixels,
-        settings.video_max_pixels,
-        settings.video_min_frames,
-        settings.video_max_frames,
-        settings.video_fps,
-    )
+def describe_limits(settings: VisionSettings) -> dict[str, str]:
+    """Return the limits in force of images and of videos, in words."""
+    low, high, token = settings.image_min_pixels, settings.image_max_pixels, settings.factor**2
+    clip = f"{settings.video_min_pixels:,} to {settings.video_max_pixels:,} pixels a clip"
+    frames = f"{settings.video_min_frames} to {settings.video_max_frames} frames at {settings.video_fps:g} a second"
+    return {
+        "images": f"{low:,} to {high:,} pixels ({low // token:,} to {high // token:,} tokens)",
+        "videos": f"{clip}, {frames}",
+    }
 
 
 def _video_limits(settings: VisionSettings) -> tuple[int, int, float | None]:

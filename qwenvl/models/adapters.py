@@ -171,6 +171,11 @@ def trains_whole(name: str) -> bool:
     return not is_adapter(name) and not is_row(name) and not is_readout(name)
 
 
+def count_adapted_layers(model: PreTrainedModel) -> int:
+    """Return how many linear layers have an adapter."""
+    return sum(name.endswith(".lora_A") for name, _ in model.named_modules())
+
+
 def adapter_sizes(model: PreTrainedModel) -> dict[Part, int]:
     """Return the elements of the adapters' matrices of each module group; groups without adapters are left out."""
     sizes: dict[Part, int] = {}

@@ -7,7 +7,6 @@ stay those of the checkpoint.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from qwenvl.models.adapter_files import TRAINED_CONFIG
 from qwenvl.utilities.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 def extend_context(config: Any, factor: float, native_length: int | None = None) -> None:
@@ -44,9 +41,6 @@ def extend_context(config: Any, factor: float, native_length: int | None = None)
     rope |= {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": int(native)}
     text.rope_parameters = rope
     text.max_position_embeddings = int(native * factor)
-    logger.info(
-        "Context: %d positions, %g x the native %d, by YaRN.", text.max_position_embeddings, rope["factor"], native
-    )
 
 
 def context_length(config: Any) -> int:
@@ -55,6 +49,15 @@ def context_length(config: Any) -> int:
     A picture of h x w tokens takes max(h, w) positions, so that samples may have more tokens than that.
     """
     return int(config.get_text_config().max_position_embeddings)
+
+
+def describe_context(config: Any) -> str:
+    """Return the positions that a model is made for, in words."""
+    rope = config.get_text_config().rope_parameters
+    text = f"{context_length(config):,} positions"
+    if rope["rope_type"] != "yarn":
+        return text
+    return f"{text}, {rope['factor']:g} x the native {rope['original_max_position_embeddings']:,}, by YaRN"
 
 
 def require_same_context(config: Any, checkpoint: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from qwenvl.models.readout import Readout, is_readout, readout_of
@@ -18,7 +19,7 @@ GROUPS: tuple[ModuleGroup, ...] = ("vision", "merger", "language", "head")
 
 @dataclass(frozen=True, slots=True)
 class ModuleSummary:
-    """One row of the table printed at the start.
+    """What trains of a module group.
 
     Args:
         module: module group.
@@ -135,15 +136,14 @@ def summarize(model: PreTrainedModel, learning_rates: Mapping[ModuleGroup, float
     ]
 
 
-def format_table(rows: Sequence[ModuleSummary]) -> str:
-    """Return the table as text: module, trainable parameters, total, share, learning rate."""
-    total = ModuleSummary("language", sum(row.trainable for row in rows), sum(row.total for row in rows))
-    lines = [f"{'module':<10}{'trainable':>16}{'total':>16}{'share':>8}{'learning rate':>15}"]
-    for name, row in [*((row.module, row) for row in rows), ("all", total)]:
-        rate = f"{row.learning_rate:g}" if row.learning_rate is not None else "-"
-        share = f"{row.trainable / row.total:.0%}" if row.total else "-"
-        lines.append(f"{name:<10}{row.trainable:>16,}{row.total:>16,}{share:>8}{rate:>15}")
-    return "\n".join(lines)
+def checkpointed_parts(model: PreTrainedModel) -> list[ModuleGroup]:
+    """Return the parts whose layers keep their inputs alone, after :func:`configure_checkpointing`."""
+    parts: dict[ModuleGroup, nn.Module] = {"language": model.model.language_model, "vision": model.model.visual}
+    return [
+        name
+        for name, part in parts.items()
+        if any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
+    ]
 
 
 CheckpointedParts = Literal["language", "vision", "both"]

@@ -197,7 +197,7 @@ def _shorten(names: list[str]) -> str:
 
 
 def choose_attention(requested: str = "auto", *, half_precision: bool = True) -> str:
-    """Choose the attention implementation, and log the choice.
+    """Choose the attention implementation.
 
     Args:
         requested: ``auto``: flash attention 3, then 2, where installed and the GPU can run it, else SDPA; or the name
@@ -220,14 +220,19 @@ def choose_attention(requested: str = "auto", *, half_precision: bool = True) ->
     elif requested not in ("auto", "sdpa", "eager"):
         names = ", ".join(["auto", "sdpa", "eager", *ATTENTION_PACKAGES])
         raise UserError(f"--attn_implementation {requested!r} is not one of {names}.")
-    obstacles = (
-        {name: _flash_obstacle(name, half_precision) for name in ATTENTION_PACKAGES} if requested == "auto" else {}
-    )
-    chosen = next((name for name, obstacle in obstacles.items() if not obstacle), "sdpa")
-    chosen = chosen if requested == "auto" else requested
-    reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items() if obstacle)
-    logger.info("attention: %s%s", chosen, f" ({reasons})" if reasons else "")
-    return chosen
+    if requested != "auto":
+        return requested
+    obstacles = flash_obstacles(half_precision=half_precision)
+    return next((name for name, obstacle in obstacles.items() if not obstacle), "sdpa")
+
+
+def flash_obstacles(*, half_precision: bool = True) -> dict[str, str]:
+    """Return why each kind of flash attention, best first, cannot run here; empty for one that can.
+
+    Args:
+        half_precision: the model computes in bfloat16 or float16.
+    """
+    return {name: _flash_obstacle(name, half_precision) for name in ATTENTION_PACKAGES}
 
 
 def _flash_obstacle(name: str, half_precision: bool) -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PretrainedConfig
 
-from qwenvl.arguments import DataArguments, ParsedArguments, TrainingArguments
+from qwenvl.arguments import DataArguments, ParsedArguments
 from qwenvl.data.collation import Event
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.lengths import measure_lengths
 from qwenvl.data.packing import lower_bound
 from qwenvl.data.plans import PackPlan, cached_plan_path, make_plan, read_plan, used_datasets, write_plan
-from qwenvl.data.sampling import SampleOrder, Sharding, costs_of_ranks, imbalance
+from qwenvl.data.sampling import SampleOrder
 from qwenvl.models.flops import Flops, Trained, training_flops
 from qwenvl.utilities.cache import cache_folder
 from qwenvl.utilities.distributed import from_main_process, is_main_process
@@ -30,6 +30,25 @@ _NOT_OF_A_PLAN = ("data_flatten", "data_packing", "packing_plan", "group_by_cost
 
 
 @dataclass(frozen=True)
+class PackFigures:
+    """How well rows went into packs.
+
+    Args:
+        count: packs.
+        limit: tokens that a pack may hold.
+        fill: share of that which they do hold.
+        fewest: number of packs below which these rows cannot go.
+        source: file that the plan was read from; None where it was made now.
+    """
+
+    count: int
+    limit: int
+    fill: float
+    fewest: int
+    source: Path | None
+
+
+@dataclass(frozen=True)
 class Arrangement:
     """What a run trains on.
 
@@ -37,11 +56,15 @@ class Arrangement:
         dataset: rows or packs.
         order: of its indices.
         events: what there is to report of the rows.
+        measures: :data:`~qwenvl.data.measures.MEASURES` of every row; None where they were not needed.
+        packs: None without.
     """
 
     dataset: ConversationDataset
     order: SampleOrder
     events: tuple[Event, ...] = ()
+    measures: np.ndarray | None = None
+    packs: PackFigures | None = None
 
 
 def arrange(
@@ -59,37 +82,38 @@ def arrange(
     trained = Trained(switches.tune_mm_vision, switches.tune_mm_mlp, switches.tune_mm_llm, adapters)
     flops = training_flops(config, family, trained)
     if arguments.data_packing:
-        plan = _plan(rows, parsed, flops)
-        dataset, events = rows.packed(plan.packs), plan.events
+        plan, source = _plan(rows, parsed, flops)
+        dataset = rows.packed(plan.packs)
         order = SampleOrder(len(dataset), seed, costs=flops.count(plan.packs.add_up(plan.measures)))
-    elif arguments.group_by_cost:
+        return Arrangement(dataset, order, plan.events, plan.measures, _figures(plan, rows.encoder.max_length, source))
+    if arguments.group_by_cost:
         lengths = measure_lengths(rows, cache_folder(arguments.data_cache_dir))
         padded = None if arguments.data_flatten else lengths.measures["tokens"]
-        dataset, events = rows, lengths.events
         order = SampleOrder(len(rows), seed, costs=flops.count(lengths.measures), lengths=padded)
-    else:
-        return Arrangement(rows, SampleOrder(len(rows), seed))
-    _log_balance(order, args)
-    return Arrangement(dataset, order, events)
+        return Arrangement(rows, order, lengths.events, lengths.measures)
+    return Arrangement(rows, SampleOrder(len(rows), seed))
 
 
-def _plan(rows: ConversationDataset, parsed: ParsedArguments, flops: Flops) -> PackPlan:
-    """Return the packs: of the plan that is named, of the one kept from an earlier run, or made now."""
+def _plan(rows: ConversationDataset, parsed: ParsedArguments, flops: Flops) -> tuple[PackPlan, Path | None]:
+    """Return the packs, of the plan that is named, of the one kept from an earlier run, or made now; and their file."""
     cache = cache_folder(parsed.data.data_cache_dir)
     seed = 0 if parsed.training.data_seed is None else parsed.training.data_seed
-    plan = from_main_process(lambda: _read(rows, parsed, cached_plan_path(cache, rows, seed)))
+    kept = cached_plan_path(cache, rows, seed)
+    plan = from_main_process(lambda: _read(rows, parsed, kept))
+    source = None if plan is None else Path(parsed.data.packing_plan or kept)
     if plan is None:
         plan = make_plan(rows, measure_lengths(rows, cache), seed)
         # Where samples cannot be used, the next run is to look again whether they can.
         if is_main_process() and not any(event.kind == "bad" for event in plan.events):
-            _keep(cached_plan_path(cache, rows, seed), plan, rows, flops.count(plan.measures), seed)
-    tokens, limit = plan.measures["tokens"], rows.encoder.max_length
+            _keep(kept, plan, rows, flops.count(plan.measures), seed)
     if not len(plan.packs):
         raise UserError("No row is left to pack: all are left out. tools/check_image.py says what is wrong with them.")
-    fewest, fill = lower_bound(tokens, limit), int(tokens.sum()) / (len(plan.packs) * limit)
-    packs = len(plan.packs)
-    logger.info("Packs: %d of up to %d tokens, %.2f%% full; no fewer than %d.", packs, limit, 100 * fill, fewest)
-    return plan
+    return plan, source
+
+
+def _figures(plan: PackPlan, limit: int, source: Path | None) -> PackFigures:
+    tokens, count = plan.measures["tokens"], len(plan.packs)
+    return PackFigures(count, limit, int(tokens.sum()) / (count * limit), lower_bound(tokens, limit), source)
 
 
 def _read(rows: ConversationDataset, parsed: ParsedArguments, kept: Path) -> PackPlan | None:
@@ -99,12 +123,10 @@ def _read(rows: ConversationDataset, parsed: ParsedArguments, kept: Path) -> Pac
     if not kept.exists():
         return None
     try:
-        plan = read_plan(kept, rows, remake)
+        return read_plan(kept, rows, remake)
     except UserError as error:
         logger.warning("A plan kept from an earlier run is made anew: %s", error)
         return None
-    logger.info("Packs come from the plan of an earlier run, %s.", kept)
-    return plan
 
 
 def _keep(path: Path, plan: PackPlan, rows: ConversationDataset, costs: np.ndarray, seed: int) -> None:
@@ -126,15 +148,3 @@ def pack_command(rows: ConversationDataset, parsed: ParsedArguments) -> str:
     for name, value in values.items():
         command += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return shlex.join(command)
-
-
-def _log_balance(order: SampleOrder, args: TrainingArguments) -> None:
-    """Say what the order of steps gains, where ranks wait for each other."""
-    if args.world_size == 1 or order.costs is None:
-        return
-    sharding = Sharding(args.train_batch_size, args.world_size, 0, args.gradient_accumulation_steps)
-    ours, random = (
-        imbalance(costs_of_ranks(order.costs, one.steps(0, sharding.step_size), sharding))
-        for one in (order, SampleOrder(order.num_samples, order.seed))
-    )
-    logger.info("Balance: the slowest rank has %.3f times the work of the mean; %.3f in random order.", ours, random)

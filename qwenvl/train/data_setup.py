@@ -9,7 +9,6 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig, ProcessorMixin
 
 from qwenvl.arguments import ParsedArguments
-from qwenvl.data.collation import Event
 from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, shared_rows, split_tables
 from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.plans import planned_datasets
@@ -17,7 +16,6 @@ from qwenvl.data.processor import (
     AddedTokens,
     add_tokens,
     build_encoder,
-    log_limits,
     open_processor,
 )
 from qwenvl.data.registry import load_registry, parse_dataset_use
@@ -26,7 +24,7 @@ from qwenvl.data.types import DatasetSpec
 from qwenvl.data.video import prepare_backend
 from qwenvl.models.context import context_length, extend_context
 from qwenvl.models.objective import Objective
-from qwenvl.train.arrangement import arrange
+from qwenvl.train.arrangement import Arrangement, arrange
 from qwenvl.train.model_setup import origin_options
 from qwenvl.train.tasks import open_task
 from qwenvl.utilities.distributed import from_main_process
@@ -42,22 +40,28 @@ class RunData:
     Args:
         processor: the checkpoint's, as it was.
         encoder: record to model inputs.
-        train: training samples.
-        order: in which they are trained on.
+        arranged: training samples, in packs where asked for, and their order.
         evaluation: evaluation samples, or None.
-        events: what there is to report before training starts.
         added_tokens: of ``--additional_tokens``.
         objective: what is learned of them.
     """
 
     processor: ProcessorMixin
     encoder: SampleEncoder
-    train: ConversationDataset
-    order: SampleOrder
+    arranged: Arrangement
     evaluation: ConversationDataset | None
-    events: tuple[Event, ...] = ()
     added_tokens: AddedTokens = field(default_factory=AddedTokens)
     objective: Objective = field(default_factory=Objective)
+
+    @property
+    def train(self) -> ConversationDataset:
+        """Training samples."""
+        return self.arranged.dataset
+
+    @property
+    def order(self) -> SampleOrder:
+        """In which they are trained on."""
+        return self.arranged.order
 
 
 def open_config(parsed: ParsedArguments) -> PretrainedConfig:
@@ -92,7 +96,6 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
             context,
         )
     encoder = build_encoder(processor, config, family, arguments, args.model_max_length, context)
-    log_limits(encoder.settings)
     prepare_backend()
     seed = 0 if args.data_seed is None else args.data_seed  # not --seed: another one must not move held-out rows
     registry = load_registry(arguments.dataset_registry)
@@ -120,12 +123,8 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     train.require_usable_sample("training")
     if evaluation is not None:
         evaluation.require_usable_sample("evaluation")
-    logger.info("Data: %d training rows, %d evaluation rows.", len(train), len(evaluation) if evaluation else 0)
     arranged = arrange(train, parsed, config, family)
-    return RunData(
-        *(processor, encoder, arranged.dataset, arranged.order, evaluation, arranged.events, added_tokens),
-        objective=task.objective,
-    )
+    return RunData(processor, encoder, arranged, evaluation, added_tokens, task.objective)
 
 
 def _open_tables(specs: list[DatasetSpec], seed: int, cache_dir: str | None) -> list[SampledTable]:

@@ -19,6 +19,7 @@ from qwenvl.models.device_peak import known_peak, name_device
 from qwenvl.models.flops import Flops, Trained, training_flops
 from qwenvl.models.freezing import parameter_modules
 from qwenvl.train.asking import AskingTrainer
+from qwenvl.train.progress import follow
 from qwenvl.train.step_profile import Phase, StepProfile
 from qwenvl.train.throughput import Throughput, measure_batch
 from qwenvl.utilities.families import get_family
@@ -39,6 +40,7 @@ class MeasuredTrainer(AskingTrainer):
         self.throughput = Throughput(self.flops, self._peak(), self.args.device)
         folder = Path(self.args.output_dir) / "profile"
         self.profile = StepProfile(self.args.profile_steps, folder, self.args.device, self.throughput.paused)
+        follow(self)
         self.add_callback(_StartOver(self.throughput))
         self.add_callback(self.profile)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,29 +11,19 @@ from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin, set_
 from qwenvl.arguments import ParsedArguments, TrainingArguments
 from qwenvl.data.processor import AddedTokens
 from qwenvl.models.adapter_files import describe_base
-from qwenvl.models.adapters import AdapterSettings, add_adapters, count_experts, trained_in_float32
+from qwenvl.models.adapters import AdapterSettings, add_adapters, trained_in_float32
 from qwenvl.models.attention import attend_by_segments
-from qwenvl.models.freezing import (
-    configure_checkpointing,
-    format_table,
-    freeze_unused,
-    refuse_unused,
-    set_model,
-    summarize,
-)
+from qwenvl.models.freezing import configure_checkpointing, freeze_unused, refuse_unused, set_model
 from qwenvl.models.head import linear_cross_entropy
 from qwenvl.models.liger import open_liger_loss
 from qwenvl.models.loading import choose_attention, load_model
 from qwenvl.models.objective import Objective
-from qwenvl.models.optimizer import learning_rates_of, parameter_groups
 from qwenvl.models.patches import Patchify
 from qwenvl.models.precision import resolve_dtype
 from qwenvl.models.quantization import quantization
 from qwenvl.models.readout import Readout
 from qwenvl.models.vision import install
 from qwenvl.models.vocabulary import make_room, train_rows
-
-logger = logging.getLogger(__name__)
 
 
 def open_model(
@@ -59,7 +48,7 @@ def open_model(
     if args.deepspeed and not on_meta:
         _start_deepspeed()
     dtype, _ = weight_types(parsed)
-    half_precision = args.bf16 or args.fp16 or dtype == torch.bfloat16
+    half_precision = compute_type(parsed) != torch.float32
     attention = choose_attention(arguments.attn_implementation, half_precision=half_precision)
     model = load_model(
         arguments.model_name_or_path,
@@ -80,14 +69,6 @@ def open_model(
     if parsed.adapters.lora_enable:
         _adapt(model, parsed, tokens.ids)
         refuse_unused(model)
-    groups = parameter_groups(
-        model,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        mm_projector_lr=args.mm_projector_lr,
-        vision_tower_lr=args.vision_tower_lr,
-    )
-    logger.info("Trained parts:\n%s", format_table(summarize(model, learning_rates_of(groups))))
     _checkpoint_trained_parts(model, args)
     _compile_layers(model, args)
     return model
@@ -129,15 +110,12 @@ def _adapt(model: PreTrainedModel, parsed: ParsedArguments, token_ids: Sequence[
     settings = AdapterSettings(
         chosen.lora_target, chosen.lora_r, chosen.lora_alpha, chosen.lora_dropout, chosen.use_dora, chosen.use_rslora
     )
-    layers = add_adapters(model, settings)
+    add_adapters(model, settings)
     if token_ids:
         train_rows(model, token_ids)
     describe_base(model, parsed.model.model_name_or_path)
     if weight_types(parsed)[1] == torch.float32 and not next(model.parameters()).is_meta:
         trained_in_float32(model)
-    logger.info("Adapters of rank %d in %d linear layers (--lora_target %s).", settings.r, len(layers), settings.target)
-    if experts := count_experts(model):
-        logger.info("The experts, %s weights, stay as they are: adapters do not fit them.", f"{experts:,}")
 
 
 def _compile_layers(model: PreTrainedModel, args: TrainingArguments) -> None:

@@ -7,11 +7,12 @@ meta device (:mod:`qwenvl.models.step_memory`). Hours are operations / (devices 
 from __future__ import annotations
 
 import logging
-import math
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -19,23 +20,18 @@ from qwenvl.arguments import ParsedArguments, TrainingArguments
 from qwenvl.data.collation import Collator, for_model
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.lengths import measure_lengths
-from qwenvl.data.sampling import Sharding, costs_of_ranks, imbalance
 from qwenvl.models.step_memory import StepMemory, measure_step
 from qwenvl.train.data_setup import RunData
 from qwenvl.train.measured import flops_of
 from qwenvl.train.model_setup import open_model, weight_types
-from qwenvl.train.preflight_report import (
-    Schedule,
-    describe_data,
-    describe_memory,
-    describe_schedule,
-    describe_work,
-    gib,
-)
+from qwenvl.train.preflight_report import NOT_COUNTED, describe_memory, describe_work, gib
+from qwenvl.train.schedule import plan_schedule, slowest_over_mean
 from qwenvl.train.state_memory import StateMemory, estimate_states, read_sharing
+from qwenvl.train.summary import describe_budget, describe_data, describe_model
 from qwenvl.utilities.cache import cache_folder
 from qwenvl.utilities.distributed import world_size
 from qwenvl.utilities.errors import UserError
+from qwenvl.utilities.tables import as_text
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +55,21 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
     unset_hf_deepspeed_config()  # or the weights would be shared out over ranks that are not there
     model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective, on_meta=True)
     flops, sharing = flops_of(model), read_sharing(args, ranks)
-    schedule = plan_schedule(data, flops.count(measures), args, ranks)
+    schedule = plan_schedule(len(data.train), args, ranks)
     states = estimate_states(model, sharing, str(args.optim), *weight_types(parsed))
     require_room_on_disk(args, states)
     step = measure_heaviest(model, data, measures, parsed)
-    packed = parsed.data.data_packing
-    fill = int(measures["tokens"].sum()) / (len(measures) * args.model_max_length) if packed else None
-    lines = [
-        *describe_data(rows, lengths.measures, lengths.events),
-        *describe_schedule(schedule, fill, args, ranks),
-        *describe_work(flops, measures, schedule, args, ranks),
-        *describe_memory(sharing, states, step),
+    data = replace(data, arranged=replace(data.arranged, measures=lengths.measures, events=lengths.events))
+    imbalance = slowest_over_mean(data.order, flops.count(measures), args, ranks)
+    parts: list[Table | str] = [
+        *describe_model(parsed, model),
+        *describe_data(data, schedule, args),
+        describe_budget(args, data, schedule, None),
+        describe_work(flops, measures, schedule, args, imbalance),
+        describe_memory(sharing, states, step),
+        NOT_COUNTED,
     ]
-    logger.info("Dry run; nothing was trained.\n%s", "\n".join(f"  {line}" for line in lines))
+    logger.info("Dry run; nothing was trained.\n\n%s\n", as_text(*parts))
 
 
 def decode_one_of_each(dataset: ConversationDataset) -> None:
@@ -94,22 +92,6 @@ def decode_one_of_each(dataset: ConversationDataset) -> None:
             raise UserError(
                 f"None of the first {_LOOKED_AT} rows of {table.table.spec.name!r} can be used: {reasons[0]}"
             )
-
-
-def plan_schedule(data: RunData, costs: np.ndarray, args: TrainingArguments, ranks: int) -> Schedule:
-    """Return how many steps there are, and how evenly they fall on so many ranks.
-
-    Args:
-        data: of the run.
-        costs: operations of each index.
-        args: of the run.
-        ranks: devices.
-    """
-    sharding = Sharding(args.train_batch_size, ranks, 0, args.gradient_accumulation_steps)
-    of_epoch = -(-len(costs) // sharding.step_size)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * of_epoch)
-    of_ranks = costs_of_ranks(costs, data.order.steps(0, sharding.step_size), sharding)
-    return Schedule(len(costs), of_epoch, steps, imbalance(of_ranks) if ranks > 1 else 1.0)
 
 
 def require_room_on_disk(args: TrainingArguments, states: StateMemory) -> None:

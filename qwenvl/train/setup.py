@@ -28,6 +28,7 @@ from qwenvl.train.model_setup import open_model
 from qwenvl.train.preflight import preflight
 from qwenvl.train.reshaping import fitted_to_ranks
 from qwenvl.train.saving import Records
+from qwenvl.train.summary import log_start
 from qwenvl.train.wholeness import read_source
 from qwenvl.utilities.distributed import from_main_process, is_main_process
 from qwenvl.utilities.errors import UserError
@@ -66,7 +67,6 @@ def run(parsed: ParsedArguments) -> int:
     trainer = build_trainer(parsed, model, data, records)
     checkpoint = from_main_process(lambda: find_checkpoint(args.output_dir, args.resume_from_checkpoint, engine))
     if checkpoint is not None:
-        logger.info("Resuming from %s.", checkpoint)
         require_same_context(config, checkpoint)
         if not args.ignore_data_skip:
             from_main_process(partial(trainer.require_same_order, checkpoint))
@@ -74,7 +74,8 @@ def run(parsed: ParsedArguments) -> int:
         trainer.running_loss.take_up(checkpoint)
     else:
         trainer.data_report.start_over()
-    trainer.data_report.add(data.events, common=True)
+    trainer.data_report.add(data.arranged.events, common=True)
+    log_start(parsed, model, data, checkpoint)
     with trainer.stop_request.listening(), fitted_to_ranks(checkpoint, trainer) as folder:
         trainer.train(resume_from_checkpoint=folder)
     if trainer.stop_request.stopped_at is not None:

@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # started as a file: the package lies two folders
 from qwenvl.arguments import parse_arguments, wants_debug
 from qwenvl.utilities.distributed import is_first_to_say, lost_contact, run_program, shut_down
 from qwenvl.utilities.errors import UserError
-from qwenvl.utilities.logging import setup_logging
+from qwenvl.utilities.logging import held_back, setup_logging
 
 logger = logging.getLogger("qwenvl")
 
@@ -44,8 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = wants_debug(arguments)
     setup_logging("info")
     try:
-        parsed = parse_arguments(arguments)
+        with held_back():
+            parsed = parse_arguments(arguments)
+            setup_logging(parsed.training.log_level)
         debug = parsed.debug
+        if parsed.training.use_cpu:  # or DeepSpeed, once imported, prints on every rank that it found no accelerator
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from qwenvl.train.setup import run  # takes seconds, which --help and mistakes in flags need not wait for
 
         setup_logging(parsed.training.log_level)  # after all imports: some libraries bring handlers of their own

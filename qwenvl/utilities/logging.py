@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from qwenvl.utilities.distributed import rank
+from qwenvl.utilities.distributed import is_first_to_say, rank
 from qwenvl.utilities.errors import UserError
 
 LEVELS = {
@@ -27,9 +30,10 @@ _COLOURS = {logging.WARNING: "\033[33m", logging.ERROR: "\033[31m", logging.CRIT
 def setup_logging(level: str = "info") -> None:
     """Send messages of the trainer, transformers and datasets to one handler on standard error.
 
-    Process 0 speaks from ``level`` on, the others from warnings on, with ``[rank k]`` in front. The libraries speak
+    Process 0 speaks from ``level`` on, the others from warnings on, with ``[rank k]`` in front; a warning that several
+    processes have is said by one of them. The libraries speak
     from warnings on, or from ``info`` on with ``debug``: their ``info`` is a page a model. Calling it again replaces
-    the handler.
+    the handler. Bars of progress are drawn on a terminal alone, and where ``info`` is said (:func:`shows_bars`).
 
     Args:
         level: a name of ``--log_level`` of transformers; ``passive`` means ``info``.
@@ -48,14 +52,48 @@ def setup_logging(level: str = "info") -> None:
     logging.getLogger("qwenvl").setLevel(own)
     transformers_logging.set_verbosity(library)
     _join("transformers")
-    logging.getLogger("datasets").setLevel(library)
-    _join("datasets")
+    for name in ("datasets", "DeepSpeed"):
+        logging.getLogger(name).setLevel(library)
+        _join(name)
+    # Also those of huggingface_hub. Loading and saving weights draw one on every rank.
+    (transformers_logging.enable_progress_bar if shows_bars() else transformers_logging.disable_progress_bar)()
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Say at the end what is said meanwhile, as far as the level that is then set lets it.
+
+    For what is said before ``--log_level`` is known.
+    """
+    root, waiting = logging.getLogger(), _Waiting()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
+        root.removeHandler(handler)
+    root.addHandler(waiting)
+    try:
+        yield
+    finally:
+        root.removeHandler(waiting)
+        speaking = next((handler for handler in root.handlers if isinstance(handler, _Handler)), None)
+        if speaking is None:
+            speaking = _Handler()
+            root.addHandler(speaking)
+        for record in waiting.records:
+            if logging.getLogger(record.name).isEnabledFor(record.levelno):
+                speaking.handle(record)
+
+
+def shows_bars() -> bool:
+    """Return whether to draw bars of progress: on a terminal, in process 0, unless it is to be quiet.
+
+    In a file, every change of a bar would be more text.
+    """
+    return rank() == 0 and sys.stderr.isatty() and logging.getLogger("qwenvl").isEnabledFor(logging.INFO)
 
 
 def _join(library: str) -> None:
     """Let a library speak through our handler, without its own; one not imported yet keeps the one it will bring."""
     logger = logging.getLogger(library)
-    logger.propagate = library in sys.modules
+    logger.propagate = library.lower() in sys.modules
     for handler in [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]:
         logger.removeHandler(handler)
 
@@ -70,10 +108,35 @@ class _AboveProgressBars:
         sys.stderr.flush()
 
 
+class _Waiting(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+class _SaidByOne(logging.Filter):
+    """Lets a warning through in the process that is the first to have it: most come of what all of them do alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: Counter[str] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        text = record.getMessage()
+        self._said[text] += 1  # the second time is another warning than the first
+        return is_first_to_say(f"warning {self._said[text]}: {text}")
+
+
 class _Handler(logging.StreamHandler[_AboveProgressBars]):
     def __init__(self) -> None:
         super().__init__(_AboveProgressBars())
         self.setFormatter(_Formatter("%(message)s"))
+        self.addFilter(_SaidByOne())
 
 
 class _Formatter(logging.Formatter):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from qwenvl.arguments import DataArguments
 from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.processor import (
     build_encoder,
-    log_limits,
+    describe_limits,
     open_processor,
     processor_limits,
     with_training_limits,
@@ -123,12 +122,12 @@ def test_limits_are_saved_beside_the_original_ones(
     assert json.loads(before)["image_processor"]["size"]["longest_edge"] > 10**6
 
 
-def test_limits_in_force_are_logged(tiny_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_limits_in_force_in_words(tiny_checkpoint: Callable[..., Path]) -> None:
     _, encoder = build(tiny_checkpoint("qwen3_vl"), "qwen3_vl")
-    with caplog.at_level(logging.INFO, "qwenvl"):
-        log_limits(encoder.settings)
-    assert "Images: 1600 to 10000 pixels (1 to 9 tokens)" in caplog.text
-    assert "14400 to 39200 pixels a clip, 4 to 8 frames at 2 a second" in caplog.text
+    assert describe_limits(encoder.settings) == {
+        "images": "1,600 to 10,000 pixels (1 to 9 tokens)",
+        "videos": "14,400 to 39,200 pixels a clip, 4 to 8 frames at 2 a second",
+    }
 
 
 @pytest.mark.parametrize("arguments", [{"add_vision_id": True}, {"chat_template_kwargs": {"add_vision_id": True}}])

@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl.models.freezing import (
-    ModuleSummary,
     configure_checkpointing,
-    format_table,
     full_size,
     parameter_modules,
     set_model,
-    summarize,
 )
 from qwenvl.models.loss import GradientWatch, causal_loss
 from qwenvl.utilities.errors import UserError
@@ -175,22 +172,6 @@ def test_a_frozen_tower_builds_no_graph(family_name, switches, checkpointing, lo
 def test_every_parameter_has_one_group(family_name, load_tiny):
     model = load_tiny(family_name)
     assert parameter_modules(model).keys() == dict(model.named_parameters()).keys()
-
-
-def test_table_shows_counts_and_learning_rates(load_tiny):
-    model = load_tiny("qwen3_vl")
-    set_model(model, tune_mm_vision=False, tune_mm_mlp=True, tune_mm_llm=True)
-    rows = summarize(model, {"merger": 1e-5, "language": 2e-6})
-    lines = format_table(rows).splitlines()
-    assert [line.split()[0] for line in lines] == ["module", "vision", "merger", "language", "all"]
-    assert lines[1].split()[1:] == ["0", f"{rows[0].total:,}", "0%", "-"]
-    assert lines[2].split()[1:] == [f"{rows[1].total:,}", f"{rows[1].total:,}", "100%", "1e-05"]
-    assert lines[4].split()[2] == f"{model.num_parameters():,}"
-
-
-def test_table_of_a_large_model_stays_aligned():
-    rows = [ModuleSummary("language", 32_000_000_000, 32_000_000_000, 1e-5)]
-    assert len({len(line) for line in format_table(rows).splitlines()}) == 1
 
 
 def test_sizes_of_partitioned_parameters_are_the_whole_ones():

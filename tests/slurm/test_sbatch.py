@@ -84,7 +84,7 @@ class Job:
             time.sleep(0.1)
 
     def trains(self) -> bool:
-        return "'loss'" in self.log()
+        return ": loss " in self.log()
 
     def start_again(self, number: str) -> str:
         """Spare a requeued job the two minutes for which it waits; return the state it is in."""
@@ -143,7 +143,7 @@ def test_job_goes_on_by_itself(
     assert "Stopped on request after step" in job.log()
     assert not list(job.output.glob("*.safetensors"))
     job.finish()
-    assert "Resuming from" in job.log()
+    assert "goes on from" in job.log()
     assert history(job.output) == history(whole)
     assert equal_bits(job.output, whole)
 
@@ -163,7 +163,7 @@ def test_job_of_two_nodes_goes_on_by_itself_on_others_after_one_failed(
         job.wait_until(lambda: cluster.job(job.number)["Restarts"] == "1", seconds=120)
         job.finish()
         assert node not in cluster.nodes_of(job.number)
-    assert "Resuming from" in job.log()
+    assert "goes on from" in job.log()
     assert history(job.output) == history(whole)
     assert equal_bits(job.output, whole)
 

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_plan_official_file_and_plan_at_the_start_train_on_the_same_tokens(
         assert data.train.content == at_start.train.content
         assert data.order.costs is not None
         assert data.order.costs.tolist() == at_start.order.costs.tolist()
-        assert data.events == at_start.events
+        assert data.arranged.events == at_start.arranged.events
     rows = json.loads((tmp_path / "packed.json").read_text())
     assert Counter(map(len, rows)) == Counter(len(planned.train.samples(index)) for index in range(len(planned.train)))
 
@@ -106,11 +107,11 @@ def test_second_start_reads_the_plan_of_the_first(
     settings = {"data_cache_dir": tmp_path / "cache", "dataset_use": "text,pictures"}
     first = open_run(**settings)
     assert len(list((tmp_path / "cache" / "plans").iterdir())) == 1
-    caplog.clear()
     second = open_run(**settings)
-    assert "the plan of an earlier run" in caplog.text
-    assert second.train.content == first.train.content
     (plan,) = (tmp_path / "cache" / "plans").iterdir()
+    assert first.arranged.packs is not None
+    assert second.arranged.packs == replace(first.arranged.packs, source=plan)
+    assert second.train.content == first.train.content
     plan.write_bytes(plan.read_bytes()[:-20])
     third = open_run(**settings)
     assert "made anew" in caplog.text
@@ -191,9 +192,8 @@ def test_bad_samples_that_a_plan_leaves_out_stop_a_run_that_does_not_skip_them(
     assert pack_data(**use, output=tmp_path / "plan", on_bad_sample="skip") == 0
     with pytest.raises(ValueError, match="leaves out 1 samples"):
         open_run(**use, packing_plan=tmp_path / "plan")
-    assert [event.kind for event in open_run(**use, packing_plan=tmp_path / "plan", on_bad_sample="skip").events] == [
-        "bad"
-    ]
+    planned = open_run(**use, packing_plan=tmp_path / "plan", on_bad_sample="skip")
+    assert [event.kind for event in planned.arranged.events] == ["bad"]
     open_run(**use, on_bad_sample="skip")
     assert not (tmp_path / "cache" / "plans").exists()  # so that a row is found once it has been mended
 

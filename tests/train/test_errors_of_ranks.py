@@ -97,7 +97,7 @@ def test_a_rank_that_misses_another_says_so_in_one_message(
             ranks.append(subprocess.Popen([*script, *command], env=environment, stdout=log, stderr=log))
     try:
         deadline = time.monotonic() + 200
-        while logs[0].read_text().count("'loss'") < 2:
+        while logs[0].read_text().count(": loss ") < 2:
             assert time.monotonic() < deadline and ranks[0].poll() is None, logs[0].read_text()
             time.sleep(0.2)
         ranks[1].kill()

@@ -87,7 +87,7 @@ def test_killed_while_evaluating(
     """The loss of step 2 is logged, then many samples are evaluated, which takes a while, and then it is saved."""
     model, output, log = tiny_checkpoint("qwen3_vl"), tmp_path / "run", tmp_path / "log"
     process = start(model, output, registry, str(log), eval_dataset_use="held_out%20000")
-    kill_when(process, lambda: log.read_bytes().count(b"'loss'") == 2)
+    kill_when(process, lambda: log.read_bytes().count(b": loss ") == 2)
     assert b"'eval_loss'" not in log.read_bytes()
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
     resumed = train(model, output, registry, **STEPS)
@@ -160,7 +160,7 @@ def test_signal_saves_and_the_next_start_goes_on(
     model, output, log = tiny_checkpoint("qwen3_vl"), tmp_path / "run", tmp_path / "log"
     with start_ranks(model, output, registry, log, **LONG) as process:
         deadline = time.monotonic() + 200
-        while b"'loss'" not in log.read_bytes():
+        while b": loss " not in log.read_bytes():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
         ranks = psutil.Process(process.pid).children()
@@ -195,7 +195,7 @@ def test_rank_that_hangs_or_dies_ends_the_run_with_a_message(
     settings = {**LONG, "max_steps": 100_000, "save_steps": 100_000, "step_timeout": 6}
     with start_ranks(tiny_checkpoint("qwen3_vl"), output, registry, log, **settings) as process:
         deadline = time.monotonic() + 200
-        while b"'loss'" not in log.read_bytes():
+        while b": loss " not in log.read_bytes():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
         ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: int(rank.environ()["RANK"]))

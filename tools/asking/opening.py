@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
 from qwenvl.arguments import DataArguments
 from qwenvl.data.dataset import open_tables
@@ -106,8 +105,6 @@ def open_model(arguments: AskArguments, encoder: SampleEncoder) -> Answerer:
     Raises:
         UserError: it cannot be opened.
     """
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     opened = open_answerer(arguments.model_name_or_path, device=arguments.device, dtype=dtype)
     return replace(opened, template_kwargs=encoder.template.kwargs)
