@@ -16,6 +16,7 @@ from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.rendering import ChatTemplate
 from qwenvl.data.sizes import VisionSettings
 from qwenvl.data.tokenization import Tokenizer, VisionTokens
+from qwenvl.lab.registration import register
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import Family
 
@@ -35,6 +36,7 @@ def open_processor(
         UserError: the folder holds no complete processor: tokenizer with the tokens of pictures, image processor and
             video processor.
     """
+    register()
     try:
         processor = AutoProcessor.from_pretrained(
             model_name_or_path, cache_dir=cache_dir, trust_remote_code=trust_remote_code
@@ -95,7 +97,13 @@ def _incomplete(model_name_or_path: str, problem: str) -> str:
 
 
 def vision_settings(
-    family: Family, arguments: DataArguments, *, patch_size: int, merge_size: int, temporal_patch_size: int
+    family: Family,
+    arguments: DataArguments,
+    *,
+    patch_size: int,
+    merge_size: int,
+    temporal_patch_size: int,
+    tokens_per_frame: int | None = None,
 ) -> VisionSettings:
     """Return the limits of a run: the flags', on patches of the sizes that a checkpoint's processor has."""
     return VisionSettings(
@@ -112,6 +120,7 @@ def vision_settings(
         video_fps=arguments.video_fps,
         video_min_frames=arguments.video_min_frames,
         video_max_frames=arguments.video_max_frames,
+        tokens_per_frame=tokens_per_frame,
     )
 
 
@@ -138,7 +147,10 @@ def build_encoder(
     """
     _require_same_pixels(processor, config.vision_config)
     settings = vision_settings(
-        family, arguments, **{name: getattr(processor.image_processor, name) for name in _PATCH_SIZES}
+        family,
+        arguments,
+        **{name: getattr(processor.image_processor, name) for name in _PATCH_SIZES},
+        tokens_per_frame=getattr(config.vision_config, "tokens_per_frame", None),
     )
     speed = float(config.vision_config.tokens_per_second) if family.timed_positions else None
     vision = VisionTokens.from_processor(processor, speed)

@@ -37,6 +37,8 @@ class VisionSettings:
         video_fps: frames a second to sample.
         video_min_frames: fewest frames of a clip.
         video_max_frames: most frames of a clip.
+        tokens_per_frame: tokens of a picture, and of each temporal patch of a video, whatever its size; None: one for
+            every merged patch.
     """
 
     family: Family
@@ -52,6 +54,7 @@ class VisionSettings:
     video_fps: float
     video_min_frames: int
     video_max_frames: int
+    tokens_per_frame: int | None = None
 
     @property
     def factor(self) -> int:

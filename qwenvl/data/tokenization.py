@@ -199,6 +199,8 @@ class Tokenizer:
         """Return (merged grid, temporal step) of every run of placeholders that a picture or video has."""
         merge = self._settings.merge_size
         temporal, height, width = plan.grid[0], plan.grid[1] // merge, plan.grid[2] // merge
+        if self._settings.family.plain_positions:
+            return [((1, 1, temporal * (self._settings.tokens_per_frame or height * width)), 1.0)]
         if isinstance(plan, ImagePlan):
             return [((1, height, width), 1.0)]
         if self._settings.family.video_layout == "frames":

@@ -2,7 +2,8 @@
 
     python -m qwenvl.evaluate.export_check FOLDER CASES.safetensors [--device cpu] [--dtype auto]
 
-Nothing of this trainer is used here: ``AutoModelForImageTextToText``, ``AutoProcessor`` and, for an adapter, PEFT.
+Nothing of this trainer is used here, but the classes of the connector lab, which transformers does not have:
+``AutoModelForImageTextToText``, ``AutoProcessor`` and, for an adapter, PEFT.
 CASES holds, for each sample numbered from 0, ``N.input_ids`` int64 [1, T], ``N.rows`` int64 [n], ``N.logits`` float32
 [n, V] and, where the sample has media, what the model's ``forward`` takes of them. Positions are left to the model.
 The last line printed is JSON: ``problems``, a list of sentences, and ``differences``, one record a sample.
@@ -22,6 +23,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from qwenvl.lab.registration import register
+
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError)
 
 
@@ -33,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", help="of the base model of an adapter")
     arguments = parser.parse_args(argv)
+    register()
     try:
         model, problems = open_model(arguments.folder, arguments.dtype)
         problems += check_processor(arguments.folder)

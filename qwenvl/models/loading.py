@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from qwenvl.lab.registration import register
 from qwenvl.models.expert_layout import experts_read_as_stored
 from qwenvl.models.readout import is_readout
 from qwenvl.utilities.errors import UserError
-from qwenvl.utilities.families import Family, get_family
+from qwenvl.utilities.families import LAB, Family, get_family
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,8 @@ def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> st
         ) from error
     if "model_type" not in config:
         raise UserError(f"--model_name_or_path {model_name_or_path}: its config.json has no model_type.")
+    if config["model_type"] == LAB.model_type:
+        register()
     return str(config["model_type"])
 
 

@@ -113,12 +113,20 @@ def _check_counts(visual: Any, patchify: Patchify, inputs: VisionInputs) -> None
     expected = patchify.count_values(inputs.media)
     if values != expected:
         raise ValueError(f"The batch's media have {expected} values, but pixels holds {values}.")
-    features = patchify.count_patches(inputs.media) // visual.config.spatial_merge_size**2
+    features = _count_features(visual.config, patchify, inputs.media)
     if inputs.num_tokens != features:
         raise ValueError(
             f"The batch holds {inputs.num_tokens} image and video tokens, but its media give {features} features. "
             "Tokens were cut or added after the media's sizes were fixed."
         )
+
+
+def _count_features(config: Any, patchify: Patchify, media: Sequence[MediumShape]) -> int:
+    """Return how many rows the tower gives: one a merged patch, or as many for each frame as its connector makes."""
+    fixed = getattr(config, "tokens_per_frame", None)
+    if fixed is not None:
+        return int(fixed) * sum(shape[1] for shape in media)
+    return patchify.count_patches(media) // int(config.spatial_merge_size) ** 2
 
 
 def _blank_picture(config: Any, device: torch.device) -> tuple[Tensor, list[MediumShape]]:
@@ -259,8 +267,10 @@ def install(
         A handle that undoes it; a readout stays where it is.
     """
     visual, language_model = model.model.visual, model.model.language_model
-    stock = ((visual.patch_embed, "proj", visual.patch_embed.proj), (model, "lm_head", model.lm_head))
-    visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
+    stock: tuple[tuple[nn.Module, str, nn.Module], ...] = ((model, "lm_head", model.lm_head),)
+    if hasattr(visual, "patch_embed"):  # the lab's encoders lie deeper, and stay as they are
+        stock += ((visual.patch_embed, "proj", visual.patch_embed.proj),)
+        visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
     model.lm_head = head = LossHead(model.lm_head, summed_loss)
     hooks = _Hooks(visual, head, patchify, readout)
     if readout is not None:

@@ -22,6 +22,7 @@ class Family:
         linear_attention: some layers are linear attention, whose state crosses packed samples unless its kernels
             are told the boundaries.
         gated_vision: feed-forward layers of the vision tower are gated: three matrices rather than two.
+        plain_positions: the language model counts tokens one by one, those of pictures too, rather than by M-RoPE.
         boxes: how coordinates of boxes and points are written. ``relative_1000``: whole numbers from 0 to 1000, the
             left or top edge to the right or bottom one; ``resized_pixels``: pixels of the picture after resizing.
     """
@@ -32,6 +33,7 @@ class Family:
     moe: bool = False
     linear_attention: bool = False
     gated_vision: bool = False
+    plain_positions: bool = False
     boxes: Literal["relative_1000", "resized_pixels"] = "relative_1000"
 
 
@@ -46,6 +48,10 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3_5_moe", video_layout="frames", moe=True, linear_attention=True),
     )
 }
+"""Those with published checkpoints."""
+
+LAB = Family("connector_lab", video_layout="clip", plain_positions=True)
+"""Models that are put together of any vision encoder, connector and language model; see :mod:`qwenvl.lab`."""
 
 
 def get_family(model_type: str) -> Family:
@@ -54,6 +60,8 @@ def get_family(model_type: str) -> Family:
     Raises:
         UserError: this trainer does not know the model type.
     """
+    if model_type == LAB.model_type:
+        return LAB
     if model_type not in FAMILIES:
         raise UserError(
             f"model_type {model_type!r} of the checkpoint's config.json is not one this trainer knows: "
