@@ -1,9 +1,11 @@
 r"""Make the demo's data: real handwritten digits, comparisons of two of them, a drawn shape to locate, short clips.
 
-    python tools/make_demo_data.py --output DIR [--seed 0] [--limit N]
+    python tools/make_demo_data.py --output DIR [--kind demo] [--seed 0] [--limit N]
 
 Writes ``digits``, ``comparisons``, ``grounding`` and ``motion``, each as ``NAME_train.jsonl`` and
 ``NAME_heldout.jsonl`` (fields ``id``, ``image`` or ``video``, ``conversations``; media paths start from DIR).
+``--kind lab`` writes what the connector lab learns from instead: drawn scenes in ``captions``, ``questions`` and
+``chats``, and ``texts``, the same tasks about scenes told in words.
 No media file of a held-out sample appears in training. The same seed gives the same files; a folder that is already
 complete is left alone.
 """
@@ -25,6 +27,7 @@ from sklearn.datasets import load_digits
 if __package__ in (None, ""):  # run as a script: make the repository's packages importable from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tools.demo import scenes
 from tools.demo.drawing import (
     COLOURS,
     DIRECTIONS,
@@ -39,6 +42,7 @@ from tools.demo.drawing import (
 VERSION = 3  # raise when the samples change, so that older folders are made again
 MANIFEST = "manifest.json"
 
+Kind = Literal["demo", "lab"]
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
 Record = dict[str, Any]
@@ -62,24 +66,25 @@ class Task:
     write: Callable[[Path, Split, int, np.random.Generator], Iterator[Record]]
 
 
-def make_demo_data(output: Path, *, seed: int = 0, limit: int | None = None) -> bool:
+def make_demo_data(output: Path, *, kind: Kind = "demo", seed: int = 0, limit: int | None = None) -> bool:
     """Write the demo data into a folder.
 
     Args:
         output: folder to write.
+        kind: what for: the demo, or the connector lab.
         seed: of every choice and drawing.
         limit: most samples of a task and split; None for all.
 
     Returns:
         Whether anything was written; False where the folder is already complete for this seed and limit.
     """
-    settings = {"version": VERSION, "seed": seed, "limit": limit}
+    settings = {"version": VERSION, "kind": kind, "seed": seed, "limit": limit}
     if _is_complete(output, settings):
         return False
     output.mkdir(parents=True, exist_ok=True)
     (output / MANIFEST).unlink(missing_ok=True)
     files: dict[str, int] = {}
-    for number, task in enumerate(TASKS):
+    for number, task in enumerate(TASKS[kind]):
         for split in SPLITS:
             count = task.counts[split] if limit is None else min(limit, task.counts[split])
             rng = np.random.default_rng([seed, number, SPLITS.index(split)])
@@ -220,22 +225,30 @@ def write_motion(output: Path, split: Split, count: int, rng: np.random.Generato
         }
 
 
-TASKS = (
+_DEMO = (
     Task("digits", {"train": 1497, "heldout": HELDOUT_DIGITS}, write_digits),
     Task("comparisons", {"train": 400, "heldout": 100}, write_comparisons),
     Task("grounding", {"train": 1200, "heldout": 100}, write_grounding),
     Task("motion", {"train": 240, "heldout": 40}, write_motion),
 )
+_LAB = (
+    Task("captions", {"train": 1600, "heldout": 120}, scenes.write_captions),
+    Task("questions", {"train": 1600, "heldout": 120}, scenes.write_questions),
+    Task("chats", {"train": 1600, "heldout": 120}, scenes.write_chats),
+    Task("texts", {"train": 5000, "heldout": 120}, scenes.write_texts),
+)
+TASKS: dict[Kind, tuple[Task, ...]] = {"demo": _DEMO, "lab": _LAB}
 
 
 def main() -> None:
     """Read the command line and write the data."""
     parser = argparse.ArgumentParser(description="Make the demo's data.")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--kind", choices=list(TASKS), default="demo", help="what for")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--limit", type=int, help="most samples of a task and split; default: all")
     arguments = parser.parse_args()
-    written = make_demo_data(arguments.output, seed=arguments.seed, limit=arguments.limit)
+    written = make_demo_data(arguments.output, kind=arguments.kind, seed=arguments.seed, limit=arguments.limit)
     print(f"{arguments.output} {'written' if written else 'is already complete'}")
 
 

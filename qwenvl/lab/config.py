@@ -117,7 +117,7 @@ class LabConfig(PretrainedConfig):
         **options: Any,
     ) -> None:
         known = isinstance(vision_config, LabVisionConfig)
-        self.vision_config = vision_config if known else LabVisionConfig(**(vision_config or {}))  # type: ignore[arg-type]
+        self.vision_config = vision_config if known else LabVisionConfig(**(vision_config or {}))
         self.text_config = _as_config(text_config)
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id

@@ -89,7 +89,7 @@ class PatchMerger(nn.Module):
 
 
 class QueryFormer(nn.Module):
-    """BLIP-2's Q-Former without its texts: learned queries that attend to each other and, every other layer, to patches.
+    """BLIP-2's Q-Former without its texts: queries that attend to each other and, every other layer, to patches.
 
     Li et al., 2023, arXiv 2301.12597, section 3.1; the layers are ``Blip2QFormerModel`` of transformers, without
     dropout.
@@ -147,7 +147,9 @@ class Resampler(nn.Module):
         super().__init__()
         self.side = math.isqrt(num_queries)
         if self.side**2 != num_queries:
-            raise UserError(f"num_queries {num_queries}: a resampler's queries stand on a square grid, as 64 or 256 do.")
+            raise UserError(
+                f"num_queries {num_queries}: a resampler's queries stand on a square grid, as 64 or 256 do."
+            )
         if out % 4:
             raise UserError(f"A resampler's positions need a width that is a multiple of 4, not {out}.")
         _require_heads(out, heads)

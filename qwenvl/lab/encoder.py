@@ -9,6 +9,7 @@ deepstack.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def build_encoder(config: LabVisionConfig) -> PreTrainedModel:
     kind = encoder_config.model_type
     if kind not in (*WHOLE_PICTURES, *TOWERS):
         raise UserError(
-            f"model_type {kind!r} of the vision encoder is not one the lab knows: {', '.join((*WHOLE_PICTURES, *TOWERS))}."
+            f"model_type {kind!r} of the vision encoder is not one the lab knows: "
+            f"{', '.join((*WHOLE_PICTURES, *TOWERS))}."
         )
     if kind in WHOLE_PICTURES:
         if hasattr(encoder_config, "vision_use_head"):
@@ -62,7 +64,9 @@ def _tower_class(kind: str) -> Any:
     return Qwen2VisionTransformerPretrainedModel
 
 
-def encode_patches(encoder: Any, config: LabVisionConfig, patches: Tensor, grids: Tensor) -> Tensor:
+def encode_patches(
+    encoder: Any, config: LabVisionConfig, patches: Tensor, grids: Tensor, sizes: Sizes, **described: Any
+) -> Tensor:
     """Return the encoder's features.
 
     Args:
@@ -70,15 +74,17 @@ def encode_patches(encoder: Any, config: LabVisionConfig, patches: Tensor, grids
         config: of encoder and connector.
         patches: [n, colours x frames x patch x patch], as the processor cuts them.
         grids: int64 [pictures, 3], (temporal, height, width) of each in patches.
+        sizes: of :func:`frame_sizes`.
+        described: what a tower would compute of the grids.
 
     Returns:
         [n, encoder width], in the order of the patches.
     """
     if encoder.config.model_type in TOWERS:
-        features: Tensor = encoder(patches, grid_thw=grids).last_hidden_state
+        features: Tensor = encoder(patches, grid_thw=grids, **described).last_hidden_state
         return features
     made, used = [], 0
-    for size, group in itertools.groupby(frame_sizes(grids)):
+    for size, group in itertools.groupby(sizes):
         count = len(list(group))
         values = count * size[0] * size[1]
         pictures = _put_together(patches[used : used + values], count, size, config)
@@ -87,9 +93,13 @@ def encode_patches(encoder: Any, config: LabVisionConfig, patches: Tensor, grids
     return torch.cat(made)
 
 
-def frame_sizes(grids: Tensor) -> Sizes:
-    """Return (height, width) in patches of each picture, and of each step in time of each video."""
-    return [(height, width) for temporal, height, width in grids.tolist() for _ in range(temporal)]
+def frame_sizes(grids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Return (height, width) in patches of each picture, and of each step in time of each video.
+
+    Args:
+        grids: (temporal, height, width) of each.
+    """
+    return [(height, width) for temporal, height, width in grids for _ in range(temporal)]
 
 
 def _features_of(encoder: Any, pictures: Tensor) -> Tensor:

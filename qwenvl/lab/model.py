@@ -1,9 +1,9 @@
 """The connector lab's model, built as transformers builds its own, with the names of parts that Qwen-VL has.
 
-    model.visual.encoder   a stock vision encoder        (tune_mm_vision)
-    model.visual.merger    the connector                 (tune_mm_mlp)
-    model.language_model   a stock causal language model (tune_mm_llm)
-    lm_head
+model.visual.encoder   a stock vision encoder        (tune_mm_vision)
+model.visual.merger    the connector                 (tune_mm_mlp)
+model.language_model   a stock causal language model (tune_mm_llm)
+lm_head
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from qwenvl.lab.config import LabConfig, LabVisionConfig
-from qwenvl.lab.connectors import build_connector
-from qwenvl.lab.encoder import build_encoder, encode_patches, frame_sizes
+from qwenvl.lab.connectors import Sizes, build_connector
+from qwenvl.lab.encoder import build_encoder, encode_patches
+from qwenvl.lab.encoder import frame_sizes as read_sizes
 
 
 class LabPreTrainedModel(PreTrainedModel):
     """What the classes of this file have in common."""
 
-    config_class = LabConfig
+    config_class: Any = LabConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  transformers' own way to declare them
@@ -50,20 +51,30 @@ class LabVisionModel(LabPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Leave connectors as torch and their own classes made them: at a scale that goes with their width."""
 
-    def forward(self, patches: Tensor, grid_thw: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    def forward(
+        self,
+        patches: Tensor,
+        grid_thw: Tensor,
+        frame_sizes: Sizes | None = None,
+        return_dict: bool = True,
+        **described: Any,
+    ) -> BaseModelOutputWithPooling:
         """Encode pictures and make tokens of them.
 
         Args:
             patches: [n, colours x frames x patch x patch], normalised, as the processor cuts them.
             grid_thw: int64 [pictures, 3], their grids in patches.
+            frame_sizes: what :func:`qwenvl.lab.encoder.frame_sizes` makes of them; None to read them from the device.
+            return_dict: that is how it is.
+            described: what a tower would compute of the grids.
 
         Returns:
             ``last_hidden_state`` [n, encoder width], and ``pooler_output`` [tokens, width of the language model].
         """
-        features = encode_patches(self.encoder, self.config, patches, grid_thw)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=self.merger(features, frame_sizes(grid_thw))
-        )
+        assert return_dict
+        sizes = read_sizes(grid_thw.tolist()) if frame_sizes is None else frame_sizes
+        features = encode_patches(self.encoder, self.config, patches, grid_thw, sizes, **described)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.merger(features, sizes))
 
 
 class LabModel(LabPreTrainedModel):
@@ -139,7 +150,7 @@ class LabForConditionalGeneration(LabPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LabModel(config)
         text = config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -150,7 +161,7 @@ class LabForConditionalGeneration(LabPreTrainedModel, GenerationMixin):
         """Exchange the projection to the vocabulary."""
         self.lm_head = new_embeddings
 
-    def forward(
+    def forward(  # noqa: PLR0913  transformers reads the names
         self,
         input_ids: Tensor | None = None,
         *,
@@ -188,12 +199,15 @@ class LabForConditionalGeneration(LabPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits, past_key_values=getattr(output, "past_key_values", None))
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **options: Any
+        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """Give the pictures to the first step alone: later ones have them in the cache."""
+        """Give the pictures to the first step alone: later ones have them in the cache.
+
+        The name of ``kwargs`` tells ``generate`` that all arguments of ``forward`` may come.
+        """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **options
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
-        if not is_first_iteration and options.get("use_cache", True):
+        if not is_first_iteration and kwargs.get("use_cache", True):
             inputs |= dict.fromkeys(("pixel_values", "pixel_values_videos"))
         return inputs

@@ -178,7 +178,12 @@ def _lab_vision(config: Any, family: Family) -> Iterator[Product]:
     a class token. Sources: ``qwenvl.lab.connectors``, ``CLIPVisionModel`` and ``Blip2QFormerModel`` of transformers.
     """
     del family
-    encoder, width, out, queries = config.encoder_config, config.encoder_width, config.out_hidden_size, config.num_queries
+    encoder, width, out, queries = (
+        config.encoder_config,
+        config.encoder_width,
+        config.out_hidden_size,
+        config.num_queries,
+    )
     inner = int(width * encoder.mlp_ratio) if hasattr(encoder, "mlp_ratio") else encoder.intermediate_size
     layers = encoder.num_hidden_layers
     pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -186,7 +191,10 @@ def _lab_vision(config: Any, family: Family) -> Iterator[Product]:
     yield Product("vision", "patches", 2.0 * layers * (4 * width * width + 2 * width * inner))
     yield Product("vision", "patches_squared", 4.0 * layers * width, "attention")
     merged = width * config.spatial_merge_size**2
-    hidden, crossing = config.connector_hidden_size, -(-config.connector_layers // 2)  # every other layer, from the first
+    hidden, crossing = (
+        config.connector_hidden_size,
+        -(-config.connector_layers // 2),
+    )  # every other layer, from the first
     weights, attention = {
         "mlp": (width * out + out * out, 0),
         "merger": ((merged * merged + merged * out) / config.spatial_merge_size**2, 0),

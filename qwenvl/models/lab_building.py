@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from qwenvl.lab.config import MODEL_TYPE, Connector, LabConfig, LabVisionConfig
-from qwenvl.lab.encoder import TOWERS, WHOLE_PICTURES, build_encoder
+from qwenvl.lab.encoder import TOWERS, WHOLE_PICTURES
 from qwenvl.lab.model import LabForConditionalGeneration
 from qwenvl.lab.processor import END, MEDIA_TOKENS, START, LabProcessor, with_pictures
 from qwenvl.lab.registration import register
@@ -126,7 +126,9 @@ def _open_encoder(name: str, drop_layers: int | None) -> _Encoder:
         raise UserError(f"encoder {name}: model_type {config.model_type!r} is not one the lab knows: {known}.")
     opened = _open_part(name, whole, config)
     if whole.model_type != MODEL_TYPE:
-        config.num_hidden_layers -= int(config.model_type == "clip_vision_model") if drop_layers is None else drop_layers
+        config.num_hidden_layers -= (
+            int(config.model_type == "clip_vision_model") if drop_layers is None else drop_layers
+        )
     elif drop_layers:
         raise UserError(f"encoder {name}: it is of the lab already; drop_layers is for the encoder it was made of.")
     images = AutoImageProcessor.from_pretrained(name)

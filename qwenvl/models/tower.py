@@ -21,6 +21,9 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from qwenvl.lab.encoder import TOWERS, frame_sizes
+from qwenvl.lab.model import LabVisionModel
+
 
 def describe_grids(visual: PreTrainedModel, grids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:
     """Return the arguments of a stock vision tower that depend on the pictures' sizes alone.
@@ -33,8 +36,13 @@ def describe_grids(visual: PreTrainedModel, grids: Sequence[Sequence[int]], devi
     Returns:
         ``grid_thw`` and, as the tower has use for them, ``position_ids``, ``interp_indices``, ``interp_weights``,
         ``window_index``, ``cu_seqlens`` and ``cu_window_seqlens`` with their maxima. On the device; but the borders
-        ``cu_*`` stay on the host where the attention splits tensors by them.
+        ``cu_*`` stay on the host where the attention splits tensors by them. For the connector lab, what its encoder
+        has use for, and ``frame_sizes``, Python numbers.
     """
+    if isinstance(visual, LabVisionModel):
+        of_encoder = describe_grids(visual.encoder, grids, device) if visual.encoder.config.model_type in TOWERS else {}
+        on_device = _to_device(torch.tensor([tuple(grid) for grid in grids]), device)
+        return {"grid_thw": on_device, **of_encoder, "frame_sizes": frame_sizes(grids)}
     config: Any = visual.config
     on_host = torch.tensor([tuple(grid) for grid in grids])
     flash = config._attn_implementation.startswith("flash")

@@ -39,11 +39,11 @@ def draw_box(rng: np.random.Generator) -> Box:
 def draw_shape(shape: str, colour: tuple[int, int, int], box: Box) -> Image.Image:
     """Return an RGB picture of 128 x 128 pixels with one shape in it."""
     picture = Image.new("RGB", (SHAPE_PIXELS, SHAPE_PIXELS), (245, 245, 245))
-    _fill(ImageDraw.Draw(picture), shape, colour, box)
+    fill(ImageDraw.Draw(picture), shape, colour, box)
     return picture
 
 
-def _fill(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], box: Box) -> None:
+def fill(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], box: Box) -> None:
     """Fill a shape that touches all four edges of its box; the last row and column of pixels are inside."""
     left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
     if shape == "circle":

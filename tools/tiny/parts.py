@@ -24,7 +24,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tools.tiny.processor import CLIP_STATISTICS, HALF_STATISTICS, read_template
+from tools.tiny.processor import CLIP_STATISTICS, HALF_STATISTICS
 from tools.tiny.shapes import VOCABULARY_MULTIPLE, Size
 from tools.tiny.tokenizer import build_tokenizer
 
@@ -52,6 +52,11 @@ def build_part(part: Part, output: Path, *, size: Size = "tiny", seed: int = 0) 
     processor.save_pretrained(output)
 
 
+def read_text_template() -> str:
+    """Return the Jinja source of a language model's chat template, which takes texts alone."""
+    return (Path(__file__).parent / "text.jinja").read_text(encoding="utf-8")
+
+
 def _vision_sizes(size: Size) -> dict[str, Any]:
     tiny = size == "tiny"
     return {
@@ -77,16 +82,16 @@ def _siglip(size: Size) -> tuple[PreTrainedModel, Any]:
 def _language_model(config_class: Any, model_class: Any) -> Callable[[Size], tuple[PreTrainedModel, Any]]:
     def build(size: Size) -> tuple[PreTrainedModel, Any]:
         tokenizer = build_tokenizer("qwen3_vl")
-        tokenizer.chat_template = read_template("text")
+        tokenizer.chat_template = read_text_template()
         end_of_text, end_of_turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
         tiny = size == "tiny"
         config = config_class(
             vocab_size=-(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
-            hidden_size=64 if tiny else 192,
-            intermediate_size=96 if tiny else 512,
-            num_hidden_layers=2 if tiny else 4,
-            num_attention_heads=4 if tiny else 6,
-            num_key_value_heads=2 if tiny else 3,
+            hidden_size=64 if tiny else 128,
+            intermediate_size=96 if tiny else 384,
+            num_hidden_layers=2 if tiny else 3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             head_dim=16 if tiny else 32,
             max_position_embeddings=4096,
             initializer_range=0.1 if tiny else 0.05,

@@ -1,0 +1,1 @@
+"""Parts of ``tools/connector_lab.py``: recipes of experiments, their runs, and the page of results."""
