@@ -21,7 +21,7 @@ import logging
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 
 from qwenvl.arguments.command_line import HelpPage
 from qwenvl.arguments.parsing import parse_class
+from qwenvl.arguments.tasks import Pooling, TaskArguments, TaskName
 from qwenvl.data.annotations import AnnotationTable, open_annotations
+from qwenvl.data.label_counts import label_reader
+from qwenvl.data.labels import LabelReader
 from qwenvl.data.video import prepare_backend
 from qwenvl.utilities.cache import replacing
 from qwenvl.utilities.cores import available_cores
@@ -53,7 +56,7 @@ PAGE = HelpPage(
 
 @dataclass
 class CheckArguments(ToolArguments):
-    """Flags of this tool, besides those of all tools."""
+    """Flags of this tool, besides those of all tools; those of tasks are training's own."""
 
     decode: bool = field(default=False, metadata={"help": "Read media as training would, not their headers alone."})
     write_clean: bool = field(
@@ -63,6 +66,22 @@ class CheckArguments(ToolArguments):
     output: str = field(default=".", metadata={"help": "Folder of the files that are written."})
     model_max_length: int = field(default=8192, metadata={"help": "Most tokens of a sample; needs a model."})
     workers: int | None = field(default=None, metadata={"help": "Processes. Default: one for every core."})
+    task: TaskName | None = field(default=None, metadata={"help": "Check the field 'label' for this task."})
+    pooling: Pooling | None = field(default=None, metadata={"help": "Of the task: vision_mean needs pictures."})
+    class_names: str | None = field(default=None, metadata={"help": "File with the classes. Default: any name."})
+    keep_answer: bool = field(default=False, metadata={"help": "Of the task: a sample needs its answer."})
+
+    @property
+    def labels(self) -> LabelReader | None:
+        """What reads the labels of the task, if there is one.
+
+        Raises:
+            UserError: the file of class names cannot be used.
+        """
+        chosen = TaskArguments(
+            self.task, pooling=self.pooling, class_names=self.class_names, keep_answer=self.keep_answer
+        )
+        return None if self.task is None else label_reader(chosen)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,9 +121,14 @@ def check(arguments: CheckArguments) -> int:
 def _checker(arguments: CheckArguments) -> SampleChecker:
     if not arguments.model_name_or_path:
         settings = default_settings(arguments)
-        return SampleChecker(settings, RESERVED_TOKENS, arguments.allow_remote_media, arguments.decode)
+        reserved, remote = RESERVED_TOKENS, arguments.allow_remote_media
+        return SampleChecker(settings, reserved, remote, arguments.decode, labels=arguments.labels)
     encoder, _ = open_encoder(arguments, arguments.model_max_length)
-    return SampleChecker(encoder.settings, encoder.reserved_tokens, encoder.allow_remote, arguments.decode, encoder)
+    encoder = replace(encoder, targets=arguments.labels)
+    return SampleChecker(
+        *(encoder.settings, encoder.reserved_tokens, encoder.allow_remote, arguments.decode, encoder),
+        labels=arguments.labels,
+    )
 
 
 def _check_dataset(table: AnnotationTable, checker: SampleChecker, arguments: CheckArguments) -> Summary:

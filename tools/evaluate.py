@@ -36,13 +36,14 @@ from qwenvl.arguments.parsing import parse_class
 from qwenvl.evaluate.answering import answer_rows
 from qwenvl.evaluate.blindness import VIEWS, Blindness, View, find_partners, key_of
 from qwenvl.evaluate.evaluation import Scores, evaluate, evaluate_views
+from qwenvl.evaluate.labelling import label_metrics
 from qwenvl.evaluate.metrics import METRICS, find_metric
 from qwenvl.evaluate.predictions import Prediction, read_predictions
 from qwenvl.utilities.cache import replacing
 from qwenvl.utilities.distributed import is_first_to_say, is_main_process, run_program, shut_down, start_group
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
-from tools.asking.opening import AskArguments, open_job, open_model, progress_bar
+from tools.asking.opening import AskArguments, answer_all, open_job, open_model, progress_bar
 from tools.evaluation.page import OtherAnswers, build_evaluation_page, percent
 
 logger = logging.getLogger("qwenvl.evaluate")
@@ -132,9 +133,9 @@ def ask(arguments: EvaluateArguments) -> Views:
     """
     job, folder = open_job(arguments), Path(arguments.output)
     model = functools.cache(lambda: open_model(arguments, job.encoder))
-    shown = answer_rows(
-        replace(job, with_loss=arguments.blind), folder / "predictions.jsonl", model, progress_bar("Answering")
-    )
+    if job.encoder.targets is not None and arguments.blind:
+        raise UserError("--blind asks for answers, and this model has the head of a task. Leave it out.")
+    shown = answer_all(arguments, replace(job, with_loss=arguments.blind), folder / "predictions.jsonl")
     if not arguments.blind:
         return {"shown": shown}
     views: dict[View, Sequence[Prediction]] = {"shown": shown}
@@ -153,6 +154,7 @@ def write(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Seq
     record = {
         "model" if arguments.predictions is None else "predictions": asked,
         "datasets": [one.as_dict() for one in scores],
+        **({"labels": labels} if (labels := _label_metrics(scores)) else {}),
         **({"blind": [one.as_dict() for one in blindness]} if arguments.blind else {}),
     }
     others: OtherAnswers = {
@@ -162,6 +164,12 @@ def write(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Seq
     for name, text in (("evaluation.json", json.dumps(record, indent=2) + "\n"), ("evaluation.html", page)):
         with replacing(folder / name) as path:
             path.write_text(text, encoding="utf-8")
+
+
+def _label_metrics(scores: Sequence[Scores]) -> dict[str, dict[str, float]]:
+    """Return the metrics of predicted labels by dataset, where a head predicted them."""
+    found = {one.dataset: label_metrics(one.lines) for one in scores}
+    return {name: metrics for name, metrics in found.items() if metrics}
 
 
 def show(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Sequence[Blindness]) -> None:
@@ -176,6 +184,9 @@ def show(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Sequ
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=160)
     console.print(table)
+    for name, metrics in _label_metrics(scores).items():
+        told = ", ".join(f"{metric.replace('_', ' ')} {value:.4g}" for metric, value in metrics.items())
+        console.print(f"{name}: {told}", markup=False)
     for found in blindness:
         console.print(f"{found.name}: {found.verdict}", markup=False)
         console.print(f"  {found.count:,} samples compared, {found.left_out:,} left out.", style="dim")

@@ -3,9 +3,9 @@ r"""Make the demo's data: real handwritten digits, comparisons of two of them, a
     python tools/make_demo_data.py --output DIR [--kind demo] [--seed 0] [--limit N]
 
 Writes ``digits``, ``comparisons``, ``grounding`` and ``motion``, each as ``NAME_train.jsonl`` and
-``NAME_heldout.jsonl`` (fields ``id``, ``image`` or ``video``, ``conversations``; media paths start from DIR).
-``--kind lab`` writes what the connector lab learns from instead: drawn scenes in ``captions``, ``questions`` and
-``chats``, and ``texts``, the same tasks about scenes told in words.
+``NAME_heldout.jsonl`` (fields ``id``, ``image`` or ``video``, ``conversations``, for digits also ``label``; media paths
+start from DIR). ``--kind lab`` writes what the connector lab learns from instead: drawn scenes in ``captions``,
+``questions`` and ``chats``, and ``texts``, the same tasks about scenes told in words.
 No media file of a held-out sample appears in training. The same seed gives the same files; a folder that is already
 complete is left alone.
 """
@@ -39,7 +39,7 @@ from tools.demo.drawing import (
     write_clip,
 )
 
-VERSION = 3  # raise when the samples change, so that older folders are made again
+VERSION = 4  # raise when the samples change, so that older folders are made again
 MANIFEST = "manifest.json"
 
 Kind = Literal["demo", "lab"]
@@ -159,6 +159,7 @@ def write_digits(output: Path, split: Split, count: int, rng: np.random.Generato
             "id": f"digit-{index:04d}",
             "image": name,
             "conversations": _conversation("<image>\nWhich digit is written?", str(digit)),
+            "label": digit,  # for --task classification
         }
 
 

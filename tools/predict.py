@@ -11,11 +11,15 @@ dataset, file, line, id, question, expected, prediction; or error, for a sample 
 started again, with as many processes as you like, they answer what is missing. ``--image`` and ``--video`` may be given
 several times over. With nothing but a model, it is a chat.
 
+Of a model with the head of a task (``--task`` in training), ``prediction`` is the label and ``scores`` probabilities of
+the classes, or the scores of the pictures; samples need no label, and where they have one, metrics are printed.
+
 Exit code: 0; 1 where samples could not be asked (the output has the reasons); 2 where nothing could be done.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections import Counter
@@ -29,7 +33,7 @@ from qwenvl.arguments.parsing import parse_class
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages_media import image_item, video_item
 from qwenvl.data.types import Message, TextPart
-from qwenvl.evaluate.answering import answer_rows
+from qwenvl.evaluate.labelling import label_metrics
 from qwenvl.evaluate.predictions import Prediction
 from qwenvl.evaluate.prompts import open_prompt
 from qwenvl.utilities.distributed import (
@@ -43,7 +47,14 @@ from qwenvl.utilities.distributed import (
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
 from tools.asking.chat import Chat, answer_aloud
-from tools.asking.opening import AskArguments, open_asking_encoder, open_job, open_model, progress_bar
+from tools.asking.opening import (
+    AskArguments,
+    answer_all,
+    open_asking_encoder,
+    open_job,
+    open_labeller,
+    open_model,
+)
 
 logger = logging.getLogger("qwenvl.predict")
 
@@ -100,24 +111,29 @@ def run(arguments: PredictArguments) -> int:
     if arguments.output is not None:
         start_group()
         job = open_job(arguments)
-        lines = answer_rows(
-            job, Path(arguments.output), lambda: open_model(arguments, job.encoder), progress_bar("Answering")
-        )
+        lines = answer_all(arguments, job, Path(arguments.output))
         return summarize(lines, arguments.output) if is_main_process() else 0
     encoder = open_asking_encoder(arguments)
     reader = MediaReader("", arguments.allow_remote_media, video_timeout=arguments.video_timeout)
     if arguments.prompt is None:
+        if encoder.targets is not None:
+            raise UserError("A model with the head of a task gives labels and no answers: name data, or a --prompt.")
         Chat(open_model(arguments, encoder), encoder.settings, reader, arguments.decoding).run()
         return 0
     images, videos = map(image_item, arguments.image), map(video_item, arguments.video)
     turn = Message("user", (*images, *videos, TextPart(arguments.prompt)))
     prompt = open_prompt([turn], reader, encoder.settings)  # before the model, which takes long
+    if encoder.targets is not None:
+        print(json.dumps(open_labeller(arguments, encoder).predict_prompts([prompt])[0], ensure_ascii=False))
+        return 0
     answer_aloud(open_model(arguments, encoder), prompt, arguments.decoding)
     return 0
 
 
 def summarize(lines: list[Prediction], output: str) -> int:
     """Print how many answers there are and what could not be asked; return the exit code."""
+    for name, value in label_metrics(lines).items():
+        print(f"{name.replace('_', ' ')}: {value:.4g}")
     bad = [line for line in lines if line.error is not None]
     print(f"{output}: {len(lines) - len(bad):,} answers, {len(bad):,} samples that could not be asked.")
     for reason, count in Counter((line.error or "").partition(":")[0] for line in bad).most_common():

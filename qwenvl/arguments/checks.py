@@ -133,6 +133,7 @@ def log_without_effect(
     adapters: AdapterArguments,
     data: DataArguments,
     training: TrainingArguments,
+    tasks: TaskArguments,
     given: frozenset[str],
 ) -> None:
     """Log, once each, what was set but changes nothing.
@@ -142,6 +143,7 @@ def log_without_effect(
         adapters: arguments of the adapters.
         data: data arguments.
         training: training arguments.
+        tasks: arguments of tasks.
         given: names of the settings that the user gave.
     """
     if "base_interval" in given:
@@ -160,9 +162,12 @@ def log_without_effect(
     of_adapters = {field.name for field in fields(AdapterArguments)} - {"lora_enable"}
     if not adapters.lora_enable and (unused := sorted(given & of_adapters)):
         logger.info("%s: no effect without --lora_enable True.", ", ".join(unused))
+    of_tasks = {field.name for field in fields(TaskArguments)}
+    if tasks.task is None and (unused := sorted(given & of_tasks)):
+        logger.warning("%s: no effect without --task.", ", ".join(f"--{name}" for name in unused))
     if "group_by_cost" in given and data.data_packing:
         logger.info("group_by_cost has no effect with packs: their steps are balanced without it.")
-    if _has_evaluation_data(data) and not _evaluates(training):
+    if _has_evaluation_data(data) and not _evaluates(training) and tasks.task is None:  # which is at its end
         logger.warning("Evaluation data are set, but --eval_strategy is no: nothing is evaluated.")
 
 

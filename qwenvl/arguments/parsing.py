@@ -169,7 +169,7 @@ def _build(given: Mapping[str, Any], settings: Mapping[str, Setting], debug: boo
     refuse_parallelism(values.get("deepspeed"))
     training = _training(by_class[TrainingArguments])
     check_together(model, adapters, data, training, tasks)
-    log_without_effect(model, adapters, data, training, frozenset(given))
+    log_without_effect(model, adapters, data, training, tasks, frozenset(given))
     return ParsedArguments(model, adapters, data, training, tasks, debug, dict(given))
 
 

@@ -1,4 +1,4 @@
-"""The field ``label`` of samples: read, checked, and counted before training.
+"""The field ``label`` of samples: read and checked.
 
 ===============  =====================================================================================================
 classification   a name, or a whole number, which counts as the name it is written as
@@ -11,18 +11,14 @@ ranking          a list of relevances, numbers from 0 up, one for each picture o
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from qwenvl.data.dataset import SampledTable
+from qwenvl.arguments.tasks import TaskName
 from qwenvl.data.encoding import Plan
 from qwenvl.data.types import Conversation, ImageItem, Sample
-from qwenvl.utilities.errors import SampleError, UserError, nearest
+from qwenvl.utilities.errors import SampleError, nearest
 
-LabelTask = Literal["classification", "regression", "multilabel", "ranking"]
 Label = str | tuple[str, ...] | tuple[float, ...]
 """A name, names, or numbers."""
 
@@ -42,7 +38,7 @@ class LabelReader:
         optional: a sample may have no label; its target is None then.
     """
 
-    task: LabelTask
+    task: TaskName
     classes: tuple[str, ...] = ()
     outputs: int = 0
     needs_media: bool = False
@@ -63,7 +59,7 @@ class LabelReader:
             for name in label if self.task == "multilabel" else [label] if self.task == "classification" else ():
                 self._require_known(str(name))
             if self.task == "regression" and len(label) != (self.outputs or len(label)):
-                raise _wrong(f"it has {len(label)} numbers, and others have {self.outputs}")
+                raise wrong_label(f"it has {len(label)} numbers, and others have {self.outputs}")
         except SampleError as error:
             raise error.at(sample.origin) from None
         return label
@@ -119,7 +115,7 @@ class LabelReader:
             )
 
 
-def _parse(task: LabelTask, value: Any) -> Label:
+def _parse(task: TaskName, value: Any) -> Label:
     if value is None:
         raise SampleError(
             "no_label",
@@ -130,16 +126,16 @@ def _parse(task: LabelTask, value: Any) -> Label:
         return _name(value)
     if task == "multilabel":
         if not isinstance(value, list | tuple):
-            raise _wrong("--task multilabel takes a list of names", value)
+            raise wrong_label("--task multilabel takes a list of names", value)
         return tuple(dict.fromkeys(_name(one) for one in value))
     if task == "regression":
         numbers = value if isinstance(value, list | tuple) else [value]
         return tuple(_number(one) for one in numbers) if numbers else _raise("it is an empty list")
     if not isinstance(value, list | tuple) or len(value) < 2:
-        raise _wrong("--task ranking takes a list of relevances, one for each of two or more pictures", value)
+        raise wrong_label("--task ranking takes a list of relevances, one for each of two or more pictures", value)
     relevances = tuple(_number(one) for one in value)
     if min(relevances) < 0 or len(set(relevances)) == 1:
-        raise _wrong("relevances are numbers from 0 up, and not all equal: there would be nothing to rank", value)
+        raise wrong_label("relevances are numbers from 0 up, and not all equal: there would be nothing to rank", value)
     return relevances
 
 
@@ -150,138 +146,20 @@ def _name(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
-    raise _wrong("a class is a name or a whole number", value)
+    raise wrong_label("a class is a name or a whole number", value)
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _wrong("a finite number is needed", value)
+        raise wrong_label("a finite number is needed", value)
     return float(value)
 
 
-def _wrong(problem: str, *value: Any) -> SampleError:
+def wrong_label(problem: str, *value: Any) -> SampleError:
+    """Return the error of a label that cannot be used, which is shown if it is given."""
     shown = f" {str(value[0])[:80]!r}" if value else ""
     return SampleError("bad_label", f"its 'label'{shown} cannot be used: {problem}.")
 
 
 def _raise(problem: str) -> Any:
-    raise _wrong(problem)
-
-
-@dataclass
-class LabelStatistics:
-    """What is known of the labels that are trained on.
-
-    Args:
-        samples: how many there are.
-        names: how often each class comes.
-        sums: of the numbers, by their place.
-        squares: of their squares.
-    """
-
-    samples: int = 0
-    names: Counter[str] = field(default_factory=Counter)
-    sums: list[float] = field(default_factory=list)
-    squares: list[float] = field(default_factory=list)
-
-    def add(self, label: Label, task: LabelTask, times: int = 1) -> None:
-        """Count a label that is used so many times."""
-        self.samples += times
-        if task == "classification":
-            self.names[str(label)] += times
-        elif task == "multilabel":
-            self.names.update({str(name): times for name in label})
-        elif task == "regression":
-            numbers = [float(one) for one in label]
-            self.sums = self.sums or [0.0] * len(numbers)
-            self.squares = self.squares or [0.0] * len(numbers)
-            self.sums = [total + times * one for total, one in zip(self.sums, numbers, strict=True)]
-            self.squares = [total + times * one * one for total, one in zip(self.squares, numbers, strict=True)]
-
-    def mean_and_deviation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return them for each number of the labels; a deviation of 0 becomes 1."""
-        means = [total / self.samples for total in self.sums]
-        spreads = [max(total / self.samples - mean**2, 0.0) for total, mean in zip(self.squares, means, strict=True)]
-        small = [1e-12 * (1 + mean**2) for mean in means]
-        deviations = [math.sqrt(one) if one > least else 1.0 for one, least in zip(spreads, small, strict=True)]
-        return tuple(means), tuple(deviations)
-
-
-def count_labels(tables: Iterable[SampledTable], reader: LabelReader, *, skip: bool) -> LabelStatistics:
-    """Read the labels of all rows that are used; nothing else of the rows is looked at.
-
-    Args:
-        tables: the datasets.
-        reader: of the labels. Without ``classes`` any name is taken; without ``outputs`` the first label decides.
-        skip: leave rows out that cannot be used, rather than stop at the first one; training reports them.
-
-    Raises:
-        SampleError: a label is missing or wrong.
-    """
-    found = LabelStatistics()
-    for table in tables:
-        for row, times in Counter(table.rows.tolist()).items():
-            try:
-                for sample in table.table[row]:
-                    label = reader.label(sample)
-                    if label is not None:
-                        _require_as_long(found, label, reader, sample)
-                        found.add(label, reader.task, times)
-            except SampleError as error:
-                if not skip:
-                    hint = "(--on_bad_sample skip leaves such samples out.)"
-                    raise SampleError(error.category, f"{error.reason} {hint}", error.origin) from None
-    return found
-
-
-def _require_as_long(found: LabelStatistics, label: Label, reader: LabelReader, sample: Sample) -> None:
-    if reader.task == "regression" and found.sums and len(label) != len(found.sums):
-        raise _wrong(f"it has {len(label)} numbers, and earlier ones have {len(found.sums)}").at(sample.origin)
-
-
-def order_classes(names: Iterable[str]) -> tuple[str, ...]:
-    """Return classes in the order of their numbers where all are whole numbers, else in alphabetical order."""
-    found = set(names)
-    numbers = all(name.lstrip("-").isdecimal() for name in found)
-    return tuple(sorted(found, key=int if numbers else str))
-
-
-def read_class_names(path: str) -> tuple[str, ...]:
-    """Read a file of class names, one a line; empty lines are passed over.
-
-    Raises:
-        UserError: it cannot be read, names fewer than two classes, or one twice.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--class_names {path}: it cannot be read: {error}. It is a text with one name a line."
-        ) from error
-    names = tuple(line.strip() for line in lines if line.strip())
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if len(names) < 2 or twice:
-        problem = f"{twice[0]!r} stands there twice" if twice else f"it names {len(names)} classes"
-        raise UserError(f"--class_names {path}: {problem}. It is a text with one name a line, two or more.")
-    return names
-
-
-def class_weights(
-    flag: str | None, by_name: Mapping[str, float], counts: Mapping[str, int], classes: Sequence[str]
-) -> tuple[float, ...]:
-    """Return what each class weighs; nothing where all weigh alike.
-
-    ``balanced``: samples / (classes x samples of the class), so that the mean over the samples is 1 (as scikit-learn).
-
-    Raises:
-        UserError: a name is none of the classes.
-    """
-    if flag is None:
-        return ()
-    if flag != "balanced":
-        for name in by_name:
-            if name not in classes:
-                raise UserError(f"--class_weights: {name!r} is none of the classes.{nearest(name, classes)}")
-        return tuple(by_name.get(name, 1.0) for name in classes)
-    total = sum(counts.values())
-    return tuple(total / (len(classes) * counts[name]) if counts.get(name) else 0.0 for name in classes)
+    raise wrong_label(problem)

@@ -93,7 +93,11 @@ def _weights(folder: Path) -> str:
 
 
 def answer_rows(
-    job: Job, output: Path, open_model: Callable[[], Answerer], progress: Callable[[int], Progress]
+    job: Job,
+    output: Path,
+    open_model: Callable[[], Any],
+    progress: Callable[[int], Progress],
+    answering: Callable[..., None] | None = None,
 ) -> list[Prediction]:
     """Answer the rows that have no answer yet; every process has to call it.
 
@@ -102,6 +106,7 @@ def answer_rows(
         output: file of the answers.
         open_model: opens the model; called where something is to be answered.
         progress: called with the number of rows to answer here; see :data:`Progress`.
+        answering: what answers rows by the model, with the arguments of :func:`answer`, the default.
 
     Returns:
         All answers in the order of the data.
@@ -114,7 +119,7 @@ def answer_rows(
     missing = [index for index in range(job.num_rows) if index not in done]
     mine = missing[rank() :: world_size()]
     if mine:
-        answer(job, mine, open_model(), store.writer(rank()), progress(len(mine)))
+        (answering or answer)(job, mine, open_model(), store.writer(rank()), progress(len(mine)))
     wait_for_all()
     return from_main_process(store.join)
 

@@ -3,7 +3,8 @@
     python -m qwenvl.evaluate.export_check FOLDER CASES.safetensors [--device cpu] [--dtype auto]
 
 Nothing of this trainer is used here, but the classes of the connector lab, which transformers does not have:
-``AutoModelForImageTextToText``, ``AutoProcessor`` and, for an adapter, PEFT.
+``AutoModelForImageTextToText``, ``AutoProcessor`` and, for an adapter, PEFT. Only where a case has ``N.scores``, what
+the head of a task has to say of it, is the head opened by this trainer's own code.
 CASES holds, for each sample numbered from 0, ``N.input_ids`` int64 [1, T], ``N.rows`` int64 [n], ``N.logits`` float32
 [n, V] and, where the sample has media, what the model's ``forward`` takes of them. Positions are left to the model.
 The last line printed is JSON: ``problems``, a list of sentences, and ``differences``, one record a sample.
@@ -41,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, problems = open_model(arguments.folder, arguments.dtype)
         problems += check_processor(arguments.folder)
         cases = split_cases(load_file(arguments.cases))
-        differences = [compare(model.to(arguments.device).eval(), case) for case in cases]
+        model = model.to(arguments.device).eval()
+        differences = [compare_scores(arguments.folder, model, case) for case in cases if "scores" in case]
+        differences += [compare(model, case) for case in cases]
     except _FAILURES as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
         problems, differences = [f"stock transformers cannot use it: {type(error).__name__}: {first_line}"], []
@@ -78,6 +81,24 @@ def split_cases(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor
         number, _, key = name.partition(".")
         cases.setdefault(int(number), {})[key] = tensor
     return [cases[number] for number in sorted(cases)]
+
+
+def compare_scores(folder: Path, model: Any, case: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return how far the scores of the folder's head are from the given ones, as shares of their size; takes them out.
+
+    Returns:
+        ``mean`` and ``largest`` difference.
+    """
+    from qwenvl.evaluate.generate import Answerer
+    from qwenvl.evaluate.task_model import TaskModel, open_head
+
+    expected = case.pop("scores")
+    inputs = {name: value for name, value in case.items() if name not in ("rows", "logits")}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    head = open_head(str(folder)).to(model.device)
+    found = torch.from_numpy(TaskModel(Answerer(model, None), head).scores(inputs)[0])
+    apart = (found - expected).abs() / expected.abs().mean().clamp(min=1e-9)
+    return {"mean": float(apart.mean()), "largest": float(apart.max())}
 
 
 def compare(model: Any, case: dict[str, torch.Tensor]) -> dict[str, float]:

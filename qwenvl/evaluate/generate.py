@@ -146,14 +146,19 @@ def generate(
     return answers
 
 
-def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt]) -> Any:
+def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt], *, answered: bool = False) -> Any:
     """Render and tokenize prompts, and cut patches of their media.
+
+    Args:
+        answerer: whose processor does it.
+        prompts: the questions.
+        answered: they end in an answer, and the header of another one does not follow.
 
     Returns:
         ``BatchFeature`` with ``input_ids`` and ``attention_mask`` int64 [B, T], padded on the left, and the media's
         ``pixel_values``, ``image_grid_thw``, ``pixel_values_videos`` and ``video_grid_thw`` where there are any.
     """
-    texts = [_render(answerer, prompt) for prompt in prompts]
+    texts = [_render(answerer, prompt, answered) for prompt in prompts]
     processor = answerer.processor
     shown = [pair for prompt in prompts for pair in zip(prompt.plans, prompt.frames, strict=True)]
     media: dict[str, Any] = {}
@@ -171,12 +176,12 @@ def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt]) -> Any:
     return processor(text=texts, text_kwargs={"padding": True, "padding_side": "left"}, return_tensors="pt", **media)
 
 
-def _render(answerer: Answerer, prompt: Prompt) -> str:
+def _render(answerer: Answerer, prompt: Prompt, answered: bool) -> str:
     text: str = answerer.processor.apply_chat_template(
         template_messages(prompt.messages),
         tools=[dict(tool) for tool in prompt.tools] or None,
         tokenize=False,
-        add_generation_prompt=True,
+        add_generation_prompt=not answered,
         **answerer.template_kwargs,
     )
     return text

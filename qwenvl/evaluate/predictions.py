@@ -50,6 +50,8 @@ class Prediction:
         canvas: (width, height) of the picture in what boxes count, where boxes are expected.
         loss: cross entropy of the trained tokens, summed, in nats; where it was asked for.
         trained_tokens: how many of them there are.
+        task: that a head predicts; None for an answer in words. ``expected`` is the sample's label then.
+        scores: probabilities of classes by their names, or scores of the pictures.
     """
 
     index: int
@@ -69,6 +71,8 @@ class Prediction:
     canvas: tuple[int, int] | None = None
     loss: float | None = None
     trained_tokens: int | None = None
+    task: str | None = None
+    scores: Any = None
 
     def to_json(self) -> str:
         """Return the line, with its end; fields that say nothing are left out."""

@@ -6,6 +6,7 @@ is asked about exactly what a model is trained on, and its loss and its answer a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from qwenvl.data.collation import EncodedSample, Medium
-from qwenvl.data.encoding import SampleEncoder, plan_item
+from qwenvl.data.encoding import Plan, SampleEncoder, plan_item
 from qwenvl.data.media import MediaReader
 from qwenvl.data.pixels import read_resized
 from qwenvl.data.sizes import MediaPlan, VisionSettings
@@ -68,12 +69,16 @@ class Exercise:
 def open_exercise(sample: Sample, encoder: SampleEncoder) -> Exercise:
     """Split a sample into question and answer, and decode its media.
 
+    For an encoder with the labels of a task, the sample is the question, and its label what is expected.
+
     Raises:
         SampleError: the sample cannot be used, or does not end in an answer to a question.
     """
     reader = encoder.reader(sample, keep_images=True)
     plan = encoder.plan(sample, reader)
     messages = plan.conversation.messages
+    if encoder.targets is not None:
+        return _open_labelled(sample, encoder, plan, reader)
     if messages[-1].role != "assistant" or len(messages) < 2:
         raise SampleError("no_answer", "the sample does not end in an answer to a question.", sample.origin)
     encoded = encoder.encode(plan, sample, reader)
@@ -81,6 +86,18 @@ def open_exercise(sample: Sample, encoder: SampleEncoder) -> Exercise:
     return Exercise(
         Prompt(messages[:-1], plan.media, frames, plan.conversation.tools), messages[-1].text.strip(), encoded
     )
+
+
+def _open_labelled(sample: Sample, encoder: SampleEncoder, plan: Plan, reader: MediaReader) -> Exercise:
+    encoded = encoder.encode(plan, sample, reader)
+    frames = tuple(medium.frames for medium in encoded.media)
+    prompt = Prompt(plan.conversation.messages, plan.media, frames, plan.conversation.tools)
+    return Exercise(prompt, label_text(sample.record.get("label")), encoded)
+
+
+def label_text(value: Any) -> str:
+    """Return a label as predictions hold it: a name as it is, anything else as JSON; nothing for None."""
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def open_prompt(messages: Iterable[Message], reader: MediaReader, settings: VisionSettings) -> Prompt:

@@ -26,9 +26,12 @@ from qwenvl.data.sizes import VideoPlan
 from qwenvl.data.types import Sample
 from qwenvl.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from qwenvl.models.expert_layout import weight_files
+from qwenvl.models.head_objective import HeadObjective
 from qwenvl.models.loss import run_model, tell_host
 from qwenvl.models.patches import Patchify
+from qwenvl.models.readout import readout_of
 from qwenvl.train.saving import SavingTrainer
+from qwenvl.train.trainer import QwenVLTrainer
 from qwenvl.train.wholeness import BLAME
 from qwenvl.utilities.distributed import from_main_process
 from qwenvl.utilities.errors import SampleError, UserError
@@ -58,8 +61,10 @@ class Case:
     encoded: EncodedSample
 
 
-def verify_export(trainer: SavingTrainer, datasets: Sequence[ConversationDataset | None], processor: Any) -> None:
+def verify_export(trainer: QwenVLTrainer, datasets: Sequence[ConversationDataset | None], processor: Any) -> None:
     """Have a fresh process open the finished folder, and compare its logits with the trainer's; every rank calls it.
+
+    The head of a task is opened there too, and its scores of the same samples are compared.
 
     Args:
         trainer: that has saved it.
@@ -81,10 +86,11 @@ def verify_export(trainer: SavingTrainer, datasets: Sequence[ConversationDataset
     cases = [case for dataset in datasets if dataset is not None for case in _cases(dataset)][:2]
     patchify = Patchify.from_processor(processor)
     logits = [trainer_logits(trainer, case) for case in cases]
+    scores = [trainer_scores(trainer, case) for case in cases]
     tensors = {
         f"{number}.{name}": tensor.contiguous()
-        for number, (case, (rows, values)) in enumerate(zip(cases, logits, strict=True))
-        for name, tensor in {**_stock_inputs(case, patchify), "rows": rows, "logits": values}.items()
+        for number, (case, (rows, values), found) in enumerate(zip(cases, logits, scores, strict=True))
+        for name, tensor in {**_stock_inputs(case, patchify), "rows": rows, "logits": values, **found}.items()
     }
     from_main_process(partial(_compare, folder, tensors, trainer))
 
@@ -106,6 +112,18 @@ def trainer_logits(trainer: SavingTrainer, case: Case) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), trainer.compute_loss_context_manager():
         logits = run_model(model, inputs).logits
     return rows, logits[0].float().cpu()
+
+
+def trainer_scores(trainer: QwenVLTrainer, case: Case) -> dict[str, Tensor]:
+    """Return ``scores`` float32 [units, outputs], what the head of a task says of a sample; nothing without one."""
+    if readout_of(trainer.model) is None or not isinstance(trainer.objective, HeadObjective):
+        return {}
+    assert trainer.data_collator is not None
+    batch = for_model(trainer.data_collator([Item((case.encoded,))]))
+    inputs = trainer._prepare_inputs(trainer.objective.prepare(batch))
+    model = trainer._wrap_model(trainer.model, training=False)
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        return {"scores": run_model(model, inputs).logits.float().cpu()}
 
 
 def _cases(dataset: ConversationDataset) -> Iterator[Case]:

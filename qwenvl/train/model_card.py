@@ -15,6 +15,7 @@ import yaml
 from qwenvl.arguments import ParsedArguments
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.models.adapter_files import CONFIG_FILE
+from qwenvl.models.task_files import is_task_folder
 
 MARKER = "<!-- Written by qwenvl after training. Without this line it is yours, and no run replaces it. -->"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,6 +29,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 base = AutoModelForImageTextToText.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "{name}")
 processor = AutoProcessor.from_pretrained("{name}")"""
+
+_HEAD_LOADED = """from qwenvl.evaluate.task_model import open_task_model  # of this trainer
+
+# The model alone opens as usual, with AutoModelForImageTextToText.
+
+model = open_task_model("{name}")
+turn = {{"role": "user", "content": [{{"type": "image", "image": "a.jpg"}}, {{"type": "text", "text": "..."}}]}}
+print(model.predict([[turn]]))"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,8 @@ class Card:
         """Return the card of a folder."""
         adapter = (folder / CONFIG_FILE).is_file()
         kind = "A LoRA adapter for" if adapter else "Fine-tuned from"
-        loaded = (_ADAPTER_LOADED if adapter else _LOADED).format(name=self.name, base=self.base)
+        alone = _ADAPTER_LOADED if adapter else _LOADED
+        loaded = (_HEAD_LOADED if is_task_folder(folder) else alone).format(name=self.name, base=self.base)
         parts = [
             f"---\n{yaml.safe_dump(self._front(adapter), sort_keys=False)}---\n\n{MARKER}",
             f"# {Path(self.name).name}\n\n{kind} `{self.base}`.",

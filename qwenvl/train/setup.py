@@ -86,8 +86,17 @@ def run(parsed: ParsedArguments) -> int:
             args.output_dir,
         )
         return interruption.EXIT_CODE
+    if parsed.tasks.task is not None and data.evaluation is not None:
+        _evaluate_at_end(trainer)
     _save_and_verify(parsed, trainer, data)
     return 0
+
+
+def _evaluate_at_end(trainer: MeasuredTrainer) -> None:
+    """Evaluate the finished model, unless the last step was evaluated; every rank has to call it."""
+    evaluated = [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
+    if trainer.state.global_step not in evaluated:
+        trainer.evaluate()
 
 
 def _save_and_verify(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData) -> None:

@@ -10,13 +10,12 @@ from transformers import PretrainedConfig
 
 from qwenvl.arguments import ParsedArguments, TaskArguments
 from qwenvl.data.dataset import SampledTable
-from qwenvl.data.labels import (
-    LabelReader,
+from qwenvl.data.label_counts import (
     LabelStatistics,
     class_weights,
     count_labels,
+    label_reader,
     order_classes,
-    read_class_names,
 )
 from qwenvl.data.targets import TargetReader
 from qwenvl.models.head_objective import HeadObjective
@@ -88,21 +87,6 @@ def _open_head(
     )
     _log(spec, found)
     return Task(HeadObjective(spec, parsed.training.seed, chosen.head_lr), reader)
-
-
-def label_reader(chosen: TaskArguments) -> LabelReader:
-    """Return what reads the labels of a task, as far as the flags say it.
-
-    Raises:
-        UserError: the file of class names cannot be used.
-    """
-    assert chosen.task is not None
-    return LabelReader(
-        chosen.task,
-        classes=read_class_names(chosen.class_names) if chosen.class_names else (),
-        needs_media=chosen.chosen_pooling == "vision_mean",
-        prompts=not chosen.keep_answer,
-    )
 
 
 def _require_enough(chosen: TaskArguments, found: LabelStatistics, classes: Sequence[str]) -> None:

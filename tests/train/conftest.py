@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from qwenvl.train.train_qwen import main
+from tests.train.labelled import write_labelled
 from tests.train.runs import ERROR
 
 # What each sample of "mixed" holds, and the words of its answer: counts so different that a mean of means shows.
@@ -130,3 +131,9 @@ def publish(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.Tem
         return folder
 
     return function
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function of the task that returns a registry of labelled samples, ``samples`` and ``held_out``."""
+    return write_labelled(tmp_path_factory.mktemp("labelled"))

@@ -116,7 +116,7 @@ def engine_of(model):
     if isinstance(model, FSDPModule) and any(isinstance(value, DTensor) for value in model.parameters()):
         return "FSDP2"
     stage = model.zero_optimization_stage()
-    assert stage < 3 or all(value.ds_tensor.numel() < value.ds_numel for value in model.parameters())
+    assert stage < 3 or all(value.ds_tensor.numel() < max(value.ds_numel, 2) for value in model.parameters())
     return f"ZeRO-{stage}" + (" offload" if model.zero_use_cpu_optimizer() else "")
 
 

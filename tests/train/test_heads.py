@@ -1,4 +1,4 @@
-"""Heads on hidden states in whole runs: however samples are laid out, split and trained, and what is saved."""
+"""Heads on hidden states in whole runs: however samples are laid out, split and trained."""
 
 from __future__ import annotations
 
@@ -7,74 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from tests.train.runs import LORA, equal_bits, history, largest_difference, train, weights
-
-DESCENT = {"optim": "sgd", "learning_rate": 0.05, "weight_decay": 0}
-FROZEN = {"tune_mm_vision": False, "tune_mm_mlp": False, "tune_mm_llm": False}
-EVALUATION = {
-    "eval_strategy": "steps",
-    "eval_steps": 3,
-    "eval_dataset_use": "held_out",
-    "per_device_eval_batch_size": 3,
-}
-CLASSES = ("dark", "grey", "light")
-
-
-def _picture(path: Path, level: int, generator: np.random.Generator) -> str:
-    height, width = (int(side) for side in generator.integers(40, 90, 2))
-    noise = generator.integers(0, 20, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(np.full((height, width, 3), 30 + 90 * level, np.uint8) + noise).save(path)
-    return path.name
-
-
-def _record(folder: Path, number: int) -> dict[str, Any]:
-    """A sample with one to three pictures and a label for every task; every third has an answer, which says it."""
-    generator = np.random.default_rng(number)
-    levels = [int(level) for level in generator.permutation(3)[: 2 + number % 2]]
-    names = [_picture(folder / f"{number}-{place}.png", level, generator) for place, level in enumerate(levels)]
-    turns = [{"from": "human", "value": f"Sample {'and so on ' * (number % 4)}: how bright?" + "<image>" * len(names)}]
-    if number % 3 == 0:
-        turns.append({"from": "gpt", "value": CLASSES[levels[0]]})
-    labels = {
-        "classification": CLASSES[levels[0]],
-        "regression": [10.0 * levels[0] + 5, -levels[1]],
-        "multilabel": sorted({CLASSES[level] for level in levels}),
-        "ranking": levels,
-    }
-    return {"id": str(number), "image": names, "conversations": turns, "labels": labels}
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function of the task that returns a registry of labelled samples, ``samples`` and ``held_out``."""
-    folder = tmp_path_factory.mktemp("labelled")
-    sets = {"samples": [_record(folder, n) for n in range(11)], "held_out": [_record(folder, n) for n in range(20, 27)]}
-
-    def registry(task: str) -> Path:
-        entries = {}
-        for name, records in sets.items():
-            rows = [{**record, "label": record["labels"][task]} for record in records]
-            (folder / f"{task}-{name}.json").write_text(json.dumps(rows))
-            entries[name] = {"annotation_path": str(folder / f"{task}-{name}.json"), "data_path": str(folder)}
-        (folder / f"{task}.py").write_text(f"data_dict = {entries!r}\n")
-        return folder / f"{task}.py"
-
-    return registry
-
-
-SETTINGS = {"dataset_use": "samples", **DESCENT}
-TASKS: dict[str, dict[str, Any]] = {
-    "classification": {"class_weights": "balanced", "task_loss": "focal"},
-    "regression": {"pooling": "mean", "task_loss": "huber", "head": "mlp"},
-    "multilabel": {"pooling": "vision_mean", "hidden_layer": -2},
-    "ranking": {},
-}
+from tests.train.labelled import CLASSES, EVALUATION, FROZEN, SETTINGS, TASKS
+from tests.train.runs import (
+    LORA,
+    REPOSITORY,
+    equal_bits,
+    flags,
+    history,
+    largest_difference,
+    run_on_two_ranks,
+    train,
+    weights,
+)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -141,3 +89,54 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert history(whole) == history(resumed)
     files = {path.name for path in (whole / "checkpoint-2").iterdir()}
     assert {"task.json", "task_head.safetensors"} <= files and ("adapter_config.json" in files) == (kind == "adapters")
+
+
+METRICS = {
+    "classification": ["eval_accuracy"],
+    "ranking": ["eval_ndcg", "eval_kendall_tau"],
+    "multilabel": ["eval_map"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ranks_train_heads_like_one_process(
+    tiny_checkpoint: Callable[[str], Path], labelled: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """DDP and ZeRO-3 over gloo; seven samples are evaluated, so that one rank has one less."""
+    pytest.importorskip("deepspeed")
+    model = tiny_checkpoint("qwen3_vl")
+    zero = json.loads((REPOSITORY / "configs" / "zero3.json").read_text())
+    zero["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(zero))
+    common = {**SETTINGS, **EVALUATION, "max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "steps"}
+    common |= {"save_steps": 2, "optim": "adamw_torch", "adam_epsilon": 1e-2, "learning_rate": 1e-2, "ddp_timeout": 60}
+    cases: dict[str, dict[str, Any]] = {
+        "classification": {**TASKS["classification"], **FROZEN, "data_flatten": True},
+        "ranking": {**TASKS["ranking"], "gradient_checkpointing": True},
+        "multilabel": {**TASKS["multilabel"], **LORA, "lora_target": r"model\.language_model\.layers\.0\..*proj"},
+    }
+    single = {}
+    commands = {}
+    for task, chosen in cases.items():
+        settings = {**common, **chosen, "task": task}
+        alone = {**settings, "gradient_accumulation_steps": 2}
+        single[task] = train(model, tmp_path / "single" / task, labelled(task), **alone)
+        if task != "multilabel":
+            commands[task] = flags(model, tmp_path / task, labelled(task), **settings)
+        if task != "classification":
+            sharded = {**settings, "deepspeed": tmp_path / "zero3.json"}
+            commands[f"{task} sharded"] = flags(model, tmp_path / f"{task} sharded", labelled(task), **sharded)
+    again = ["--output_dir", str(tmp_path / "resumed")]
+    again += ["--resume_from_checkpoint", str(tmp_path / "ranking sharded" / "checkpoint-2")]
+    whole = commands["ranking sharded"]
+    place = whole.index("--output_dir")
+    commands["resumed"] = [*whole[:place], *whole[place + 2 :], *again]
+    engines = {name: "DDP" if name in cases else "ZeRO-3" for name in commands}
+    split = run_on_two_ranks(tmp_path, commands, engines)
+    for name in commands:
+        task = name.removesuffix(" sharded") if name != "resumed" else "ranking"
+        assert largest_difference(split[name], single[task]) < 1e-5, name
+        for key in ("loss", "eval_loss", *METRICS[task]):
+            assert history(split[name], key) == pytest.approx(history(single[task], key), rel=1e-4), (name, key)
+    assert equal_bits(split["resumed"], split["ranking sharded"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,12 +14,18 @@ from tqdm.auto import tqdm
 from qwenvl.arguments import DataArguments
 from qwenvl.data.dataset import open_tables
 from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.labels import LabelReader
 from qwenvl.data.processor import build_encoder, limits_as_flags, open_processor
 from qwenvl.data.video import prepare_backend
-from qwenvl.evaluate.answering import Job, Progress
+from qwenvl.evaluate.answering import Job, Progress, answer_rows
 from qwenvl.evaluate.generate import Answerer, Decoding, base_of, config_of, open_answerer, processor_folder
+from qwenvl.evaluate.labelling import label
+from qwenvl.evaluate.predictions import Prediction
+from qwenvl.evaluate.task_model import TaskModel, open_head
 from qwenvl.models.context import context_length
 from qwenvl.models.loading import read_model_type
+from qwenvl.models.task_files import is_task_folder, read_record
+from qwenvl.models.task_head import HeadSpec
 from qwenvl.utilities.distributed import is_main_process
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import get_family
@@ -85,7 +92,13 @@ def open_asking_encoder(arguments: AskArguments) -> SampleEncoder:
     missing = {name: value for name, value in own.items() if getattr(arguments, name) is None}
     values = {one.name: getattr(arguments, one.name) for one in fields(DataArguments)} | missing
     prepare_backend()
-    return build_encoder(processor, config, family, DataArguments(**values), ANY_LENGTH, context_length(config))
+    encoder = build_encoder(processor, config, family, DataArguments(**values), ANY_LENGTH, context_length(config))
+    if not is_task_folder(arguments.model_name_or_path):
+        return encoder
+    spec = HeadSpec.from_record(read_record(arguments.model_name_or_path))
+    needs_media = spec.pooling == "vision_mean"
+    labels = LabelReader(spec.task, spec.classes, len(spec.means), needs_media, not spec.keep_answer, optional=True)
+    return replace(encoder, targets=labels)
 
 
 def open_job(arguments: AskArguments) -> Job:
@@ -97,6 +110,27 @@ def open_job(arguments: AskArguments) -> Job:
     tables = open_tables(chosen_datasets(arguments), arguments.data_seed, arguments.data_cache_dir)
     encoder = open_asking_encoder(arguments)
     return Job(arguments.model_name_or_path, tables, encoder, arguments.decoding, arguments.batch_size, arguments.seed)
+
+
+def answer_all(arguments: AskArguments, job: Job, output: Path, what: str = "Answering") -> list[Prediction]:
+    """Answer the rows of a job, or label them where the model has the head of a task; every process has to call it.
+
+    Raises:
+        UserError: the model cannot be opened, or the output not be used.
+    """
+    if job.encoder.targets is None:
+        return answer_rows(job, output, lambda: open_model(arguments, job.encoder), progress_bar(what))
+    return answer_rows(job, output, lambda: open_labeller(arguments, job.encoder), progress_bar(what), label)
+
+
+def open_labeller(arguments: AskArguments, encoder: SampleEncoder) -> TaskModel:
+    """Open the model of a task, to label what an encoder has opened.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    opened = open_model(arguments, encoder)
+    return TaskModel(opened, open_head(arguments.model_name_or_path).to(opened.model.device))
 
 
 def open_model(arguments: AskArguments, encoder: SampleEncoder) -> Answerer:

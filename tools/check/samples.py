@@ -11,8 +11,9 @@ from typing import Any
 from qwenvl.arguments import DataArguments
 from qwenvl.data.boxes import convert_boxes
 from qwenvl.data.encoding import SampleEncoder, plan_item
+from qwenvl.data.labels import LabelReader
 from qwenvl.data.media import MediaReader
-from qwenvl.data.messages import examine
+from qwenvl.data.messages import Examined, examine
 from qwenvl.data.processor import vision_settings
 from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings
 from qwenvl.data.types import Conversation, Sample
@@ -60,6 +61,7 @@ class SampleChecker:
         allow_remote: http(s) media may be fetched.
         decode: decode media, rather than read their headers alone.
         encoder: of the run, to render and count tokens; None to leave that out.
+        labels: of a task, to check them; None to leave that out.
     """
 
     settings: VisionSettings
@@ -67,6 +69,7 @@ class SampleChecker:
     allow_remote: bool
     decode: bool = False
     encoder: SampleEncoder | None = None
+    labels: LabelReader | None = None
 
     def check_row(self, samples: Sequence[Sample]) -> list[Finding]:
         """Check the samples of a row, which together may be too long."""
@@ -84,8 +87,13 @@ class SampleChecker:
         return findings
 
     def _check(self, sample: Sample) -> Finding:
-        examined = examine(sample, self.reserved_tokens)
-        problems = [*examined.problems, *tags_in_answers(examined.conversation)]
+        asked = self.labels is not None and self.labels.prompts
+        examined = examine(sample, self.reserved_tokens, answered=not asked)
+        problems = [
+            *examined.problems,
+            *tags_in_answers(examined.conversation),
+            *self._label_problems(sample, examined),
+        ]
         reader = MediaReader(sample.data_path, self.allow_remote, sample.allow_absolute)
         plans: list[MediaPlan] = []
         for item in examined.media:
@@ -102,6 +110,13 @@ class SampleChecker:
                 problems.append(error)
         once = {(problem.category, problem.reason): problem for problem in problems}
         return Finding(tuple(once.values()), len(examined.media))
+
+    def _label_problems(self, sample: Sample, examined: Examined) -> Iterator[SampleError]:
+        if self.labels is not None:
+            try:
+                self.labels.check(sample, examined.conversation)
+            except SampleError as error:
+                yield error
 
 
 def tags_in_answers(conversation: Conversation) -> Iterator[SampleError]:
