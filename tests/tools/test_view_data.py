@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.browser import dom, needs_chromium
 from tests.data.test_video import make_video
 from tests.tools.pages import Figures
 from tools.view_data import main
@@ -206,30 +205,7 @@ def test_mistakes_are_one_message(
     assert (tmp_path / "mixed.jsonl").exists()
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--enable-logging=stderr",
-    "--v=0",
-    "--virtual-time-budget=5000",
-)
-
-
-def dom(page: Path, fragment: str, profile: Path) -> Figures:
-    """Return a page as Chromium has it after its scripts ran; fails where they complain."""
-    assert CHROMIUM is not None
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--dump-dom", f"{page.as_uri()}{fragment}"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in shown.stderr, shown.stderr
-    assert shown.returncode == 0
-    return Figures(shown.stdout)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@needs_chromium
 def test_a_browser_shows_samples_and_filters_them(view: Callable[..., int], tmp_path: Path) -> None:
     assert view(*ALL) == 0
     index, profile = tmp_path / "site" / "index.html", tmp_path / "profile"
@@ -272,7 +248,7 @@ const press = async (...keys) => {
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@needs_chromium
 def test_keys_move_between_samples_and_pages(view: Callable[..., int], tmp_path: Path) -> None:
     assert view(*ALL) == 0
     site = tmp_path / "site"
