@@ -18,6 +18,7 @@ from qwenvl.models.adapters import adapter_sizes, trains_whole
 from qwenvl.models.device_peak import known_peak, name_device
 from qwenvl.models.flops import Flops, Trained, training_flops
 from qwenvl.models.freezing import parameter_modules
+from qwenvl.models.optimizer import learning_rates_of
 from qwenvl.train.asking import AskingTrainer
 from qwenvl.train.progress import follow
 from qwenvl.train.step_profile import Phase, StepProfile
@@ -43,6 +44,9 @@ class MeasuredTrainer(AskingTrainer):
         follow(self)
         self.add_callback(_StartOver(self.throughput))
         self.add_callback(self.profile)
+        self._group_names: list[str] = []
+        self._rates_differ = False
+        self._rates: dict[str, float] = {}
 
     def _peak(self) -> float | None:
         """Return the operations a second that each device can do at best, as given or known."""
@@ -53,6 +57,22 @@ class MeasuredTrainer(AskingTrainer):
         if peak is None:
             logger.info("MFU is left out: the peak of this device, %s, is not known (--device_peak_tflops).", name)
         return peak
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer, and keep the names of its groups: engines return states without them."""
+        optimizer = super().create_optimizer(model)
+        self._group_names = [group["name"] for group in optimizer.param_groups]
+        self._rates_differ = len(set(learning_rates_of(optimizer.param_groups).values())) > 1
+        return optimizer
+
+    def _get_learning_rate(self) -> float:
+        """Return the learning rate of the first group, as the Trainer logs it, and note those of the parts."""
+        if self._rates_differ:
+            groups = zip(self._group_names, self.optimizer.param_groups, strict=True)
+            rates = learning_rates_of([{"name": name, "lr": group["lr"]} for name, group in groups])
+            self._rates = {f"learning_rate_{part}": float(rate) for part, rate in rates.items()}
+        rate: float = super()._get_learning_rate()
+        return rate
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -109,7 +129,7 @@ class MeasuredTrainer(AskingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures to the lines of training; all ranks take part."""
         if "loss" in logs:
-            logs = {**logs, **self.throughput.take(self.accelerator.gather)}
+            logs = {**logs, **self._rates, **self.throughput.take(self.accelerator.gather)}
         super().log(logs, start_time)
 
 

@@ -269,8 +269,9 @@ class QwenVLTrainer(FeedingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put the loss of the steps that were taken on the lines of training; all ranks take part."""
         if "loss" in logs:
+            skipped = {"skipped_steps": self.running_loss.skipped} if self.running_loss.skipped else {}
             loss = self.running_loss.take(lambda value: self.accelerator.reduce(value, reduction="mean"))
-            logs = {**logs, "loss": loss}
+            logs = {**logs, "loss": loss, **skipped}
         super().log(logs, start_time)
 
     def _over_ranks(self, *numbers: float) -> list[float]:

@@ -40,7 +40,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2}
 STEPS = 4
 # One process with accumulation 2, and two ranks without. All of it on samples one by one, in an order in which the
 # ranks hold different kinds of samples; a large epsilon, because Adam makes much of rounding where a gradient is small.
-COMMON = {"per_device_train_batch_size": 1, "max_steps": STEPS, "adam_epsilon": 1e-2}
+COMMON = {"per_device_train_batch_size": 1, "max_steps": STEPS, "adam_epsilon": 1e-2, "vision_tower_lr": 9e-4}
 CASES: dict[str, dict[str, Any]] = {
     "padded": {**EVALUATION, **SAVING},
     "frozen": {"tune_mm_vision": False, "gradient_checkpointing": True, "data_flatten": True, **EVALUATION},
@@ -132,7 +132,7 @@ def require_alike(split: Path, single: Path, model: Path) -> None:
     assert weights(split).keys() == weights(model).keys()
     assert largest_difference(split, single) < 1e-5
     assert changed(model, split)
-    for key in ("loss", "eval_loss"):
+    for key in ("loss", "eval_loss", "learning_rate_vision", "learning_rate_language"):
         assert history(split, key) == pytest.approx(history(single, key), rel=1e-4)
 
 

@@ -200,6 +200,7 @@ def test_learning_rates_of_the_parts_reach_the_weights(
     for part, rate in expected.items():
         moved = max(float((after[name] - before[name]).abs().max()) for name in groups if groups[name] == part)
         assert moved == pytest.approx(rate, rel=0.02), part
+        assert history(folder, f"learning_rate_{part}") == [rate]
 
 
 @pytest.mark.parametrize("trained", ["vision", "merger", "language"])

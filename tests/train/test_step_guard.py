@@ -53,6 +53,7 @@ def test_step_is_skipped_and_its_samples_are_named(
     assert not equal_bits(output / "checkpoint-2", output / "checkpoint-3")
     losses = history(output)
     assert [math.isfinite(loss) for loss in losses] == [True, False, True]
+    assert history(output, "skipped_steps") == [1]
     (message,) = [record.message for record in caplog.records if "is skipped" in record.message]
     assert message.startswith("Step 2 is skipped: the loss is nan") and message.count("dataset 'pictures'") == 2
 
