@@ -131,12 +131,17 @@ def arguments_to_yaml(parsed: ParsedArguments) -> str:
 
     What the program derives by itself (devices, worker counts) is left to be derived again where the recipe is rerun.
     """
-    values = {name: value for name, value in parsed.given.items() if not name.endswith(("token", "secret", "password"))}
+    values = without_secrets(parsed.given)
     header = f"# The settings of this run, a recipe for another: train_qwen.py FILE\n# Run from {Path.cwd()}\n"
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     if yaml.safe_load(text) != values:  # PyYAML writes rare separators, such as U+0085, so that they read as spaces
         text = yaml.safe_dump(values, sort_keys=False, width=120)
     return header + text
+
+
+def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by name, without those that are nobody else's, such as hub_token."""
+    return {name: value for name, value in values.items() if not name.endswith(("token", "secret", "password"))}
 
 
 def _converted(values: Mapping[str, Any], settings: Mapping[str, Setting], where: str) -> dict[str, Any]:

@@ -210,12 +210,12 @@ def open_row(job: Job, index: int) -> Iterator[tuple[Prediction, Exercise | None
         except SampleError as error:
             yield replace(named, error=f"{error.category}: {error.reason}"), None
         else:
-            canvas = _canvas(exercise, job.encoder.settings)
-            named = replace(named, canvas=canvas)
-            yield describe(named, sample, exercise, table.table.spec.options), exercise
+            yield describe(named, sample, exercise, table.table.spec.options, job.encoder.settings), exercise
 
 
-def describe(line: Prediction, sample: Sample, exercise: Exercise, options: Mapping[str, Any]) -> Prediction:
+def describe(
+    line: Prediction, sample: Sample, exercise: Exercise, options: Mapping[str, Any], settings: VisionSettings
+) -> Prediction:
     """Return a line with what is known of its sample before it is answered.
 
     Args:
@@ -223,6 +223,7 @@ def describe(line: Prediction, sample: Sample, exercise: Exercise, options: Mapp
         sample: its record.
         exercise: the sample, opened.
         options: of its dataset's registry entry.
+        settings: how its media are resized.
     """
     items = [plan.item for plan in exercise.prompt.plans]
     metric = sample.record.get("metric") or options.get("metric")
@@ -234,6 +235,7 @@ def describe(line: Prediction, sample: Sample, exercise: Exercise, options: Mapp
         expected=exercise.expected,
         accepted=tuple(one for one in answers if isinstance(one, str)) if isinstance(answers, list) else (),
         metric=metric if isinstance(metric, str) else None,
+        canvas=_canvas(exercise, settings),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenvl.pages.chart import STYLES, Chart, Line, Point
@@ -32,8 +32,11 @@ class _Plan:
     percent: bool = False
 
 
+TRAINED_TOKENS = "trained_tokens"
+"""What the loss of language modelling is a mean of."""
+
 _TRAINING = (
-    _Plan("Loss", {"loss": "training", "eval_loss": "evaluation"}, "nats per trained token", log=True),
+    _Plan("Loss", {"loss": "training", "eval_loss": "evaluation"}, log=True),
     _Plan("Gradient norm", {"grad_norm": "gradient norm"}, log=True),
     _Plan("Tokens", {"tokens_per_second": "all", "trained_tokens_per_second": "trained"}, "a second, all devices"),
     _Plan("Samples", {"samples_per_second": "samples"}, "a second, all devices"),
@@ -57,7 +60,7 @@ RATE = "learning_rate"
 PART_RATE = f"{RATE}_"
 """Begins the names of the learning rates of single parts."""
 
-_UNSHOWN = {"step", "epoch", "total_flos", RATE, "eval_answered_samples", "eval_trained_tokens", "skipped_steps"}
+_UNSHOWN = {"step", "epoch", "total_flos", RATE, "eval_answered_samples", "skipped_steps"}
 _UNSHOWN_ENDS = ("_per_device", "_runtime")
 _MOST_OTHERS = 12
 
@@ -79,23 +82,31 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | str) and not isinstance(value, bool)
 
 
-def training_charts(history: History) -> list[Chart]:
-    """Return the charts of training: those of which anything was logged."""
-    loss, *rest = (_chart(history, plan) for plan in _TRAINING)
+def training_charts(history: History, unit: str = TRAINED_TOKENS) -> list[Chart]:
+    """Return the charts of training: those of which anything was logged.
+
+    Args:
+        history: lines of the log.
+        unit: what the loss is a mean of, in the plural.
+    """
+    first, *rest = (_chart(history, plan) for plan in _TRAINING)
+    said = "nats per trained token" if unit == TRAINED_TOKENS else f"mean of the {unit.replace('_', ' ')}"
+    loss = replace(first, unit=said)
     others = (
         Chart(_title(key), (Line(_title(key), series(history, key)),)) for key in _others(history, eval_too=False)
     )
     return [chart for chart in (loss, _rates(history), *rest, *others) if _has_values(chart)]
 
 
-def evaluation_charts(history: History) -> list[Chart]:
-    """Return the charts of what evaluations found, besides the loss."""
-    keys = [key for key in _others(history, eval_too=True) if key.startswith("eval_")]
+def evaluation_charts(history: History, unit: str = TRAINED_TOKENS) -> list[Chart]:
+    """Return the charts of what evaluations found, besides the loss; see :func:`training_charts`."""
+    found = _others(history, eval_too=True)
+    keys = [key for key in found if key.startswith("eval_") and key != f"eval_{unit}"]
     lines = {key: Line(_title(key), series(history, key)) for key in keys if key not in _BLIND.names}
     shares = [line for line in lines.values() if all(0 <= value <= 1 for _, value in line.finite)]
     rest = [line for line in lines.values() if line not in shares]
     scores = [shares[start : start + STYLES] for start in range(0, len(shares), STYLES)]
-    charts = [Chart("Scores of the answers", tuple(group), percent=True) for group in scores]
+    charts = [Chart("Scores", tuple(group), percent=True) for group in scores]
     charts += [Chart(line.name, (line,)) for line in rest]
     return [chart for chart in (*charts, _chart(history, _BLIND)) if _has_values(chart)]
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from transformers.trainer_utils import EvalLoopOutput
 
 from qwenvl.data.collation import Item
+from qwenvl.evaluate.answer_log import AnswerLog
 from qwenvl.evaluate.blindness import VIEWS, View
 from qwenvl.evaluate.evaluation import evaluate
 from qwenvl.evaluate.generate import Decoding, generate
@@ -34,15 +36,19 @@ class AskingTrainer(QwenVLTrainer):
 
     def __init__(self, questions: HeldOutQuestions | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self._questions = questions
+        self.questions = questions
+        self.answers = AnswerLog(Path(self.args.output_dir))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Return the loss, and the metrics of the answers; every rank has to call it."""
         output: Any = super().evaluation_loop(*args, **kwargs)
-        if self._questions is not None:
-            found = _metrics(self._answers(self._questions))
+        if self.questions is not None:
+            lines = self._answers(self.questions)
+            if self.is_world_process_zero():
+                self.answers.add(self.state.global_step, lines)
+            found = _metrics(lines)
             if self.args.eval_blind:
-                found |= self._losses(self._questions)
+                found |= self._losses(self.questions)
             prefix = kwargs.get("metric_key_prefix", "eval")
             output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         return output

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from transformers.trainer_pt_utils import safe_globals
 
-from qwenvl import __version__
 from qwenvl.train import manifest
+from qwenvl.train.describing import find_versions
 from qwenvl.train.weight_files import remove_older_weights
 from qwenvl.utilities.distributed import rank, wait_for_all
 from qwenvl.utilities.errors import UserError
@@ -34,7 +32,6 @@ Engine = Literal["plain", "deepspeed", "fsdp"]
 
 _OPTIMIZER_FILES = {"plain": ["optimizer.pt"], "deepspeed": ["global_step*"], "fsdp": ["optimizer.bin", "optimizer_*"]}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers")
 
 
 def find_checkpoint(output_dir: str, wanted: str | None, engine: Engine = "plain") -> str | None:
@@ -98,6 +95,12 @@ def _newest(output_dir: Path) -> Path | None:
 
 def _matches(path: Path) -> re.Match[str] | None:
     return _CHECKPOINT.fullmatch(path.name) if path.is_dir() else None
+
+
+def read_step(path: str) -> int:
+    """Return the optimizer steps that a complete checkpoint was saved after."""
+    step: int = json.loads((Path(path) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    return step
 
 
 def problem_of(path: Path) -> str | None:
@@ -229,13 +232,7 @@ def write_records(folder: str, settings_yaml: str, original_limits: Mapping[str,
     path = Path(folder)
     (path / "training_args.yaml").write_text(settings_yaml, encoding="utf-8")
     _write_json(path / "original_processor_limits.json", original_limits)
-    versions = {"qwenvl": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    _write_json(path / "versions.json", versions)
+    _write_json(path / "versions.json", find_versions())
 
 
 def _write_json(path: Path, value: Any) -> None:

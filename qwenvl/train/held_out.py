@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from qwenvl.data.collation import EncodedSample
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.evaluate.answering import describe, exchanged
-from qwenvl.evaluate.blindness import View, blank, find_partners, key_of
+from qwenvl.evaluate.blindness import Key, View, blank, find_partners, key_of
 from qwenvl.evaluate.generate import Answerer
 from qwenvl.evaluate.predictions import Prediction
 from qwenvl.evaluate.prompts import Exercise, open_exercise
+from qwenvl.pages.answers import Medium
 from qwenvl.utilities.errors import SampleError
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class HeldOutQuestions:
         self._kinds = [tuple(sorted({kind for kind, _ in line.media})) for line in self.lines]
         partners = find_partners(self.lines, seed)
         places = {key_of(line): number for number, line in enumerate(self.lines)}
+        self._places = places
         self._partners = {places[key]: places[other] for key, other in partners.items()}
         logger.info(
             "Evaluation asks %d samples%s.",
@@ -74,8 +77,8 @@ class HeldOutQuestions:
         sample = self._dataset.samples(index)[0]
         exercise = open_exercise(sample, self._dataset.encoder)
         spec = self._dataset.tables[self._dataset.locate(index)[0]].table.spec
-        line = Prediction(index, spec.name, sample.origin.file, sample.origin.line)
-        return describe(line, sample, exercise, spec.options)
+        line = Prediction(index, spec.name, sample.origin.file, sample.origin.line, sample.origin.id)
+        return describe(line, sample, exercise, spec.options, self._dataset.encoder.settings)
 
     @property
     def comparable(self) -> list[int]:
@@ -93,6 +96,19 @@ class HeldOutQuestions:
             SampleError: its files cannot be read any more.
         """
         return open_exercise(self._dataset.samples(self.lines[number].index)[0], self._dataset.encoder)
+
+    def number_of(self, key: Key) -> int | None:
+        """Return the number of a sample; None of one that is not asked."""
+        return self._places.get(key)
+
+    def media(self, number: int) -> list[Medium]:
+        """Return what a sample shows, as pictures for a page.
+
+        Raises:
+            SampleError: its files cannot be read any more.
+        """
+        frames = self.open(number).prompt.frames
+        return [Medium(tuple(Image.fromarray(one) for one in of_medium.numpy())) for of_medium in frames]
 
     def rounds(self, batch_size: int, rank: int, ranks: int) -> Iterator[Round]:
         """Yield what a rank asks, in as many rounds on every rank.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 import yaml
 
 from qwenvl.arguments import ParsedArguments
-from qwenvl.data.dataset import ConversationDataset
 from qwenvl.models.adapter_files import CONFIG_FILE
 from qwenvl.models.task_files import is_task_folder
+from qwenvl.train.describing import UsedRows, rerun_command
 
 MARKER = "<!-- Written by qwenvl after training. Without this line it is yours, and no run replaces it. -->"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -47,14 +46,14 @@ class Card:
         name: of the model: its folder, or its repository on the hub.
         base: folder or name of the checkpoint that it was trained from.
         given: the settings that the user gave.
-        rows: used rows of each dataset, by its name: for training, and for evaluation.
+        rows: of each dataset that are used.
         left_out: what happened to samples, a sentence each.
     """
 
     name: str
     base: str
     given: Mapping[str, Any]
-    rows: Mapping[str, Mapping[str, int]]
+    rows: Sequence[UsedRows]
     left_out: Sequence[str] = ()
 
     def write(self, folder: Path, history: Sequence[Mapping[str, float]]) -> bool:
@@ -84,7 +83,8 @@ class Card:
             f"## Data\n\n{_table(('dataset', 'rows', 'for'), self._row_lines())}",
             "\n".join(f"- {line}" for line in self.left_out),
             f"## Results\n\n{_table(('', 'value'), _metrics(history))}",
-            f"## Settings\n\nEverything else is a default; `training_args.yaml` reruns it.\n\n{self._command()}",
+            "## Settings\n\nEverything else is a default; `training_args.yaml` reruns it.\n\n"
+            f"```bash\n{rerun_command(self.given)}\n```",
             f"## Versions\n\n{_versions(folder)}",
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
@@ -96,36 +96,17 @@ class Card:
         return front | {"pipeline_tag": "image-text-to-text", "tags": ["qwenvl", "sft", *(["lora"] if adapter else [])]}
 
     def _row_lines(self) -> list[tuple[str, ...]]:
-        return [(name, f"{count:,}", use) for use, names in self.rows.items() for name, count in names.items()]
-
-    def _command(self) -> str:
-        """Return the command line of the given settings, without secrets."""
-        words = ["torchrun qwenvl/train/train_qwen.py"]
-        for name, value in self.given.items():
-            if not name.endswith(("token", "secret", "password")):
-                shown = json.dumps(value) if isinstance(value, dict | list) else str(value)
-                words.append(f"--{name} {shlex.quote(shown)}")
-        lines = " \\\n    ".join(words)
-        return f"```bash\n{lines}\n```"
+        return [(one.dataset, f"{one.rows:,}", one.use) for one in self.rows]
 
 
-def describe_run(
-    parsed: ParsedArguments, train: ConversationDataset, evaluation: ConversationDataset | None, left_out: Sequence[str]
-) -> Card:
+def describe_run(parsed: ParsedArguments, rows: Sequence[UsedRows], left_out: Sequence[str]) -> Card:
     """Return the card of a run.
 
     Args:
         parsed: its settings.
-        train: what was trained on.
-        evaluation: what was held out.
+        rows: of each dataset that are used.
         left_out: what happened to samples, a sentence each.
     """
-    uses = {"training": train, "evaluation": evaluation}
-    rows = {
-        use: {table.table.spec.name: len(table.rows) for table in dataset.tables}
-        for use, dataset in uses.items()
-        if dataset is not None
-    }
     name = parsed.training.hub_model_id or parsed.training.output_dir
     return Card(name, parsed.model.model_name_or_path, parsed.given, rows, left_out)
 

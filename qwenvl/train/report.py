@@ -15,9 +15,10 @@ from qwenvl.utilities.errors import SampleError
 
 logger = logging.getLogger(__name__)
 
-_MEANING = {
-    "bad": "left out: cannot be used (see bad_samples.jsonl)",
-    "overlength": "left out: longer than --model_max_length (see bad_samples.jsonl)",
+BAD_SAMPLES = "bad_samples.jsonl"
+MEANING = {
+    "bad": f"left out: cannot be used (see {BAD_SAMPLES})",
+    "overlength": f"left out: longer than --model_max_length (see {BAD_SAMPLES})",
     "truncated": "shortened by whole turns to --model_max_length",
     "thinking_mismatch": "with a <think> block where the chat template opens none, or without the one it opens",
 }
@@ -35,8 +36,10 @@ class DataReport:
     """
 
     def __init__(self, output_dir: str) -> None:
-        self._file = Path(output_dir) / "bad_samples.jsonl"
+        self._file = Path(output_dir) / BAD_SAMPLES
         self._events: dict[tuple[str, str], Event] = {}
+        self._news: dict[tuple[str, str], Event] = {}  # those of them that other ranks may not know yet
+        self._gathered: dict[tuple[str, str], Event] = {}
 
     def start_over(self) -> None:
         """Remove what an earlier run left in the folder; not to be called by a run that continues it."""
@@ -52,7 +55,7 @@ class DataReport:
             origin = Origin(*(record[name] for name in ("dataset", "file", "line", "id", "member")))
             kind = "overlength" if record["category"] == "overlength" else "bad"
             message = str(SampleError(record["category"], record["reason"], origin))
-            self._events[kind, message] = Event(kind, origin.dataset, message, record)
+            self._events[kind, message] = self._news[kind, message] = Event(kind, origin.dataset, message, record)
 
     def add(self, events: Iterable[Event], *, common: bool = False) -> None:
         """Take note of the events of a batch; the first of each kind is said at once.
@@ -69,20 +72,25 @@ class DataReport:
             if speaks and not any(kind == event.kind for kind, _ in self._events):
                 self._say(event)
             self._events[key] = event
+            (self._gathered if common else self._news)[key] = event
             if speaks and event.record:
                 self._write([_as_line(event)], "a")  # at once, for the sake of runs that are stopped
 
+    def gather(self) -> list[Event]:
+        """Return the events of all ranks, each once. Every rank has to call it."""
+        for of_rank in gather_objects(self._news):
+            self._gathered |= of_rank
+        self._news = {}
+        return list(self._gathered.values())
+
     def summary(self) -> list[str]:
         """Return a line for each dataset and kind, over all ranks, and complete the file. Every rank has to call it."""
-        events: dict[tuple[str, str], Event] = {}
-        for of_rank in gather_objects(self._events):
-            events |= of_rank
+        events = self.gather()
         if is_main_process():
-            self._complete_file(events.values())
-        counts = Counter((event.dataset, event.kind) for event in events.values())
+            self._complete_file(events)
         return [
-            f"Dataset {name!r}: {count} sample{'s' * (count != 1)} {_MEANING[kind]}."
-            for (name, kind), count in sorted(counts.items())
+            f"Dataset {name!r}: {count} sample{'s' * (count != 1)} {MEANING[kind]}."
+            for (name, kind), count in sorted(count_events(events).items())
         ]
 
     def _say(self, event: Event) -> None:
@@ -104,6 +112,11 @@ class DataReport:
         # ranks do not mix them.
         with self._file.open(mode, encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(lines)
+
+
+def count_events(events: Iterable[Event]) -> Counter[tuple[str, str]]:
+    """Return how many events of each (dataset, kind) there are."""
+    return Counter((event.dataset, event.kind) for event in events)
 
 
 def _as_line(event: Event) -> str:

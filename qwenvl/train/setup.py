@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,9 @@ from qwenvl.data.processor import (
 from qwenvl.models.context import require_same_context
 from qwenvl.models.loading import read_model_type, refuse_flattening
 from qwenvl.train import interruption
-from qwenvl.train.checkpoints import Engine, find_checkpoint, require_writable
+from qwenvl.train.checkpoints import Engine, find_checkpoint, read_step, require_writable
 from qwenvl.train.data_setup import RunData, open_config, open_data
+from qwenvl.train.describing import used_rows
 from qwenvl.train.exporting import verify_export
 from qwenvl.train.held_out import HeldOutQuestions
 from qwenvl.train.measured import MeasuredTrainer
@@ -27,12 +29,14 @@ from qwenvl.train.model_card import describe_run
 from qwenvl.train.model_setup import open_model
 from qwenvl.train.preflight import preflight
 from qwenvl.train.reshaping import fitted_to_ranks
+from qwenvl.train.run_report import RunReport, Sources, describe_setup
 from qwenvl.train.saving import Records
 from qwenvl.train.summary import log_start
 from qwenvl.train.wholeness import read_source
 from qwenvl.utilities.distributed import from_main_process, is_main_process
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import get_family
+from qwenvl.utilities.logging import collected_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,11 @@ def run(parsed: ParsedArguments) -> int:
     Raises:
         UserError: something in the user's input must be changed.
     """
+    with collected_warnings() as warnings:
+        return _run(parsed, warnings)
+
+
+def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     args = parsed.training
     engine = _engine(args)
     if engine != "plain" and not args.dry_run:
@@ -65,30 +74,36 @@ def run(parsed: ParsedArguments) -> int:
     source = read_source(parsed.model.model_name_or_path, cache_dir=args.cache_dir)
     records = Records(settings_yaml, processor_limits(data.processor), source)
     trainer = build_trainer(parsed, model, data, records)
+    report = _open_report(parsed, trainer, data, warnings)
     checkpoint = from_main_process(lambda: find_checkpoint(args.output_dir, args.resume_from_checkpoint, engine))
     if checkpoint is not None:
         require_same_context(config, checkpoint)
         if not args.ignore_data_skip:
             from_main_process(partial(trainer.require_same_order, checkpoint))
-        trainer.data_report.take_up()
-        trainer.running_loss.take_up(checkpoint)
-    else:
-        trainer.data_report.start_over()
+    _take_up_records(trainer, checkpoint)
     trainer.data_report.add(data.arranged.events, common=True)
     log_start(parsed, model, data, checkpoint)
     with trainer.stop_request.listening(), fitted_to_ranks(checkpoint, trainer) as folder:
         trainer.train(resume_from_checkpoint=folder)
+    return _finish(parsed, trainer, data, report)
+
+
+def _finish(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData, report: RunReport) -> int:
+    """Save and report what was trained; return the exit code."""
     if trainer.stop_request.stopped_at is not None:
+        stopped = f"Stopped on request after step {trainer.stop_request.stopped_at} of {trainer.state.max_steps}"
         logger.info(
-            "Stopped on request after step %d of %d, which is saved in %s. The same command goes on from there.",
-            trainer.stop_request.stopped_at,
-            trainer.state.max_steps,
-            args.output_dir,
+            "%s, which is saved in %s. The same command goes on from there.", stopped, parsed.training.output_dir
         )
+        report.write(trainer.state, f"{stopped}. The same command goes on from there.")
+        report.log_place()
         return interruption.EXIT_CODE
     if parsed.tasks.task is not None and data.evaluation is not None:
         _evaluate_at_end(trainer)
+    steps = trainer.state.global_step
+    report.write(trainer.state, f"Finished after {steps:,} step{'s' * (steps != 1)}.")
     _save_and_verify(parsed, trainer, data)
+    report.log_place()
     return 0
 
 
@@ -99,11 +114,37 @@ def _evaluate_at_end(trainer: MeasuredTrainer) -> None:
         trainer.evaluate()
 
 
+def _open_report(
+    parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData, warnings: Sequence[str]
+) -> RunReport:
+    """Have the run's page written at every evaluation."""
+    sources = Sources(trainer.data_report, trainer.answers, trainer.questions, warnings)
+    rows = used_rows(data)
+    report = RunReport(
+        parsed.training.output_dir, describe_setup(parsed, trainer.model, trainer.objective.unit), rows, sources
+    )
+    trainer.add_callback(report)
+    return report
+
+
+def _take_up_records(trainer: MeasuredTrainer, checkpoint: str | None) -> None:
+    """Go on with what a run has written beside its checkpoints, up to the one it resumes from; or start them anew."""
+    if checkpoint is None:
+        trainer.data_report.start_over()
+        if is_main_process():
+            trainer.answers.start_over()
+        return
+    trainer.data_report.take_up()
+    trainer.running_loss.take_up(checkpoint)
+    if is_main_process():
+        trainer.answers.take_up(read_step(checkpoint))
+
+
 def _save_and_verify(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData) -> None:
     """Save the finished model, and see whether anybody else can use it."""
     trainer.save_state()
     summary = trainer.data_report.summary()
-    trainer.save_final(describe_run(parsed, data.train, data.evaluation, summary))
+    trainer.save_final(describe_run(parsed, used_rows(data), summary))
     for line in summary:
         if is_main_process():
             logger.warning("%s", line)

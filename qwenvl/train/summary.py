@@ -20,7 +20,7 @@ from qwenvl.data.processor import describe_limits
 from qwenvl.models.adapters import adapter_sizes, count_adapted_layers, count_experts
 from qwenvl.models.context import describe_context
 from qwenvl.models.device_peak import name_device
-from qwenvl.models.freezing import ModuleGroup, ModuleSummary, checkpointed_parts, summarize
+from qwenvl.models.freezing import ModuleSummary, checkpointed_parts, summarize
 from qwenvl.models.loading import choose_attention, flash_obstacles
 from qwenvl.models.optimizer import learning_rates_of, parameter_groups
 from qwenvl.train.data_setup import RunData
@@ -53,7 +53,7 @@ def describe_model(parsed: ParsedArguments, model: PreTrainedModel) -> Iterator[
         parsed: arguments.
         model: ready for training, on any device.
     """
-    parts = summarize(model, _rates(model, parsed.training))
+    parts = summarize_parts(model, parsed.training)
     experts = count_experts(model) if parsed.adapters.lora_enable else 0
     yield pairs(
         "Model",
@@ -72,7 +72,8 @@ def describe_model(parsed: ParsedArguments, model: PreTrainedModel) -> Iterator[
     yield _part_table(parts, adapter_sizes(model))
 
 
-def _rates(model: PreTrainedModel, args: TrainingArguments) -> dict[ModuleGroup, float]:
+def summarize_parts(model: PreTrainedModel, args: TrainingArguments) -> list[ModuleSummary]:
+    """Return what trains of each part of a model that is ready for training, and its highest learning rate."""
     groups = parameter_groups(
         model,
         learning_rate=args.learning_rate,
@@ -80,7 +81,7 @@ def _rates(model: PreTrainedModel, args: TrainingArguments) -> dict[ModuleGroup,
         mm_projector_lr=args.mm_projector_lr,
         vision_tower_lr=args.vision_tower_lr,
     )
-    return learning_rates_of(groups)
+    return summarize(model, learning_rates_of(groups))
 
 
 def _part_table(parts: Sequence[ModuleSummary], adapters: dict[Part, int]) -> Table:

@@ -98,6 +98,34 @@ def _join(library: str) -> None:
         logger.removeHandler(handler)
 
 
+@contextmanager
+def collected_warnings(most: int = 200) -> Iterator[list[str]]:
+    """Give a list that the warnings of this process are put into, each text once.
+
+    Args:
+        most: so many of them are kept.
+    """
+    collector = _Collector(most)
+    logger = logging.getLogger("qwenvl")
+    logger.addHandler(collector)
+    try:
+        yield collector.texts
+    finally:
+        logger.removeHandler(collector)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, most: int) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+        self._most = most
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self.texts and len(self.texts) < self._most:
+            self.texts.append(text)
+
+
 class _AboveProgressBars:
     """Standard error as it is at the time of writing, above any progress bar of tqdm."""
 

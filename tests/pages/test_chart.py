@@ -120,7 +120,7 @@ def test_each_figure_of_the_log_has_its_chart_and_new_ones_too() -> None:
     }
     evaluation = {chart.title: [line.name for line in chart.lines] for chart in evaluation_charts(HISTORY)}
     assert evaluation == {
-        "Scores of the answers": ["exact match"],
+        "Scores": ["exact match"],
         "reward": ["reward"],
         "Loss by picture shown": ["its own", "blank"],
     }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qwenvl.data.registry import load_registry, parse_dataset_use
+from qwenvl.evaluate.answer_log import AnswerLog
 from tests.train.runs import REPOSITORY, equal_bits, flags, history, run_on_two_ranks, train
 from tools.evaluate import main as evaluate
 
@@ -145,6 +146,9 @@ def test_two_ranks_ask_like_one_process(
         found, expected = figures(runs[f"{engine}-asking"]), figures(alone)
         for key in KEYS:
             assert found[key] == pytest.approx(expected[key], rel=1e-3), (engine, key)
+        asked, asked_alone = (AnswerLog(folder).read() for folder in (runs[f"{engine}-asking"], alone))
+        assert [(one.step, one.line.index) for one in asked] == [(one.step, one.line.index) for one in asked_alone]
+        assert (runs[f"{engine}-asking"] / "report.html").exists()
 
 
 def test_adapters_are_asked_in_training_and_as_they_are_saved(

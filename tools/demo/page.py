@@ -10,6 +10,7 @@ from PIL import Image
 from qwenvl.data.media import MediaReader
 from qwenvl.data.types import VideoItem
 from qwenvl.evaluate.box_answers import read_boxes
+from qwenvl.pages.answers import short_answer
 from qwenvl.pages.chart import draw
 from qwenvl.pages.parts import build_page, table
 from qwenvl.pages.pictures import image_tag, video_frames, with_boxes
@@ -103,16 +104,10 @@ def _card(result: Result) -> str:
     return (
         f'<div class="card {"right" if result.right else "wrong"}"><div class="media">{_pictures(result)}</div>'
         f'<p class="question">{escape(result.question.strip())}</p>'
-        f"<dl><dt>expected</dt><dd>{escape(_short(result.expected))}</dd>"
-        f"<dt>answer</dt><dd>{escape(_short(result.answer)) or '(nothing)'}</dd></dl>"
+        f"<dl><dt>expected</dt><dd>{escape(short_answer(result.expected))}</dd>"
+        f"<dt>answer</dt><dd>{escape(short_answer(result.answer)) or '(nothing)'}</dd></dl>"
         f'<p class="verdict">{verdict}</p></div>'
     )
-
-
-def _short(answer: str) -> str:
-    """Return a box as its four numbers, other answers as they are."""
-    boxes = read_boxes(answer)
-    return ", ".join(f"{edge:g}" for edge in boxes[0]) if boxes else answer.strip()
 
 
 def _pictures(result: Result) -> str:

@@ -1,0 +1,111 @@
+"""Answers to the same questions at every evaluation of a run, kept beside its checkpoints.
+
+``eval_answers.jsonl``: a line for each step and sample, as :mod:`qwenvl.evaluate.predictions` writes it, with ``step``
+and ``score``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenvl.evaluate.evaluation import evaluate
+from qwenvl.evaluate.predictions import Prediction
+from qwenvl.utilities.cache import replacing
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "eval_answers.jsonl"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer at one evaluation.
+
+    Args:
+        step: optimizer steps before it.
+        line: the sample with its answer.
+        score: from 0 to 1, which is right.
+    """
+
+    step: int
+    line: Prediction
+    score: float
+
+    def to_json(self) -> str:
+        """Return the line of the file, with its end."""
+        values = {"step": self.step, "score": self.score, **json.loads(self.line.to_json())}
+        return json.dumps(values, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Answered:
+        """Read a line of the file.
+
+        Raises:
+            ValueError: it is not such a line.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict) or not {"step", "score"} <= values.keys():
+            raise ValueError("not an object with step and score")
+        return cls(int(values["step"]), Prediction.from_json(text), float(values["score"]))
+
+
+class AnswerLog:
+    """The file of a run's answers. One process alone uses it.
+
+    Args:
+        folder: that the file is in.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / FILE_NAME
+
+    def start_over(self) -> None:
+        """Remove what an earlier run left; not to be called by a run that continues it."""
+        self._file.unlink(missing_ok=True)
+
+    def take_up(self, step: int) -> None:
+        """Keep what was answered up to a step, for a run that continues from there."""
+        if self._file.exists():
+            kept = [one.to_json() for one in self._lines() if one.step <= step]
+            with replacing(self._file) as path:
+                _write(path, kept, "w")
+
+    def add(self, step: int, lines: Sequence[Prediction]) -> None:
+        """Add the answers of an evaluation. A full disk costs the record, and not the run.
+
+        Args:
+            step: optimizer steps before it.
+            lines: the samples with their answers.
+        """
+        pairs = (pair for scores in evaluate(lines) for pair in zip(scores.lines, scores.scored, strict=True))
+        answered = [Answered(step, line, one.value) for line, one in pairs]
+        try:
+            _write(self._file, [one.to_json() for one in answered], "a")
+        except OSError as error:
+            logger.warning("The answers of step %d are not in %s: %s.", step, self._file, error.strerror or error)
+
+    def read(self) -> list[Answered]:
+        """Return all answers, those of a step and sample once, in the order of the steps."""
+        found = (
+            {(one.step, one.line.index, one.line.member): one for one in self._lines()} if self._file.exists() else {}
+        )
+        return sorted(found.values(), key=lambda one: one.step)
+
+    def _lines(self) -> Iterator[Answered]:
+        """Yield the lines that can be read: the last one of a run that was killed may be cut."""
+        with self._file.open(encoding="utf-8") as file:
+            for number, text in enumerate(file, start=1):
+                try:
+                    yield Answered.from_json(text)
+                except (ValueError, TypeError) as error:
+                    logger.warning("%s:%d is passed over: %s.", self._file, number, error)
+
+
+def _write(path: Path, lines: Sequence[str], mode: str) -> None:
+    # half of a surrogate pair, which is not UTF-8, becomes its escape, which is JSON
+    with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(lines)
