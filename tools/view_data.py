@@ -36,10 +36,10 @@ from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
 from tools.opening import ToolArguments, chosen_datasets, open_encoder
 from tools.viewing import datasets
-from tools.viewing.pictures import PictureFiles
-from tools.viewing.rows import MediaStatistics, choose, look_at_rows
-from tools.viewing.samples import UNLIMITED, Presenter
+from tools.viewing.rows import MediaStatistics, choose
+from tools.viewing.samples import UNLIMITED
 from tools.viewing.site import SampleFiles, clear, write_pages
+from tools.viewing.writing import write_rows
 
 logger = logging.getLogger("qwenvl.view_data")
 
@@ -61,7 +61,9 @@ class ViewArguments(ToolArguments):
     limit: int = field(default=200, metadata={"help": "Most samples that are shown."})
     model_max_length: int = field(default=0, metadata={"help": "Most tokens of a sample. Default: no limit."})
     data_seed: int | None = field(default=None, metadata={"help": "As in training; also draws what is shown."})
-    num_workers: int | None = field(default=None, metadata={"help": "Counting processes. Default: one a core."})
+    num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that count and write. Default: one a core."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,8 +98,7 @@ def view_data(arguments: ViewArguments) -> None:
     lengths = measure_lengths(rows, cache_folder(arguments.data_cache_dir), arguments.num_workers)
     try:
         clear(folder)
-        presenter = Presenter(rows.encoder, tokenizer, PictureFiles(folder))
-        media, samples = write_samples(rows, lengths, presenter, arguments)
+        media, samples = write_samples(rows, lengths, tokenizer, arguments)
         lead = (
             f"{samples:,} samples of {len(rows):,} rows, as {arguments.model_name_or_path} gets them. Drawn at random; "
             "rows that training leaves out come besides."
@@ -131,21 +132,21 @@ def title_of(rows: ConversationDataset) -> str:
 
 
 def write_samples(
-    rows: ConversationDataset, lengths: RowLengths, presenter: Presenter, arguments: ViewArguments
+    rows: ConversationDataset, lengths: RowLengths, tokenizer: Any, arguments: ViewArguments
 ) -> tuple[dict[str, MediaStatistics], int]:
     """Write the samples that are shown; return the statistics of media by dataset, and how many are shown."""
     seed = arguments.data_seed or 0
     choice = choose(rows, lengths.measures["samples"] == 0, arguments.limit, COUNTED, seed)
-    shown = set(choice.shown.tolist())
     media: dict[str, MediaStatistics] = defaultdict(MediaStatistics)
-    files = SampleFiles(Path(arguments.output))
+    site = Path(arguments.output)
+    files = SampleFiles(site)
     with tqdm(total=len(choice.counted), desc="Reading samples", unit=" rows", disable=None, leave=False) as progress:
-        for index, look in look_at_rows(rows, choice.counted):
-            if look.plan is not None:
-                media[look.origin.dataset].add(look.plan)
-            if index in shown:
-                files.add(presenter.record(look))
-            progress.update()
+        for written in write_rows(rows, tokenizer, choice, site, arguments.num_workers):
+            for name, statistics in written.media.items():
+                media[name].join(statistics)
+            for record in written.records:
+                files.add(record)
+            progress.update(written.rows)
     return media, files.close(title_of(rows))
 
 

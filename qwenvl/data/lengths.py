@@ -6,15 +6,13 @@ Process 0 counts with all cores it may use, and keeps what it counted in a cache
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from qwenvl.data.collation import Event
@@ -27,6 +25,7 @@ from qwenvl.utilities.distributed import from_main_process
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.lockstep import in_lockstep
 from qwenvl.utilities.logging import shows_bars
+from qwenvl.utilities.processes import in_processes
 
 _COUNTING = 1  # to be raised when what is counted of a sample changes, so that older caches are not read
 _ROWS_A_TASK = 64  # done together (see lockstep), and counted again if the run is killed meanwhile
@@ -161,23 +160,4 @@ def _plan_tasks(dataset: ConversationDataset, known: Sequence[np.ndarray]) -> li
 
 def _count(tasks: _Tasks, workers: int) -> Iterator[_Counted]:
     """Do the tasks in worker processes; the results come in order."""
-    processes = min(workers, len(tasks))
-    return iter(
-        DataLoader(
-            tasks,
-            batch_size=None,
-            num_workers=processes if processes > 1 else 0,
-            collate_fn=_as_it_is,
-            worker_init_fn=_one_thread,
-        )
-    )
-
-
-def _as_it_is(counted: Any) -> Any:
-    return counted
-
-
-def _one_thread(worker: int) -> None:
-    """Workers are as many as cores; the tokenizer's own threads would only get into their way."""
-    del worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return iter(in_processes(tasks, len(tasks), workers))

@@ -165,6 +165,15 @@ def test_the_page_of_datasets_counts_all_rows_and_shows_packs(view: Callable[...
     assert len(shown) < 15 and {record["dataset"] for record in shown} == {"mixed", "plain"}
 
 
+def test_several_processes_write_what_one_does(view: Callable[..., int], tmp_path: Path) -> None:
+    sites = []
+    for workers in ("1", "3"):
+        assert view(*ALL, "--num_workers", workers) == 0
+        site = tmp_path / "site"
+        sites.append({path.relative_to(site): path.read_bytes() for path in site.rglob("*") if path.is_file()})
+    assert sites[0] == sites[1] and any("media" in path.parts for path in sites[0])
+
+
 def test_nothing_is_loaded_from_elsewhere_and_text_stays_text(view: Callable[..., int], tmp_path: Path) -> None:
     (tmp_path / "more.py").write_text(
         (tmp_path / "registry.py").read_text() + "\ndata_dict['<i>x</i>'] = data_dict['mixed']"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from qwenvl.data.annotations import AnnotationTable
 from qwenvl.data.types import Origin
 from qwenvl.utilities.errors import SampleError, UserError
+from qwenvl.utilities.processes import in_processes
 from tools.check.samples import DIGEST_BYTES, SampleChecker, content_digest
 
 ROWS_A_TASK = 128
@@ -103,16 +103,8 @@ def check_table(table: AnnotationTable, checker: SampleChecker, workers: int) ->
         UserError: the check cannot go on: a file changed, or a process died.
     """
     tasks = _Tasks(table, checker)
-    processes = min(workers, len(tasks))
-    loader = DataLoader(
-        tasks,
-        batch_size=None,
-        num_workers=processes if processes > 1 else 0,
-        collate_fn=_as_it_is,
-        worker_init_fn=_one_thread,
-    )
     try:
-        for checked in loader:
+        for checked in in_processes(tasks, len(tasks), workers):
             if checked.error is not None:
                 raise checked.error
             yield checked
@@ -149,13 +141,3 @@ def _locate(sample: int, ends: np.ndarray, samples: np.ndarray) -> tuple[int, in
     """Return the row of a sample and its place in it, from 0."""
     row = int(np.searchsorted(ends, sample, side="right"))
     return row, sample - int(ends[row] - samples[row])
-
-
-def _as_it_is(checked: Any) -> Any:
-    return checked
-
-
-def _one_thread(worker: int) -> None:
-    """Workers are as many as cores; the tokenizer's own threads would only get into their way."""
-    del worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -92,3 +92,9 @@ class MediaStatistics:
         self.images.append(sum(isinstance(medium, ImagePlan) for medium in plan.media))
         self.pixels += [medium.resized[0] * medium.resized[1] for medium in plan.media]
         self.seconds += [medium.num_frames / medium.fps for medium in plan.media if isinstance(medium, VideoPlan)]
+
+    def join(self, other: MediaStatistics) -> None:
+        """Count what another one counted."""
+        self.samples += other.samples
+        for name in ("turns", "images", "pixels", "seconds"):
+            getattr(self, name).extend(getattr(other, name))
