@@ -119,7 +119,7 @@ def label_reader(chosen: TaskArguments) -> LabelReader:
     Raises:
         UserError: the file of class names cannot be used.
     """
-    assert chosen.task is not None
+    assert chosen.task is not None and chosen.task != "grounding"
     return LabelReader(
         chosen.task,
         classes=read_class_names(chosen.class_names) if chosen.class_names else (),

@@ -153,6 +153,14 @@ class Tokenizer:
         mask = torch.from_numpy(np.repeat(is_vision, repeats))
         return Tokens(input_ids, labels, position_ids(len(input_ids), spans), mask)
 
+    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a trained stretch of a rendering, and which characters of it each token holds.
+
+        A token holds (first, last + 1). All tokens of a character that takes several hold the whole of it.
+        """
+        encoded = self._engine().encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
     def identity(self) -> list[Any]:
         """Return everything that token ids depend on, as values that JSON can hold."""
         return [self._engine().to_str(), asdict(self._vision), tokenizers.__version__]
