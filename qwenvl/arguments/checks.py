@@ -10,6 +10,7 @@ import torch
 
 from qwenvl.arguments.adapters import AdapterArguments, Part, contradiction, target_parts
 from qwenvl.arguments.data import DataArguments
+from qwenvl.arguments.engines import read_settings
 from qwenvl.arguments.model import ModelArguments
 from qwenvl.arguments.optimizers import check_optimizer
 from qwenvl.arguments.tasks import TaskArguments
@@ -51,6 +52,9 @@ def check_together(
     _check_trained_parts(model, adapters, data, has_head=tasks.task is not None)
     if tasks.task is not None:
         _check_task(tasks.task, data, training)
+    if tasks.task == "grounding":
+        _check_frozen(model, adapters)
+        _check_unshared(training)
     _check_quantization(adapters, training)
     if training.max_steps == 0:
         raise UserError(
@@ -87,6 +91,30 @@ def _check_task(task: str, data: DataArguments, training: TrainingArguments) -> 
         raise UserError(
             f"--overlength truncate_turns leaves out turns from the end, where the question of --task {task} is. Use "
             "drop or error."
+        )
+
+
+def _check_frozen(model: ModelArguments, adapters: AdapterArguments) -> None:
+    switches = [switch for switch in _SWITCHES.values() if getattr(model, switch)]
+    switches += ["lora_enable"] if adapters.lora_enable else []
+    if switches:
+        raise UserError(
+            f"--task grounding reads the attention of a model that stays as it is, and --{' and --'.join(switches)} "
+            "would train it. Leave out what trains it."
+        )
+    if model.attn_implementation not in ("auto", "sdpa"):
+        raise UserError(
+            f"--attn_implementation {model.attn_implementation} does not show what --task grounding reads. Leave it "
+            "out, for SDPA."
+        )
+
+
+def _check_unshared(training: TrainingArguments) -> None:
+    zero3 = training.deepspeed and read_settings(training.deepspeed, "deepspeed")["zero_optimization"]["stage"] == 3
+    if zero3 or training.fsdp:
+        raise UserError(
+            f"--task grounding with {'ZeRO-3' if zero3 else '--fsdp'}: ranks would have to gather the head's weights "
+            "together, and each runs it as often as its pictures ask for. Use configs/zero2.json, or no sharding."
         )
 
 

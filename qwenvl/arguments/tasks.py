@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qwenvl.arguments.grounding import GroundingArguments
 from qwenvl.utilities.errors import UserError
 
-TaskName = Literal["classification", "regression", "multilabel", "ranking"]
+TaskName = Literal["classification", "regression", "multilabel", "ranking", "grounding"]
 Pooling = Literal["last_non_pad", "first", "mean", "vision_mean"]
 HeadKind = Literal["linear", "mlp"]
 TaskLoss = Literal["cross_entropy", "focal", "mse", "huber", "bce", "pairwise", "listnet"]
@@ -18,12 +19,13 @@ LOSSES: dict[TaskName, tuple[TaskLoss, ...]] = {
     "regression": ("mse", "huber"),
     "multilabel": ("bce", "focal"),
     "ranking": ("pairwise", "listnet"),
+    "grounding": (),
 }
-"""The losses of each task; the first is the default."""
+"""The losses of each task that has a choice; the first is the default."""
 
 
 @dataclass
-class TaskArguments:
+class TaskArguments(GroundingArguments):
     """Flags of tasks. Every field is explained by its ``help``.
 
     Raises:
@@ -35,7 +37,8 @@ class TaskArguments:
         metadata={
             "help": "Train a head on pooled hidden states for the field 'label' of the samples, instead of language: "
             "classification (a name or whole number), regression (a number or a list of them), multilabel (a list of "
-            "names), ranking (a list with a relevance for each picture of the sample)."
+            "names), ranking (a list with a relevance for each picture of the sample). grounding trains one on the "
+            "attention of a frozen model, for the field 'masks': the parts of a picture that phrases of an answer name."
         },
     )
     hidden_layer: int = field(
@@ -86,7 +89,7 @@ class TaskArguments:
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task_loss not in (None, *LOSSES[self.task]):
-            allowed = " or ".join(LOSSES[self.task])
+            allowed = " or ".join(LOSSES[self.task]) or "one of its own"
             raise UserError(f"--task_loss {self.task_loss} is none of --task {self.task}, which has {allowed}.")
         if self.focal_gamma < 0 or self.huber_delta <= 0:
             raise UserError("--focal_gamma must be 0 or more, and --huber_delta above 0.")
@@ -95,6 +98,7 @@ class TaskArguments:
         if self.class_names is not None and self.task not in (None, "classification", "multilabel"):
             raise UserError(f"--class_names: --task {self.task} has no classes. Leave it out.")
         self.weights_by_name()
+        self.check_grounding()
 
     @property
     def chosen_pooling(self) -> Pooling:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
-from qwenvl.models.attention_maps import AttentionProbe
+from qwenvl.models.attention_maps import show
 from qwenvl.models.segments import Segments
 
 NAME = "sdpa_segments"
@@ -63,10 +63,7 @@ def segmented_attention(
             f"The attention {NAME!r} is for training and has to be told where samples end. Before other calls, such as "
             "generate, choose another one: model.set_attn_implementation('sdpa')."
         )
-    probe: AttentionProbe | None = kwargs.get("attention_probe")
-    if probe is not None:
-        layer: Any = module
-        probe.see(layer.layer_idx, query, key, segments.lengths, scaling)
+    show(module, query, key, {**kwargs, "segments": segments, "scaling": scaling})
     queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
     attended = [

@@ -18,13 +18,12 @@ Grounding Frozen Large Multimodal Models", arXiv 2406.05821, section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24
 """Products of queries and keys held at a time: 64 MB in float32."""
@@ -95,6 +94,12 @@ class AttentionProbe:
             for place, look in enumerate(self.looks)
         ]
 
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return rows and positions of the tokens of all looks, one after another: int64 each."""
+        rows = [look.row for look in self.looks for _ in look.tokens]
+        tokens = [token for look in self.looks for token in look.tokens]
+        return torch.tensor(rows, device=device, dtype=torch.int64), torch.tensor(tokens, device=device).long()
+
     def _one(self, look: Look, query: Tensor, key: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
         """Return float32 [heads, height x width]."""
         start = _segment_start(look, lengths)
@@ -111,6 +116,20 @@ class AttentionProbe:
             merged = seen
         assert merged is not None, "a look has a token"
         return merged / len(look.tokens) if self.merge == "mean" else merged
+
+
+def show(layer: Any, query: Tensor, key: Tensor, options: Mapping[str, Any]) -> None:
+    """Show a layer's queries and keys to the probe, where an attention function was called with one.
+
+    Args:
+        layer: the attention layer.
+        query: see :meth:`AttentionProbe.see`.
+        key: see there.
+        options: what the function was called with: ``attention_probe``, ``segments`` and ``scaling``.
+    """
+    probe: AttentionProbe | None = options.get("attention_probe")
+    if probe is not None:
+        probe.see(layer.layer_idx, query, key, options["segments"].lengths, options.get("scaling"))
 
 
 def _segment_start(look: Look, lengths: Sequence[int]) -> int:
@@ -143,31 +162,3 @@ def _weights(query: Tensor, keys: Tensor, last: Tensor, scale: float) -> Tensor:
     products = (grouped @ keys.transpose(-1, -2).unsqueeze(1)).flatten(0, 1).float() * scale
     hidden = torch.arange(keys.shape[1], device=keys.device) > last[:, None]
     return products.masked_fill(hidden, -torch.inf).softmax(-1)
-
-
-@contextmanager
-def states_of_layers(language_model: nn.Module, looks: Sequence[Look]) -> Iterator[list[Tensor]]:
-    """Collect the hidden states of the looks' tokens after every layer, while a model runs inside the ``with``.
-
-    Args:
-        language_model: of a stock model; the states after its last layer are taken after its final norm, as
-            transformers' ``output_hidden_states`` does.
-        looks: whose tokens.
-
-    Yields:
-        A list that is filled by the run, by layer: [tokens of all looks, hidden size].
-    """
-    rows = torch.tensor([look.row for look in looks for _ in look.tokens])
-    tokens = torch.tensor([token for look in looks for token in look.tokens])
-    found: list[Tensor] = []
-
-    def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        del module, args
-        states = output[0] if isinstance(output, tuple) else output
-        found.append(states[rows.to(states.device), tokens.to(states.device)].detach())
-
-    model: Any = language_model
-    with ExitStack() as hooks:
-        for module in (*model.layers[:-1], model.norm):
-            hooks.callback(module.register_forward_hook(take).remove)
-        yield found

@@ -37,9 +37,11 @@ class Objective:
 
     Attributes:
         unit: what the loss is a mean of: a name for logs, in the plural.
+        attention: name of the attention that the language model must have; None for any.
     """
 
     unit = "trained_tokens"
+    attention: str | None = None
 
     def build_readout(self, config: PretrainedConfig) -> Readout | None:
         """Return the module that trains beside a model of this config; None for language modelling, which has none.

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AttentionInterface, PreTrainedModel
 
+from qwenvl.models.attention_maps import show
 from qwenvl.models.objective import Objective, batch_loss
 
 NAME = "attention_shapes"
@@ -87,8 +88,10 @@ class _FlashShapes(torch.autograd.Function):
         return tuple(torch.empty_like(part) for part in ctx.saved_tensors[:3])
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    del module
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    show(module, query, key, kwargs)
     return _FlashShapes.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
@@ -102,10 +105,10 @@ def measure_step(model: PreTrainedModel, batch: Mapping[str, Any], objective: Ob
     """
     AttentionInterface.register(NAME, _attention)
     model.set_attn_implementation(NAME)
-    moved = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
+    moved = tree_map(lambda value: value.to("meta") if torch.is_tensor(value) else value, dict(batch))
     moved.pop("attention_mask", None)  # stock linear attention asks whether it holds any padding; shapes do not tell
     memory = _LiveMemory()
-    for value in (*model.parameters(), *model.buffers(), *filter(torch.is_tensor, moved.values())):
+    for value in (*model.parameters(), *model.buffers(), *filter(torch.is_tensor, tree_leaves(moved))):
         memory.add(value.untyped_storage(), counted=False)
     for parameter in model.parameters():
         if parameter.requires_grad:  # gradients are counted elsewhere

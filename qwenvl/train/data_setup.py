@@ -115,7 +115,7 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
             )
     elif arguments.eval_ratio:
         tables, held_out = split_tables(tables, arguments.eval_ratio, seed)
-    task = open_task(parsed, config, tables, held_out)
+    task = open_task(parsed, config, tables, held_out, encoder)
     encoder = replace(encoder, targets=task.targets)
     skip = arguments.on_bad_sample == "skip"
     train = ConversationDataset(tables, encoder, skip)

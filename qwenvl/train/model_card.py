@@ -13,7 +13,7 @@ import yaml
 
 from qwenvl.arguments import ParsedArguments
 from qwenvl.models.adapter_files import CONFIG_FILE
-from qwenvl.models.task_files import is_task_folder
+from qwenvl.models.task_files import is_task_folder, read_record
 from qwenvl.train.describing import UsedRows, rerun_command
 
 MARKER = "<!-- Written by qwenvl after training. Without this line it is yours, and no run replaces it. -->"
@@ -36,6 +36,13 @@ _HEAD_LOADED = """from qwenvl.evaluate.task_model import open_task_model  # of t
 model = open_task_model("{name}")
 turn = {{"role": "user", "content": [{{"type": "image", "image": "a.jpg"}}, {{"type": "text", "text": "..."}}]}}
 print(model.predict([[turn]]))"""
+
+_MASKS_LOADED = """from qwenvl.evaluate.grounding import open_grounder  # of this trainer
+
+# The model alone opens as usual, with AutoModelForImageTextToText, and answers as before. tools/show_attention.py draws
+# what its words look at, and the masks.
+
+grounder = open_grounder("{name}")"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,9 @@ class Card:
         adapter = (folder / CONFIG_FILE).is_file()
         kind = "A LoRA adapter for" if adapter else "Fine-tuned from"
         alone = _ADAPTER_LOADED if adapter else _LOADED
-        loaded = (_HEAD_LOADED if is_task_folder(folder) else alone).format(name=self.name, base=self.base)
+        if is_task_folder(folder):
+            alone = _MASKS_LOADED if read_record(folder).get("task") == "grounding" else _HEAD_LOADED
+        loaded = alone.format(name=self.name, base=self.base)
         parts = [
             f"---\n{yaml.safe_dump(self._front(adapter), sort_keys=False)}---\n\n{MARKER}",
             f"# {Path(self.name).name}\n\n{kind} `{self.base}`.",

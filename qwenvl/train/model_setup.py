@@ -49,7 +49,8 @@ def open_model(
         _start_deepspeed()
     dtype, _ = weight_types(parsed)
     half_precision = compute_type(parsed) != torch.float32
-    attention = choose_attention(arguments.attn_implementation, half_precision=half_precision)
+    objective = objective or Objective()
+    attention = choose_attention(objective.attention or arguments.attn_implementation, half_precision=half_precision)
     model = load_model(
         arguments.model_name_or_path,
         dtype=compute_type(parsed) if on_meta else dtype,
@@ -61,7 +62,7 @@ def open_model(
     )
     if attention == "sdpa":
         attend_by_segments(model)
-    readout = (objective or Objective()).build_readout(config)
+    readout = objective.build_readout(config)
     make_room(model, tokens.new, may_grow=not parsed.adapters.lora_enable)
     _choose_trained_parts(model, parsed, readout)
     install(model, patchify, open_liger_loss() if args.use_liger_kernel else linear_cross_entropy, readout)

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from qwenvl.arguments import ParsedArguments, TaskArguments
 from qwenvl.data.dataset import SampledTable
+from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.label_counts import (
     LabelStatistics,
     class_weights,
@@ -17,10 +18,13 @@ from qwenvl.data.label_counts import (
     label_reader,
     order_classes,
 )
+from qwenvl.data.regions import MaskReader
 from qwenvl.data.targets import TargetReader
+from qwenvl.models.grounding import GroundingSettings
 from qwenvl.models.head_objective import HeadObjective
 from qwenvl.models.objective import Objective
 from qwenvl.models.task_head import HeadSpec
+from qwenvl.train.grounding import Grounding
 from qwenvl.utilities.distributed import from_main_process
 from qwenvl.utilities.errors import UserError
 
@@ -41,7 +45,11 @@ class Task:
 
 
 def open_task(
-    parsed: ParsedArguments, config: PretrainedConfig, train: Sequence[SampledTable], held_out: Sequence[SampledTable]
+    parsed: ParsedArguments,
+    config: PretrainedConfig,
+    train: Sequence[SampledTable],
+    held_out: Sequence[SampledTable],
+    encoder: SampleEncoder,
 ) -> Task:
     """Return the task of a run; every rank has to call it.
 
@@ -50,11 +58,29 @@ def open_task(
         config: of the model.
         train: what is trained on, from which a task learns its classes, for instance.
         held_out: what is evaluated on.
+        encoder: of samples, without the task.
 
     Raises:
         UserError: the settings or the data do not fit the task.
     """
+    if parsed.tasks.task == "grounding":
+        return _open_grounding(parsed, encoder)
     return Task() if parsed.tasks.task is None else _open_head(parsed, config, train, held_out)
+
+
+def _open_grounding(parsed: ParsedArguments, encoder: SampleEncoder) -> Task:
+    chosen = parsed.tasks
+    settings = GroundingSettings(
+        resolution=chosen.mask_resolution,
+        merge=chosen.attention_merge,
+        channels=chosen.mask_channels,
+        learning_rate=chosen.head_lr,
+        seed=parsed.training.seed,
+    )
+    finer = () if chosen.sam_model_name_or_path is None else (settings.refined_resolution,)
+    merge_size, turn_end = encoder.settings.merge_size, encoder.template.turn_end
+    reader = MaskReader(encoder.tokenizer, turn_end, merge_size, (settings.resolution, *finer))
+    return Task(Grounding(settings, chosen.sam_model_name_or_path), reader)
 
 
 def _open_head(

@@ -13,10 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from qwenvl.models.attention import attend_by_segments, segmented_attention
-from qwenvl.models.attention_maps import AttentionProbe, Look, states_of_layers
+from qwenvl.models.attention_maps import AttentionProbe, Look
+from qwenvl.models.grounding import GroundingReadout, GroundingSettings
 from qwenvl.models.loss import causal_loss
+from qwenvl.models.mask_refiner import MaskRefiner
 from qwenvl.models.segments import Segments
 from tests.models.conftest import StockSample
+from tests.models.sam import save_tiny_sam
 from tests.patches import install
 
 CHOSEN = ("text", "two images", "video, image", "image")
@@ -85,19 +88,25 @@ def test_maps_equal_the_weights_of_the_eager_attention(family_name, layout, load
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
 
-def test_states_equal_the_stock_hidden_states(load_tiny, mixture, make_batch):
+def test_states_equal_the_stock_hidden_states(load_tiny, mixture, make_batch, tmp_path):
     model = load_tiny("qwen3_vl").eval()
     sample = mixture("qwen3_vl")["two images"]
     looks = _looks(sample, model.config.vision_config.spatial_merge_size)
     with torch.no_grad():
         stock = model(**sample.inputs, output_hidden_states=True, use_cache=False).hidden_states[1:]
+    layers, hidden_size = len(stock), model.config.text_config.hidden_size
+    refiner = MaskRefiner.from_checkpoint(str(save_tiny_sam(tmp_path)), layers, hidden_size)
+    readout = GroundingReadout(model.config, GroundingSettings(channels=4), refiner)
+    language_model = model.model.language_model
     install(model)
     attend_by_segments(model)
-    with states_of_layers(model.model.language_model, looks) as states:
-        _probed(model, make_batch("flattened", [sample]), AttentionProbe(looks))
+    readout.watch(language_model)
+    options = readout.start({"looks": looks})
+    with torch.no_grad():
+        causal_loss(model, make_batch("flattened", [sample]) | options, num_trained_tokens=1.0)
     places = [token for look in looks for token in look.tokens]
-    assert len(states) == len(stock)
-    for found, wanted in zip(states, stock, strict=True):
+    assert len(readout._states) == layers
+    for found, wanted in zip(readout._states, stock, strict=True):
         torch.testing.assert_close(found, wanted[0, places], atol=1e-5, rtol=1e-5)
 
 

@@ -95,7 +95,10 @@ def open_asking_encoder(arguments: AskArguments) -> SampleEncoder:
     encoder = build_encoder(processor, config, family, DataArguments(**values), ANY_LENGTH, context_length(config))
     if not is_task_folder(arguments.model_name_or_path):
         return encoder
-    spec = HeadSpec.from_record(read_record(arguments.model_name_or_path))
+    record = read_record(arguments.model_name_or_path)
+    if record.get("task") == "grounding":  # the model answers as before
+        return encoder
+    spec = HeadSpec.from_record(record)
     needs_media = spec.pooling == "vision_mean"
     labels = LabelReader(spec.task, spec.classes, len(spec.means), needs_media, not spec.keep_answer, optional=True)
     return replace(encoder, targets=labels)
