@@ -40,4 +40,11 @@ data_dict = {
         for task in _DEMO_TASKS
         for split, suffix in (("train", ""), ("heldout", "_heldout"))
     },
+    **{  # of tools/make_mask_data.py, for scripts/demo_masks.sh
+        f"demo_masks{suffix}": {
+            "annotation_path": f"{_DEMO_DIR}/mask_scenes/scenes_{split}.jsonl",
+            "data_path": f"{_DEMO_DIR}/mask_scenes",
+        }
+        for split, suffix in (("train", ""), ("heldout", "_heldout"))
+    },
 }

@@ -35,6 +35,8 @@ from qwenvl.arguments.tasks import Pooling, TaskArguments, TaskName
 from qwenvl.data.annotations import AnnotationTable, open_annotations
 from qwenvl.data.label_counts import label_reader
 from qwenvl.data.labels import LabelReader
+from qwenvl.data.regions import MaskReader
+from qwenvl.data.targets import TargetReader
 from qwenvl.data.video import prepare_backend
 from qwenvl.utilities.cache import replacing
 from qwenvl.utilities.cores import available_cores
@@ -66,7 +68,9 @@ class CheckArguments(ToolArguments):
     output: str = field(default=".", metadata={"help": "Folder of the files that are written."})
     model_max_length: int = field(default=8192, metadata={"help": "Most tokens of a sample; needs a model."})
     workers: int | None = field(default=None, metadata={"help": "Processes. Default: one for every core."})
-    task: TaskName | None = field(default=None, metadata={"help": "Check the field 'label' for this task."})
+    task: TaskName | None = field(
+        default=None, metadata={"help": "Check the field 'label' (or 'masks') for this task."}
+    )
     pooling: Pooling | None = field(default=None, metadata={"help": "Of the task: vision_mean needs pictures."})
     class_names: str | None = field(default=None, metadata={"help": "File with the classes. Default: any name."})
     keep_answer: bool = field(default=False, metadata={"help": "Of the task: a sample needs its answer."})
@@ -79,9 +83,9 @@ class CheckArguments(ToolArguments):
             UserError: the file of class names cannot be used.
         """
         chosen = TaskArguments(
-            self.task, pooling=self.pooling, class_names=self.class_names, keep_answer=self.keep_answer
+            task=self.task, pooling=self.pooling, class_names=self.class_names, keep_answer=self.keep_answer
         )
-        return None if self.task is None else label_reader(chosen)
+        return None if self.task in (None, "grounding") else label_reader(chosen)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,14 +124,19 @@ def check(arguments: CheckArguments) -> int:
 
 def _checker(arguments: CheckArguments) -> SampleChecker:
     if not arguments.model_name_or_path:
+        if arguments.task == "grounding":
+            raise UserError("--task grounding needs --model_name_or_path: phrases are found among its tokens.")
         settings = default_settings(arguments)
         reserved, remote = RESERVED_TOKENS, arguments.allow_remote_media
         return SampleChecker(settings, reserved, remote, arguments.decode, labels=arguments.labels)
     encoder, _ = open_encoder(arguments, arguments.model_max_length)
-    encoder = replace(encoder, targets=arguments.labels)
+    targets: TargetReader | None = arguments.labels
+    if arguments.task == "grounding":
+        targets = MaskReader(encoder.tokenizer, encoder.template.turn_end, encoder.settings.merge_size)
+    encoder = replace(encoder, targets=targets)
     return SampleChecker(
         *(encoder.settings, encoder.reserved_tokens, encoder.allow_remote, arguments.decode, encoder),
-        labels=arguments.labels,
+        labels=targets,
     )
 
 

@@ -11,11 +11,12 @@ from typing import Any
 from qwenvl.arguments import DataArguments
 from qwenvl.data.boxes import convert_boxes
 from qwenvl.data.encoding import SampleEncoder, plan_item
-from qwenvl.data.labels import LabelReader
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import Examined, examine
 from qwenvl.data.processor import vision_settings
+from qwenvl.data.regions import MaskReader
 from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings
+from qwenvl.data.targets import TargetReader
 from qwenvl.data.types import Conversation, Sample
 from qwenvl.utilities.errors import SampleError
 from qwenvl.utilities.families import get_family
@@ -69,7 +70,7 @@ class SampleChecker:
     allow_remote: bool
     decode: bool = False
     encoder: SampleEncoder | None = None
-    labels: LabelReader | None = None
+    labels: TargetReader | None = None
 
     def check_row(self, samples: Sequence[Sample]) -> list[Finding]:
         """Check the samples of a row, which together may be too long."""
@@ -81,6 +82,8 @@ class SampleChecker:
                     tokens = finish(self.encoder.measure(sample)).tokens
                     self.encoder.require_length(tokens, sample, used)
                     used += tokens
+                    if isinstance(self.labels, MaskReader):  # masks are read beside sizes of pictures, and tokens
+                        self.labels.read(sample, self.encoder.plan(sample))
                 except SampleError as error:
                     finding = Finding((*finding.problems, error), finding.media)
             findings.append(finding)

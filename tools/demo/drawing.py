@@ -43,7 +43,7 @@ def draw_shape(shape: str, colour: tuple[int, int, int], box: Box) -> Image.Imag
     return picture
 
 
-def fill(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], box: Box) -> None:
+def fill(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int] | int, box: Box) -> None:
     """Fill a shape that touches all four edges of its box; the last row and column of pixels are inside."""
     left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
     if shape == "circle":
