@@ -24,6 +24,7 @@ from rich.text import Text
 
 from qwenvl import __version__
 from qwenvl.utilities.logging import setup_logging
+from qwenvl.utilities.tables import as_text, table
 from tools.health.findings import Finding, Level
 from tools.health.machine import check_devices, check_host, check_launcher
 from tools.health.packages import check_known_bad, check_optional, check_python, check_required, check_video
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=False)
     with console.status("Looking, and training two steps on a tiny model ..."):
         findings = [*examine(train=not arguments.skip_training), *findings]
-    console.print(as_table(findings))
+    print(as_text(as_table(findings), stream=sys.stdout))
     console.print(verdict(findings), markup=False, soft_wrap=True)
     return int(any(finding.level == "bad" for finding in findings))
 
@@ -64,13 +65,11 @@ def examine(*, train: bool) -> Iterator[Finding]:
 
 def as_table(findings: Sequence[Finding]) -> Table:
     """Return a table of everything that was looked at."""
-    table = Table(title="What there is", show_lines=False)
-    for name in ("", "what", "found", "advice"):
-        table.add_column(name, overflow="fold")
-    for finding in findings:
-        level = Text("ok" if finding.level == "good" else finding.level, STYLES[finding.level])
-        table.add_row(level, Text(finding.what), Text(finding.found), Text(finding.advice))
-    return table
+    rows = [
+        (Text("ok" if one.level == "good" else one.level, STYLES[one.level]), one.what, one.found, one.advice)
+        for one in findings
+    ]
+    return table("What there is", ("", "what", "found", "advice"), rows, words=range(4))
 
 
 def verdict(findings: Sequence[Finding]) -> str:

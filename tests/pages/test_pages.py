@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,20 +13,22 @@ from tests.browser import needs_chromium
 from tests.devtools import Browser
 from tests.tools.test_evaluate import write_predictions
 from tests.tools.test_view_data import ALL, write_sets
+from tests.train.conftest import registry  # noqa: F401  a fixture
+from tests.train.runs import train
 from tools import evaluate, view_data
 from tools.demo.losses import Losses
 from tools.demo.page import build_demo_page
 from tools.demo.results import Result, score
 
 CONTRAST = (Path(__file__).parent / "contrast.js").read_text()
-PAGES = ("site/index.html", "site/datasets.html", "evaluation/evaluation.html", "demo.html")
+PAGES = ("site/index.html", "site/datasets.html", "evaluation/evaluation.html", "demo.html", "run/report.html")
 
 pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Path:
-    """Return a folder with the pages of all tools."""
+def pages(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path], request: Any) -> Path:
+    """Return a folder with the pages of all tools, and of a run that evaluates and asks."""
     folder = tmp_path_factory.mktemp("pages")
     fixed = ["--model_name_or_path", str(tiny_checkpoint("qwen3_vl")), "--output", str(folder / "site")]
     fixed += ["--dataset_registry", str(write_sets(folder)), "--num_workers", "0"]
@@ -35,6 +38,15 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..
     results = [Result("digits", picture, "Which?", "1", answer, answer == "1") for answer in "12"]
     losses = Losses(train=((1, 6.0), (50, 0.5)), held_out=((50, 0.7),), seconds=90)
     (folder / "demo.html").write_text(build_demo_page(results, score(results), losses))
+    asking = {"eval_dataset_use": "held_out", "eval_strategy": "steps", "eval_steps": 1, "eval_generate": 2}
+    train(
+        tiny_checkpoint("qwen3_vl"),
+        folder / "run",
+        request.getfixturevalue("registry"),
+        max_steps=2,
+        logging_steps=1,
+        **asking,
+    )
     return folder
 
 
