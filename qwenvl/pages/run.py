@@ -175,7 +175,7 @@ def _data(data: Data) -> str:
             f"{len(lines):,} of {data.num_left_out:,}</summary>{listed}"
             f'<p class="note">All of them are in <code>{escape(data.file)}</code>.</p></details>'
         )
-    return f'<section class="panel"><h2>Data</h2>{"".join(parts)}</section>'
+    return f'<section class="panel used"><h2>Data</h2>{"".join(parts)}</section>'
 
 
 def _modules(setup: Setup) -> str:

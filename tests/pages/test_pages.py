@@ -5,30 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from qwenvl.pages.run import build_run_page
 from tests.browser import needs_chromium
 from tests.devtools import Browser
+from tests.pages.test_run import full_run
 from tests.tools.test_evaluate import write_predictions
 from tests.tools.test_view_data import ALL, write_sets
-from tests.train.conftest import registry  # noqa: F401  a fixture
-from tests.train.runs import train
 from tools import evaluate, view_data
 from tools.demo.losses import Losses
 from tools.demo.page import build_demo_page
 from tools.demo.results import Result, score
 
 CONTRAST = (Path(__file__).parent / "contrast.js").read_text()
-PAGES = ("site/index.html", "site/datasets.html", "evaluation/evaluation.html", "demo.html", "run/report.html")
+PAGES = ("site/index.html", "site/datasets.html", "evaluation/evaluation.html", "demo.html", "run.html")
 
 pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path], request: Any) -> Path:
-    """Return a folder with the pages of all tools, and of a run that evaluates and asks."""
+def pages(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Path:
+    """Return a folder with the pages of all tools, and of a run with something in each section."""
     folder = tmp_path_factory.mktemp("pages")
     fixed = ["--model_name_or_path", str(tiny_checkpoint("qwen3_vl")), "--output", str(folder / "site")]
     fixed += ["--dataset_registry", str(write_sets(folder)), "--num_workers", "0"]
@@ -38,15 +37,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..
     results = [Result("digits", picture, "Which?", "1", answer, answer == "1") for answer in "12"]
     losses = Losses(train=((1, 6.0), (50, 0.5)), held_out=((50, 0.7),), seconds=90)
     (folder / "demo.html").write_text(build_demo_page(results, score(results), losses))
-    asking = {"eval_dataset_use": "held_out", "eval_strategy": "steps", "eval_steps": 1, "eval_generate": 2}
-    train(
-        tiny_checkpoint("qwen3_vl"),
-        folder / "run",
-        request.getfixturevalue("registry"),
-        max_steps=2,
-        logging_steps=1,
-        **asking,
-    )
+    (folder / "run.html").write_text(build_run_page(full_run()))
     return folder
 
 

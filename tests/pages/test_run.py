@@ -39,6 +39,27 @@ def line(index: int, dataset: str = "set", **values: object) -> Prediction:
     return replace(Prediction(index, dataset, "a.json", index + 1, question="Where?", expected="4"), **values)  # type: ignore[arg-type]
 
 
+def full_run() -> Run:
+    """Return a run with something in each section: every style of line, boxes, pictures, warnings, bad samples."""
+    names = ("learning_rate_vision", "learning_rate_merger", "learning_rate_language", "learning_rate_head", "mfu")
+    history = [
+        {"step": step, "loss": 5.0 / step, **{name: place / step for place, name in enumerate(names)}}
+        for step in range(1, 40)
+    ]
+    history += [{"step": 20, "eval_loss": 0.3, **{f"eval_score_{one}": 0.1 * one for one in range(7)}}]
+    record = {"dataset": "set", "file": "a.json", "line": 1, "id": "x", "reason": "It is too long. " * 9}
+    data = Data([("set", "training", 3, 4, 3)], [("set", "left out", 1)], [record], 1, "bad_samples.jsonl")
+    answers = [
+        Answered(step, line(place, expected=BOX, canvas=canvas, prediction=said), value)
+        for step, said, value in ((1, BOX.replace("100", "150"), 0.0), (2, BOX, 1.0), (3, "half", 0.5))
+        for place, canvas in enumerate(((1000, 1000), None))
+    ]
+    media = [Medium((noise(90),))]
+    return replace(
+        RUN, history=history, data=data, answers=answers, warnings=["Mind " * 30], open_media=lambda _: media
+    )
+
+
 def test_text_is_never_markup() -> None:
     record = {"dataset": HOSTILE, "file": HOSTILE, "line": 1, "id": HOSTILE, "reason": HOSTILE}
     data = Data([(HOSTILE, "training", 3, 4, None)], [(HOSTILE, "left out", 1)], [record], 1, "bad_samples.jsonl")
