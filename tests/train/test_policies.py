@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qwenvl.data.collation import Event
+from qwenvl.train import report as report_module
 from qwenvl.train.report import DataReport
 from qwenvl.train.train_qwen import main
 from tests.train.runs import history, largest_difference, torchrun, weights
@@ -171,6 +172,25 @@ def test_what_all_ranks_know_is_said_by_the_first(
         report.add([event])  # met again in training: known
         assert (tmp_path / "bad_samples.jsonl").exists() == (rank == "0")
     assert len(caplog.records) == 1
+
+
+def test_ranks_tell_each_other_what_is_new_and_count_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of a run asks at every evaluation, and a large dataset has many events."""
+    mine, theirs, later = (Event("truncated", "set", message) for message in ("mine", "theirs", "later"))
+    other = {("truncated", one.message): one for one in (mine, theirs)}
+    sent: list[list[tuple[str, str]]] = []
+
+    def gather(news: dict[tuple[str, str], Event]) -> list[dict[tuple[str, str], Event]]:
+        sent.append(list(news))
+        return [news, other]
+
+    monkeypatch.setattr(report_module, "gather_objects", gather)
+    report = DataReport(str(tmp_path))
+    report.add([mine, mine])
+    assert report.gather() == [mine, theirs]
+    report.add([mine, later])
+    assert report.summary() == ["Dataset 'set': 3 samples shortened by whole turns to --model_max_length."]
+    assert sent == [[("truncated", "mine")], [("truncated", "later")]]
 
 
 def test_long_lines_and_other_alphabets_survive(tmp_path: Path) -> None:
