@@ -7,6 +7,7 @@ pooling and a second layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
@@ -78,7 +79,9 @@ class _ExactLinear(nn.Linear):
     """A linear layer that computes in float32 (float64 where it is given that), whatever autocast and weights say."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
+        kind = hidden.device.type
+        exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with exact:
             return functional.linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
 
 

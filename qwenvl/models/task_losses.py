@@ -88,8 +88,8 @@ def _of_ranks(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[float]]
 
 def pairwise(scores: Tensor, relevances: Tensor) -> Tensor:
     """Return the mean of log(1 + exp(s_j - s_i)) over the pairs in which i is more relevant than j; both [n]."""
-    more = relevances[:, None] > relevances[None, :]
-    return functional.softplus(scores[None, :] - scores[:, None])[more].mean()
+    more = (relevances[:, None] > relevances[None, :]).to(scores.dtype)
+    return (functional.softplus(scores[None, :] - scores[:, None]) * more).sum() / more.sum()
 
 
 def listnet(scores: Tensor, relevances: Tensor) -> Tensor:

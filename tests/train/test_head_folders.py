@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from qwenvl.evaluate import export_check
 from qwenvl.evaluate.task_model import open_task_model
 from qwenvl.models import task_files
 from qwenvl.models.task_head import HeadSpec, TaskHead
-from qwenvl.train.train_qwen import main
+from qwenvl.train import exporting
 from tests.train.labelled import CLASSES, FROZEN, SETTINGS, TASKS
 from tests.train.runs import (
     LORA,
@@ -72,11 +73,29 @@ def test_the_saved_folder_predicts_what_the_evaluation_of_training_did(
     assert set(report["labels"]["held_out"]) == {name.removeprefix("eval_") for name in names}
 
 
-def test_one_call_opens_a_folder_and_labels_a_picture(
-    tiny_checkpoint: Callable[[str], Path], labelled: Callable[[str], Path], tmp_path: Path
+@pytest.fixture
+def fresh_process_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Verify folders in this process: importing everything anew takes seconds."""
+
+    def check(arguments: Sequence[str]) -> dict[str, Any]:
+        capsys.readouterr()
+        assert export_check.main(arguments) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    monkeypatch.setattr(exporting, "_run_fresh", check)
+
+
+@pytest.mark.usefixtures("fresh_process_here")
+def test_one_call_opens_a_verified_folder_and_labels_pictures(
+    tiny_checkpoint: Callable[[str], Path],
+    labelled: Callable[[str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = {**FRONT, "task": "classification", "verify_export": True}
     folder = train(tiny_checkpoint("qwen3_vl"), tmp_path / "run", labelled("classification"), **settings)
+    assert "Verified:" in caplog.text
     model = open_task_model(str(folder), device="cpu")
     pictures = [Image.new("RGB", size, "grey") for size in ((64, 64), (64, 32))]
     questions = [
@@ -90,12 +109,13 @@ def test_one_call_opens_a_folder_and_labels_a_picture(
         assert one["probabilities"] == pytest.approx(alone["probabilities"], rel=1e-5)
 
 
-def test_a_head_that_is_not_that_of_training_is_found_by_the_fresh_process(
+@pytest.mark.usefixtures("fresh_process_here")
+def test_a_saved_head_that_is_not_that_of_training_ends_the_run(
     tiny_checkpoint: Callable[[str], Path],
     labelled: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    fail: Callable[[list[str]], str],
 ) -> None:
     def spoiled(model: Any) -> dict[str, Any]:
         return {name: tensor + 0.1 for name, tensor in collect(model).items()}
@@ -104,8 +124,7 @@ def test_a_head_that_is_not_that_of_training_is_found_by_the_fresh_process(
     monkeypatch.setattr(task_files, "collect", spoiled)
     settings = {**FRONT, "task": "classification", "verify_export": True}
     arguments = flags(tiny_checkpoint("qwen3_vl"), tmp_path / "run", labelled("classification"), **settings)
-    assert main(arguments) == 1
-    assert "stock transformers computes something else" in caplog.text
+    assert "stock transformers computes something else" in fail(arguments)
 
 
 def test_the_answer_does_not_reach_the_head_unless_it_is_to_be_rated(
@@ -137,6 +156,19 @@ def test_the_answer_does_not_reach_the_head_unless_it_is_to_be_rated(
         for name in ("dark", "light")
     ]
     assert not equal_bits(*rated)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_dry_run_counts_what_a_head_takes(
+    task: str,
+    tiny_checkpoint: Callable[[str], Path],
+    labelled: Callable[[str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = {**FRONT, **FROZEN, "task": task, **TASKS[task], "dry_run": True}
+    folder = train(tiny_checkpoint("qwen3_vl"), tmp_path / "run", labelled(task), **settings)
+    assert "Dry run; nothing was trained" in caplog.text and not list(folder.iterdir())
 
 
 def test_hidden_states_are_those_that_transformers_numbers(tiny_checkpoint: Callable[[str], Path]) -> None:
