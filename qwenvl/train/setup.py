@@ -35,7 +35,7 @@ from qwenvl.train.summary import log_start
 from qwenvl.train.wholeness import read_source
 from qwenvl.utilities.distributed import from_main_process, is_main_process
 from qwenvl.utilities.errors import UserError
-from qwenvl.utilities.families import get_family
+from qwenvl.utilities.families import LAB, Family, get_family
 from qwenvl.utilities.logging import collected_warnings
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,11 @@ def run(parsed: ParsedArguments) -> int:
 def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     args = parsed.training
     engine = _engine(args)
-    if engine != "plain" and not args.dry_run:
-        _require_launcher(engine)
-    settings_yaml = arguments_to_yaml(parsed)
     family = get_family(read_model_type(parsed.model.model_name_or_path, cache_dir=args.cache_dir))
+    if engine != "plain":
+        _require_launcher(engine, args.dry_run)
+        _refuse_engine(engine, family)
+    settings_yaml = arguments_to_yaml(parsed)
     if args.router_aux_loss_coef and not family.moe:
         raise UserError(
             f"--router_aux_loss_coef {args.router_aux_loss_coef:g}: {family.model_type} has no experts. Leave it out."
@@ -180,13 +181,21 @@ def _engine(args: TrainingArguments) -> Engine:
     return "deepspeed" if args.deepspeed else "fsdp" if args.fsdp else "plain"
 
 
-def _require_launcher(engine: Engine) -> None:
+def _refuse_engine(engine: Engine, family: Family) -> None:
+    if family is LAB:
+        raise UserError(
+            f"--{engine} with {family.model_type}: its encoders run once for each size of picture, so that ranks which "
+            f"share weights out would wait for each other. Train it with DDP: leave --{engine} out."
+        )
+
+
+def _require_launcher(engine: Engine, dry_run: bool) -> None:
     """FSDP needs a process group, and DeepSpeed asks for the rank even where there is one process.
 
     Raises:
         UserError: nothing has told this process its rank.
     """
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ and not dry_run:
         raise UserError(
             f"--{engine} needs a launcher, for one GPU too: torchrun --nproc_per_node=1 "
             f"qwenvl/train/train_qwen.py ..., or leave --{engine} out."

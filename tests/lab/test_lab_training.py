@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qwenvl.arguments import DataArguments
+from qwenvl.arguments import DataArguments, parse_arguments
 from qwenvl.data.collation import Collator, Item, for_model
 from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.processor import build_encoder, open_processor
@@ -20,6 +20,8 @@ from qwenvl.lab.config import CONNECTORS, Connector
 from qwenvl.models.loss import causal_loss, tell_host
 from qwenvl.models.patches import Patchify
 from qwenvl.models.vision import install
+from qwenvl.train.setup import run
+from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import LAB
 from tests.train.runs import (
     LORA,
@@ -57,12 +59,14 @@ def samples_of(registry: Path) -> list[Sample]:
     return [Sample(Origin("mixed", "mixed.json", n), one, str(registry.parent)) for n, one in enumerate(records)]
 
 
-@pytest.mark.parametrize("connector", CONNECTORS)
-@pytest.mark.parametrize("encoder", ["clip", "qwen3_vl"])
+@pytest.mark.parametrize(
+    ("encoder", "connector"),
+    [*(("clip", one) for one in CONNECTORS), ("qwen3_vl", "merger"), ("qwen2_vl", "resampler")],
+)
 def test_training_reads_the_ids_that_the_saved_processor_makes(
     encoder: str, connector: Connector, lab: Callable[..., Path], registry: Path
 ) -> None:
-    """And logits are the same whether the trainer's hooks or the stock forward pass put the pictures in."""
+    """And positions count tokens one by one, as the language model has learned."""
     folder = lab(encoder, connector=connector)
     opened = encoder_of(folder)
     answerer = Answerer(
@@ -142,6 +146,14 @@ def test_the_heaviest_step_is_counted_without_the_model(
 ) -> None:
     train(lab("clip", connector="qformer"), tmp_path / "run", registry, dry_run=True)
     assert "memory" in "".join(capsys.readouterr()).lower()
+
+
+def test_engines_that_share_weights_out_are_refused(
+    lab: Callable[..., Path], registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="leave --deepspeed out"):
+        run(parse_arguments(flags(lab(), tmp_path, registry, deepspeed="configs/zero2.json")))
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ _NOTE = (
     "right and the swapped picture leaves out zero."
 )
 _VIEWS = (("shown", "own picture"), ("swapped", "another's"), ("blank", "blank"))
-_WIDTH, _LEFT, _ROW, _BAR = 560, 170, 50, 13
+_WIDTH, _LEFT, _ROW, _BAR = 400, 118, 50, 13
 
 
 def build_lab_page(results: Sequence[Result]) -> str:
@@ -133,7 +133,7 @@ def _bars(name: str, scores: dict[str, dict[str, float]], top: int) -> str:
 
 
 def _cut(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:23]}…"
+    return name if len(name) <= 16 else f"{name[:15]}…"
 
 
 def _answers(results: Sequence[Result]) -> str:
@@ -141,7 +141,9 @@ def _answers(results: Sequence[Result]) -> str:
     if not results or not results[0]["examples"]:
         return ""
     cards = "".join(_card(results, place) for place in range(len(results[0]["examples"])))
-    return f'<section><h2>The same pictures, asked of each run</h2><div class="cards wide">{cards}</div></section>'
+    return (
+        f'<section><h2>The same pictures, asked of each run</h2><div class="cards wide digits">{cards}</div></section>'
+    )
 
 
 def _card(results: Sequence[Result], place: int) -> str:
