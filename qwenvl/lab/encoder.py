@@ -39,8 +39,8 @@ def build_encoder(config: LabVisionConfig) -> PreTrainedModel:
             f"{', '.join((*WHOLE_PICTURES, *TOWERS))}."
         )
     if kind in WHOLE_PICTURES:
-        if hasattr(encoder_config, "vision_use_head"):
-            encoder_config.vision_use_head = False  # SigLIP's pooling
+        if kind == "siglip_vision_model":
+            encoder_config.vision_use_head = False  # its pooling
         encoder: Any = AutoModel.from_config(encoder_config)
         if kind == "clip_vision_model":
             encoder.post_layernorm = nn.Identity()  # of the class token, which is left out

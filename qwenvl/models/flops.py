@@ -185,7 +185,7 @@ def _lab_vision(config: Any, family: Family) -> Iterator[Product]:
         config.num_queries,
     )
     inner = int(width * encoder.mlp_ratio) if hasattr(encoder, "mlp_ratio") else encoder.intermediate_size
-    layers = encoder.num_hidden_layers
+    layers = getattr(encoder, "depth", None) or encoder.num_hidden_layers
     pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
     yield Product("vision", "patches", 2.0 * pixels * width, "pixels")
     yield Product("vision", "patches", 2.0 * layers * (4 * width * width + 2 * width * inner))

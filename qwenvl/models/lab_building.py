@@ -126,9 +126,9 @@ def _open_encoder(name: str, drop_layers: int | None) -> _Encoder:
         raise UserError(f"encoder {name}: model_type {config.model_type!r} is not one the lab knows: {known}.")
     opened = _open_part(name, whole, config)
     if whole.model_type != MODEL_TYPE:
-        config.num_hidden_layers -= (
-            int(config.model_type == "clip_vision_model") if drop_layers is None else drop_layers
-        )
+        layers = "depth" if config.model_type in TOWERS else "num_hidden_layers"
+        dropped = int(config.model_type == "clip_vision_model") if drop_layers is None else drop_layers
+        setattr(config, layers, getattr(config, layers) - dropped)
     elif drop_layers:
         raise UserError(f"encoder {name}: it is of the lab already; drop_layers is for the encoder it was made of.")
     images = AutoImageProcessor.from_pretrained(name)
