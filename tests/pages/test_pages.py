@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from qwenvl.pages.run import build_run_page
 from tests.browser import needs_chromium
@@ -15,12 +17,20 @@ from tests.pages.test_run import full_run
 from tests.tools.test_evaluate import write_predictions
 from tests.tools.test_view_data import ALL, write_sets
 from tools import evaluate, view_data
+from tools.attention.page import Looked, Shown, attention_page
 from tools.demo.losses import Losses
 from tools.demo.page import build_demo_page
 from tools.demo.results import Result, score
 
 CONTRAST = (Path(__file__).parent / "contrast.js").read_text()
-PAGES = ("site/index.html", "site/datasets.html", "evaluation/evaluation.html", "demo.html", "run.html")
+PAGES = (
+    "site/index.html",
+    "site/datasets.html",
+    "evaluation/evaluation.html",
+    "demo.html",
+    "run.html",
+    "attention.html",
+)
 
 pytestmark = needs_chromium
 
@@ -38,6 +48,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..
     losses = Losses(train=((1, 6.0), (50, 0.5)), held_out=((50, 0.7),), seconds=90)
     (folder / "demo.html").write_text(build_demo_page(results, score(results), losses))
     (folder / "run.html").write_text(build_run_page(full_run()))
+    mask = np.eye(40, 60, dtype=bool)
+    looked = Looked("a red car", Image.new("RGB", (60, 40)), np.full((2, 3, 4, 6), 0.01), mask, ~mask)
+    shown = [Shown("dataset 'scenes', scenes.jsonl:1", "What is here?", "A red car. " * 20, [looked] * 3)]
+    (folder / "attention.html").write_text(attention_page("Attention of a model", shown, [4, 9]))
     return folder
 
 
