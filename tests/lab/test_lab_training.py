@@ -144,7 +144,7 @@ def test_the_saved_folder_opens_alone_and_adapters_open_on_their_base(
 def test_the_heaviest_step_is_counted_without_the_model(
     lab: Callable[..., Path], registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(lab("clip", connector="qformer"), tmp_path / "run", registry, dry_run=True)
+    train(lab("qwen3_vl", connector="resampler"), tmp_path / "run", registry, dry_run=True)
     assert "memory" in "".join(capsys.readouterr()).lower()
 
 

@@ -24,9 +24,9 @@ _LEAD = (
 )
 _NOTE = (
     "tokens: of the first held-out picture. trained: parameters, of the stage that trains most. loss by epoch: "
-    "held-out, nats per trained token; stages apart. right: answers with their own picture, 95% bootstrap interval. "
-    "empty: answers that end before their first word. looks: yes, where the interval of the difference between the "
-    "right and the swapped picture leaves out zero."
+    "held-out, nats per trained token; stages apart, each on its own data. right: answers with their own picture, 95% "
+    "bootstrap interval. empty: answers that end before their first word. looks: yes, where the interval of the "
+    "difference between the right and the swapped picture leaves out zero."
 )
 _VIEWS = (("shown", "own picture"), ("swapped", "another's"), ("blank", "blank"))
 _WIDTH, _LEFT, _ROW, _BAR = 400, 118, 50, 13
