@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import datetime
-import gc
 import logging
 import os
 import sys
@@ -156,7 +155,6 @@ def _store() -> Any:
 def shut_down() -> None:
     """Leave the process group, if there is one; call it when every process has finished its work."""
     if is_initialized():
-        gc.collect()  # a group ends its threads when nothing refers to it any more
         dist.destroy_process_group()
 
 
