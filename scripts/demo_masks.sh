@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a tiny Qwen3-VL from random weights to say what is drawn, freezes it, learns masks of its phrases from its
-# attention, prints how well they fit on scenes it has never seen, and draws a page. It took 28 minutes on two cores that
-# were busy with other work.
+# attention, prints how well they fit on scenes it has never seen, and draws a page. Ten minutes on two cores that had
+# other work.
 #
 #   bash scripts/demo_masks.sh [--flag VALUE ...]     flags of train_qwen.py for both trainings, such as --max_steps 5
 #
