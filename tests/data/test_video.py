@@ -149,7 +149,7 @@ def test_one_backend_is_chosen_and_logged_once(caplog: pytest.LogCaptureFixture)
     except ImportError:
         expected = DecordBackend().name
     choose_backend.cache_clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "qwenvl"):
         assert choose_backend() is choose_backend()
     assert choose_backend().name == expected
     (said,) = [record.message for record in caplog.records if record.name == "qwenvl.data.video"]

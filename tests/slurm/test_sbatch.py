@@ -24,6 +24,7 @@ SETTINGS: dict[str, Any] = {
     "dataloader_num_workers": 1,
     "eval_strategy": "no",
     "eval_dataset_use": "",
+    "eval_generate": 0,
 }
 
 pytestmark = [

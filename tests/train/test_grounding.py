@@ -181,7 +181,7 @@ def test_half_precision_learns_the_same_but_for_rounding(train, tmp_path) -> Non
 
 def test_a_dry_run_measures_masks_too(train, capsys, caplog, tmp_path) -> None:
     sam = save_tiny_sam(tmp_path / "tiny-sam")
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "qwenvl")
     train("dry", dry_run=True, sam_model_name_or_path=sam)
     assert not (tmp_path / "dry" / "task.json").exists()
 
