@@ -72,8 +72,10 @@ def moving_square(direction: str, colour: tuple[int, int, int], rng: np.random.G
 
 def write_clip(path: Path, frames: np.ndarray) -> None:
     """Encode frames as H.264 by the encoder inside PyAV, which needs no FFmpeg on the system."""
+    # Without look-ahead, with which x264 now and then makes other bytes of the same frames, as small as these are.
+    options = {"crf": "18", "threads": "1", "x264-params": "rc-lookahead=0:sync-lookahead=0:mbtree=0"}
     with av.open(str(path), mode="w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(CLIP_FPS), options={"crf": "18", "threads": "1"})
+        stream = container.add_stream("libx264", rate=Fraction(CLIP_FPS), options=options)
         stream.width, stream.height, stream.pix_fmt = CLIP_PIXELS, CLIP_PIXELS, "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
