@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, ProcessorMixin, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from qwenvl.arguments import TrainingArguments
@@ -77,6 +78,12 @@ class SavingTrainer(Trainer):
         if self.args.fsdp and not self.is_fsdp_enabled:
             shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
+
+    def _init_training_state(self, *args: Any, **options: Any) -> tuple[int, int]:
+        """Start or take up the state of the run; the best checkpoint is found where the output folder is now."""
+        begin: tuple[int, int] = super()._init_training_state(*args, **options)
+        self._name_best()
+        return begin
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         """Train an epoch, unless a run is resumed at its end: inside an epoch, the Trainer would take one step more."""
@@ -180,15 +187,14 @@ class SavingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint under another name, and give it its own when it is whole."""
-        if self.state.best_global_step:  # the Trainer would look for it beside the draft
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            if best.exists() or self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(best)
         name = f"checkpoint-{self.state.global_step}"
         with published(self.args.output_dir, name, writes=self.args.should_save) as draft:
             self._drafts = str(draft.parent)
             try:
                 super()._save_checkpoint(model, trial)
+                self._name_best(being_saved=self.state.global_step)
+                if self.args.should_save:
+                    self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
                 self.save_position(draft)
             finally:
                 self._drafts = None
@@ -199,6 +205,16 @@ class SavingTrainer(Trainer):
             rotate_checkpoints(
                 self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
+
+    def _name_best(self, being_saved: int | None = None) -> None:
+        """Name the best checkpoint by its place in the output folder: the Trainer looks for it among the drafts.
+
+        Args:
+            being_saved: Step whose checkpoint is being written, and is not in its place yet.
+        """
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best.exists() or self.state.best_global_step == being_saved):
+            self.state.best_model_checkpoint = str(best)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save weights, config and processor, and the records that make the folder repeatable."""
