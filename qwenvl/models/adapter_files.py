@@ -36,6 +36,18 @@ Under its usual name, transformers would take the folder for one of a whole mode
 _LISTED = 6
 
 
+def start_anew(checkpoint: str | Path) -> str:
+    """Return how to train on from a checkpoint's weights where no run can resume from it; a part of a sentence."""
+    if (Path(checkpoint) / CONFIG_FILE).is_file():
+        return (
+            "start anew from its weights, with a new optimizer: merge the adapters (python tools/merge_lora.py "
+            f"--adapter {checkpoint} --output MERGED), then --model_name_or_path MERGED and another --output_dir"
+        )
+    return (
+        f"start anew from its weights, with a new optimizer: --model_name_or_path {checkpoint} and another --output_dir"
+    )
+
+
 def saved_names(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Return every trained parameter by the name that PEFT's files give it, in the model's order.
 

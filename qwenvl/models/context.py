@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from qwenvl.models.adapter_files import TRAINED_CONFIG
+from qwenvl.models.adapter_files import TRAINED_CONFIG, start_anew
 from qwenvl.utilities.errors import UserError
 
 
@@ -78,8 +78,8 @@ def require_same_context(config: Any, checkpoint: str) -> None:
     if there != here:
         raise UserError(
             f"{checkpoint} was trained with {_told(there)}, and this run has {_told(here)}. Resume with the settings "
-            f"of {Path(checkpoint) / 'training_args.yaml'} (--rope_scaling, --rope_factor, --rope_native_length), or "
-            f"start anew from its weights: --model_name_or_path {checkpoint} and another --output_dir."
+            f"of {Path(checkpoint) / 'training_args.yaml'} (--rope_scaling, --rope_factor, --rope_native_length); or "
+            f"{start_anew(checkpoint)}."
         )
 
 

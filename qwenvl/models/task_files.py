@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qwenvl.models.adapter_files import start_anew
 from qwenvl.models.readout import NAME, Readout, readout_of
 from qwenvl.models.shared_out import gathered
 from qwenvl.utilities.errors import UserError
@@ -62,6 +63,34 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): the folder holds no model of a task.") from error
     return record
+
+
+def require_same_task(readout: Readout | None, checkpoint: str | Path) -> None:
+    """Check that a checkpoint's task is that of the run that resumes from it; its losses and rates may differ.
+
+    Raises:
+        UserError: one has a task and the other none, or their modules or outputs differ.
+    """
+    if readout is None and not is_task_folder(checkpoint):
+        return
+    saved = _shape(read_record(checkpoint) if is_task_folder(checkpoint) else {})
+    here = _shape({} if readout is None else json.loads(json.dumps(dict(readout.record))))
+    differing = [name for name in sorted(saved.keys() | here.keys()) if saved.get(name) != here.get(name)]
+    if differing:
+        lines = "".join(f"\n  {name}: {saved.get(name)} there, {here.get(name)} here" for name in differing)
+        raise UserError(
+            f"{checkpoint} holds another task than this run has:{lines}\nResume with the settings, data and class "
+            f"names that it was saved with; or {start_anew(checkpoint)}."
+        )
+
+
+_MAY_CHANGE = ("loss", "class_weights", "focal_gamma", "huber_delta", "learning_rate", "seed")
+
+
+def _shape(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a record says of a module's form and of what its outputs mean."""
+    flat = {**record, **record.get("settings", {})}
+    return {name: value for name, value in flat.items() if name not in (*_MAY_CHANGE, "settings")}
 
 
 def load(readout: Readout | None, folder: str | Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.trainer_pt_utils import safe_globals
 
+from qwenvl.models.adapter_files import start_anew
 from qwenvl.train import manifest
 from qwenvl.train.describing import find_versions
 from qwenvl.train.weight_files import remove_older_weights
@@ -78,8 +79,7 @@ def _with_optimizer(path: Path, engine: Engine) -> str:
     reason = "was saved without its optimizer (--save_only_model), so that no run can go on from it"
     raise UserError(
         f"{path} holds no state of the optimizer that this run can continue with. "
-        f"It {reasons[found[0]] if found else reason}; or start anew from its "
-        f"weights, with a new optimizer: --model_name_or_path {path} and another --output_dir."
+        f"It {reasons[found[0]] if found else reason}; or {start_anew(path)}."
     )
 
 
@@ -167,15 +167,19 @@ def refused_state_named(checkpoint: str | None) -> Iterator[None]:
     """
     try:
         yield
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
         for file in sorted(Path(checkpoint).glob("*.pt*")) if checkpoint else ():
             reason = _refusal(file)
             if reason is not None:
                 raise UserError(
                     f"{file} is damaged, or holds more than the state of a run: {reason} None of it was used. Resume "
-                    "from another checkpoint (--resume_from_checkpoint), or start anew from the weights beside it: "
-                    f"--model_name_or_path {checkpoint} and another --output_dir."
+                    f"from another checkpoint (--resume_from_checkpoint); or {start_anew(file.parent)}."
                 ) from error
+        if checkpoint and isinstance(error, ValueError):  # torch's: groups of parameters that do not match
+            raise UserError(
+                f"{checkpoint} holds the optimizer's state of other trained parts or of another optimizer: {error}. "
+                f"Resume with the settings that it was saved with; or {start_anew(checkpoint)}."
+            ) from error
         raise
 
 

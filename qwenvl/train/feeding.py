@@ -11,7 +11,15 @@ from transformers import ProcessorMixin
 
 from qwenvl.data.sampling import SampleOrder, Sharding
 from qwenvl.train.loader import build_loader
-from qwenvl.train.position import describe_order, read_batch_size, require_same_order, write_position
+from qwenvl.train.position import (
+    Repeats,
+    begins_again,
+    count_repeats,
+    describe_order,
+    read_batch_size,
+    require_same_order,
+    write_position,
+)
 from qwenvl.train.saving import Records, SavingTrainer
 
 
@@ -28,6 +36,7 @@ class FeedingTrainer(SavingTrainer):
     def __init__(self, order: SampleOrder, processor: ProcessorMixin, records: Records, **options: Any) -> None:
         super().__init__(processor, records, **options)
         self._order = order
+        self._repeats = Repeats(asked=self.args.ignore_data_skip)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's training batches."""
@@ -40,8 +49,10 @@ class FeedingTrainer(SavingTrainer):
         order = SampleOrder(len(dataset), shuffle=False)
         return build_loader(dataset, self.data_collator, self.args, order, sharding)
 
-    def require_same_order(self, checkpoint: str) -> None:
-        """Check that a checkpoint's next sample is the one that comes next here.
+    def begins_again(self, checkpoint: str) -> bool:
+        """Whether the epoch of a checkpoint begins again, as ``--ignore_data_skip`` asks for.
+
+        Otherwise its next sample has to be the one that comes next here.
 
         Raises:
             UserError: it was saved with other data or other settings of the order.
@@ -49,13 +60,41 @@ class FeedingTrainer(SavingTrainer):
         sharding = self._sharding()
         if self.args.auto_find_batch_size:  # the Trainer goes on with the size it had found
             sharding = replace(sharding, batch_size=read_batch_size(checkpoint) or sharding.batch_size)
-        require_same_order(checkpoint, self._describe_order(sharding))
+        described = self._describe_order(sharding)
+        if self.args.ignore_data_skip:
+            return begins_again(checkpoint, described)
+        require_same_order(checkpoint, described)
+        return False
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Take up the state of the run, and return the epoch and its micro-batch to go on with.
+
+        The Trainer computes both from the steps taken, some of which may be repeated ones.
+        """
+        begin: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None:
+            return begin
+        step, again = self.state.global_step, self.args.ignore_data_skip
+        repeated = count_repeats(resume_from_checkpoint, step, num_update_steps_per_epoch, again=again)
+        self._repeats = replace(self._repeats, steps=repeated)
+        epoch, steps = divmod(step - repeated, num_update_steps_per_epoch)
+        return epoch, steps * self.args.gradient_accumulation_steps
 
     def save_position(self, folder: Path) -> None:
         """Write how far the data are used, and what their order is made of."""
         sharding = self._sharding()
         if self.args.should_save:
-            write_position(folder, self._describe_order(sharding), sharding, self.state.global_step)
+            described, step = self._describe_order(sharding), self.state.global_step
+            write_position(folder, described, sharding, step, self._repeats)
 
     def _describe_order(self, sharding: Sharding) -> dict[str, Any]:
         return describe_order(self._order, sharding.step_size, self.train_dataset.content)

@@ -6,7 +6,7 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qwenvl.models.adapter_files import start_anew
 from qwenvl.utilities.distributed import from_main_process, is_main_process, world_size
 from qwenvl.utilities.errors import UserError
 
@@ -24,9 +25,6 @@ CONVERTED = ".universal"
 """Folder inside the output folder in which a checkpoint for any number of ranks lies until it is loaded."""
 
 _STAGES = {0: "0", 1: "1 or 2", 3: "3"}
-_START_ANEW = (
-    "start anew from its consolidated weights with a new optimizer: --model_name_or_path {} and another --output_dir"
-)
 
 
 @contextmanager
@@ -81,7 +79,7 @@ def _require_same_stage(checkpoint: str, shards: list[Path], stage: int) -> None
         raise UserError(
             f"{checkpoint} was saved with ZeRO stage {_STAGES[saved]}, and --deepspeed names a configuration of stage "
             f"{stage}, which cannot read the optimizer's state of the other. Resume with a configuration of stage "
-            f"{_STAGES[saved]}; or {_START_ANEW.format(checkpoint)}."
+            f"{_STAGES[saved]}; or {start_anew(checkpoint)}."
         )
 
 
@@ -112,7 +110,7 @@ def _convert(checkpoint: Path, folder: Path, saved_ranks: int) -> Path:
             f"{checkpoint} was saved by {_ranks(saved_ranks)}, and DeepSpeed could not convert it for {world_size()}: "
             f"{reason if done.returncode else 'it holds no moments'}. Only the state of Adam can be converted (--optim "
             f"adamw_torch and its like), and the disk must have room. Resume on {_ranks(saved_ranks)}; or "
-            f"{_START_ANEW.format(checkpoint)}."
+            f"{start_anew(checkpoint)}."
         )
     for file in checkpoint.iterdir():  # what the Trainer reads besides
         if file.is_file() and ".safetensors" not in file.name:
@@ -124,8 +122,8 @@ def _convert(checkpoint: Path, folder: Path, saved_ranks: int) -> Path:
 class _AfterLoading(TrainerCallback):
     """Mends what DeepSpeed got wrong in loading a universal checkpoint, and removes it after a step.
 
-    Stage 3 gives every parameter group the settings of the first one (learning rate, weight decay, name), and all of
-    them one and the same tensor to count their steps in, which then counts each step several times.
+    Stage 3 gives all parameter groups one and the same tensor to count their steps in, which then counts each step
+    several times.
 
     Args:
         folder: of the universal checkpoint.
@@ -137,12 +135,9 @@ class _AfterLoading(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give each group its own settings and count of steps."""
+        """Give each group its own count of steps."""
         del args, state, control
-        optimizer = kwargs["optimizer"]
-        for group, saved in zip(optimizer.param_groups, _saved_groups(self._folder), strict=True):
-            group.update({name: value for name, value in saved.items() if name != "params"})
-        for moments in optimizer.state.values():
+        for moments in kwargs["optimizer"].state.values():
             if torch.is_tensor(moments.get("step")):
                 moments["step"] = moments["step"].clone()
 
@@ -150,18 +145,6 @@ class _AfterLoading(TrainerCallback):
         """Remove the folder: every rank has loaded it, and memory has sufficed for a step."""
         del args, state, control, kwargs
         _remove(self._folder.parent)
-
-
-def _saved_groups(folder: Path) -> list[Mapping[str, Any]]:
-    """Return the settings of the optimizer's parameter groups in a universal checkpoint."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
-    (path,) = folder.glob("global_step*/zero/optimizer_state.pt")
-    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum]):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    groups: list[Mapping[str, Any]] = state["param_groups"]
-    return groups
 
 
 def _remove(folder: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PretrainedConfig, ProcessorMixin, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -22,6 +24,7 @@ from qwenvl.models.loading import load_weights
 from qwenvl.models.readout import readout_of
 from qwenvl.train.checkpoints import published, refused_state_named, write_records
 from qwenvl.train.hub import push_checkpoint, push_model
+from qwenvl.train.hyperparameters import Hyperparameters
 from qwenvl.train.model_card import Card
 from qwenvl.train.sharding import shard_on_cpu, tie_gathered
 from qwenvl.train.weight_files import rewrite_weights
@@ -70,6 +73,7 @@ class SavingTrainer(Trainer):
         self._records = records
         self._drafts: str | None = None  # where a checkpoint is written, while one is
         self.card: Card | None = None
+        self.forgets_best = False  # a resumed run: whether figures of the earlier one do not compare with its own
         self._of_task: Mapping[str, Tensor] = {}  # gathered from all ranks, for the one that writes
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -82,6 +86,11 @@ class SavingTrainer(Trainer):
     def _init_training_state(self, *args: Any, **options: Any) -> tuple[int, int]:
         """Start or take up the state of the run; the best checkpoint is found where the output folder is now."""
         begin: tuple[int, int] = super()._init_training_state(*args, **options)
+        # a checkpoint's state holds the intervals and the batch size of the run that saved it
+        self.state.compute_steps(self.args, self.state.max_steps)
+        self.state.train_batch_size = self._train_batch_size
+        if self.forgets_best:
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         self._name_best()
         return begin
 
@@ -103,9 +112,18 @@ class SavingTrainer(Trainer):
         else:
             self._load_trained(resume_from_checkpoint)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Create the schedule; the optimizer has the settings of the flags now, and none of a checkpoint's."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        self._hyperparameters = Hyperparameters.read(self.optimizer)
+        return schedule
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer's moments and where the schedule stands; rates and the like are those of the flags."""
         with refused_state_named(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._hyperparameters.restore(self.optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with refused_state_named(checkpoint):

@@ -16,8 +16,10 @@ from qwenvl.data.processor import (
     processor_limits,
     with_training_limits,
 )
+from qwenvl.models import task_files
 from qwenvl.models.context import require_same_context
 from qwenvl.models.loading import read_model_type, refuse_flattening
+from qwenvl.models.readout import readout_of
 from qwenvl.train import interruption
 from qwenvl.train.checkpoints import Engine, find_checkpoint, read_step, require_writable
 from qwenvl.train.data_setup import RunData, open_config, open_data
@@ -29,6 +31,7 @@ from qwenvl.train.model_card import describe_run
 from qwenvl.train.model_setup import open_model
 from qwenvl.train.preflight import preflight
 from qwenvl.train.reshaping import fitted_to_ranks
+from qwenvl.train.resuming import Change, compare_settings, forgets_best
 from qwenvl.train.run_report import RunReport, Sources, describe_setup
 from qwenvl.train.saving import Records
 from qwenvl.train.summary import log_start
@@ -67,6 +70,9 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     if parsed.data.data_flatten:
         refuse_flattening(config, family)
     require_writable(args.output_dir)
+    checkpoint, changes = (None, []) if args.dry_run else from_main_process(lambda: _find_checkpoint(parsed, engine))
+    if checkpoint is not None:
+        require_same_context(config, checkpoint)
     data = open_data(parsed, family, config)
     if args.dry_run:
         from_main_process(lambda: preflight(parsed, data, config))
@@ -76,17 +82,23 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     records = Records(settings_yaml, processor_limits(data.processor), source)
     trainer = build_trainer(parsed, model, data, records)
     report = _open_report(parsed, trainer, data, warnings)
-    checkpoint = from_main_process(lambda: find_checkpoint(args.output_dir, args.resume_from_checkpoint, engine))
     if checkpoint is not None:
-        require_same_context(config, checkpoint)
-        if not args.ignore_data_skip:
-            from_main_process(partial(trainer.require_same_order, checkpoint))
+        task_files.require_same_task(readout_of(model), checkpoint)
+        args.ignore_data_skip = from_main_process(partial(trainer.begins_again, checkpoint))
+        trainer.forgets_best = forgets_best(changes)
     _take_up_records(trainer, checkpoint)
     trainer.data_report.add(data.arranged.events, common=True)
     log_start(parsed, model, data, checkpoint)
     with trainer.stop_request.listening(), fitted_to_ranks(checkpoint, trainer) as folder:
         trainer.train(resume_from_checkpoint=folder)
     return _finish(parsed, trainer, data, report)
+
+
+def _find_checkpoint(parsed: ParsedArguments, engine: Engine) -> tuple[str | None, list[Change]]:
+    """Return the checkpoint to resume from, and the settings that change with it; None and none to start anew."""
+    args = parsed.training
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, engine)
+    return checkpoint, [] if checkpoint is None else compare_settings(checkpoint, parsed.given)
 
 
 def _finish(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData, report: RunReport) -> int:

@@ -242,7 +242,7 @@ OTHER_ORDERS: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"data_seed": 7}, "--data_seed, or --seed without it (42, now 7)"),
     "rows": ({"dataset_use": "mixed%200"}, "samples or packs in an epoch (11, now 22)"),
     "held out": ({"eval_ratio": 0.1}, "which of their rows are used"),
-    "costs": ({"tune_mm_vision": False}, "what samples cost"),
+    "costs": ({"max_pixels": "32*64"}, "what samples cost"),
     "packs": ({"data_packing": True}, "how rows are packed"),
 }
 

@@ -1,0 +1,67 @@
+"""Settings of the optimizer: a resumed run has them from its flags; only moments and counts are the checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules whose learning rates follow from what happened in the run: they are in the checkpoint alone.
+
+All others of transformers are functions of the step (``LambdaLR``).
+"""
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What flags say of an optimizer, read before a checkpoint is loaded into it.
+
+    ``load_state_dict`` takes learning rates, weight decay and all other settings of the parameter groups from the file;
+    DeepSpeed does so too, and takes the gradient clipping threshold as well. DeepSpeed's universal checkpoints give all
+    groups the settings of the first one (ZeRO-3).
+
+    Args:
+        groups: Settings of each parameter group, with its peak learning rate as ``initial_lr``.
+        clip_grad: DeepSpeed's clipping threshold; None for other optimizers.
+    """
+
+    groups: tuple[Mapping[str, Any], ...]
+    clip_grad: float | None
+
+    @classmethod
+    def read(cls, optimizer: Optimizer) -> Hyperparameters:
+        """Return the settings of an optimizer that has a schedule, and no checkpoint loaded.
+
+        Args:
+            optimizer: Optimizer as accelerate prepared it.
+        """
+        groups = tuple(
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in optimizer.param_groups
+        )
+        return cls(groups, getattr(_engine(optimizer), "clip_grad", None))
+
+    def restore(self, optimizer: Optimizer, schedule: LRScheduler) -> None:
+        """Set an optimizer to these after a checkpoint was loaded, at the step where its schedule stands.
+
+        With the settings of the run that saved it, nothing changes, not even a bit.
+        """
+        rates = schedule.get_last_lr()
+        if isinstance(schedule, LambdaLR):
+            peaks = [group["initial_lr"] for group in self.groups]
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            rates = [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
+            schedule.load_state_dict({**schedule.state_dict(), "base_lrs": peaks, "_last_lr": rates})
+        for group, settings, rate in zip(optimizer.param_groups, self.groups, rates, strict=True):
+            group.update(settings, lr=rate)
+        if self.clip_grad is not None:
+            _engine(optimizer).clip_grad = self.clip_grad
+
+
+def _engine(optimizer: Any) -> Any:
+    """Return what accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
