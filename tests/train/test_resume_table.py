@@ -26,6 +26,7 @@ from qwenvl.train.hyperparameters import STATEFUL_SCHEDULES
 from qwenvl.train.resume_table import TABLE, Row, as_markdown
 from qwenvl.train.resuming import compare_settings
 from qwenvl.utilities.errors import UserError
+from qwenvl.train.train_qwen import main
 from tests.train.runs import LORA, REPOSITORY, equal_bits, flags, history, largest_difference, train
 
 CLASSES = (ModelArguments, AdapterArguments, TaskArguments, DataArguments, TrainingArguments)
@@ -65,16 +66,16 @@ EXAMPLES: dict[str, Example] = {
     "schedule": Example({"warmup_ratio": 0.75}, "warmup_steps: 0 -> 0.75 from step 3 on."),
     "length": Example({"max_steps": 3}, "max_steps: 4 -> 3 from step 3 on."),
     "optimizer's settings": Example({"adam_beta2": 0.9}, "adam_beta2: 0.999 -> 0.9 from step 3 on."),
-    "loss and noise": Example({"neftune_noise_alpha": 5}, "neftune_noise_alpha: not set -> 5.0 from step 3 on."),
+    "loss and noise": Example({"neftune_noise_alpha": 5}, "neftune_noise_alpha: not set -> 5 from step 3 on."),
     "how samples are presented": Example({"add_vision_id": True}, "add_vision_id: False -> True from step 3 on."),
-    "which samples are left out": Example({"model_max_length": 40}, "model_max_length: 2048 -> 40 from step 3 on."),
+    "which samples are left out": Example({"model_max_length": 90}, "model_max_length: 2048 -> 90 from step 3 on."),
     "what the best checkpoint is": Example(
         {"greater_is_better": True}, "greater_is_better: False -> True from step 3 on.", alike=True
     ),
     "position in the data": Example({"ignore_data_skip": True}, "the epoch begins again"),
     # refused
     "trained parts": Example({"tune_mm_vision": False}, "tune_mm_vision: True -> False (trained parts"),
-    "adapters": Example({"lora_alpha": 800}, "lora_alpha: 8.0 -> 800.0 (adapters", ADAPTED),
+    "adapters": Example({"lora_alpha": 800}, "lora_alpha: 8 -> 800 (adapters", ADAPTED),
     "added tokens": Example({"additional_tokens": "moves"}, 'additional_tokens: ["slowly"] -> ["moves"] (added tokens'),
     "optimizer": Example({"optim": "sgd"}, "optim: adamw_torch -> sgd (optimizer"),
     "precision": Example({"bf16": True}, "bf16: False -> True (precision"),
@@ -82,8 +83,6 @@ EXAMPLES: dict[str, Example] = {
     # content decides
     "order of the samples": Example({"dataset_use": "mixed%200"}, "stands inside an epoch whose order was made of other"),
     "context": Example({"rope_scaling": "yarn", "rope_factor": 2}, "was trained with the native context"),
-    "task": Example({"task": "classification"}, "holds another task than this run has"),
-    "engine": Example({"fsdp": True}, "was saved without DeepSpeed and FSDP"),
     # no influence
     "kernels, memory, devices": Example({"attn_implementation": "eager", "gradient_checkpointing": True}, alike=True),
     "loading of data": Example({"dataloader_num_workers": 1}, alike=True),
@@ -93,7 +92,7 @@ EXAMPLES: dict[str, Example] = {
     "control of the run": Example({"max_bad_steps": 3}, alike=True),
 }
 OF_THEIR_OWN = {"starting checkpoint", "task", "engine"}
-"""Rows with tests of their own below, or whose check needs more than one process."""
+"""Rows whose checks other tests try: the first two below, engines in test_reshaping.py and test_engines.py."""
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +149,9 @@ def test_changed_setting_does_what_the_table_says(
     settings = {**EARLIER, **example.earlier, "resume_from_checkpoint": checkpoint, **example.changes}
     command = flags(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, **settings)
     if row.outcome in ("refused", "content decides"):
-        message = fail(command)
-        assert example.says in message
-        assert start_anew(checkpoint) in message
+        fail(command)
+        assert example.says in caplog.text
+        assert start_anew(checkpoint) in caplog.text
         return
     caplog.clear()
     folder = train(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, **settings)
@@ -201,6 +200,38 @@ def test_checkpoint_of_the_same_model_in_another_place(
     assert equal_bits(folder, earlier({}))
 
 
+TASKS: dict[str, tuple[dict[str, Any], str]] = {
+    "another head": ({"head": "mlp"}, "head: linear there, mlp here"),
+    "another layer": ({"hidden_layer": 1}, "hidden_layer: -1 there, 1 here"),
+    "no task": ({"task": None, "dataset_use": "mixed"}, "task: classification there, None here"),
+    "another loss": ({"task_loss": "focal", "head_lr": 1e-4}, ""),
+}
+
+
+@pytest.mark.parametrize("case", TASKS)
+def test_module_of_a_task_has_to_stay_and_its_loss_may_change(
+    case: str,
+    labelled: Callable[[str], Path],
+    registry: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    changes, says = TASKS[case]
+    data = labelled("classification")
+    common: dict[str, Any] = {"task": "classification", "dataset_use": "samples", "save_steps": 1, "max_steps": 2}
+    common |= {"save_strategy": "steps", "report_to": "none"}
+    earlier = train(tiny_checkpoint("qwen3_vl"), tmp_path / "earlier", data, **common)
+    settings = {**common, "resume_from_checkpoint": earlier / "checkpoint-1", "ignore_data_skip": True, **changes}
+    read = registry if "dataset_use" in changes else data
+    code = main(flags(tiny_checkpoint("qwen3_vl"), tmp_path / "run", read, **settings))
+    assert code == (1 if says else 0)
+    assert says in caplog.text
+    if not says:
+        assert "task_loss: not set -> focal from step 2 on." in caplog.text
+        assert not equal_bits(tmp_path / "run", earlier)
+
+
 WITHOUT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "adapters from a whole model": ({}, ADAPTED, "lora_enable: False -> True"),
     "a whole model from adapters": (ADAPTED, {"lora_enable": None, "tune_mm_llm": True}, "lora_enable: True -> False"),
@@ -225,13 +256,14 @@ def test_what_a_checkpoint_fixes_is_refused(
     tiny_checkpoint: Callable[[str], Path],
     registry: Path,
     tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     before, changes, says = WITHOUT[case]
     checkpoint = earlier(before) / "checkpoint-2"
     settings = {**EARLIER, **before, "resume_from_checkpoint": checkpoint, **changes}
-    message = fail(flags(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, **settings))
-    assert says in message and start_anew(checkpoint) in message
-    assert ("merge_lora.py" in message) == bool(before.get("lora_enable"))
+    fail(flags(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, **settings))
+    assert says in caplog.text and start_anew(checkpoint) in caplog.text
+    assert ("merge_lora.py" in start_anew(checkpoint)) == bool(before.get("lora_enable"))
 
 
 def _saved(folder: Path, **settings: Any) -> str:
