@@ -14,7 +14,16 @@ from transformers import AutoModelForImageTextToText, SchedulerType, get_schedul
 
 from qwenvl.models.freezing import parameter_modules
 from qwenvl.train.hyperparameters import STATEFUL_SCHEDULES
-from tests.train.runs import REPOSITORY, equal_bits, flags, history, largest_difference, run_on_two_ranks, train, weights
+from tests.train.runs import (
+    REPOSITORY,
+    equal_bits,
+    flags,
+    history,
+    largest_difference,
+    run_on_two_ranks,
+    train,
+    weights,
+)
 
 BEFORE: dict[str, Any] = {
     "dataset_use": "pictures",  # in a step without one, the vision tower stays as it is

@@ -1,4 +1,4 @@
-"""The table of changed settings holds every field once, is what the documentation shows, and is what resumed runs do."""
+"""The table of changed settings holds every field once, is what docs/resume.md shows, and is what resumed runs do."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from qwenvl.models.adapter_files import start_anew
 from qwenvl.train.hyperparameters import STATEFUL_SCHEDULES
 from qwenvl.train.resume_table import TABLE, Row, as_markdown
 from qwenvl.train.resuming import compare_settings
-from qwenvl.utilities.errors import UserError
 from qwenvl.train.train_qwen import main
+from qwenvl.utilities.errors import UserError
 from tests.train.runs import LORA, REPOSITORY, equal_bits, flags, history, largest_difference, train
 
 CLASSES = (ModelArguments, AdapterArguments, TaskArguments, DataArguments, TrainingArguments)
@@ -81,7 +81,7 @@ EXAMPLES: dict[str, Example] = {
     "precision": Example({"bf16": True}, "bf16: False -> True (precision"),
     "seed": Example({"seed": 7}, "seed: 42 -> 7 (seed"),
     # content decides
-    "order of the samples": Example({"dataset_use": "mixed%200"}, "stands inside an epoch whose order was made of other"),
+    "order of the samples": Example({"dataset_use": "mixed%200"}, "stands inside an epoch whose order was made of"),
     "context": Example({"rope_scaling": "yarn", "rope_factor": 2}, "was trained with the native context"),
     # no influence
     "kernels, memory, devices": Example({"attn_implementation": "eager", "gradient_checkpointing": True}, alike=True),
