@@ -83,6 +83,24 @@ def _with_optimizer(path: Path, engine: Engine) -> str:
     )
 
 
+def require_state_dict(checkpoint: str, kind: str) -> None:
+    """Refuse a checkpoint of FSDP whose optimizer's state is not in files of the kind that this run reads.
+
+    Args:
+        checkpoint: Folder that an FSDP run saved.
+        kind: ``state_dict_type`` of ``--fsdp_config``.
+
+    Raises:
+        UserError: it was saved with the other kind.
+    """
+    saved = "FULL_STATE_DICT" if (Path(checkpoint) / "optimizer.bin").is_file() else "SHARDED_STATE_DICT"
+    if saved != kind:
+        raise UserError(
+            f"{checkpoint} was saved with state_dict_type {saved}, and --fsdp_config has {kind}, which cannot read it. "
+            f"Resume with {saved}; or {start_anew(checkpoint)}."
+        )
+
+
 def _newest(output_dir: Path) -> Path | None:
     folders = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _matches(path))]
     for _, path in sorted(folders, reverse=True):

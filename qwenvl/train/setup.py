@@ -21,7 +21,7 @@ from qwenvl.models.context import require_same_context
 from qwenvl.models.loading import read_model_type, refuse_flattening
 from qwenvl.models.readout import readout_of
 from qwenvl.train import interruption
-from qwenvl.train.checkpoints import Engine, find_checkpoint, read_step, require_writable
+from qwenvl.train.checkpoints import Engine, find_checkpoint, read_step, require_state_dict, require_writable
 from qwenvl.train.data_setup import RunData, open_config, open_data
 from qwenvl.train.describing import used_rows
 from qwenvl.train.exporting import verify_export
@@ -98,7 +98,11 @@ def _find_checkpoint(parsed: ParsedArguments, engine: Engine) -> tuple[str | Non
     """Return the checkpoint to resume from, and the settings that change with it; None and none to start anew."""
     args = parsed.training
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, engine)
-    return checkpoint, [] if checkpoint is None else compare_settings(checkpoint, parsed.given)
+    if checkpoint is None:
+        return None, []
+    if engine == "fsdp":
+        require_state_dict(checkpoint, args.fsdp_plugin_args["state_dict_type"])
+    return checkpoint, compare_settings(checkpoint, parsed.given)
 
 
 def _finish(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData, report: RunReport) -> int:

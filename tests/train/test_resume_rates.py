@@ -199,5 +199,5 @@ def test_every_engine_takes_the_new_settings(
     assert largest_difference(split["earlier"], alone) < 1e-5
     resume = {"resume_from_checkpoint": alone / "checkpoint-2"}
     changed = train(model, tmp_path / "changed", registry, **{**one, **CHANGED, **resume})
-    assert largest_difference(changed, alone) > 1e-2
-    assert largest_difference(split["resumed"], changed) < 2e-5
+    assert largest_difference(changed, alone) > 1e-3
+    assert largest_difference(split["resumed"], changed) < 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from qwenvl.arguments import (
     all_settings,
 )
 from qwenvl.models.adapter_files import start_anew
+from qwenvl.train.checkpoints import require_state_dict
 from qwenvl.train.hyperparameters import STATEFUL_SCHEDULES
 from qwenvl.train.resume_table import TABLE, Row, as_markdown
 from qwenvl.train.resuming import compare_settings
@@ -230,6 +232,29 @@ def test_module_of_a_task_has_to_stay_and_its_loss_may_change(
     if not says:
         assert "task_loss: not set -> focal from step 2 on." in caplog.text
         assert not equal_bits(tmp_path / "run", earlier)
+
+
+def test_other_measure_of_the_best_forgets_the_best_so_far(
+    earlier: Callable[[dict[str, Any]], Path], tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """The losses fall: by the new measure the later one is worse, and would never replace the best so far."""
+    checkpoint = earlier({}) / "checkpoint-2"
+    before = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert before["best_global_step"] == 2
+    settings = {**EARLIER, "resume_from_checkpoint": checkpoint, "greater_is_better": True}
+    folder = train(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, **settings)
+    after = json.loads((folder / "trainer_state.json").read_text())
+    assert after["best_global_step"] == 4 and after["best_metric"] < before["best_metric"]
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_other_files_of_fsdp_are_refused(kind: str, tmp_path: Path) -> None:
+    other = {"FULL_STATE_DICT": "SHARDED_STATE_DICT", "SHARDED_STATE_DICT": "FULL_STATE_DICT"}[kind]
+    if kind == "FULL_STATE_DICT":
+        (tmp_path / "optimizer.bin").write_bytes(b"")
+    require_state_dict(str(tmp_path), kind)
+    with pytest.raises(UserError, match=f"state_dict_type {kind}, and --fsdp_config has {other}"):
+        require_state_dict(str(tmp_path), other)
 
 
 WITHOUT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
