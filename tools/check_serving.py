@@ -36,9 +36,9 @@ from qwenvl.data.dataset import open_tables
 from qwenvl.data.processor import build_encoder, open_processor, processor_limits, with_training_limits
 from qwenvl.data.types import ImageItem, Sample
 from qwenvl.data.video import backend_name
-from qwenvl.evaluate.serving import Serving, template_inputs, training_inputs, utils_inputs
+from qwenvl.evaluate.serving import NOT_COMPARED, Serving, template_inputs, training_inputs, utils_inputs
 from qwenvl.evaluate.serving_commands import Adapter, Served, notes, sglang_command, vllm_command
-from qwenvl.evaluate.serving_differences import Comparison, Finding, Way, causes_of
+from qwenvl.evaluate.serving_differences import Comparison, Finding, State, Way, causes_of
 from qwenvl.models.context import context_length
 from qwenvl.utilities.errors import SampleError, UserError
 from qwenvl.utilities.logging import setup_logging
@@ -53,7 +53,7 @@ PAGE = HelpPage(
     "folder that training saved knows them.",
 )
 WAYS: dict[Way, Any] = {"apply_chat_template": template_inputs, "qwen-vl-utils": utils_inputs}
-STYLES = {"equal": "green", "known": "yellow", "different": "bold red"}
+STYLES = {"equal": "green", "known": "yellow", "different": "bold red", "not compared": "yellow"}
 RECORDED = ("max_pixels", "min_pixels", "add_vision_id", "chat_template_kwargs", "model_max_length")
 
 
@@ -237,7 +237,8 @@ def check(console: Console, serving: Serving, sample: Sample | SampleError) -> b
         try:
             served = inputs(serving, plan, sample)
         except SampleError as error:
-            columns[way] = [Finding("all", "different", error.reason)]
+            state: State = "not compared" if error.category == NOT_COMPARED else "different"
+            columns[way] = [Finding("all", state, error.reason)]
             continue
         causes = causes_of(way, serving, plan, sample, served)
         columns[way] = Comparison(serving, plan, training, served, way, causes).findings()

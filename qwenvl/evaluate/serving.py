@@ -2,7 +2,7 @@
 
 The processor of the folder that is served is used as any user of the folder would, so that what differs from training
 shows here and not in answers. Videos are decoded by the trainer's own decoder for transformers' processor, which then
-samples frames by its own rule; qwen-vl-utils decodes by itself.
+samples frames by its own rule; qwen-vl-utils decodes by itself, where it has a reader that works.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ from qwenvl.data.media import MediaReader
 from qwenvl.data.media_sources import MediaSources
 from qwenvl.data.sizes import VideoPlan
 from qwenvl.data.types import ImageItem, Message, Sample, Source, TextPart, VideoItem
+from qwenvl.evaluate.serving_readers import reader_obstacle
 from qwenvl.models.patches import Patchify
 from qwenvl.utilities.errors import SampleError
+
+NOT_COMPARED = "not_compared"
+"""Category of the error of a sample that this machine cannot compare, whatever a server would make of it."""
 
 Element = Callable[[int, ImageItem | VideoItem], Mapping[str, Any]]
 """Of the number of a medium and the medium: what a message says of it."""
@@ -147,12 +151,15 @@ def utils_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs:
     """Return what ``qwen_vl_utils.process_vision_info`` and the processor give, told the limits of training.
 
     Raises:
-        SampleError: qwen-vl-utils or the processor refuses the sample.
+        SampleError: qwen-vl-utils or the processor refuses the sample; or (:data:`NOT_COMPARED`) qwen-vl-utils cannot
+            read its videos here.
     """
     from qwen_vl_utils import process_vision_info  # only here: it is slow to import
 
     sources = serving.sources(sample)
     elements = [_utils_element(medium, sources, serving.encoder) for medium in plan.media]
+    if obstacle := reader_obstacle([element["video"] for element in elements if "video" in element]):
+        raise SampleError(NOT_COMPARED, obstacle, sample.origin)
     messages = _messages(plan.conversation.messages, lambda number, item: elements[number])
     try:
         images, videos, options = process_vision_info(
@@ -172,8 +179,10 @@ def utils_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs:
         if videos:
             media |= {"videos": [frames for frames, _ in videos], "video_metadata": metadata, **options}
         outputs = serving.processor(text=[text], return_tensors="pt", do_resize=False, **media)
-    except (OSError, ValueError, TypeError, RuntimeError, AssertionError) as error:
-        raise SampleError("serving", f"qwen-vl-utils or the processor refuses it: {error}", sample.origin) from error
+    except (OSError, ValueError, TypeError, RuntimeError, AssertionError, AttributeError) as error:
+        # After any error of its reader, qwen-vl-utils tries torchvision.io.read_video, which new releases do not have.
+        reason = (error.__context__ if isinstance(error, AttributeError) else None) or error
+        raise SampleError("serving", f"qwen-vl-utils or the processor refuses it: {reason}", sample.origin) from error
     return _read(serving, outputs, metadata)
 
 

@@ -19,7 +19,7 @@ from qwenvl.data.sizes import ImagePlan, VideoPlan
 from qwenvl.data.types import ImageItem, Sample, VideoItem
 from qwenvl.evaluate.serving import ModelInputs, Serving, is_turned
 
-State = Literal["equal", "known", "different"]
+State = Literal["equal", "known", "different", "not compared"]
 Way = Literal["apply_chat_template", "qwen-vl-utils"]
 
 MAX_LEVELS = 3.0
@@ -35,7 +35,7 @@ class Finding:
 
     Args:
         item: what was compared.
-        state: ``known``: different, for a reason that ``detail`` gives.
+        state: ``known``: different, for a reason that ``detail`` gives; ``not compared``: for a reason of this machine.
         detail: where and how much it differs, or the size of what is equal; for a person.
     """
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 import transformers
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import save_file
 
+from qwenvl.data.video import TorchcodecBackend, backend_name
 from tests.data.test_video import make_video
 from tests.train.runs import train
 from tools.check_serving import main
@@ -43,6 +48,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.jpg", quality=95, exif=exif)
     make_video(folder / "clip.mp4")
+    encoded = base64.b64encode((folder / "clip.mp4").read_bytes()).decode()
     sets = {
         "all": [
             _record("text", ""),
@@ -52,6 +58,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "own": [_record("own", "<image>", image=[{"image": "large.jpg", "max_pixels": 64 * 32}])],
         "turned": [_record("turned", "<image>", image="turned.jpg")],
         "newline": [_record("newline", "", answer="\n\nYes.")],
+        "bytes": [_record("bytes", "<video>", video=f"data:video/mp4;base64,{encoded}")],
+        "many": [_record("many", "<video>", video=[{"video": "clip.mp4", "nframes": 3, "video_end": 0.3}])],
         "bad": [_record("bad", "<image>", image="none.jpg")],
     }
     for name, records in sets.items():
@@ -65,7 +73,9 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Check:
     """Function of a folder, a dataset and flags that returns the exit code and what was printed."""
     monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.delenv("FORCE_QWENVL_VIDEO_READER", raising=False)
+    monkeypatch.setenv("FORCE_QWENVL_VIDEO_READER", str(backend_name()))  # as the tool does in a process of its own;
+    for name in [name for name in sys.modules if name.partition(".")[0] == "qwen_vl_utils"]:  # read at import
+        monkeypatch.delitem(sys.modules, name)
 
     def run(folder: Path, dataset: str = "all", *flags: str) -> tuple[int, str]:
         named = ["--model_name_or_path", str(folder), "--dataset_registry", str(registry), "--dataset_use", dataset]
@@ -76,7 +86,7 @@ def check(registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 
 def _states(printed: str, way: str, item: str) -> list[str]:
-    return re.findall(rf"^  {way} +{item} +(equal|known|different)", printed, flags=re.MULTILINE)
+    return re.findall(rf"^  {way} +{item} +(equal|known|different|not compared)", printed, flags=re.MULTILINE)
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
@@ -180,6 +190,42 @@ def test_a_sample_that_cannot_be_used_fails(saved: Path, check: Check) -> None:
     code, printed = check(saved, "bad")
     assert code == 1
     assert "none.jpg does not exist" in printed
+
+
+@pytest.mark.parametrize("reader", ["torchcodec", "torchvision", "unknown"])
+def test_a_reader_of_qwen_vl_utils_that_does_not_work_is_named_and_the_rest_compared(
+    saved: Path, check: Check, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    """On a machine without FFmpeg, or where the variable names a reader that is not there."""
+    if reader == "torchcodec":
+        with contextlib.suppress(ImportError):
+            TorchcodecBackend()
+            pytest.skip("torchcodec works here")
+    elif hasattr(torchvision.io, "read_video"):
+        pytest.skip("torchvision reads videos here")
+    monkeypatch.setenv("FORCE_QWENVL_VIDEO_READER", reader)
+    code, printed = check(saved)
+    assert code == 0, printed
+    assert "Traceback" not in printed
+    said = " ".join(printed.split())  # the table breaks long rows
+    assert said.count("not compared") == 1
+    assert f"all not compared qwen-vl-utils reads videos with {reader} here, which does not work (" in said
+    assert "set FORCE_QWENVL_VIDEO_READER to one that does: torchcodec or decord" in said
+    assert _states(printed, "apply_chat_template", "video pixels") == ["equal"]
+    assert _states(printed, "qwen-vl-utils", "image pixels") == ["known"]
+
+
+def test_a_video_that_is_not_in_a_file_is_not_compared_with_qwen_vl_utils(saved: Path, check: Check) -> None:
+    code, printed = check(saved, "bytes")
+    assert code == 0, printed
+    assert re.search(r"^  qwen-vl-utils +all +not compared +.*from files alone", printed, flags=re.MULTILINE)
+
+
+def test_a_refusal_of_qwen_vl_utils_is_given_with_its_reason(saved: Path, check: Check) -> None:
+    """And not the error of torchvision's reader, which it tries then."""
+    code, printed = check(saved, "many")
+    assert code == 1
+    assert "qwen-vl-utils or the processor refuses it: nframes should in interval" in printed
 
 
 def test_an_adapter_is_served_beside_its_base(saved: Path, check: Check, tmp_path: Path) -> None:
