@@ -85,7 +85,7 @@ def test_engines_share_out_the_memory_without_a_launcher(
     ],
     ids=["padded", "checkpointed", "frozen", "adapters"],
 )
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe"])
 def test_memory_is_what_a_real_step_takes(
     family: str, settings: dict[str, Any], tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:
