@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,10 @@ class MeasuredTrainer(AskingTrainer):
         folder = Path(self.args.output_dir) / "profile"
         self.profile = StepProfile(self.args.profile_steps, folder, self.args.device, self.throughput.paused)
         follow(self)
-        self.add_callback(_StartOver(self.throughput))
+        self.add_callback(_StartOver(self._start_over))
         self.add_callback(self.profile)
         self._group_names: list[str] = []
+        self._main_group = 0
         self._rates_differ = False
         self._rates: dict[str, float] = {}
 
@@ -62,17 +63,24 @@ class MeasuredTrainer(AskingTrainer):
         """Create the optimizer, and keep the names of its groups: engines return states without them."""
         optimizer = super().create_optimizer(model)
         self._group_names = [group["name"] for group in optimizer.param_groups]
-        self._rates_differ = len(set(learning_rates_of(optimizer.param_groups).values())) > 1
+        # a schedule that began already, as with --auto_find_batch_size, has noted the rates it began with
+        rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        self._main_group = rates.index(self.args.learning_rate) if self.args.learning_rate in rates else 0
+        self._rates_differ = len(set(rates)) > 1
         return optimizer
 
     def _get_learning_rate(self) -> float:
-        """Return the learning rate of the first group, as the Trainer logs it, and note those of the parts."""
+        """Return the rate of the parts that have no learning rate of their own, and note those of all parts.
+
+        The Trainer logs that of the first group, which is the vision tower's wherever it trains. Where every part has
+        its own, there is no other to log.
+        """
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         if self._rates_differ:
-            groups = zip(self._group_names, self.optimizer.param_groups, strict=True)
-            rates = learning_rates_of([{"name": name, "lr": group["lr"]} for name, group in groups])
-            self._rates = {f"learning_rate_{part}": float(rate) for part, rate in rates.items()}
-        rate: float = super()._get_learning_rate()
-        return rate
+            groups = zip(self._group_names, rates, strict=True)
+            of_parts = learning_rates_of([{"name": name, "lr": rate} for name, rate in groups])
+            self._rates = {f"learning_rate_{part}": rate for part, rate in of_parts.items()}
+        return rates[self._main_group]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -121,6 +129,12 @@ class MeasuredTrainer(AskingTrainer):
         with self._unmeasured():
             super()._save_checkpoint(model, trial)
 
+    def _start_over(self) -> None:
+        """Forget what was counted before ``--auto_find_batch_size`` began the run again."""
+        self.throughput.start_over()
+        self.running_loss.start_over()
+        self.current_flos = 0
+
     @contextmanager
     def _unmeasured(self) -> Iterator[None]:
         with self.throughput.paused(), self.profile.left_out():
@@ -136,14 +150,14 @@ class MeasuredTrainer(AskingTrainer):
 class _StartOver(TrainerCallback):
     """Counts from the moment training begins: also where it begins again, with a smaller batch."""
 
-    def __init__(self, throughput: Throughput) -> None:
-        self._throughput = throughput
+    def __init__(self, start_over: Callable[[], None]) -> None:
+        self._start_over = start_over
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         del args, state, control, kwargs
-        self._throughput.start_over()
+        self._start_over()
 
 
 def flops_of(model: Any) -> Flops:

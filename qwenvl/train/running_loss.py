@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,30 +17,34 @@ FILE_NAME = "running_loss.json"
 
 
 class RunningLoss:
-    """Sums the loss of this rank since the last log line.
+    """Sums the loss of this rank since the last log line, and since the start of the run.
 
-    The Trainer does so too, but forgets the sum in a resumed run, whose next line is then the mean of other steps; and
-    it puts the mean of earlier steps in the place of a loss that is not finite.
+    The Trainer does so too, but forgets the sums in a resumed run, whose next line is then the mean of other steps; it
+    puts the mean of earlier steps in the place of a loss that is not finite, or lets it spoil the mean of the run; and
+    it keeps what was summed before ``--auto_find_batch_size`` began the run again.
 
     Args:
-        device: of the losses.
+        device: Device of the losses.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sum = torch.zeros((), device=device)
-        self._steps = 0
-        self._skipped = 0
-        self._step = torch.zeros((), device=device)
+        self._step, self._sum = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._beginning: dict[str, Any] = {}
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget all steps but those of the checkpoint that the run goes on from."""
+        state = self._beginning
+        sums = state.get("sums", [0.0])
+        self._step.zero_()
+        self._sum.fill_(sums[rank()] if len(sums) == world_size() else sum(sums) / len(sums))
+        self._steps, self._skipped = state.get("steps", 0), state.get("skipped", 0)
+        self._logged_sum, self._logged_steps = state.get("logged_sum", 0.0), state.get("logged_steps", 0)
 
     @property
     def of_step(self) -> Tensor:
         """This rank's loss of the step that is under way: float32 []."""
         return self._step
-
-    @property
-    def skipped(self) -> int:
-        """Steps since the last log line that were not taken."""
-        return self._skipped
 
     def add(self, loss: Tensor) -> None:
         """Add the loss of a micro-batch: float32 [], this rank's part of the loss of the optimizer step."""
@@ -54,27 +59,45 @@ class RunningLoss:
             self._skipped += 1
         self._step.zero_()
 
-    def take(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> float:
-        """Return the mean loss of the steps since the last call, and begin anew; every rank has to call it.
+    def take(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return the figures since the last call, and begin anew; every rank has to call it.
 
-        NaN if all of them were skipped.
+        Returns:
+            ``loss``, the mean of the steps that were taken, NaN if none was; ``skipped_steps``, where there are any.
         """
-        total = mean_over_ranks(self._sum).item() / self._steps if self._steps else math.nan
+        total = mean_over_ranks(self._sum).item()
+        skipped = {"skipped_steps": self._skipped} if self._skipped else {}
+        figures = {"loss": total / self._steps if self._steps else math.nan, **skipped}
+        self._logged_sum += total
+        self._logged_steps += self._steps
         self._sum.zero_()
         self._steps = self._skipped = 0
-        return total
+        return figures
+
+    def of_run(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> float:
+        """Return the mean loss of all steps of the run that were taken, also of those before it was resumed.
+
+        NaN if none was; every rank has to call it.
+        """
+        total, steps = mean_over_ranks(self._sum).item() + self._logged_sum, self._steps + self._logged_steps
+        return total / steps if steps else math.nan
 
     def save(self, folder: Path, *, writes: bool) -> None:
         """Write it to a checkpoint; every rank has to call it, and those write whose ``writes`` is true."""
         sums = gather_objects(self._sum.item())
         if writes:
-            state = {"steps": self._steps, "skipped": self._skipped, "sums": sums}
+            state = {
+                "steps": self._steps,
+                "skipped": self._skipped,
+                "sums": sums,
+                "logged_steps": self._logged_steps,
+                "logged_sum": self._logged_sum,
+            }
             (folder / FILE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def take_up(self, folder: str) -> None:
         """Go on with what a checkpoint holds; one of the stock Trainer holds nothing."""
         path = Path(folder) / FILE_NAME
         if path.exists():
-            state = json.loads(path.read_text(encoding="utf-8"))
-            sums, self._steps, self._skipped = state["sums"], state["steps"], state.get("skipped", 0)
-            self._sum.fill_(sums[rank()] if len(sums) == world_size() else sum(sums) / len(sums))
+            self._beginning = json.loads(path.read_text(encoding="utf-8"))
+            self.start_over()

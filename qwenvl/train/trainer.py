@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,7 @@ class QwenVLTrainer(FeedingTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Look at the batches of a step, and count this rank's units; after that, it waits for the other ranks."""
         del device
-        self._samples = []
-        for batch in batch_samples:
-            self._samples += self._receive(batch)
+        self._samples = [sample for batch in batch_samples for sample in self._receive(batch)]
         shapes = [(tuple(batch["input_ids"].shape), batch.get("media", ())) for batch in batch_samples]
         lines = "".join(f"\n  {sample}" for sample in self._samples)
         self._watchdog.watch(f"step {self.state.global_step + 1}, batches of {shapes}, with the samples{lines}")
@@ -267,11 +266,12 @@ class QwenVLTrainer(FeedingTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Put the loss of the steps that were taken on the lines of training; all ranks take part."""
+        """Put the loss of the steps that were taken on the lines of training and the last one; all ranks take part."""
+        mean = partial(self.accelerator.reduce, reduction="mean")
         if "loss" in logs:
-            skipped = {"skipped_steps": self.running_loss.skipped} if self.running_loss.skipped else {}
-            loss = self.running_loss.take(lambda value: self.accelerator.reduce(value, reduction="mean"))
-            logs = {**logs, "loss": loss, **skipped}
+            logs = {**logs, **self.running_loss.take(mean)}
+        if "train_loss" in logs:
+            logs = {**logs, "train_loss": self.running_loss.of_run(mean)}
         super().log(logs, start_time)
 
     def _over_ranks(self, *numbers: float) -> list[float]:

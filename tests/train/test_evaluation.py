@@ -201,6 +201,7 @@ def test_learning_rates_of_the_parts_reach_the_weights(
         moved = max(float((after[name] - before[name]).abs().max()) for name in groups if groups[name] == part)
         assert moved == pytest.approx(rate, rel=0.02), part
         assert history(folder, f"learning_rate_{part}") == [rate]
+    assert history(folder, "learning_rate") == [1e-3]
 
 
 @pytest.mark.parametrize("trained", ["vision", "merger", "language"])

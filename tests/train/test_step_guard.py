@@ -66,6 +66,7 @@ def test_mean_loss_leaves_the_skipped_step_out(
     Fault(monkeypatch, range(4, 5), math.inf)
     output = train(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, **settings, logging_steps=3)
     assert history(output) == pytest.approx([(single[0] + single[2]) / 2], rel=1e-5)
+    assert history(output, "train_loss") == pytest.approx([(single[0] + single[2]) / 2], rel=1e-5)
 
 
 def test_too_many_in_a_row_end_the_run(
