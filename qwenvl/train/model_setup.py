@@ -12,7 +12,7 @@ from qwenvl.arguments import ParsedArguments, TrainingArguments
 from qwenvl.data.processor import AddedTokens
 from qwenvl.models.adapter_files import describe_base
 from qwenvl.models.adapters import AdapterSettings, add_adapters, trained_in_float32
-from qwenvl.models.attention import attend_by_segments
+from qwenvl.models.attention import attend_by_segments, refuse_unknown_switches
 from qwenvl.models.freezing import configure_checkpointing, freeze_unused, refuse_unused, set_model
 from qwenvl.models.head import linear_cross_entropy
 from qwenvl.models.liger import open_liger_loss
@@ -51,6 +51,8 @@ def open_model(
     half_precision = compute_type(parsed) != torch.float32
     objective = objective or Objective()
     attention = choose_attention(objective.attention or arguments.attn_implementation, half_precision=half_precision)
+    if attention == "sdpa":
+        refuse_unknown_switches(config, shows_maps=objective.attention is not None)
     model = load_model(
         arguments.model_name_or_path,
         dtype=compute_type(parsed) if on_meta else dtype,

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -9,27 +14,37 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from qwenvl.models.attention import attend_by_segments, segmented_attention
+from qwenvl.models.attention import attend_by_segments, refuse_unknown_switches, segmented_attention
 from qwenvl.models.loss import causal_loss
 from qwenvl.models.segments import Segments
+from qwenvl.utilities.errors import UserError
 from tests.patches import install
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 3), st.sampled_from([1, 2]), st.booleans())
-def test_equals_a_mask_of_the_whole_row(lengths, rows, groups, scaled):
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    st.integers(1, 3),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+    st.none() | st.integers(1, 13),
+)
+def test_equals_a_mask_of_the_whole_row(lengths, rows, groups, scaled, window):
     torch.manual_seed(0)
     total, scale = sum(lengths), 0.3 if scaled else None
     query = torch.randn(rows, 2 * groups, total, 8, dtype=torch.float64)
     key, value = (torch.randn(rows, 2, total, 8, dtype=torch.float64) for _ in range(2))
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    mask = (owner[:, None] == owner[None]) & torch.ones(total, total, dtype=torch.bool).tril()
+    distance = torch.arange(total)[:, None] - torch.arange(total)
+    mask = (owner[:, None] == owner[None]) & (distance >= 0) & (distance < (window or total))
     expected = functional.scaled_dot_product_attention(
         query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), attn_mask=mask, scale=scale
     )
+    segments = Segments(tuple(lengths))
     found, _ = segmented_attention(
-        nn.Identity(), query, key, value, None, segments=Segments(tuple(lengths)), scaling=scale
+        nn.Identity(), query, key, value, None, segments=segments, scaling=scale, sliding_window=window
     )
     torch.testing.assert_close(found, expected.transpose(1, 2))
 
@@ -74,3 +89,82 @@ def test_saved_configs_do_not_name_the_attention(load_tiny, tmp_path):
     attend_by_segments(model)
     model.save_pretrained(tmp_path)
     assert "segments" not in (tmp_path / "config.json").read_text()
+
+
+def test_dropout_of_the_config_is_that_of_the_weights_of_tokens() -> None:
+    """One value everywhere: a token's output is that value times the weights that are kept, scaled by 1 / (1 - p)."""
+    torch.manual_seed(0)
+    query = torch.randn(1, 64, 32, 4)
+    shared: dict[str, Any] = {"segments": Segments((32,))}
+    kept, _ = segmented_attention(nn.Identity(), query, query, torch.ones_like(query), None, **shared, dropout=0.25)
+    assert float(kept.var()) > 0.01 and float(kept.mean()) == pytest.approx(1.0, abs=0.05)
+    whole, _ = segmented_attention(nn.Identity(), query, query, torch.ones_like(query), None, **shared)
+    torch.testing.assert_close(whole, torch.ones_like(whole))
+
+
+def _folder_with(checkpoint: Path, folder: Path, **switches: Any) -> Path:
+    """Copy a checkpoint, and change the config of its language model."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.get("text_config", config).update(switches)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("layout", ["padded", "flattened"])
+def test_a_sliding_window_is_that_of_the_stock_model(family, layout, tiny_checkpoint, mixture, make_batch, tmp_path):
+    switches = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "layer_types": None}
+    folder = _folder_with(tiny_checkpoint(family), tmp_path / "windowed", **switches)
+    stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    samples = list(mixture(family).values())
+    losses, counts = [], []
+    for sample in samples:
+        labels = sample.labels[0, 1:]
+        logits = stock(**sample.inputs).logits[0, :-1]
+        losses.append(functional.cross_entropy(logits, labels, reduction="sum").item())
+        counts.append(int((labels != -100).sum()))
+    ours = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    assert "sliding_attention" in ours.config.get_text_config().layer_types
+    install(ours)
+    attend_by_segments(ours)
+    loss = causal_loss(ours, make_batch(layout, samples), num_trained_tokens=sum(counts))
+    assert loss.item() == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("language_model", "switches", "named"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 50.0, "final_logit_softcapping": None}, "attn_logit_softcapping 50.0"),
+        ("gemma2", {"attn_logit_softcapping": None}, "final_logit_softcapping 30.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ("cohere", {}, "logit_scale 0.0625"),
+        ("granite", {"logits_scaling": 8.0}, "logits_scaling 8.0"),
+        ("llama4_text", {}, "chunked_attention"),
+    ],
+)
+def test_switches_that_would_be_passed_over_are_refused_by_name(language_model, switches, named):
+    config = AutoConfig.for_model(language_model, **switches)
+    with pytest.raises(UserError) as caught:
+        refuse_unknown_switches(config)
+    assert named in str(caught.value) and language_model in str(caught.value)
+
+
+@pytest.mark.parametrize("language_model", ["qwen2", "qwen3", "llama", "mistral", "granite", "gemma3_text", "qwen3_vl"])
+def test_models_that_are_computed_as_they_are_pass(language_model):
+    refuse_unknown_switches(AutoConfig.for_model(language_model))
+
+
+def test_maps_know_no_window():
+    windowed = AutoConfig.for_model("qwen2", use_sliding_window=True, max_window_layers=0)
+    refuse_unknown_switches(windowed)
+    with pytest.raises(UserError, match="sliding_window 4096"):
+        refuse_unknown_switches(windowed, shows_maps=True)
+    refuse_unknown_switches(AutoConfig.for_model("qwen2"), shows_maps=True)
+
+
+@pytest.mark.parametrize("asked", [{"s_aux": torch.zeros(2)}, {"softcap": 30.0}])
+def test_what_no_switch_names_is_refused_in_the_layer(asked):
+    query = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(UserError, match="sinks or caps"):
+        segmented_attention(nn.Identity(), query, query, query, None, segments=Segments((3,)), **asked)

@@ -234,6 +234,13 @@ def test_models_that_are_not_there(place: Place, copy: Path, fail: Callable[[lis
     says(fail(place.flags(model=copy)), str(copy), "weights could not be loaded")
 
 
+def test_a_language_model_with_a_switch_passed_over(place: Place, copy: Path, fail: Callable[[list[str]], str]) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["attn_logit_softcapping"] = 50.0
+    (copy / "config.json").write_text(json.dumps(config))
+    says(fail(place.flags(model=copy)), "attn_logit_softcapping 50.0", "Use a language model without it")
+
+
 def test_settings(place: Place, fail: Callable[[list[str]], str]) -> None:
     says(
         fail(place.flags(tune_mm_vision=False, tune_mm_mlp=False, tune_mm_llm=False)),
