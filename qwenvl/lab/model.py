@@ -26,7 +26,8 @@ class LabPreTrainedModel(PreTrainedModel):
     config_class: Any = LabConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  transformers' own way to declare them
+    # transformers' own way to declare them; the cache has the second name from 5.24 on
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -167,7 +168,6 @@ class LabForConditionalGeneration(LabPreTrainedModel, GenerationMixin):
         *,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
@@ -180,13 +180,13 @@ class LabForConditionalGeneration(LabPreTrainedModel, GenerationMixin):
         """Return logits [B, kept, V] of the last ``logits_to_keep`` positions (0: of all), or of those positions.
 
         See :meth:`LabModel.forward` for the others; ``mm_token_type_ids``, which the processor gives, is not needed.
+        The language model's cache goes in and comes out under the name that the installed transformers gives it.
         """
         del mm_token_type_ids
         output = self.model(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
@@ -196,7 +196,8 @@ class LabForConditionalGeneration(LabPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=getattr(output, "past_key_values", None))
+        cache = {name: value for name, value in output.items() if name in ("cache", "past_key_values")}
+        return CausalLMOutputWithPast(logits=logits, **cache)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any

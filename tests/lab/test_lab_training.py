@@ -141,6 +141,27 @@ def test_the_saved_folder_opens_alone_and_adapters_open_on_their_base(
     assert not list((tmp_path / "adapters").glob("model*.safetensors"))
 
 
+@pytest.mark.parametrize("language_model", ["qwen3", "llama"])
+def test_answers_are_generated_from_the_cache(
+    language_model: str, lab: Callable[..., Path], registry: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the prompt each step reads one token, whatever transformers calls the cache, and answers as without one."""
+    folder = lab("clip", language_model)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    prompt = open_exercise(samples_of(registry)[0], encoder_of(folder)).prompt
+    inputs = encode_prompts(Answerer(model, open_processor(str(folder))), [prompt])
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    read: list[int] = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    answer = model.generate(**inputs, **settings)
+    handle.remove()
+    assert read == [inputs["input_ids"].shape[1], 1, 1, 1]
+    assert torch.equal(answer, model.generate(**inputs, **settings, use_cache=False))
+    assert "deprecated" not in caplog.text
+
+
 def test_the_heaviest_step_is_counted_without_the_model(
     lab: Callable[..., Path], registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
