@@ -3,7 +3,7 @@
     python tools/merge_lora.py --adapter output/apples --output output/apples-merged
 
 The merged folder needs no PEFT: it opens with stock transformers, vLLM or SGLang. It is read again at the end, and has
-to give the logits of the adapters.
+to hold the merged weights to the bit, and to give their logits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from qwenvl.arguments.command_line import HelpPage
 from qwenvl.arguments.parsing import parse_class
 from qwenvl.data.processor import open_processor
 from qwenvl.models.adapter_files import read_base
-from qwenvl.models.merging import TOLERANCES, distance, logits_of, merge, open_adapted, sample_inputs
+from qwenvl.models.fingerprints import differing, fingerprints, listed
+from qwenvl.models.merging import TOLERANCE, distance, logits_of, merge, open_adapted, sample_inputs
 from qwenvl.models.precision import read_dtype
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
@@ -91,16 +92,13 @@ def run(arguments: MergeArguments) -> None:
     processor: Any = open_processor(arguments.adapter if own else base, **origin)
     model, report = merge(adapted, processor)
     logger.info(
-        "Merged: %d weights changed. Logits of a sample: the adapters move them by %.2g of their norm; merging moves "
-        "them by %.2g (tolerance %g).",
-        report.changed,
-        report.effect,
-        report.error,
-        report.tolerance,
+        "Merged: %d weights changed. Logits of a sample, in float32: the adapters move them by %.2g of their norm, "
+        "merging by %.1g (tolerance %g), rounding the merged weights by %.2g.",
+        *(report.changed, report.effect, report.error, TOLERANCE, report.rounding),
     )
     save(model, processor, arguments)
     check(model, processor, output, arguments.device)
-    logger.info("Saved to %s, and read again by stock transformers: the same logits.", output)
+    logger.info("Saved to %s, and read again by stock transformers: the same weights and logits.", output)
 
 
 def save(model: PreTrainedModel, processor: Any, arguments: MergeArguments) -> None:
@@ -118,12 +116,14 @@ def check(model: PreTrainedModel, processor: Any, output: Path, device: str) -> 
     Raises:
         UserError: it gives other logits than the model that was saved.
     """
-    inputs = sample_inputs(processor, model.device)
-    wanted = logits_of(model, inputs)
+    wanted, weights = logits_of(model, sample_inputs(processor, model.device)), fingerprints(model)
     model.to("meta")  # room for the second one
     again: Any = AutoModelForImageTextToText.from_pretrained(output, dtype="auto").to(device).eval()
+    wrong = differing(weights, dict(again.named_parameters()))
+    if wrong:
+        raise UserError(f"{output}, read again, holds other weights than were merged: {listed(wrong)}. Do not use it.")
     found = logits_of(again, sample_inputs(AutoProcessor.from_pretrained(output), again.device))
-    if found.shape != wanted.shape or not distance(found, wanted) <= TOLERANCES[again.dtype]:
+    if found.shape != wanted.shape or not distance(found, wanted) <= TOLERANCE:
         raise UserError(f"{output}, read again, gives other logits than the merged model. Do not use it.")
 
 

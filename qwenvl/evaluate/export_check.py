@@ -1,13 +1,19 @@
-"""Opens a saved folder in a process of its own, as anybody would, and compares its logits with those it is given.
+"""Opens a saved folder in a process of its own, as anybody would, and compares it with what training knows of it.
 
-    python -m qwenvl.evaluate.export_check FOLDER CASES.safetensors [--device cpu] [--dtype auto]
+    python -m qwenvl.evaluate.export_check FOLDER CASES.safetensors WEIGHTS.json [--device cpu] [--dtype auto]
+                                           [--reduced bfloat16]
 
-Nothing of this trainer is used here, but the classes of the connector lab, which transformers does not have:
-``AutoModelForImageTextToText``, ``AutoProcessor`` and, for an adapter, PEFT. Only where a case has ``N.scores``, what
-the head of a task has to say of it, is the head opened by this trainer's own code.
+The model is stock: ``AutoModelForImageTextToText``, ``AutoProcessor`` and, for an adapter, PEFT; of this trainer come
+the classes of the connector lab, which transformers does not have, and the head of a task.
 CASES holds, for each sample numbered from 0, ``N.input_ids`` int64 [1, T], ``N.rows`` int64 [n], ``N.logits`` float32
-[n, V] and, where the sample has media, what the model's ``forward`` takes of them. Positions are left to the model.
-The last line printed is JSON: ``problems``, a list of sentences, and ``differences``, one record a sample.
+[n, V]; what the model's ``forward`` takes of its media; and ``N.scores`` where a task has a head. Positions are left to
+the model. WEIGHTS holds ``tensors``, checksums as of :mod:`qwenvl.models.fingerprints`, and
+``scales`` of adapters.
+
+Tensors have to be equal, byte for byte. Logits are computed in float32, as exactly as can be, and those of training may
+be as far from them as its type of numbers explains: ``--reduced`` has the same model compute in that type too, which
+measures how far that is. The last line printed is JSON: ``problems``, a list of sentences, and ``differences``, one
+record a sample, of scores first.
 """
 
 from __future__ import annotations
@@ -15,36 +21,51 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.lab.registration import register
+from qwenvl.models import task_files
+from qwenvl.models.fingerprints import adapter_scales, differing, listed, opened_tensors
+from qwenvl.models.float32 import computing_in_float32
+from qwenvl.models.readout import NAME
+
+OUT_OF_MEMORY = 3
+"""Exit code where there is not enough memory: nothing is known of the folder then."""
 
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Open, compare and print; return the exit code: 0 if the comparison was made, whatever came of it."""
-    parser = argparse.ArgumentParser(description="Compare the logits of a saved folder with given ones.")
+    parser = argparse.ArgumentParser(description="Compare a saved folder with what training knows of it.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("cases", type=Path)
+    parser.add_argument("weights", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", help="of the base model of an adapter")
+    parser.add_argument("--reduced", choices=["bfloat16", "float16"], help="what training computed in, if not float32")
     arguments = parser.parse_args(argv)
     register()
+    differences: list[dict[str, float]] = []
     try:
         model, problems = open_model(arguments.folder, arguments.dtype)
+        problems += check_weights(arguments.folder, model, json.loads(arguments.weights.read_text(encoding="utf-8")))
         problems += check_processor(arguments.folder)
         cases = split_cases(load_file(arguments.cases))
-        model = model.to(arguments.device).eval()
-        differences = [compare_scores(arguments.folder, model, case) for case in cases if "scores" in case]
-        differences += [compare(model, case) for case in cases]
+        if not problems:
+            model = model.to(arguments.device).eval()
+            differences = compare(arguments.folder, model, cases, arguments.reduced)
+    except (MemoryError, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
     except _FAILURES as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
         problems, differences = [f"stock transformers cannot use it: {type(error).__name__}: {first_line}"], []
@@ -66,6 +87,17 @@ def open_model(folder: Path, dtype: str) -> tuple[Any, list[str]]:
     return model, problems
 
 
+def check_weights(folder: Path, model: Any, known: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the weights: every tensor has to be that of training, to the bit."""
+    task = load_file(folder / task_files.WEIGHTS_FILE) if task_files.is_task_folder(folder) else {}
+    found = opened_tensors(model) | {f"{NAME}.{name}": tensor for name, tensor in task.items()}
+    wrong = differing(known["tensors"], found)
+    problems = [f"{len(wrong)} tensors are not those of training: {listed(wrong)}"] if wrong else []
+    scales = adapter_scales(model)
+    wrong = [name for name, scale in known["scales"].items() if scales.get(name) != scale]
+    return problems + ([f"{len(wrong)} adapters count otherwise than in training: {listed(wrong)}"] if wrong else [])
+
+
 def check_processor(folder: Path) -> list[str]:
     """Return what is wrong with the processor."""
     processor = AutoProcessor.from_pretrained(folder)
@@ -83,42 +115,88 @@ def split_cases(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor
     return [cases[number] for number in sorted(cases)]
 
 
-def compare_scores(folder: Path, model: Any, case: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return how far the scores of the folder's head are from the given ones, as shares of their size; takes them out.
+class Found(NamedTuple):
+    """What a model computes for a sample.
+
+    Args:
+        logits: float32 [n, V], of the rows that are compared.
+        scores: float32 [units, outputs], of a task's head; None without one.
+    """
+
+    logits: Tensor
+    scores: Tensor | None
+
+
+def compare(
+    folder: Path, model: Any, cases: Sequence[Mapping[str, Tensor]], reduced: str | None
+) -> list[dict[str, float]]:
+    """Return how far what training computed is from what the folder computes exactly, and how far rounding leads.
+
+    Args:
+        folder: That the model was opened from.
+        model: On its device; changed to the reduced type.
+        cases: Of :func:`split_cases`.
+        reduced: Type that training computed in; None for float32.
 
     Returns:
-        ``mean`` and ``largest`` difference.
+        ``error`` and ``noise`` of each sample as of :func:`distance`, of scores first; the noise of exact types is 0.
     """
-    from qwenvl.evaluate.generate import Answerer
-    from qwenvl.evaluate.task_model import TaskModel, open_head
+    with computing_in_float32(model):
+        exact = [compute(folder, model, case) for case in cases]
+    rounded = exact
+    if reduced is not None:
+        model = model.to(getattr(torch, reduced))
+        rounded = [compute(folder, model, case) for case in cases]
+    logits = [
+        {"error": distance(case["logits"], one.logits), "noise": distance(other.logits, one.logits)}
+        for case, one, other in zip(cases, exact, rounded, strict=True)
+    ]
+    noise = max((record["noise"] for record in logits), default=0.0)
+    scores = [
+        {"error": _share(case["scores"], one.scores), "noise": max(_share(other.scores, one.scores), noise)}
+        for case, one, other in zip(cases, exact, rounded, strict=True)
+        if one.scores is not None and other.scores is not None
+    ]
+    return scores + logits
 
-    expected = case.pop("scores")
-    inputs = {name: value for name, value in case.items() if name not in ("rows", "logits")}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    head = open_head(str(folder)).to(model.device)
-    found = torch.from_numpy(TaskModel(Answerer(model, None), head).scores(inputs)[0])
-    apart = (found - expected).abs() / expected.abs().mean().clamp(min=1e-9)
-    return {"mean": float(apart.mean()), "largest": float(apart.max())}
 
+def distance(found: Tensor, exact: Tensor) -> float:
+    """Return the mean difference of a row of logits, in standard deviations of all exact ones; of rows the median.
 
-def compare(model: Any, case: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return how far the model's logits are from the given ones.
-
-    Returns:
-        ``mean`` and ``largest`` difference, in standard deviations of the given logits.
+    Not their mean: where rounding sends a token to other experts, its row alone is far off.
     """
-    rows, expected = case.pop("rows"), case.pop("logits")
+    if not torch.isfinite(found).all():
+        return float("inf")
+    return float(((found - exact).abs().mean(-1) / exact.std().clamp(min=1e-9)).median())
+
+
+def _share(found: Tensor, exact: Tensor) -> float:
+    """Return the mean difference of scores as a share of their mean size."""
+    apart = float((found - exact).abs().mean() / exact.abs().mean().clamp(min=1e-9))
+    return apart if math.isfinite(apart) else float("inf")
+
+
+def compute(folder: Path, model: Any, case: Mapping[str, Tensor]) -> Found:
+    """Return what a model has to say of a sample, by its stock ``forward``."""
     ids, config = case["input_ids"], model.config
-    inputs = {**case, "attention_mask": torch.ones_like(ids)}
+    inputs = {name: tensor for name, tensor in case.items() if name not in ("rows", "logits", "scores")}
+    inputs["attention_mask"] = torch.ones_like(ids)
+    scores = _scores(folder, model, inputs) if "scores" in case else None
     inputs["mm_token_type_ids"] = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
     stock = getattr(model, "get_base_model", lambda: model)()
     known = inspect.signature(stock.forward).parameters
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name in known}
     with torch.no_grad():
-        logits = model(**inputs, use_cache=False).logits[0, rows.to(model.device)].float().cpu()
-    apart = (logits - expected).abs() / expected.std().clamp(min=1e-9)
-    apart = apart.nan_to_num(nan=float("inf"), posinf=float("inf"))
-    return {"mean": float(apart.mean()), "largest": float(apart.max())}
+        logits = model(**inputs, use_cache=False, logits_to_keep=case["rows"].to(model.device)).logits[0]
+    return Found(logits.float().cpu(), scores)
+
+
+def _scores(folder: Path, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    from qwenvl.evaluate.generate import Answerer
+    from qwenvl.evaluate.task_model import TaskModel, open_head
+
+    head = open_head(str(folder)).to(model.device)
+    return torch.from_numpy(TaskModel(Answerer(model, None), head).scores(inputs)[0])
 
 
 if __name__ == "__main__":

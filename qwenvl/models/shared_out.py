@@ -21,6 +21,11 @@ def full_size(parameter: nn.Parameter) -> int:
     return size
 
 
+def is_shared_out(parameter: Tensor) -> bool:
+    """Whether ranks hold parts of the parameter, so that all of them have to take part where it is gathered."""
+    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")
+
+
 def gathered(parameter: nn.Parameter) -> Tensor:
     """Return a copy of the whole parameter on the host; every rank has to call it."""
     if hasattr(parameter, "full_tensor"):  # FSDP2

@@ -1,0 +1,174 @@
+"""The whole way of a published size on random weights: build, train, verify, merge, open and generate; without a GPU.
+
+    python benchmarks/real_size.py --folder DIR [--size 2b|4b|8b|tiny] [--train lora|merger] [--keep]
+
+Tiny checkpoints hide what grows with a model: rounding over many layers, several weight files, tied embeddings of a
+real vocabulary, time and memory. Builds a Qwen3-VL of the size's shapes in bfloat16, in files of at most 2 GB, and some
+images with captions. Trains it three steps of at most 256 tokens (``lora``: adapters of the language model; ``merger``:
+the mergers whole) and has the finished folder verified, merges the adapters, opens what came out with stock
+transformers and generates. Prints a line of JSON a stage: wall seconds, CPU seconds, and the memory of its processes
+together at the peak. DIR needs room for twice the weights; it is removed again, unless ``--keep`` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
+
+from benchmarks.step_samples import SIZES, make_config
+from tools.tiny.processor import build_processor
+from tools.tiny.tokenizer import build_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FAMILY = "qwen3_vl"
+TRAINED = {
+    "lora": {"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "learning_rate": 1e-4, "tune_mm_mlp": False},
+    "merger": {"tune_mm_mlp": True, "learning_rate": 1e-5},
+}
+SETTINGS: dict[str, Any] = {
+    "dataset_use": "captions",
+    "tune_mm_llm": False,
+    "tune_mm_vision": False,
+    "bf16": True,
+    "model_max_length": 256,
+    "max_pixels": "128*128",
+    "min_pixels": "32*32",
+    "per_device_train_batch_size": 1,
+    "max_steps": 3,
+    "save_strategy": "no",
+    "dataloader_num_workers": 0,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "verify_export": True,
+}
+
+
+def build(folder: Path, size: str) -> None:
+    """Write a checkpoint of random weights, pictures with captions, and a registry that names them."""
+    tokenizer, config = build_tokenizer(FAMILY), make_config(size)
+    for name, token in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start")):
+        setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
+    config.vision_end_token_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = size in ("2b", "4b", "tiny")
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "base", max_shard_size="2GB")
+    build_processor(FAMILY, tokenizer, "instruct").save_pretrained(folder / "base")
+    random, rows = np.random.default_rng(0), []
+    for number in range(8):
+        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((128, 128), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"Noise {number}. " * 20}]
+        rows.append({"image": f"{number}.png", "conversations": turns})
+        rows.append({"conversations": [{**turns[0], "value": "Count to twenty."}, turns[1]]})
+    (folder / "captions.json").write_text(json.dumps(rows))
+    entry = {"captions": {"annotation_path": str(folder / "captions.json"), "data_path": str(folder)}}
+    (folder / "registry.py").write_text(f"data_dict = {entry!r}\n")
+
+
+def open_and_generate(model_folder: Path, picture: Path) -> None:
+    """Open a folder as anybody would, and write eight tokens about a picture."""
+    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype="auto")
+    processor = AutoProcessor.from_pretrained(model_folder)
+    content = [{"type": "image", "image": str(picture)}, {"type": "text", "text": "What is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    written = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert written.shape[1] == inputs["input_ids"].shape[1] + 8
+
+
+def measure(stage: str, command: Sequence[str], log: Path) -> None:
+    """Run a command; print what it took, and stop where it fails."""
+    peak, start, ended = [0], time.monotonic(), threading.Event()
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+        watcher = threading.Thread(target=_watch, args=(process.pid, peak, ended))
+        watcher.start()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        ended.set()
+        watcher.join()
+    figures = {"seconds": round(time.monotonic() - start, 1), "cpu_seconds": round(used.ru_utime + used.ru_stime, 1)}
+    said = re.findall(r"(?:Verified|Merged|Saved)[:a-z ].*", log.read_text())
+    print(json.dumps({"stage": stage, **figures, "peak_gib": round(peak[0] / 2**30, 2), "said": said}), flush=True)
+    if process.returncode:
+        sys.exit(f"{stage} ended with exit code {process.returncode}:\n{log.read_text()[-3000:]}")
+
+
+def _watch(pid: int, peak: list[int], ended: threading.Event) -> None:
+    """Note the largest memory of a process and its children together; pages that they share count once each."""
+    while not ended.wait(0.2):
+        try:
+            family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+            peak[0] = max(peak[0], sum(process.memory_info().rss for process in family))
+        except psutil.NoSuchProcess:
+            continue
+
+
+def stages(folder: Path, size: str, trained: str) -> dict[str, list[str]]:
+    """Return the command of each stage, in order."""
+    own = [sys.executable, str(Path(__file__).resolve()), "--folder", str(folder), "--size", size, "--stage"]
+    settings = {**SETTINGS, **TRAINED[trained], "model_name_or_path": folder / "base", "output_dir": folder / "trained"}
+    settings["dataset_registry"] = folder / "registry.py"
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    train = [sys.executable, str(REPOSITORY / "qwenvl" / "train" / "train_qwen.py"), *flags]
+    if trained == "merger":
+        return {"build": [*own, "build"], "train and verify": train, "open and generate": [*own, "trained"]}
+    merge = [sys.executable, str(REPOSITORY / "tools" / "merge_lora.py")]
+    merge += ["--adapter", str(folder / "trained"), "--output", str(folder / "merged")]
+    opening = {"merge": merge, "open and generate": [*own, "merged"]}
+    return {"build": [*own, "build"], "train and verify": train, **opening}
+
+
+def main() -> None:
+    """Read the command line and run the stages, each in a process of its own; or one of them, in such a process."""
+    parser = argparse.ArgumentParser(description="Take random weights of a real size the whole way.")
+    parser.add_argument("--folder", required=True, type=Path, help="for checkpoints; made, and removed at the end")
+    parser.add_argument("--size", default="2b", choices=list(SIZES))
+    parser.add_argument("--train", default="lora", choices=list(TRAINED))
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints there; an existing base is used")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.stage == "build":
+        build(folder, arguments.size)
+    elif arguments.stage:
+        open_and_generate(folder / arguments.stage, folder / "0.png")
+    else:
+        run_stages(arguments, folder)
+
+
+def run_stages(arguments: argparse.Namespace, folder: Path) -> None:
+    """Run the stages in order, and remove what they leave."""
+    for stage, command in stages(folder, arguments.size, arguments.train).items():
+        if not (stage == "build" and (folder / "base").is_dir()):
+            measure(stage, command, folder / f"{stage.replace(' ', '-')}.log")
+    if not arguments.keep:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

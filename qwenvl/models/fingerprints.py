@@ -1,0 +1,111 @@
+"""Weights compared without holding two models: a checksum of each tensor's bytes, and the scale of each adapter.
+
+Equal bytes need no tolerance, however large the model is and whatever it computes in.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwenvl.models.adapter_files import saved_names
+from qwenvl.models.adapters import has_adapters
+from qwenvl.models.shared_out import gathered, is_shared_out
+from qwenvl.utilities.distributed import is_main_process
+
+Fingerprints = dict[str, dict[str, int]]
+"""Checksums of each tensor by the types it may be held in."""
+
+_LISTED = 4
+
+
+def checksum(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Return the CRC-32 of a tensor's bytes; of what it becomes in ``dtype``, where one is given."""
+    data = tensor.detach().to("cpu", dtype).contiguous()
+    return zlib.crc32(data.flatten().view(torch.uint8).numpy())
+
+
+def fingerprints(model: nn.Module) -> Fingerprints:
+    """Return the fingerprints of a model's parameters in their own types; not sharded."""
+    return {name: {_name_of(value.dtype): checksum(value)} for name, value in model.named_parameters()}
+
+
+def trained_fingerprints(model: Any, save_dtype: str, opened_dtype: torch.dtype) -> Fingerprints:
+    """Return the fingerprints of a model in training, by the names of :func:`opened_tensors`; every rank calls it.
+
+    Args:
+        model: Not wrapped; its parameters may be sharded.
+        save_dtype: Type that its files were written in; ``auto`` for each tensor's own.
+        opened_dtype: Type that PEFT opens the modules beside adapters in.
+
+    Returns:
+        On the main process, of every parameter in the type of its file and, where that is wider, in ``opened_dtype``;
+        nothing on others.
+    """
+    renamed = {id(value): name for name, value in saved_names(model).items()} if has_adapters(model) else {}
+    found: Fingerprints = {}
+    for own_name, parameter in model.named_parameters():
+        if is_main_process() or is_shared_out(parameter):
+            tensor = gathered(parameter)
+            if is_main_process():
+                saved = parameter.requires_grad or not renamed
+                dtypes = {_saved_dtype(tensor, save_dtype if saved else "auto")}
+                dtypes |= {opened_dtype} if opened_dtype.itemsize < min(dtype.itemsize for dtype in dtypes) else set()
+                name = renamed.get(id(parameter), own_name)
+                found[name] = {_name_of(dtype): checksum(tensor, dtype) for dtype in dtypes}
+    return found
+
+
+def _saved_dtype(tensor: Tensor, save_dtype: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, save_dtype) if save_dtype != "auto" else tensor.dtype
+    return dtype
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def opened_tensors(model: Any) -> dict[str, Tensor]:
+    """Return every tensor of an opened model: of an adapter's by the names of its file, the base's by their own."""
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        return dict(model.named_parameters(remove_duplicate=False))
+    from peft import get_peft_model_state_dict
+
+    base = model.get_base_model().named_parameters(remove_duplicate=False)
+    frozen = {name.replace(".token_adapter.base_layer.", "."): value for name, value in base}
+    return frozen | get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def differing(expected: Mapping[str, Mapping[str, int]], found: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the expected tensors that are missing or hold something else.
+
+    A tensor that was opened wider than it was saved is narrowed again, which gives back its bytes.
+    """
+    return [name for name, sums in expected.items() if name not in found or not _is_equal(sums, found[name])]
+
+
+def _is_equal(sums: Mapping[str, int], tensor: Tensor) -> bool:
+    own = _name_of(tensor.dtype)
+    narrower = [name for name in sums if getattr(torch, name).itemsize < tensor.dtype.itemsize]
+    name = own if own in sums else next(iter(narrower), None)
+    return name is not None and checksum(tensor, getattr(torch, name)) == sums[name]
+
+
+def adapter_scales(model: nn.Module) -> dict[str, list[Any]]:
+    """Return by which factor each adapter counts, and whether it is DoRA, by the layer's name."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    return {
+        name: [module.scaling["default"], "default" in module.lora_magnitude_vector]
+        for name, module in base.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "scaling")
+    }
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return some names for a message."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(sorted(names)[:_LISTED]) + more
