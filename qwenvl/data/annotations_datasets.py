@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenvl.data.annotations_nulls import as_written
 from qwenvl.data.types import HuggingFaceDataset
 from qwenvl.utilities.cache import fingerprint
 from qwenvl.utilities.errors import UserError
@@ -50,8 +51,9 @@ class DatasetRows:
 
     def record(self, row: int) -> dict[str, Any]:
         """Read a row; see :class:`qwenvl.data.annotations.Rows`."""
-        record: dict[str, Any] = self._dataset[row].to_pylist()[0]
-        return record if self._json is None else dict(self._json.decode_example(record))
+        table = self._dataset[row]
+        record: dict[str, Any] = table.to_pylist()[0]
+        return as_written(record if self._json is None else dict(self._json.decode_example(record)), table.schema)
 
     def text(self, row: int) -> None:
         """None: the rows of a table have no text."""

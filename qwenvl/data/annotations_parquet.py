@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwenvl.data.annotations_nulls import as_written
 from qwenvl.utilities.cache import fingerprint
 from qwenvl.utilities.errors import SampleError, UserError
 
@@ -94,7 +95,7 @@ class ParquetRows:
                         "decompression_bomb",
                         f"the row takes {mebibytes} of memory; the limit is {ROW_BYTES >> 20} MiB.",
                     )
-                record: dict[str, Any] = table.slice(row - start, 1).to_pylist()[0]
+                record = as_written(table.slice(row - start, 1).to_pylist()[0], table.schema)
         except SampleError:
             raise
         except UserError as error:

@@ -15,7 +15,8 @@ Only their numbers change. A list without any number, such as ``[x1, y1, x2, y2]
 
 Rounding: to the nearest whole number, halves to the even one, from exact fractions. A coordinate less than one unit
 outside the picture, as rounded annotations have it, counts as its edge. The right and bottom edges are 1000, or the
-last pixel of the resized picture, as in the official converter.
+last pixel of the resized picture, as in the official converter. A box that would become empty (one pixel of a picture
+of 4000) is one unit wide or high.
 """
 
 from __future__ import annotations
@@ -94,10 +95,23 @@ def to_family(values: Sequence[float], size: Size, resized: Size, family: Family
     """
     written = _RELATIVE if family.boxes == "relative_1000" else resized
     last = written if family.boxes == "relative_1000" else (written[0] - 1, written[1] - 1)
-    return [
-        max(0, min(round(Fraction(value) * written[axis] / size[axis]), last[axis]))
-        for value, axis in zip(values, _axes(values), strict=True)
-    ]
+    axes = _axes(values)
+    exact = [Fraction(value) * written[axis] / size[axis] for value, axis in zip(values, axes, strict=True)]
+    rounded = [max(0, min(round(value), last[axis])) for value, axis in zip(exact, axes, strict=True)]
+    if len(rounded) == 4:
+        for low, high in ((0, 2), (1, 3)):
+            if rounded[low] == rounded[high] and values[low] < values[high]:
+                _widen(rounded, exact, low, high, last[axes[low]])
+    return rounded
+
+
+def _widen(rounded: list[int], exact: Sequence[Fraction], low: int, high: int, last: int) -> None:
+    """Make the empty side of a box one unit long, to the side on which more of it lies and there is room."""
+    edge = rounded[low]
+    if edge < last and (exact[high] - edge >= edge - exact[low] or edge == 0):
+        rounded[high] = edge + 1
+    else:
+        rounded[low] = max(edge - 1, 0)
 
 
 def to_pixels(values: Sequence[float], resized: Size, family: Family, size: Size) -> list[float]:

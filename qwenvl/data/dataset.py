@@ -72,23 +72,6 @@ def split_tables(
     return train, evaluation
 
 
-def shared_rows(train: Sequence[SampledTable], evaluation: Sequence[SampledTable]) -> dict[str, int]:
-    """Return how many rows of each evaluation dataset are training rows too, by its name; nothing where none are.
-
-    Rows are the same where they stand at the same place in the same files, whatever the entry is called.
-    """
-    counts = {}
-    for table in evaluation:
-        rows = [other.rows for other in train if _source(other) == _source(table)]
-        counts[table.table.spec.name] = int(np.isin(np.unique(table.rows), np.concatenate(rows)).sum()) if rows else 0
-    return {name: count for name, count in counts.items() if count}
-
-
-def _source(table: SampledTable) -> tuple[object, ...]:
-    spec = table.table.spec
-    return spec.annotation_paths, spec.hf_dataset
-
-
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """What is known of a row before its media are decoded.

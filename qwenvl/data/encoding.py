@@ -130,6 +130,9 @@ class SampleEncoder:
             events.append(Event("thinking_mismatch", sample.origin.dataset, str(sample.origin)))
         tokens = self.tokenizer.expand(kept.encoding)
         self._require_positions(tokens, sample)
+        for key in kept.conversation.unread_keys:
+            message = f"dataset {sample.origin.dataset!r}: turns have {key!r}, which nothing reads"
+            events.append(Event("unread_key", sample.origin.dataset, message))
         return Plan(kept.conversation, kept.rendering, kept.media, tokens, tuple(events))
 
     def measure(self, sample: Sample) -> Stages[Measures]:
@@ -247,7 +250,7 @@ class SampleEncoder:
         """Leave out turns from the end, whole, and their media with them, until the rest fits; None if nothing does."""
         messages = draft.conversation.messages
         for stop in range(len(messages) - 1, 0, -1):
-            if messages[stop - 1].role != "assistant":
+            if messages[stop - 1].role != "assistant" or not messages[stop - 1].trained:
                 continue
             shorter = replace(draft.conversation, messages=messages[:stop])
             cut = finish(self._tokenize(shorter, draft.media[: len(shorter.media())]))

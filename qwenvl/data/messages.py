@@ -3,7 +3,8 @@
 Two forms are read. ShareGPT: ``conversations``, turns of ``from`` and ``value``, media in ``image``/``images`` and
 ``video``/``videos``, bound in order to the ``<image>`` and ``<video>`` tags of user and tool turns. OpenAI and Qwen:
 ``messages``, turns of ``role`` and ``content``, where content is text (with tags, as above) or a list of typed parts.
-A field that is null counts as absent.
+A field that is null counts as absent. In the arguments of tool calls and in tools it does not: there null is a value,
+as their author wrote it. (Of rows in Arrow and Parquet nobody can tell; see :mod:`qwenvl.data.annotations_nulls`.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from qwenvl.data.messages_media import KINDS, MediaPool, typed_media
+from qwenvl.data.messages_turns import read_extra, read_trained, unread_keys
 from qwenvl.data.types import Conversation, ImageItem, Message, Part, Role, Sample, TextPart, VideoItem
 from qwenvl.utilities.errors import SampleError, nearest
 
@@ -30,7 +32,6 @@ ROLES: dict[str, Role] = {
     "observation": "tool",
 }
 MEDIA_ROLES = ("user", "tool")
-TURN_EXTRAS: dict[str, type] = {"tool_calls": list, "reasoning_content": str, "name": str, "tool_call_id": str}
 
 _TAGS = re.compile("(<image>|<video>)")
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -120,7 +121,8 @@ def _build(
     if not isinstance(record, Mapping):
         return Conversation(())
     pool = MediaPool({}) if read_pool is None else read_pool
-    turns = [problems.attempt(_message, turn, number, pool) for number, turn in enumerate(_turns(record), start=1)]
+    written = _turns(record)
+    turns = [problems.attempt(_message, turn, number, pool) for number, turn in enumerate(written, start=1)]
     messages = [message for message in turns if message is not None]
     for number, message in enumerate(turns, start=1):
         if message is not None:
@@ -136,12 +138,14 @@ def _build(
         problems.attempt(_check_texts, "the system text", [system.text], reserved_tokens)
     if tools:
         problems.attempt(_check_texts, "tools", _strings(tools), reserved_tokens)
-    return Conversation(tuple([system, *messages] if system else messages), tools)
+    return Conversation(tuple([system, *messages] if system else messages), tools, unread_keys(written))
 
 
 def _check_answered(messages: list[Message]) -> None:
     if not any(message.role == "assistant" for message in messages):
         raise SampleError("no_answer", "no assistant turn, so nothing to learn from. Add the answer, or take it out.")
+    if not any(message.role == "assistant" and message.trained for message in messages):
+        raise SampleError("no_answer", "every assistant turn says that it is not trained. Let one be, or take it out.")
 
 
 def _turns(record: Mapping[str, Any]) -> list[Any]:
@@ -161,7 +165,7 @@ def _message(turn: Any, number: int, pool: MediaPool) -> Message:
     if not isinstance(turn, Mapping):
         raise SampleError("bad_record", f"turn {number} must be an object, not {type(turn).__name__}.")
     role = _role(_either(turn, "from", "role", number), number)
-    extra = _extra(turn, number)
+    extra, trained = read_extra(turn, number), read_trained(turn, role, number)
     content = _either(turn, "value", "content", number)
     where = f"turn {number} ({role})"
     if content is None:
@@ -174,7 +178,7 @@ def _message(turn: Any, number: int, pool: MediaPool) -> Message:
         raise SampleError("bad_record", f"{where}: its text must be a string, not {type(content).__name__}.")
     if not parts and not (role == "assistant" and (extra.get("tool_calls") or extra.get("reasoning_content"))):
         raise SampleError("bad_record", f"{where} has neither text nor media. Write it, or take the turn out.")
-    return Message(role, parts, extra)
+    return Message(role, parts, extra, trained)
 
 
 def _either(turn: Mapping[str, Any], first: str, second: str, number: int) -> Any:
@@ -224,17 +228,6 @@ def _typed_part(item: Any, role: Role, where: str, pool: MediaPool) -> tuple[Par
     if role not in MEDIA_ROLES:
         raise SampleError("bad_record", f"{where} holds an image or video; only user and tool turns can.")
     return (typed_media(item, "image" if kind.startswith("image") else "video", where, pool),)
-
-
-def _extra(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
-    extra = {key: turn[key] for key in TURN_EXTRAS if turn.get(key) is not None}
-    for key, value in extra.items():
-        if not isinstance(value, TURN_EXTRAS[key]):
-            expected = "a list" if TURN_EXTRAS[key] is list else "a string"
-            raise SampleError("bad_record", f"turn {number}: {key!r} must be {expected}, not {type(value).__name__}.")
-    if not all(isinstance(call, Mapping) for call in extra.get("tool_calls", ())):
-        raise SampleError("bad_record", f"turn {number}: 'tool_calls' must be a list of objects.")
-    return extra
 
 
 def _system(record: Mapping[str, Any], messages: list[Message]) -> Message | None:

@@ -174,6 +174,10 @@ class MaskReader:
 
         A token that holds others besides counts too, as " car" does for "car".
         """
+        answers = [message.trained for message in plan.conversation.messages if message.role == "assistant"]
+        if not answers[answer]:
+            raise _bad("its answer is not trained, so that no token of it learns to look.")
+        answer = sum(answers[:answer])  # of those that are trained
         first, last = plan.rendering.spans[answer]
         written = plan.rendering.text[first:last]
         moved = _written_at(written.removesuffix(self.turn_end), text, start, stop)

@@ -5,7 +5,8 @@ Its entries have one of two keys, and any of the others:
 
 ===================  ===================================================================================================
 ``annotation_path``  a file, a glob pattern (``"train/*.jsonl"``, ``"**/*.parquet"``), or a list of these. What a
-                     pattern finds comes sorted, and no file twice
+                     pattern finds comes sorted. A file is used once, however many of them name it (and that is said);
+                     ``name%200`` uses a dataset twice
 ``hf_dataset``       what the ``datasets`` library opens: a folder (``save_to_disk``, Parquet, JSON Lines, pictures), or
                      a name on the Hub; with ``split`` (``"train"`` if left out), ``config`` and ``revision``
 ``data_path``        folder of the media, or ``""``; with ``hf_dataset`` it may be left out
@@ -21,19 +22,19 @@ Relative paths in it start from the folder that holds it: for ``my_registry.py``
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import itertools
-import os
 import re
 import sys
 import traceback
 from collections.abc import Mapping
+from decimal import Decimal
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from qwenvl.data.registry_paths import annotation_paths, data_folder
 from qwenvl.data.types import DatasetSpec, HuggingFaceDataset
 from qwenvl.utilities.errors import UserError, nearest
 
@@ -46,7 +47,6 @@ RECORD_FIELDS = (
 
 _OWN_KEYS = (*SOURCE_KEYS, "data_path", "columns", "split", "config", "revision")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_PATTERN = re.compile(r"[*?[]")
 _PERCENT = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 _module_numbers = itertools.count()
 
@@ -107,17 +107,17 @@ def parse_dataset_use(
         UserError: an empty list, an unknown name, a percent that is not a number above 0, or an entry that is not
             usable: keys are missing, or its files do not exist.
     """
-    percents: dict[str, float] = {}
+    percents: dict[str, Decimal] = {}
     for item in filter(None, (item.strip() for item in dataset_use.split(","))):
         name, percent = _split_percent(item, flag)
         _require_known(name, registry, flag)
-        percents[name] = percents.get(name, 0.0) + percent
+        percents[name] = percents.get(name, Decimal(0)) + percent
     if not percents:
         raise UserError(
             f"{flag} names no dataset. Give names from {_source(registry)}, such as 'a%50,b'. "
             f"It has: {_known_names(registry)}."
         )
-    return [_to_spec(name, registry, percent) for name, percent in percents.items()]
+    return [_to_spec(name, registry, float(percent)) for name, percent in percents.items()]
 
 
 def _registry_file(path: Path) -> Path:
@@ -161,16 +161,17 @@ def _failing_line(error: Exception, file: Path) -> int | None:
     return lines[-1] if lines else None
 
 
-def _split_percent(item: str, flag: str) -> tuple[str, float]:
+def _split_percent(item: str, flag: str) -> tuple[str, Decimal]:
+    """Return name and percent; decimals, as sums of floats are a little off: 7.6 + 92.1 is below 99.7."""
     name, sign, percent = item.partition("%")
     if not sign:
-        return name, 100.0
+        return name, Decimal(100)
     if not _PERCENT.fullmatch(percent.strip()) or float(percent) <= 0:
         raise UserError(
             f"{flag} {item!r}: after '%' stands the percent of the dataset to use, a number above 0 "
             f"such as {name}%50, {name}%12.5 or {name}%250; not {percent!r}."
         )
-    return name.strip(), float(percent)
+    return name.strip(), Decimal(percent.strip())
 
 
 def _require_known(name: str, registry: Mapping[str, Mapping[str, Any]], flag: str) -> None:
@@ -189,8 +190,8 @@ def _to_spec(name: str, registry: Mapping[str, Mapping[str, Any]], percent: floa
     of_files = source == "annotation_path"
     return DatasetSpec(
         name=name,
-        annotation_paths=_annotation_paths(entry[source], base, where) if of_files else (),
-        data_path=_data_path(entry.get("data_path", ""), base, where),
+        annotation_paths=annotation_paths(entry[source], base, where) if of_files else (),
+        data_path=data_folder(entry.get("data_path", ""), base, where),
         sampling_percent=percent,
         hf_dataset=None if of_files else _hf_dataset(entry, base, where),
         columns=_columns(entry.get("columns", {}), where),
@@ -221,31 +222,6 @@ def _source_key(entry: Any, where: str) -> str:
     return given[0]
 
 
-def _annotation_paths(value: Any, base: Path, where: str) -> tuple[str, ...]:
-    items = list(value) if isinstance(value, list | tuple) else [value]
-    if not items or not all(isinstance(item, str | Path) and str(item) for item in items):
-        raise UserError(f"{where}: 'annotation_path' must be a file or a list of files, not {value!r}.")
-    paths: list[str] = []
-    for item in items:
-        path = base / Path(item).expanduser()
-        if path.is_file():
-            paths.append(str(path))
-        elif _PATTERN.search(str(item)):
-            paths += [found for found in _matches(item, base, where) if found not in set(paths)]
-        else:
-            problem = "is a folder, not a file" if path.is_dir() else "does not exist"
-            raise UserError(f"{where}: annotation file {path} {problem}.{_relative_hint(item, base)}")
-    return tuple(paths)
-
-
-def _matches(pattern: str | Path, base: Path, where: str) -> list[str]:
-    names = glob.glob(os.path.expanduser(pattern), root_dir=base, recursive=True)
-    found = sorted(str(base / name) for name in names if (base / name).is_file())
-    if not found:
-        raise UserError(f"{where}: no annotation file matches {str(pattern)!r}.{_relative_hint(pattern, base)}")
-    return found
-
-
 def _hf_dataset(entry: Mapping[str, Any], base: Path, where: str) -> HuggingFaceDataset:
     for key in ("hf_dataset", "split", "config", "revision"):
         value = entry.get(key)
@@ -271,24 +247,6 @@ def _columns(value: Any, where: str) -> dict[str, str]:
             hint = nearest(str(field), RECORD_FIELDS)
             raise UserError(f"{where}: 'columns' names {field!r}, which is none of {', '.join(RECORD_FIELDS)}.{hint}")
     return dict(value)
-
-
-def _data_path(value: Any, base: Path, where: str) -> str:
-    if not isinstance(value, str | Path):
-        raise UserError(f"{where}: 'data_path' must be a folder, or \"\"; not {value!r}.")
-    if value == "":
-        return ""
-    path = base / Path(value).expanduser()
-    if not path.is_dir():
-        raise UserError(
-            f"{where}: the folder of its media, {path}, does not exist.{_relative_hint(value, base)} "
-            'Write "data_path": "" where the annotations hold absolute paths or no media.'
-        )
-    return str(path)
-
-
-def _relative_hint(value: str | Path, base: Path) -> str:
-    return "" if Path(value).expanduser().is_absolute() else f" (Relative paths start from {base}.)"
 
 
 def _source(registry: Mapping[str, Any]) -> str:

@@ -4,14 +4,13 @@ Where each turn ends is read from the rendering itself. Conversations of one for
 mostly rendered alike: what the template writes around their texts is found once. Where the template provably writes
 these texts as they are, that is the rendering; where it may look into them, it renders every sample, and where its
 rendering is explained to the last character, the places of the texts are known. Otherwise every turn's text gets a
-marker character, and the template is rendered a second time: the two must agree once the markers are taken out. Words
-that users type (``assistant``, ``<|im_end|>``, whole fake turns) cannot move a border.
+marker character (:mod:`qwenvl.data.turn_marks`), and the template is rendered a second time: the two must agree once
+the markers are taken out. Words that users type (``assistant``, ``<|im_end|>``, whole fake turns) cannot move a border.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -19,13 +18,13 @@ from typing import Any, Protocol
 import transformers
 
 from qwenvl.data.template_texts import HOLE, writes_texts_as_they_are
-from qwenvl.data.types import Conversation, ImageItem, Message, Part, Role, TextPart
+from qwenvl.data.tool_calls import stand_ins
+from qwenvl.data.turn_marks import as_template_message, ends_of_turns, function_call, has_call_mark, unused_character
+from qwenvl.data.types import Conversation, Message, Part, Role, TextPart
 from qwenvl.utilities.errors import SampleError, UserError
 
-_TOOL_RESPONSE_END = "</tool_response>"
 _ANSWER = "\ue000"  # of a conversation that is rendered to see what the template writes around it
 _MOST_FORMS = 10_000
-_PRIVATE_USE = [chr(code) for code in range(0xE000, 0xE100)]
 
 _Form = tuple[tuple[Role, tuple[type | str, ...]], ...]
 
@@ -43,8 +42,8 @@ class Rendering:
 
     Args:
         text: what the chat template makes of it; one placeholder token a picture or video.
-        spans: (start, stop) in characters of what is trained: every assistant turn's text, its end-of-turn token and
-            the newline after it.
+        spans: (start, stop) in characters of what is trained: the text and calls of every assistant turn that is,
+            its end-of-turn token and the newline after it.
     """
 
     text: str
@@ -106,7 +105,7 @@ class ChatTemplate:
         frame = self._frame(conversation)
         text, ends = _fill_in(frame, conversation)
         if not frame.certain:
-            rendered = self._render_messages(conversation, None)
+            rendered = self._render_whole(conversation)
             if rendered != text:
                 text, ends = rendered, self._ends_by_markers(rendered, conversation)
         return Rendering(text, self._spans(text, conversation.messages, ends))
@@ -117,7 +116,7 @@ class ChatTemplate:
         Raises:
             SampleError: the template refuses the conversation.
         """
-        return Rendering(self._render_messages(conversation, None, add_generation_prompt=True), ())
+        return Rendering(self._render_whole(conversation, add_generation_prompt=True), ())
 
     def identity(self) -> list[Any]:
         """Return everything that renderings depend on, as values that JSON can hold."""
@@ -160,42 +159,72 @@ class ChatTemplate:
             return _Frame(literals, False)
         variables = {"tools": None, "documents": None, "add_generation_prompt": False}
         variables |= {**processor.tokenizer.special_tokens_map, **self.kwargs}
-        messages = [_as_template_message(message, None) for message in emptied.messages]
+        messages = [as_template_message(message, None) for message in emptied.messages]
         return _Frame(literals, writes_texts_as_they_are(template, messages, variables, written))
 
-    def _ends_by_markers(self, text: str, conversation: Conversation) -> list[int]:
-        """Return where the text of every turn that has any ends, white space behind it left out."""
-        marker = _unused_character(conversation)
+    def _render_whole(self, conversation: Conversation, **kwargs: Any) -> str:
+        """Render a conversation, and see to it that its tools, calls and thoughts are written."""
+        rendered = self._render_messages(conversation, None, **kwargs)
+        if conversation.tools or any(message.extra for message in conversation.messages):
+            changed = stand_ins(conversation, rendered)
+            if changed.wanted:
+                changed.require_written(self._render_messages(changed.conversation, None, **kwargs))
+        return rendered
+
+    def _ends_by_markers(self, text: str, conversation: Conversation) -> list[int | None]:
+        """Return where what each turn says ends, white space behind it left out; None where that is nothing."""
+        marker = unused_character(conversation)
+        call = self._one_more_call(marker) if any(map(has_call_mark, conversation.messages)) else ""
         marked = self._render_messages(conversation, marker)
-        has_marker = [bool(message.text) for message in conversation.messages]
-        if marked.replace(marker, "") != text or marked.count(marker) != sum(has_marker):
+        plain, ends = ends_of_turns(marked, marker, call, conversation.messages)
+        if plain != text:
             raise SampleError(
                 "template",
                 "the checkpoint's chat template rewrites the text of this sample, so that it cannot be told where its "
                 "turns end. Look at the rendered text with tools/show_sample.py and reword or remove the sample.",
             )
-        return _marker_positions(marked, marker)
+        return ends
 
-    def _spans(self, text: str, messages: Sequence[Message], ends: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """Return the trained stretches; ``ends`` are the ends of the texts of the turns that have text."""
+    def _one_more_call(self, name: str) -> str:
+        """Return what the template writes behind the calls of an answer for one more of them.
+
+        Raises:
+            SampleError: that cannot be told.
+        """
+        question, calls = Message("user", (TextPart("Q"),)), [function_call("f"), function_call(name)]
+        fewer, more = (
+            self._render_messages(
+                Conversation((question, Message("assistant", (TextPart("A"),), {"tool_calls": calls[:n]}))), None
+            ).removesuffix(self.turn_end)
+            for n in (1, 2)
+        )
+        added = more.removeprefix(fewer)
+        if added == more or name not in added:
+            raise SampleError("template", "the checkpoint's chat template does not write calls one after the other.")
+        return added
+
+    def _spans(self, text: str, messages: Sequence[Message], ends: Sequence[int | None]) -> tuple[tuple[int, int], ...]:
+        """Return the trained stretches; ``ends`` is where what each turn says ends, None where that is nothing."""
         spans = []
-        remaining = iter(ends)
         cursor = 0
-        for message in messages:
-            text_end = next(remaining) if message.text else None
+        for message, end in zip(messages, ends, strict=True):
             if message.role == "assistant":
                 start = text.find(self.header, cursor) + len(self.header)
-                stop = text.find(self.turn_end, start if text_end is None else text_end)
+                stop = text.find(self.turn_end, start if end is None else end)
+                if end is None and self.turn_end.strip() in message.extra.get("reasoning_content", ""):
+                    reason = f"a thought without an answer holds {self.turn_end.strip()}, which would end it."
+                    raise SampleError("template", f"{reason} Reword it, or write the answer.")
                 if start < len(self.header) or stop < 0:
                     raise SampleError("template", "the checkpoint's chat template leaves out an answer of this sample.")
-                spans.append((start, stop + len(self.turn_end)))
-                cursor = spans[-1][1]
-            elif text_end is not None:
-                cursor = text_end
+                cursor = stop + len(self.turn_end)
+                if message.trained:
+                    spans.append((start, cursor))
+            elif end is not None:
+                cursor = end
         return tuple(spans)
 
     def _render_messages(self, conversation: Conversation, marker: str | None, **kwargs: Any) -> str:
-        messages = [_as_template_message(message, marker) for message in conversation.messages]
+        messages = [as_template_message(message, marker) for message in conversation.messages]
         tools = [dict(tool) for tool in conversation.tools] or None
         try:
             return self._render(messages, tools=tools, **kwargs)
@@ -215,37 +244,21 @@ class ChatTemplate:
         return str(rendered)
 
 
-def _as_template_message(message: Message, marker: str | None) -> dict[str, Any]:
-    """Return the turn as chat templates take it; with ``marker`` after the last of its text."""
-    last_text = max((i for i, part in enumerate(message.parts) if isinstance(part, TextPart)), default=-1)
-    content: list[dict[str, Any]] = []
-    for index, part in enumerate(message.parts):
-        if isinstance(part, TextPart):
-            text = part.text if marker is None or index != last_text or not message.text else _mark(part.text, marker)
-            content.append({"type": "text", "text": text})
-        else:
-            content.append({"type": "image" if isinstance(part, ImageItem) else "video"})
-    only_text = all(item["type"] == "text" for item in content)
-    # A plain string is what templates handle best: some look into it for <think> and tool responses.
-    body: Any = "".join(item["text"] for item in content) if only_text else content
-    return {"role": message.role, "content": body, **message.extra}
-
-
-def _fill_in(frame: _Frame, conversation: Conversation) -> tuple[str, list[int]]:
-    """Return the texts of a conversation within their frame, and where that of every turn that has any ends."""
+def _fill_in(frame: _Frame, conversation: Conversation) -> tuple[str, list[int | None]]:
+    """Return the texts of a conversation within their frame, and where that of every turn ends; None without text."""
     if not frame.literals:
         return "", []
     following = iter(frame.literals)
     written = [next(following)]
-    place, end, ends = len(written[0]), 0, []
+    place, ends = len(written[0]), list[int | None]()
     for message in conversation.messages:
+        end = None
         for part in message.parts:
             if isinstance(part, TextPart) and part.text:
                 written += [part.text, next(following)]
                 end = place + len(part.text)
                 place = end + len(written[-1])
-        if message.text:
-            ends.append(end)
+        ends.append(end)
     return "".join(written), ends
 
 
@@ -263,31 +276,3 @@ def _emptied(conversation: Conversation) -> Conversation:
             for message in conversation.messages
         )
     )
-
-
-def _mark(text: str, marker: str) -> str:
-    """Put the marker after the text, but before what templates look for there: white space, a closing tag."""
-    stripped = text.rstrip()
-    if stripped.endswith(_TOOL_RESPONSE_END):
-        stripped = stripped[: -len(_TOOL_RESPONSE_END)]
-    return stripped + marker + text[len(stripped) :]
-
-
-def _marker_positions(marked: str, marker: str) -> list[int]:
-    """Return where the markers stand, as indices into the text without markers."""
-    pieces = marked.split(marker)
-    positions, total = [], 0
-    for piece in pieces[:-1]:
-        total += len(piece)
-        positions.append(total)
-    return positions
-
-
-def _unused_character(conversation: Conversation) -> str:
-    """Return a character of the private use area that the conversation does not contain."""
-    extras = [[message.text, dict(message.extra)] for message in conversation.messages]
-    everything = json.dumps([extras, [dict(tool) for tool in conversation.tools]], ensure_ascii=False, default=str)
-    for character in _PRIVATE_USE:
-        if character not in everything:
-            return character
-    raise SampleError("bad_record", "the text uses every character of the private use area U+E000 to U+E0FF.")

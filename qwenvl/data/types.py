@@ -161,11 +161,13 @@ class Message:
         role: who speaks.
         parts: text and media in the order they are rendered.
         extra: the turn's other keys that chat templates know (``tool_calls``, ``reasoning_content``, ...).
+        trained: whether an assistant turn is trained; other turns never are.
     """
 
     role: Role
     parts: tuple[Part, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
+    trained: bool = True
 
     @property
     def text(self) -> str:
@@ -175,10 +177,17 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a chat template renders: the turns of one sample and the tools they may call."""
+    """What a chat template renders: the turns of one sample and the tools they may call.
+
+    Args:
+        messages: the turns.
+        tools: what they may call, as the record has it.
+        unread_keys: keys of the record's turns that nothing reads, in alphabetical order.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    unread_keys: tuple[str, ...] = ()
 
     def media(self) -> tuple[ImageItem | VideoItem, ...]:
         """All media in the order they are rendered."""

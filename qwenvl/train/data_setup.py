@@ -9,8 +9,9 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig, ProcessorMixin
 
 from qwenvl.arguments import ParsedArguments
-from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, shared_rows, split_tables
+from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, split_tables
 from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.overlap import shared_rows
 from qwenvl.data.plans import planned_datasets
 from qwenvl.data.processor import (
     AddedTokens,

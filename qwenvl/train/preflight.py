@@ -25,6 +25,7 @@ from qwenvl.train.data_setup import RunData
 from qwenvl.train.measured import flops_of
 from qwenvl.train.model_setup import open_model, weight_types
 from qwenvl.train.preflight_report import NOT_COUNTED, describe_memory, describe_work, gib
+from qwenvl.train.report import SAID_ONCE
 from qwenvl.train.schedule import plan_schedule, slowest_over_mean
 from qwenvl.train.state_memory import StateMemory, estimate_states, read_sharing
 from qwenvl.train.summary import describe_budget, describe_data, describe_model
@@ -86,6 +87,9 @@ def decode_one_of_each(dataset: ConversationDataset) -> None:
             if item.error is not None:
                 raise item.error
             if item.samples:
+                for event in item.events:
+                    if event.kind == SAID_ONCE:
+                        logger.warning("%s.", event.message)
                 break
             reasons += [event.message for event in item.events]
         else:

@@ -22,6 +22,8 @@ MEANING = {
     "truncated": "shortened by whole turns to --model_max_length",
     "thinking_mismatch": "with a <think> block where the chat template opens none, or without the one it opens",
 }
+SAID_ONCE = "unread_key"
+"""Kind of the events that count no samples: their message says all, once."""
 _THINKING_ADVICE = (
     "The answer of %s does not fit the checkpoint's chat template: it has a <think> block where the template opens "
     "none, or none where it opens one. It is trained as the template renders it; this is said once, and counted."
@@ -69,7 +71,8 @@ class DataReport:
             key = (event.kind, event.message)
             if key in self._events:
                 continue
-            if speaks and not any(kind == event.kind for kind, _ in self._events):
+            first = event.kind == SAID_ONCE or not any(kind == event.kind for kind, _ in self._events)
+            if speaks and first:
                 self._say(event)
             self._events[key] = event
             (self._gathered if common else self._news)[key] = event
@@ -91,10 +94,13 @@ class DataReport:
         return [
             f"Dataset {name!r}: {count} sample{'s' * (count != 1)} {MEANING[kind]}."
             for (name, kind), count in sorted(count_events(events).items())
-        ]
+        ] + sorted(f"{event.message[0].upper()}{event.message[1:]}." for event in events if event.kind == SAID_ONCE)
 
     def _say(self, event: Event) -> None:
-        if event.kind != "thinking_mismatch":
+        if event.kind == SAID_ONCE:
+            if is_main_process():
+                logger.warning("%s.", event.message)
+        elif event.kind != "thinking_mismatch":
             logger.warning("%s (The first one; all are counted at the end of the run.)", event.message)
         elif is_main_process():
             logger.warning(_THINKING_ADVICE, event.message)
@@ -115,8 +121,8 @@ class DataReport:
 
 
 def count_events(events: Iterable[Event]) -> Counter[tuple[str, str]]:
-    """Return how many events of each (dataset, kind) there are."""
-    return Counter((event.dataset, event.kind) for event in events)
+    """Return how many samples of each (dataset, kind) there are."""
+    return Counter((event.dataset, event.kind) for event in events if event.kind != SAID_ONCE)
 
 
 def _as_line(event: Event) -> str:

@@ -102,6 +102,26 @@ def test_boxes_of_other_datasets() -> None:
     assert from_yolo((0.2, 0.2, 0.2, 0.2), (200, 100)) == pytest.approx((10, 20, 30, 60))
 
 
+@given(st.data(), st.integers(1, 9000), sides)
+def test_a_box_is_never_written_empty(data: st.DataObject, width: int, columns: int) -> None:
+    """It stays within one unit of what was meant, and holds some of it."""
+    x1 = data.draw(st.floats(0, width, exclude_max=True))
+    x2 = data.draw(st.floats(x1, width, exclude_min=True))
+    for family, last in ((RELATIVE, 1000), (RESIZED, columns - 1)):
+        left, top, right, bottom = to_family([x1, 0, x2, 9], (9, width), (900, columns), family)
+        assert (0 <= left < right <= last or (last == 0 and left == right == 0)) and top < bottom
+        scale = (1000 if family is RELATIVE else columns) / width
+        assert left - 1 < x1 * scale + 1e-6 and x2 * scale - 1e-6 < right + 1.5
+        assert left <= x2 * scale + 1e-6 and x1 * scale - 1e-6 <= right + 1
+
+
+def test_one_pixel_of_a_large_picture_has_a_width() -> None:
+    assert to_family([100, 133, 101, 134], (4000, 4000), (0, 0), RELATIVE) == [25, 33, 26, 34]
+    assert to_family([98, 0, 99.9, 40], (4000, 4000), (0, 0), RELATIVE) == [24, 0, 25, 10]
+    assert to_family([3999, 3999, 4000, 4000], (4000, 4000), (0, 0), RELATIVE) == [999, 999, 1000, 1000]
+    assert to_family([0, 3999, 1, 4000], (4000, 4000), (1008, 1008), RESIZED) == [0, 1006, 1, 1007]
+
+
 BOX = [64, 48, 320, 240]
 
 
@@ -167,7 +187,7 @@ def test_tool_calls_and_reasoning() -> None:
     record = {"messages": [{"role": "user", "content": "<image>?"}, turn], "image": "a", "bbox_format": "pixel"}
     extra = convert(Sample(Origin("d", "f", 1), record)).messages[-1].extra
     assert extra["tool_calls"][0]["arguments"] == call["arguments"] | {"bbox_2d": [100, 100, 500, 500]}
-    assert json.loads(extra["tool_calls"][1]["function"]["arguments"]) == {"point_2d": [100, 100]}
+    assert extra["tool_calls"][1]["function"]["arguments"] == {"point_2d": [100, 100]}
     assert extra["reasoning_content"] == '"bbox_2d": [100, 100, 500, 500]'
     turn["tool_calls"] = [{"bbox_2d": [1, 2, "3", 4]}]
     assert "4 numbers are needed" in reason(lambda: convert(Sample(Origin("d", "f", 1), record)))

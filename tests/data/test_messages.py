@@ -71,6 +71,7 @@ def test_null_and_empty_fields_are_absent() -> None:
 def test_tools_calls_and_reasoning_are_kept() -> None:
     tool = {"type": "function", "function": {"name": "look"}}
     call = {"type": "function", "function": {"name": "look", "arguments": '{"at": "<image>"}'}}
+    parsed = {"type": "function", "function": {"name": "look", "arguments": {"at": "<image>"}}}
     turns = [
         {"role": "user", "content": "look", "timestamp": 3},
         {"role": "assistant", "content": None, "tool_calls": [call], "name": None},
@@ -80,10 +81,11 @@ def test_tools_calls_and_reasoning_are_kept() -> None:
     for tools in ([tool], json.dumps([tool])):
         conversation = build({"messages": turns, "tools": tools, "system": "be brief", "image": "a.jpg"})
         assert conversation.tools == (tool,)
+        assert conversation.unread_keys == ("timestamp",)
         assert conversation.messages == (
             Message("system", (TextPart("be brief"),)),
             Message("user", (TextPart("look"),)),
-            Message("assistant", (), {"tool_calls": [call]}),
+            Message("assistant", (), {"tool_calls": [parsed]}),
             Message("tool", (TextPart("seen:"), ImageItem("a.jpg")), {"name": "look", "tool_call_id": "1"}),
             Message("assistant", (TextPart("a cat"),), {"reasoning_content": "fur"}),
         )

@@ -34,6 +34,7 @@ class Summary:
         digests: content hashes of all samples.
         media: images and videos.
         bad: (row, member) of all with a problem.
+        unread_keys: keys of turns that nothing reads.
     """
 
     table: AnnotationTable
@@ -43,6 +44,7 @@ class Summary:
     digests: list[bytes] = field(default_factory=list)
     media: int = 0
     bad: set[tuple[int, int]] = field(default_factory=set)
+    unread_keys: set[str] = field(default_factory=set)
     _seen: tuple[int, int, frozenset[str]] = (-1, -1, frozenset())
 
     def add(self, checked: CheckedRows) -> None:
@@ -50,6 +52,7 @@ class Summary:
         self.samples.append(checked.samples)
         self.digests.append(checked.digests)
         self.media += int(checked.media.sum())
+        self.unread_keys |= checked.unread_keys
 
     def note(self, problem: Problem) -> None:
         """Count a problem; those of one sample follow one another."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenvl.arguments import DataArguments
@@ -46,10 +46,12 @@ class Finding:
     Args:
         problems: everything that is wrong with it, each once.
         media: number of its images and videos.
+        unread_keys: keys of its turns that nothing reads.
     """
 
     problems: tuple[SampleError, ...]
     media: int
+    unread_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class SampleChecker:
                     if isinstance(self.labels, MaskReader):  # masks are read beside sizes of pictures, and tokens
                         self.labels.read(sample, self.encoder.plan(sample))
                 except SampleError as error:
-                    finding = Finding((*finding.problems, error), finding.media)
+                    finding = replace(finding, problems=(*finding.problems, error))
             findings.append(finding)
         return findings
 
@@ -112,7 +114,7 @@ class SampleChecker:
             except SampleError as error:
                 problems.append(error)
         once = {(problem.category, problem.reason): problem for problem in problems}
-        return Finding(tuple(once.values()), len(examined.media))
+        return Finding(tuple(once.values()), len(examined.media), examined.conversation.unread_keys)
 
     def _label_problems(self, sample: Sample, examined: Examined) -> Iterator[SampleError]:
         if self.labels is not None:

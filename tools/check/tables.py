@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +46,7 @@ class CheckedRows:
         digests: content hashes of all samples, one after the other.
         problems: in the order of the rows.
         error: what must stop the check.
+        unread_keys: keys of turns that nothing reads.
     """
 
     samples: np.ndarray
@@ -53,6 +54,7 @@ class CheckedRows:
     digests: bytes = b""
     problems: list[Problem] = field(default_factory=list)
     error: UserError | None = None
+    unread_keys: set[str] = field(default_factory=set)
 
 
 class _Tasks(Dataset[CheckedRows]):
@@ -72,7 +74,7 @@ class _Tasks(Dataset[CheckedRows]):
                 digests += self._check(row, place, checked)
         except UserError as error:  # a file changed, there is no video backend, ...
             return CheckedRows(checked.samples, checked.media, error=error)
-        return CheckedRows(checked.samples, checked.media, b"".join(digests), checked.problems)
+        return replace(checked, digests=b"".join(digests))
 
     def _check(self, row: int, place: int, checked: CheckedRows) -> list[bytes]:
         """Check a row, note what is found in ``checked``, and return the hashes of its samples."""
@@ -85,6 +87,7 @@ class _Tasks(Dataset[CheckedRows]):
         findings = self._checker.check_row(samples)
         checked.samples[place] = len(samples)
         checked.media[place] = sum(finding.media for finding in findings)
+        checked.unread_keys.update(key for finding in findings for key in finding.unread_keys)
         for member, (sample, finding) in enumerate(zip(samples, findings, strict=True)):
             for problem in finding.problems:
                 checked.problems.append(Problem(row, member, sample.origin, problem.category, problem.reason))

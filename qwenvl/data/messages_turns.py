@@ -1,0 +1,72 @@
+"""The keys of a turn besides who speaks and what is said: calls, thoughts, and whether it is trained."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qwenvl.data.tool_calls import parse_calls
+from qwenvl.data.types import Role
+from qwenvl.utilities.errors import SampleError
+
+TURN_EXTRAS: dict[str, type] = {"tool_calls": list, "reasoning_content": str, "name": str, "tool_call_id": str}
+TRAIN_KEYS = ("loss", "weight", "train", "loss_mask")
+"""Of ms-swift, OpenAI, axolotl and UI-TARS: whether an answer is trained."""
+
+_READ = frozenset(("from", "value", "role", "content", *TURN_EXTRAS, *TRAIN_KEYS))
+
+
+def read_extra(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Return the keys of a turn that chat templates know.
+
+    Raises:
+        SampleError: one is of another type (``bad_record``).
+    """
+    extra = {key: turn[key] for key in TURN_EXTRAS if turn.get(key) is not None}
+    for key, value in extra.items():
+        if not isinstance(value, TURN_EXTRAS[key]):
+            expected = "a list" if TURN_EXTRAS[key] is list else "a string"
+            raise SampleError("bad_record", f"turn {number}: {key!r} must be {expected}, not {type(value).__name__}.")
+    if not all(isinstance(call, Mapping) for call in extra.get("tool_calls", ())):
+        raise SampleError("bad_record", f"turn {number}: 'tool_calls' must be a list of objects.")
+    if "tool_calls" in extra:
+        extra["tool_calls"] = parse_calls(extra["tool_calls"])
+    return extra
+
+
+def read_trained(turn: Mapping[str, Any], role: Role, number: int) -> bool:
+    """Return whether a turn is trained, as far as it says so itself.
+
+    Raises:
+        SampleError: a value is neither true nor false, two contradict each other, or another turn than an answer is to
+            be trained (``bad_record``).
+    """
+    given = {key: _flag(key, turn[key], number) for key in TRAIN_KEYS if turn.get(key) is not None}
+    if len(set(given.values())) > 1:
+        raise SampleError("bad_record", f"turn {number}: {' and '.join(map(repr, given))} differ. Keep one of them.")
+    trained = next(iter(given.values()), True)
+    if given and trained and role != "assistant":
+        raise SampleError(
+            "bad_record",
+            f"turn {number} ({role}): {next(iter(given))!r} asks for training, but only assistant turns are trained. "
+            "Take it out.",
+        )
+    return trained
+
+
+def _flag(key: str, value: Any, number: int) -> bool:
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    weights = " Weights in between are not supported." if isinstance(value, float | int) else ""
+    raise SampleError(
+        "bad_record",
+        f"turn {number}: {key!r} must be true or 1 (trained), or false or 0 (not trained), not {reprlib.repr(value)}."
+        + weights,
+    )
+
+
+def unread_keys(turns: Iterable[Any]) -> tuple[str, ...]:
+    """Return the keys of turns that nothing reads, in alphabetical order; those that are null are none."""
+    found = {str(key) for turn in turns if isinstance(turn, Mapping) for key in turn if turn[key] is not None}
+    return tuple(sorted(found - _READ))

@@ -1,0 +1,164 @@
+"""Tools, tool calls and thoughts: that a chat template writes them, which those of older models do not.
+
+A template that knows nothing of ``tools`` and ``tool_calls`` leaves them out without a word, and the answer that is
+trained is empty. How a template writes a value (quoted, escaped, as XML) is its own affair; so the sample is rendered
+once more with a number in place of every name and value of its calls and every name of its tools, and all of these
+numbers must be there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qwenvl.data.types import Conversation, Message
+from qwenvl.utilities.errors import SampleError
+
+_WAY_OUT = (
+    "It would be neither seen nor learned, and a server would not write it either. Write it as text, in the form that "
+    "the model is to read and write (calls and thoughts into the answer, tools into the system turn); or put a chat "
+    "template that writes it into the checkpoint's folder."
+)
+
+
+def parse_calls(calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return tool calls with arguments as objects, as servers hand them to chat templates.
+
+    The protocol of OpenAI has the arguments of a call as a JSON string. What is no JSON object stays as it is; none at
+    all is an empty object.
+    """
+    return [_parse_call(call) for call in calls]
+
+
+def _parse_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function")
+    if isinstance(function, Mapping):
+        return {**call, "function": _parse_call(function)}
+    given = call.get("arguments")
+    if given is None or (isinstance(given, str) and not given.strip()):
+        return {**call, "arguments": {}} if call.get("name") is not None else call
+    try:
+        arguments = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+
+@dataclass(frozen=True, slots=True)
+class StandIns:
+    """A conversation in which numbers stand for names and values, to see which of them a template writes.
+
+    Args:
+        conversation: the conversation with stand-ins.
+        wanted: for each thing that must be written, what it is called in messages, and its stand-ins, one of which
+            must be there.
+    """
+
+    conversation: Conversation
+    wanted: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def require_written(self, rendered: str) -> None:
+        """Check a rendering of :attr:`conversation`.
+
+        Raises:
+            SampleError: the template leaves something out (``template``).
+        """
+        for what, numbers in self.wanted:
+            if not any(number in rendered for number in numbers):
+                raise SampleError("template", f"the checkpoint's chat template leaves out {what}. {_WAY_OUT}")
+
+
+def stand_ins(conversation: Conversation, rendered: str) -> StandIns:
+    """Return a conversation with stand-ins for its tools, its calls, and the thought of its last answer.
+
+    Of tools, the names; for thoughts of earlier answers it is right that templates leave them out.
+
+    Args:
+        conversation: the sample.
+        rendered: its rendering, in which no stand-in stands.
+
+    Raises:
+        SampleError: a call has no name, or values are nested too deeply (``bad_record``).
+    """
+    numbers = _Numbers(rendered)
+    try:
+        tools = tuple(numbers.tool(tool) for tool in conversation.tools)
+        messages = [
+            _with_calls(message, place, numbers) for place, message in enumerate(conversation.messages, start=1)
+        ]
+    except RecursionError as error:
+        raise SampleError("bad_record", "a tool or tool call is nested too deeply to be read.") from error
+    if messages and messages[-1].role == "assistant" and messages[-1].extra.get("reasoning_content"):
+        thought = numbers.of("the thought ('reasoning_content') of the last answer")
+        messages[-1] = replace(messages[-1], extra={**messages[-1].extra, "reasoning_content": thought})
+    return StandIns(replace(conversation, messages=tuple(messages), tools=tools), tuple(numbers.wanted))
+
+
+def _with_calls(message: Message, place: int, numbers: _Numbers) -> Message:
+    calls = message.extra.get("tool_calls")
+    if not calls:
+        return message
+    return replace(message, extra={**message.extra, "tool_calls": [numbers.call(call, place) for call in calls]})
+
+
+class _Numbers:
+    """Gives out stand-ins: numbers of twelve digits, the first of which stand nowhere in a text."""
+
+    def __init__(self, text: str) -> None:
+        self.wanted: list[tuple[str, tuple[str, ...]]] = []
+        stem = next(stem for stem in itertools.count(719_000) if str(stem) not in text)
+        self._numbers = itertools.count(stem * 1_000_000)
+
+    def of(self, what: str) -> str:
+        """Return a stand-in that must be written for something."""
+        number = str(next(self._numbers))
+        self.wanted.append((what, (number,)))
+        return number
+
+    def tool(self, tool: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a tool with a stand-in for its name; one without a name has them for all its texts."""
+        function = tool.get("function")
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+            return {**tool, "function": self.tool(function)}
+        if isinstance(tool.get("name"), str):
+            return {**tool, "name": self.of(f"the tool {tool['name'][:80]!r}")}
+        texts: list[str] = []
+        changed: Mapping[str, Any] = self._texts(tool, texts)
+        self.wanted += [("a tool that has no 'name'", tuple(texts))] if texts else []
+        return changed
+
+    def call(self, call: Mapping[str, Any], place: int) -> Mapping[str, Any]:
+        """Return a call with stand-ins for its name and its arguments, down to the innermost."""
+        function = call.get("function")
+        if isinstance(function, Mapping):
+            return {**call, "function": self.call(function, place)}
+        name = call.get("name")
+        if not isinstance(name, str) or not name:
+            raise SampleError("bad_record", f"turn {place}: a tool call needs the 'name' of its function.")
+        where = f"the tool call of {name[:80]!r} in turn {place}"
+        changed = {**call, "name": self.of(where)}
+        if "arguments" in call:
+            changed["arguments"] = self._value(call["arguments"], f"an argument of {where}")
+        return changed
+
+    def _value(self, value: Any, what: str) -> Any:
+        if isinstance(value, Mapping):
+            return {self.of(what): self._value(item, what) for item in value.values()}
+        if isinstance(value, list | tuple):
+            return [self._value(item, what) for item in value]
+        if isinstance(value, bool) or value is None:
+            return value
+        return type(value)(self.of(what)) if isinstance(value, int | float) else self.of(what)
+
+    def _texts(self, value: Any, texts: list[str]) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self._texts(item, texts) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._texts(item, texts) for item in value]
+        if not isinstance(value, str):
+            return value
+        texts.append(str(next(self._numbers)))
+        return texts[-1]
