@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from qwenvl.utilities.families import FAMILIES
+from qwenvl.utilities.permissions import follow_umask
 from tools.tiny.processor import TEMPLATES, Template, build_processor, default_template
 from tools.tiny.shapes import Size, build_config
 from tools.tiny.tokenizer import build_tokenizer
@@ -57,6 +58,7 @@ def build_tiny_checkpoint(
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
     build_processor(family, tokenizer, template or default_template(family)).save_pretrained(output)
+    follow_umask(output)
 
 
 def _strengthen_positions(model: PreTrainedModel) -> None:

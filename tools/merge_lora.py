@@ -31,6 +31,7 @@ from qwenvl.models.merging import TOLERANCE, distance, logits_of, merge, open_ad
 from qwenvl.models.precision import read_dtype
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
+from qwenvl.utilities.permissions import follow_umask
 
 logger = logging.getLogger("qwenvl.merge_lora")
 
@@ -108,6 +109,7 @@ def save(model: PreTrainedModel, processor: Any, arguments: MergeArguments) -> N
     for name in RECORDS:
         if (file := Path(arguments.adapter) / name).is_file():
             shutil.copy2(file, arguments.output)
+    follow_umask(Path(arguments.output))
 
 
 def check(model: PreTrainedModel, processor: Any, output: Path, device: str) -> None:

@@ -33,6 +33,7 @@ from qwenvl.lab.processor import END, MEDIA_TOKENS, START, LabProcessor, with_pi
 from qwenvl.lab.registration import register
 from qwenvl.models.vocabulary import make_room
 from qwenvl.utilities.errors import UserError
+from qwenvl.utilities.permissions import follow_umask
 
 _LISTED = 4
 
@@ -104,6 +105,7 @@ def build_lab(
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
     _processor(model.config.vision_config, part, tokenizer).save_pretrained(output)
+    follow_umask(output)
 
 
 def _config(part: _Encoder, text: Any, tokenizer: Any, settings: ConnectorSettings) -> LabConfig:

@@ -22,6 +22,7 @@ from qwenvl.train.describing import find_versions
 from qwenvl.train.weight_files import remove_older_weights
 from qwenvl.utilities.distributed import rank, wait_for_all
 from qwenvl.utilities.errors import UserError
+from qwenvl.utilities.permissions import follow_umask
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,7 @@ def published(output_dir: str, name: str | None, *, writes: bool) -> Iterator[Pa
         yield draft
         wait_for_all()
         if writes:
+            follow_umask(draft)
             _move(draft, place, whole=name is not None)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         free = shutil.disk_usage(output_dir).free

@@ -24,6 +24,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from qwenvl.utilities.permissions import follow_umask
 from tools.tiny.processor import CLIP_STATISTICS, HALF_STATISTICS
 from tools.tiny.shapes import VOCABULARY_MULTIPLE, Size
 from tools.tiny.tokenizer import build_tokenizer
@@ -50,6 +51,7 @@ def build_part(part: Part, output: Path, *, size: Size = "tiny", seed: int = 0) 
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
     processor.save_pretrained(output)
+    follow_umask(output)
 
 
 def read_text_template() -> str:
