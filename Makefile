@@ -22,5 +22,5 @@ format: ## format the code and fix what ruff can fix
 	@$(RUN) ruff check --fix . && ruff format .
 
 clean: ## remove caches and build leftovers; .venv and outputs stay
-	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

@@ -59,7 +59,7 @@ def add_adapters(model: PreTrainedModel, settings: AdapterSettings) -> list[str]
     Raises:
         UserError: the target matches no layer, or one that cannot have an adapter, or one that trains whole already.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     layers = targeted_layers(model, settings.target)
     whole = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -72,7 +72,10 @@ def add_adapters(model: PreTrainedModel, settings: AdapterSettings) -> list[str]
         use_rslora=settings.use_rslora,
         target_modules=name_pattern(layers, [name for name, _ in model.named_modules()]),
     )
-    model.add_adapter(config)  # freezes everything else
+    inject_adapter_in_model(config, model)  # freezes everything else
+    # `model.add_adapter` does no more, but refuses a PEFT that is older than the one transformers names, and 5.24 names
+    # one that is not published. The mark lets a quantized base train.
+    model._hf_peft_config_loaded = True
     for parameter in whole:
         parameter.requires_grad_(True)
     return layers
