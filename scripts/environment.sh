@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
 # The virtual environment that demo.sh and test.sh share.
 #
-#   bash scripts/environment.sh [dev]                    make it: what requirements.txt names, with "dev" the tools of the tests too
-#   source scripts/environment.sh; use_environment [dev] make it, and put its programs first on PATH
+#   bash scripts/environment.sh [KIND]                    make it
+#   source scripts/environment.sh; use_environment [KIND] make it, and put its programs first on PATH
+#
+# KIND: nothing  what requirements.txt names
+#       dev      the tools of the tests too
+#       oldest   as dev, requirements.txt at its lower bounds, with the oldest Python that is found
+#       newest   as dev, the newest releases within the ranges, with the newest Python that is found
 #
 # VENV=PATH     use that folder in place of .venv in the repository; one that exists is added to, never cleared
 # PYTHON=PATH   make it with that Python (3.10 or newer)
@@ -19,21 +24,27 @@ _fail() {
     exit 1
 }
 
-# Version managers leave a python3.x on PATH that only prints an error, so each candidate is run, not just found.
-_is_recent_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+# Prints the path of a Python that is recent enough. Version managers leave a python3.x on PATH that only prints an error,
+# so each candidate is run, not just found; pyenv's runs when it is told its version.
+_recent_python() {
+    local version="${1#python}"
+    [[ "$version" != 3.* ]] || local -x PYENV_VERSION="$version"
+    "$1" -c 'import sys; sys.exit(print(sys.executable) if sys.version_info >= (3, 10) else 1)' 2>/dev/null
+}
 
 _find_python() {
-    local candidate
+    local candidate candidates
+    case "${1:-}" in
+        oldest) candidates=(python3.1{0..3} python3 python) ;;
+        newest) candidates=(python3.1{3..0} python3 python) ;;
+        *) candidates=(python3 python3.1{3..0} python) ;;
+    esac
     if [[ -n "${PYTHON:-}" ]]; then
-        _is_recent_python "$PYTHON" || _fail "PYTHON=$PYTHON is not a Python 3.10 or newer that runs."
-        printf '%s\n' "$PYTHON"
+        _recent_python "$PYTHON" || _fail "PYTHON=$PYTHON is not a Python 3.10 or newer that runs."
         return
     fi
-    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
-        if _is_recent_python "$candidate"; then
-            printf '%s\n' "$candidate"
-            return
-        fi
+    for candidate in "${candidates[@]}"; do
+        ! _recent_python "$candidate" || return 0
     done
     _fail "no Python 3.10 or newer found. Install one (sudo apt install python3 python3-venv), or name it: PYTHON=/path/to/python3"
 }
@@ -45,7 +56,7 @@ _make_venv() {
     if [[ -e "$venv" && ! -f "$venv/pyvenv.cfg" && -n "$(ls -A "$venv")" ]]; then
         _fail "$venv exists and is not a virtual environment. Choose another folder with VENV=PATH."
     fi
-    python="$(_find_python)" || exit 1
+    python="$(_find_python "${2:-}")" || exit 1
     # Debian and Ubuntu ship these two modules in a package of their own.
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         _fail "$("$python" --version) has no venv module. Install it: sudo apt install python3-venv"
@@ -99,16 +110,19 @@ _install() {
 
 _digest() { cat "$@" | cksum; }
 
-# make_environment VENV [dev], in a subshell: an error ends the subshell, and the caller sees its status.
+# The lower bounds of requirements.txt as pip's constraints: "name>=1.2,<2; marker" becomes "name==1.2; marker".
+oldest_versions() { sed -nE 's/^([A-Za-z0-9_.-]+)>=([^,;]+),<[^,;]+/\1==\2/p' "$ENVIRONMENT_ROOT/requirements.txt"; }
+
+# _make_environment VENV [KIND], in a subshell: an error ends the subshell, and the caller sees its status.
 _make_environment() (
     set -euo pipefail
-    venv="$1"
+    venv="$1" kind="${2:-}" options=()
     runtime="$ENVIRONMENT_ROOT/requirements.txt"
     dev="$ENVIRONMENT_ROOT/requirements-dev.txt"
-    case "${2:-}" in
+    case "$kind" in
         "") files=("$runtime") stamp="$venv/.stamp-runtime" ;;
-        dev) files=("$runtime" "$dev") stamp="$venv/.stamp-dev" ;;
-        *) _fail "unknown option '$2': the only one is dev." ;;
+        dev | oldest | newest) files=("$runtime" "$dev") stamp="$venv/.stamp-$kind" ;;
+        *) _fail "unknown kind '$kind': dev, oldest, newest or nothing." ;;
     esac
     is_current() { [[ -f "$stamp" && "$(cat "$stamp")" == "$(_digest "${files[@]}")" ]] && "$venv/bin/python" -c ""; }
     ! is_current || exit 0
@@ -118,11 +132,14 @@ _make_environment() (
         flock -n 9 || { _say "waiting for another run that is making $venv" && flock 9; }
         ! is_current || exit 0
     fi
-    _works "$venv" || _make_venv "$venv"
+    _works "$venv" || _make_venv "$venv" "$kind"
     rm -f "$venv"/.stamp-*
-    requirements=()
-    for file in "${files[@]}"; do requirements+=(-r "$file"); done
-    _install "$venv" "${requirements[@]}"
+    for file in "${files[@]}"; do options+=(-r "$file"); done
+    case "$kind" in
+        oldest) oldest_versions >"$venv/oldest.txt" && options+=(-c "$venv/oldest.txt") ;;
+        newest) options+=(--upgrade) ;;
+    esac
+    _install "$venv" "${options[@]}"
     _digest "$runtime" >"$venv/.stamp-runtime"
     _digest "${files[@]}" >"$stamp"
 )
