@@ -31,7 +31,10 @@ def read_extra(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
     if not all(isinstance(call, Mapping) for call in extra.get("tool_calls", ())):
         raise SampleError("bad_record", f"turn {number}: 'tool_calls' must be a list of objects.")
     if "tool_calls" in extra:
-        extra["tool_calls"] = parse_calls(extra["tool_calls"])
+        try:
+            extra["tool_calls"] = parse_calls(extra["tool_calls"])
+        except SampleError as error:
+            raise SampleError(error.category, f"turn {number}: {error.reason}") from error
     return extra
 
 

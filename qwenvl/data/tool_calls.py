@@ -29,6 +29,9 @@ def parse_calls(calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
     The protocol of OpenAI has the arguments of a call as a JSON string. What is no JSON object stays as it is; none at
     all is an empty object.
+
+    Raises:
+        SampleError: a call has no name (``bad_record``).
     """
     return [_parse_call(call) for call in calls]
 
@@ -37,9 +40,11 @@ def _parse_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
     function = call.get("function")
     if isinstance(function, Mapping):
         return {**call, "function": _parse_call(function)}
+    if not isinstance(call.get("name"), str) or not call["name"]:
+        raise SampleError("bad_record", "a tool call needs the 'name' of its function.")
     given = call.get("arguments")
     if given is None or (isinstance(given, str) and not given.strip()):
-        return {**call, "arguments": {}} if call.get("name") is not None else call
+        return {**call, "arguments": {}}
     try:
         arguments = json.loads(given) if isinstance(given, str) else given
     except ValueError:
@@ -81,14 +86,12 @@ def stand_ins(conversation: Conversation, rendered: str) -> StandIns:
         rendered: its rendering, in which no stand-in stands.
 
     Raises:
-        SampleError: a call has no name, or values are nested too deeply (``bad_record``).
+        SampleError: values are nested too deeply (``bad_record``).
     """
     numbers = _Numbers(rendered)
     try:
         tools = tuple(numbers.tool(tool) for tool in conversation.tools)
-        messages = [
-            _with_calls(message, place, numbers) for place, message in enumerate(conversation.messages, start=1)
-        ]
+        messages = [_with_calls(message, numbers) for message in conversation.messages]
     except RecursionError as error:
         raise SampleError("bad_record", "a tool or tool call is nested too deeply to be read.") from error
     if messages and messages[-1].role == "assistant" and messages[-1].extra.get("reasoning_content"):
@@ -97,11 +100,11 @@ def stand_ins(conversation: Conversation, rendered: str) -> StandIns:
     return StandIns(replace(conversation, messages=tuple(messages), tools=tools), tuple(numbers.wanted))
 
 
-def _with_calls(message: Message, place: int, numbers: _Numbers) -> Message:
+def _with_calls(message: Message, numbers: _Numbers) -> Message:
     calls = message.extra.get("tool_calls")
     if not calls:
         return message
-    return replace(message, extra={**message.extra, "tool_calls": [numbers.call(call, place) for call in calls]})
+    return replace(message, extra={**message.extra, "tool_calls": [numbers.call(call) for call in calls]})
 
 
 class _Numbers:
@@ -130,15 +133,12 @@ class _Numbers:
         self.wanted += [("a tool that has no 'name'", tuple(texts))] if texts else []
         return changed
 
-    def call(self, call: Mapping[str, Any], place: int) -> Mapping[str, Any]:
+    def call(self, call: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a call with stand-ins for its name and its arguments, down to the innermost."""
         function = call.get("function")
         if isinstance(function, Mapping):
-            return {**call, "function": self.call(function, place)}
-        name = call.get("name")
-        if not isinstance(name, str) or not name:
-            raise SampleError("bad_record", f"turn {place}: a tool call needs the 'name' of its function.")
-        where = f"the tool call of {name[:80]!r} in turn {place}"
+            return {**call, "function": self.call(function)}
+        where = f"the tool call of {str(call.get('name'))[:80]!r}"
         changed = {**call, "name": self.of(where)}
         if "arguments" in call:
             changed["arguments"] = self._value(call["arguments"], f"an argument of {where}")

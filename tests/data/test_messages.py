@@ -107,7 +107,7 @@ def test_a_system_field_that_repeats_the_system_turn_is_not_doubled() -> None:
         {"conversations": [ANSWER], "system": "<|image_pad|>"},
         {"conversations": [ANSWER], "tools": [{"name": "<|image_pad|>"}]},
         {"conversations": [ANSWER], "tools": '[{"<|image_pad|>": 1}]'},
-        {"conversations": [{**ANSWER, "tool_calls": [{"arguments": {"x": ["<|image_pad|>"]}}]}]},
+        {"conversations": [{**ANSWER, "tool_calls": [{"name": "f", "arguments": {"x": ["<|image_pad|>"]}}]}]},
         {"conversations": [{**ANSWER, "reasoning_content": "<|image_pad|>"}]},
     ],
 )
