@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenvl.data.registry import DEFAULT_REGISTRY, Registry, load_registry, parse_dataset_use
+from qwenvl.data.sampling import sample_rows
 from qwenvl.data.types import DatasetSpec, HuggingFaceDataset
 from qwenvl.utilities.errors import UserError
 
@@ -140,6 +141,46 @@ def test_a_name_given_twice_adds_up(parts: list[tuple[str, float]]) -> None:
     registry = {"x": {"annotation_path": __file__, "data_path": ""}}
     specs = parse_dataset_use(",".join("x" + suffix for suffix, _ in parts), registry)
     assert [spec.sampling_percent for spec in specs] == [pytest.approx(sum(percent for _, percent in parts))]
+
+
+def test_percents_of_a_name_add_up_exactly() -> None:
+    """As floats, 7.6 + 92.1 is below 99.7, and 9,969 of 10,000 rows would be used."""
+    registry = {"x": {"annotation_path": __file__, "data_path": ""}}
+    for use, rows in (
+        ("x%7.6,x%92.1", 9970),
+        ("x%0.1,x%0.2", 30),
+        ("x%33.3,x%33.3,x%33.4", 10_000),
+        ("x, x %.5", 10_050),
+    ):
+        (spec,) = parse_dataset_use(use, registry)
+        assert len(sample_rows(10_000, spec.sampling_percent, "x", 0)) == rows, use
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_file_is_used_once_however_often_it_is_named(
+    tmp_path: Path, order: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("{}")
+    os.symlink(tmp_path / "b.jsonl", tmp_path / "link")
+    written = [str(tmp_path / "*.jsonl"), str(tmp_path / "a.jsonl"), f"{tmp_path}/./link"][::order]
+    (spec,) = parse_dataset_use("x", {"x": {"annotation_path": written, "data_path": ""}})
+    assert {os.path.realpath(path) for path in spec.annotation_paths} == {
+        str(tmp_path / "a.jsonl"),
+        str(tmp_path / "b.jsonl"),
+    }
+    assert len(spec.annotation_paths) == 2
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "a.jsonl" in said and "more than once. It is used once; NAME%200 uses a dataset twice." in said
+
+
+def test_files_that_are_named_once_are_used_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / name).write_text("{}")
+    written = [str(tmp_path / "b.jsonl"), str(tmp_path / "a*.jsonl")]
+    (spec,) = parse_dataset_use("x", {"x": {"annotation_path": written, "data_path": ""}})
+    assert spec.annotation_paths == (str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl"))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("percent", ["", "0", "0.0", "-5", "abc", "nan", "inf", "5%5", "1e2", "1_0", "٣"])

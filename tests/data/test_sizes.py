@@ -162,6 +162,23 @@ def test_item_limits_override_those_of_the_run() -> None:
         plan_image(ImageItem("x", min_pixels=10**6, max_pixels=10**5), (640, 640), settings)
 
 
+def test_where_the_stock_processor_asks_for_a_frame_past_the_end_the_others_are_used() -> None:
+    """float32 rounds 191 / 60 down, so that its steps reach 191. It fails there; nobody serves an odd number."""
+    metadata, limits = VideoMetadata(total_num_frames=191, fps=25), {"min_frames": 2, "max_frames": 768}
+    stock = Qwen2VLVideoProcessor().sample_frames(metadata, fps=8, **limits).tolist()
+    assert len(stock) == 61 and stock[-1] == 191
+    with pytest.raises(IndexError):
+        Qwen2VLVideoProcessor()(
+            videos=[np.zeros((191, 3, 56, 56), np.uint8)],
+            video_metadata=[metadata],
+            fps=8,
+            **limits,
+            do_sample_frames=True,
+        )
+    settings = settings_for("qwen2_vl", video_fps=8, video_min_frames=2, video_max_frames=768)
+    assert sample_frames(VideoItem("x"), 191, 25, settings).tolist() == stock[:60]
+
+
 def test_frames_given_as_pictures_are_used_as_they_are() -> None:
     settings = settings_for("qwen3_vl")
     item = VideoItem(("a", "b", "c"), fps=1.0)

@@ -145,6 +145,23 @@ def test_thinking_that_does_not_fit_is_said_once_and_counted(place: Place, capsy
     ]
 
 
+def test_keys_of_turns_that_nothing_reads_are_named_once(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """In training, in the dry run, and by check_image; keys that are read, or null, are none of them."""
+    turns = [
+        {"from": "human", "value": "Hi", "mood": "calm", "loss": None},
+        {"from": "gpt", "value": "Hello.", "loss": True, "score": 3, "note": None},
+    ]
+    place.write(*[{"id": str(n), "conversations": turns} for n in range(3)], GOOD)
+    assert main(place.flags(max_steps=4)) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "which nothing reads" in line]
+    texts = [line.partition("warning: ")[2] for line in said]
+    during = [f"dataset 'set': turns have {key!r}, which nothing reads." for key in ("mood", "score")]
+    assert texts == during + [text.replace("dataset", "Dataset") for text in during]
+    assert main([*place.flags(max_steps=4), "--dry_run", "True"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "which nothing reads" in line]
+    assert [line.partition("warning: ")[2] for line in said] == during
+
+
 def test_two_ranks_leave_out_what_either_finds(place: Place) -> None:
     """Over two epochs each bad sample is met by both ranks; it is still one line, and nobody waits for nobody."""
     place.write(GOOD, BAD, OTHER, {**BAD, "id": "bad-8"}, TEXT)
