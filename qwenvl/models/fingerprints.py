@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qwenvl.models.adapter_files import saved_names
 from qwenvl.models.adapters import has_adapters
 from qwenvl.models.shared_out import gathered, is_shared_out
+from qwenvl.models.token_rows import row_layers
 from qwenvl.utilities.distributed import is_main_process
 
 Fingerprints = dict[str, dict[str, int]]
@@ -47,10 +48,11 @@ def trained_fingerprints(model: Any, save_dtype: str, opened_dtype: torch.dtype)
         nothing on others.
     """
     renamed = {id(value): name for name, value in saved_names(model).items()} if has_adapters(model) else {}
+    replaced = {id(layer.weight): layer.row_ids for _, layer in row_layers(model)}
     found: Fingerprints = {}
     for own_name, parameter in model.named_parameters():
         if is_main_process() or is_shared_out(parameter):
-            tensor = gathered(parameter)
+            tensor = _without_rows(gathered(parameter), replaced.get(id(parameter), ()))
             if is_main_process():
                 saved = parameter.requires_grad or not renamed
                 dtypes = {_saved_dtype(tensor, save_dtype if saved else "auto")}
@@ -75,9 +77,21 @@ def opened_tensors(model: Any) -> dict[str, Tensor]:
         return dict(model.named_parameters(remove_duplicate=False))
     from peft import get_peft_model_state_dict
 
-    base = model.get_base_model().named_parameters(remove_duplicate=False)
-    frozen = {name.replace(".token_adapter.base_layer.", "."): value for name, value in base}
+    base = model.get_base_model()
+    frozen = {
+        name.replace(".token_adapter.base_layer.", "."): value
+        for name, value in base.named_parameters(remove_duplicate=False)
+    }
+    for name, module in base.named_modules():
+        if hasattr(module, "token_adapter"):
+            ids = module.token_adapter.token_indices["default"]
+            frozen[f"{name}.weight"] = _without_rows(frozen[f"{name}.weight"], ids)
     return frozen | get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def _without_rows(weight: Tensor, ids: Sequence[int]) -> Tensor:
+    """Return a vocabulary's weight with zeros for added tokens: their rows are in tensors of their own."""
+    return weight.detach().index_fill(0, torch.tensor(ids, device=weight.device), 0) if ids else weight
 
 
 def differing(expected: Mapping[str, Mapping[str, int]], found: Mapping[str, Tensor]) -> list[str]:
