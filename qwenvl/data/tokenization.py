@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -191,16 +191,18 @@ class Tokenizer:
         pieces.append((self._write_frames(rendering.text[cursor:], videos), False))
         return [(text, trained) for text, trained in pieces if text]
 
-    def _write_frames(self, text: str, videos: Iterable[VideoPlan]) -> str:
+    def _write_frames(self, text: str, videos: Iterator[VideoPlan]) -> str:
         """Replace each video's placeholder by its frames: timestamp, start, placeholder, end (``frames`` layout)."""
         if self._settings.family.video_layout == "clip":
             return text
         frame = self._vision.start + self._vision.video + self._vision.end
         pieces = text.split(frame)
-        # zip stops at the shorter: a placeholder without a video is found by the count that follows tokenization
         written = [pieces[0]]
-        for piece, plan in zip(pieces[1:], videos, strict=False):
-            written += ["".join(f"<{seconds:.1f} seconds>{frame}" for seconds in plan.timestamps), piece]
+        for piece in pieces[1:]:
+            plan = next(videos, None)
+            # A placeholder without a video stays as it is: the count that follows tokenization finds it.
+            written += [frame] if plan is None else [f"<{seconds:.1f} seconds>{frame}" for seconds in plan.timestamps]
+            written.append(piece)
         return "".join(written)
 
     def _blocks(self, plan: MediaPlan) -> list[tuple[tuple[int, int, int], float]]:

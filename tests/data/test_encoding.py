@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from qwenvl.arguments import DataArguments
 from qwenvl.data.processor import build_encoder
 from qwenvl.data.sizes import VideoPlan
 from qwenvl.data.types import Origin, Sample
+from qwenvl.utilities.errors import SampleError
 from qwenvl.utilities.families import FAMILIES, get_family
 from tests.patches import patches_of
 
@@ -70,3 +72,23 @@ def test_two_videos_and_a_picture_stand_where_the_stock_model_puts_them(
     assert [len(medium.frames) for medium in encoded.media] == [8, 1, 8]
     assert [medium.grid for medium in encoded.media] == [media.grid for media in plan.media]
     assert len(patches_of(encoded, checkpoint)) == 4 * int(plan.tokens.vision_mask.sum())
+
+
+def test_a_sample_may_take_every_position_of_the_model_and_no_more(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Positions are numbered from 0. A picture takes fewer of them than it has tokens."""
+    Image.new("RGB", (320, 320)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Yes."}]
+    sample = Sample(Origin("d", "f", 1), {"image": "a.png", "conversations": turns}, str(tmp_path))
+    checkpoint = tiny_checkpoint("qwen3_vl")
+    config, processor = AutoConfig.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    encoder = build_encoder(processor, config, get_family("qwen3_vl"), DataArguments(dataset_use="d"), 4096)
+    tokens = encoder.plan(sample).tokens
+    taken = int(tokens.position_ids[1:].max()) + 1
+    assert taken == len(tokens) - 10 * 10 + 10
+    assert len(replace(encoder, max_positions=taken).plan(sample).tokens) == len(tokens)
+    with pytest.raises(SampleError, match=f"takes {taken} positions, but the model is made for {taken - 1} ") as caught:
+        replace(encoder, max_positions=taken - 1).plan(sample)
+    assert caught.value.category == "beyond_context"
+    assert str(caught.value.origin) in str(caught.value)

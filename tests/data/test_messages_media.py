@@ -54,6 +54,8 @@ def test_forms_of_an_image(value: Any, item: ImageItem) -> None:
          VideoItem("v.mp4", nframes=8, video_start=0.0, video_end=2.5)),
         ({"video": "v.mp4", "fps": 1.5, "min_frames": 4, "max_frames": 8, "min_pixels": 1, "max_pixels": 9},
          VideoItem("v.mp4", fps=1.5, min_frames=4, max_frames=8, min_pixels=1, max_pixels=9)),
+        ({"video": "v.mp4", "min_frames": 4, "max_frames": 4, "min_pixels": 9, "max_pixels": 9},
+         VideoItem("v.mp4", min_frames=4, max_frames=4, min_pixels=9, max_pixels=9)),
     ],
 )  # fmt: skip
 def test_forms_of_a_video(value: Any, item: VideoItem) -> None:
@@ -61,6 +63,25 @@ def test_forms_of_a_video(value: Any, item: VideoItem) -> None:
     if isinstance(value, dict):
         assert ask([{"type": "video", **value}]).parts == (item,)
         assert ask("<video>", videos=[value]).parts == (item,)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"min_pixels": 10, "max_pixels": 9}, "'min_pixels' 10 is above 'max_pixels' 9"),
+        ({"min_frames": 5, "max_frames": 4}, "'min_frames' 5 is above 'max_frames' 4"),
+        ({"video_start": 2, "video_end": 1}, "'video_start' 2.0 is above 'video_end' 1.0"),
+        ({"fps": 1, "nframes": 4}, "'fps' and 'nframes', which contradict each other"),
+        ({"fps": 0}, "'fps' must be a number above 0, not 0"),
+        ({"fps": True}, "'fps' must be a number above 0, not True"),
+        ({"nframes": 2.5}, "'nframes' must be a whole number above 0, not 2.5"),
+        ({"nframes": 2**53}, "'nframes' must be a whole number above 0"),
+        ({"video_start": -1}, "'video_start' must be seconds from the start, 0 or more, not -1"),
+        ({"min_pixel": 9}, "'min_pixel' is not a setting of videos"),
+    ],
+)
+def test_settings_that_contradict_or_cannot_be_are_refused(limits: dict[str, Any], said: str) -> None:
+    assert said in reason_of_question("<video>", "bad_record", video={"video": "v.mp4", **limits})
 
 
 def test_an_empty_picture_is_said_to_be_empty() -> None:

@@ -41,6 +41,13 @@ def test_worked_example() -> None:
     ]
 
 
+def test_time_is_counted_in_float32_as_transformers_counts_it() -> None:
+    """45 x 1.4 is 63 there; in float64 it is 62.99..., which would be cut to 62."""
+    rows = position_ids(46, [VisionSpan(0, (46, 1, 1), 1.4)])
+    assert rows[1].tolist() == (torch.arange(46) * 1.4).long().tolist()
+    assert int(rows[1, 45]) == 63
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())

@@ -75,3 +75,15 @@ def test_a_template_that_does_not_look_into_texts_renders_a_form_once(
         rendering = template.render(Conversation(turns))
         assert [rendering.text[start:stop] for start, stop in rendering.spans] == [f"{number} \n<|im_end|>\n"]
     assert len(calls) == 1
+
+
+def test_the_marker_of_a_turn_leaves_its_tool_response_one(tiny_checkpoint: Callable[..., Path]) -> None:
+    """This template takes a user's turn that ends with the tag for a tool's, and keeps the thoughts before it."""
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint("qwen3_vl", "thinking"))
+    first, second = "<think>\nlook\n</think>\n\nA", "<think>\nso\n</think>\n\nB"
+    for response in ("<tool_response>\nx\n</tool_response>", "<tool_response>\nx\n</tool_response>\n"):
+        texts = [("user", "Q"), ("assistant", first), ("user", response.strip()), ("assistant", second)]
+        conversation = Conversation(tuple(Message(role, (TextPart(text),)) for role, text in texts))  # type: ignore[arg-type]
+        rendering = ByMarkers(processor).render(conversation)
+        trained = [rendering.text[start:stop] for start, stop in rendering.spans]
+        assert trained == [f"{first}<|im_end|>\n", f"{second}<|im_end|>\n"]

@@ -59,6 +59,9 @@ def test_fit_equals_smart_resize_of_images(height: int, width: int, factor: int,
 
 
 @given(SIDES, SIDES, st.integers(2, 64), st.integers(1, 10**6), st.integers(0, 10**8))
+@example(height=64, width=64, frames=5, low=1, extra=4 * 64 * 64 - 1)  # 5 frames count as 4, and fit as they are
+@example(height=64, width=64, frames=7, low=1, extra=7 * 64 * 64)  # 7 frames count as 8, and do not
+@example(height=320, width=33, frames=5, low=4 * 320 * 32 + 1, extra=10**8)  # 4 are too few pixels, 5 would do
 def test_video_size_equals_smart_resize_of_qwen3(height: int, width: int, frames: int, low: int, extra: int) -> None:
     settings = settings_for(
         "qwen3_vl", video_min_pixels=low, video_max_pixels=low + extra, video_min_frames=frames, video_max_frames=frames
@@ -147,6 +150,16 @@ def test_extreme_ratio_is_a_sample_error() -> None:
     assert caught.value.category == "extreme_ratio"
 
 
+@pytest.mark.parametrize("size", [(10, 2000), (2000, 10)])
+def test_the_most_extreme_ratio_is_taken_as_the_stock_processor_takes_it(size: tuple[int, int]) -> None:
+    settings = settings_for("qwen3_vl")
+    expected = image_smart_resize(*size, 32, settings.image_min_pixels, settings.image_max_pixels)
+    assert plan_image(ImageItem("x"), size, settings).resized == expected
+    longer = (size[0] + (size[0] > 10), size[1] + (size[1] > 10))
+    with pytest.raises(SampleError, match=r"2001 .*one side is more than 200 times|x 2001 .*more than 200 times"):
+        plan_image(ImageItem("x"), longer, settings)
+
+
 def test_one_frame_is_a_sample_error() -> None:
     with pytest.raises(SampleError, match="1 frame"):
         plan_video(VideoItem("x"), Facts(1, 25.0), settings_for("qwen3_vl"))
@@ -177,6 +190,18 @@ def test_where_the_stock_processor_asks_for_a_frame_past_the_end_the_others_are_
         )
     settings = settings_for("qwen2_vl", video_fps=8, video_min_frames=2, video_max_frames=768)
     assert sample_frames(VideoItem("x"), 191, 25, settings).tolist() == stock[:60]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl"])
+def test_seconds_of_a_patch_are_those_of_its_frames_in_the_source(model_type: str) -> None:
+    """Sixteen frames at 4 a second, from the second one on: every fourth is taken, so one a second."""
+    settings = settings_for(model_type, video_fps=1.0, video_min_frames=2)
+    item = VideoItem("x", video_start=1.0)
+    plan = plan_video(item, Facts(20, 4.0), settings)
+    indices = {"qwen2_vl": [4, 8, 12, 16], "qwen3_vl": [4, 9, 14, 19]}[model_type]
+    assert plan.indices.tolist() == indices
+    assert plan.timestamps == ((indices[0] + indices[1]) / 8, (indices[2] + indices[3]) / 8)
+    assert plan.sampled_fps == 1.0
 
 
 def test_frames_given_as_pictures_are_used_as_they_are() -> None:
