@@ -53,10 +53,15 @@ class Listed:
 
 
 def table_of(
-    records: Sequence[Any], folder: Path, rows: Sequence[int] | None = None, name: str = "d", **options: Any
+    records: Sequence[Any],
+    folder: Path,
+    rows: Sequence[int] | None = None,
+    name: str = "d",
+    percent: float = 100,
+    **options: Any,
 ) -> SampledTable:
     """Return a dataset of ``records``, of which ``rows`` are used: all, unless given."""
-    spec = DatasetSpec(name, (Listed.path,), str(folder), options=options)
+    spec = DatasetSpec(name, (Listed.path,), str(folder), percent, options=options)
     used = np.arange(len(records)) if rows is None else np.array(rows)
     return SampledTable(AnnotationTable(spec, (Listed(records),)), used)
 

@@ -57,6 +57,7 @@ ORDERLESS = {
     "minimum",
     "maximum",
 }
+GUARDS = {"strict"}  # keywords that only find what cannot happen, as an assertion does
 # Read by people or by type checkers: what they say is not what this looks for.
 UNREAD = (ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr, ast.Global, ast.Nonlocal)
 UNREAD_FIELDS = {"annotation", "returns", "decorator_list", "bases", "type_params"}
@@ -130,6 +131,8 @@ def _walk(owner: ast.AST, statement: ast.stmt | None, function: str) -> Iterator
             yield from _mutant(kind, owner, field, changed, statement, function, owner, None)
         for place, child in enumerate(children):
             if not isinstance(child, ast.AST) or isinstance(child, UNREAD) or _is_docstring(child):
+                continue
+            if isinstance(child, ast.keyword) and child.arg in GUARDS:
                 continue
             inner = child if isinstance(child, ast.stmt) else statement
             name = f"{function}.{child.name}".lstrip(".") if isinstance(child, _NAMED) else function
@@ -211,7 +214,7 @@ def _call_edits(owner: ast.Call | ast.Attribute, field: str, value: Any) -> Iter
         case ast.Call(), "args" if len(value) == 2 and _name(owner.func) not in ORDERLESS and not _starred(value):
             yield "swap", value[::-1]
         case ast.Call(), "keywords" if not _name(owner.func).endswith(("Error", "Warning")):
-            for place in range(len(value)):
+            for place in (n for n, one in enumerate(value) if one.arg not in GUARDS):
                 yield "keyword", value[:place] + value[place + 1 :]
 
 
