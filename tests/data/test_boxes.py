@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qwenvl.data.boxes import convert_boxes, from_coco, from_voc, from_yolo, to_family, to_pixels
 from qwenvl.data.messages import build_conversation
 from qwenvl.data.sizes import ImagePlan, VideoPlan, fit
-from qwenvl.data.types import Conversation, ImageItem, Origin, Sample, VideoItem
+from qwenvl.data.types import Conversation, ImageItem, Message, Origin, Sample, VideoItem
 from qwenvl.utilities.errors import SampleError
 from qwenvl.utilities.families import FAMILIES, get_family
 
@@ -191,6 +191,18 @@ def test_tool_calls_and_reasoning() -> None:
     assert extra["reasoning_content"] == '"bbox_2d": [100, 100, 500, 500]'
     turn["tool_calls"] = [{"name": "zoom", "bbox_2d": [1, 2, "3", 4]}]
     assert "4 numbers are needed" in reason(lambda: convert(Sample(Origin("d", "f", 1), record)))
+    conversation = Conversation((Message("assistant", (), {"tool_calls": nested(100_000)}),))
+    sample = Sample(Origin("d", "f", 1), record)
+    found = reason(lambda: convert_boxes(conversation, (picture(),), sample, RELATIVE), "bad_record")
+    assert found == "a tool call is nested too deeply to be read."
+
+
+def nested(depth: int) -> list[Any]:
+    """Return a list in a list in a list, deeper than Python calls functions."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 @pytest.mark.parametrize(

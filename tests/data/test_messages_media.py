@@ -74,6 +74,13 @@ def test_forms_of_a_video(value: Any, item: VideoItem) -> None:
         ({"fps": 1, "nframes": 4}, "'fps' and 'nframes', which contradict each other"),
         ({"fps": 0}, "'fps' must be a number above 0, not 0"),
         ({"fps": True}, "'fps' must be a number above 0, not True"),
+        ({"fps": "2"}, "'fps' must be a number above 0, not '2'"),
+        ({"fps": 2**53}, "'fps' must be a number above 0, not 9007199254740992"),
+        ({"nframes": "2"}, "'nframes' must be a whole number above 0, not '2'"),
+        ({"nframes": True}, "'nframes' must be a whole number above 0, not True"),
+        ({"video_end": 2**53}, "'video_end' must be seconds from the start, 0 or more"),
+        ({"video_end": "2"}, "'video_end' must be seconds from the start, 0 or more, not '2'"),
+        ({"raw_fps": 30}, "'raw_fps' is not a setting of videos: min_pixels, "),  # it is one of a list of frames
         ({"nframes": 2.5}, "'nframes' must be a whole number above 0, not 2.5"),
         ({"nframes": 2**53}, "'nframes' must be a whole number above 0"),
         ({"video_start": -1}, "'video_start' must be seconds from the start, 0 or more, not -1"),
@@ -82,6 +89,12 @@ def test_forms_of_a_video(value: Any, item: VideoItem) -> None:
 )
 def test_settings_that_contradict_or_cannot_be_are_refused(limits: dict[str, Any], said: str) -> None:
     assert said in reason_of_question("<video>", "bad_record", video={"video": "v.mp4", **limits})
+
+
+def test_a_record_has_its_media_under_one_name() -> None:
+    reason = reason_of_question("<image>", "bad_record", image="a.jpg", images=["a.jpg"])
+    assert "has both 'image' and 'images'. Keep one of them" in reason
+    assert ask("<image>", image="a.jpg", images=[]).parts == ask("<image>", image="", images="a.jpg").parts
 
 
 def test_an_empty_picture_is_said_to_be_empty() -> None:

@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 
 from qwenvl.data.rendering import _NO_FRAME, ChatTemplate, Rendering
 from qwenvl.data.types import Conversation, ImageItem, Message, Part, TextPart, VideoItem
-from qwenvl.utilities.errors import SampleError
+from qwenvl.utilities.errors import SampleError, UserError
 
 TEMPLATES = [("qwen2_vl", None), ("qwen3_vl", None), ("qwen3_vl", "thinking"), ("qwen3_5", None)]
 
@@ -87,3 +87,91 @@ def test_the_marker_of_a_turn_leaves_its_tool_response_one(tiny_checkpoint: Call
         rendering = ByMarkers(processor).render(conversation)
         trained = [rendering.text[start:stop] for start, stop in rendering.spans]
         assert trained == [f"{first}<|im_end|>\n", f"{second}<|im_end|>\n"]
+
+
+def ask_and_answer(*texts: str) -> Conversation:
+    """Return a conversation in which the user and the assistant say the texts in turn."""
+    turns = enumerate(texts)
+    return Conversation(tuple(Message("assistant" if n % 2 else "user", (TextPart(text),)) for n, text in turns))
+
+
+def trained_of(rendering: Rendering) -> list[str]:
+    return [rendering.text[start:stop] for start, stop in rendering.spans]
+
+
+def test_answers_whose_thoughts_the_template_leaves_out_are_found(tiny_checkpoint: Callable[..., Path]) -> None:
+    """The prompt opens a thought, and the header of an answer is what stands before it."""
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint("qwen3_vl", "thinking"))
+    conversation = ask_and_answer("1", "<think>\nfirst\n</think>\n\none", "2", "<think>\nsecond\n</think>\n\ntwo")
+    for kind in (ChatTemplate, ByMarkers):
+        template = kind(processor)
+        assert template.header == "<|im_start|>assistant\n"
+        assert template.opens_thinking
+        trained = ["one<|im_end|>\n", "<think>\nsecond\n</think>\n\ntwo<|im_end|>\n"]
+        assert trained_of(template.render(conversation)) == trained
+
+
+def test_a_prompt_ends_with_the_header_of_the_answer(processor: Any) -> None:
+    question = Conversation((Message("user", (ImageItem("a.png"), TextPart("Q"))),))
+    content = [{"type": "image"}, {"type": "text", "text": "Q"}]
+    stock = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert ChatTemplate(processor).render_prompt(question) == Rendering(stock, ())
+    assert stock.endswith(("<|im_start|>assistant\n", "<think>\n"))
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% endfor %}"
+HEADER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (TURNS, "has no assistant header"),
+        (TURNS + "{% if add_generation_prompt %}Assistant:{% endif %}", "has no assistant header"),
+        ("{% if add_generation_prompt %}New\n{% endif %}" + TURNS, "has no assistant header"),
+        (TURNS.replace("m.content", "'X'") + HEADER, "has no assistant header"),
+        (TURNS.replace("END", "") + HEADER, "does not end an assistant turn"),
+        (None, "has no chat template. Copy the original checkpoint's"),
+    ],
+)
+def test_templates_that_do_not_tell_answers_apart_are_refused(
+    processor: Any, template: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "chat_template", template)
+    with pytest.raises(UserError, match=said):
+        ChatTemplate(processor)
+
+
+def test_errors_that_are_not_about_the_template_stay_what_they_are() -> None:
+    class Broken:
+        def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+            raise ValueError("no such argument")
+
+    with pytest.raises(ValueError, match="no such argument") as caught:
+        ChatTemplate(Broken())
+    assert not isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("m.content[:5]", "rewrites the text of this sample"),  # what follows is gone, and the marker with it
+        ("m.content | upper", None),
+        ("m.content | replace('e', m.content | length | string)", "rewrites the text of this sample"),
+        ("m.content * (m.content | length < 9)", "rewrites the text of this sample"),
+        ("raise_exception('no')", "refuses this sample: no"),
+    ],
+)
+def test_a_template_that_rewrites_texts_is_used_where_turns_can_be_told_apart(
+    processor: Any, body: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = f"({body}) if 'Who' in messages[0].content else m.content"
+    monkeypatch.setattr(processor, "chat_template", TURNS.replace("m.content", body) + HEADER)
+    template = ChatTemplate(processor)
+    conversation = ask_and_answer("Who is there?", "Petereee")
+    if said is None:
+        assert trained_of(template.render(conversation)) == ["PETEREEEEND"]
+        return
+    with pytest.raises(SampleError, match=said) as caught:
+        template.render(conversation)
+    assert caught.value.category == "template"

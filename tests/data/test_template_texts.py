@@ -32,6 +32,7 @@ HARMLESS = [
     "{% for m in messages %}{{ 'a' + m.content + 'b' }}{% endfor %}",
     "{% for m in messages %}{{ 'a' ~ m.content ~ 'b' }}{% endfor %}",
     "{% macro w(x) %}[{{ x }}]{% endmacro %}{% for m in messages %}{{ w(m.content) ~ w(m.role) }}{% endfor %}",
+    "{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}",
     "{% set n = namespace(x=messages[0].content) %}{{ n.x }}{% set y = n.x %}{{ y }}",
     "{% for m in messages %}{% if loop.first or messages[loop.index0 - 1].role != m.role %}{{ m.content }}{% endif %}"
     "{% endfor %}",
@@ -50,6 +51,7 @@ LOOKING = [
     "{% if m.content is lower %}X{% endif %}{{ m.content }}",
     "{% if m.content | length > 3 %}X{% endif %}{{ m.content }}",
     "{% if m.content.startswith('x') %}X{% endif %}{{ m.content }}",
+    "{% if m.content.upper %}X{% endif %}{{ m.content }}",
     "{% if m.content[0] == 'x' %}X{% endif %}{{ m.content }}",
     "{% if m.content[:1] == 'x' %}X{% endif %}{{ m.content }}",
     "{% if {'x': 1}[m.content] %}X{% endif %}{{ m.content }}",
