@@ -135,7 +135,7 @@ class Collator:
         }
 
     def _flattened(self, tokens: Sequence[Tokens]) -> dict[str, Any]:
-        lengths = torch.tensor([0] + [len(one) for one in tokens], dtype=torch.int32)
+        lengths = torch.tensor([0] + [len(one) for one in tokens])
         borders = torch.cumsum(lengths, 0, dtype=torch.int32)
         longest = int(lengths.max())
         return {

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenvl.data.collation import Collator, EncodedSample, Event, Item, Medium
+from qwenvl.data.collation import Collator, EncodedSample, Event, Item, Medium, for_model
 from qwenvl.data.tokenization import IGNORE_INDEX, Tokens
+from qwenvl.data.types import Origin
 from qwenvl.utilities.errors import SampleError
 
 PAD = 9
@@ -75,6 +79,41 @@ def test_samples_left_out_leave_a_batch_that_trains_nothing() -> None:
 
 def test_errors_and_packed_rows_pass_through() -> None:
     error = SampleError("missing_file", "gone")
-    batch = Collator(PAD, flatten=True)([Item((sample(3), sample(4))), Item(error=error)])
-    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 7]
+    later = SampleError("missing_file", "gone too")
+    batch = Collator(PAD, flatten=True)([Item((sample(3), sample(4))), Item(error=error), Item(error=later)])
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 7]
+    assert batch["max_length_k"] == 4
+    assert batch["num_samples"] == 2
     assert batch["error"] is error
+    with pytest.raises(SampleError, match="gone") as caught:
+        for_model(batch)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_a_model_is_not_told_of_samples(flatten: bool) -> None:
+    batch = Collator(PAD, flatten)([Item((sample(3, media=1),), (Event("bad", "d", "broken"),))])
+    assert set(batch) - set(for_model(batch)) == {"events", "error", "origins"}
+    assert for_model(batch)["input_ids"] is batch["input_ids"]
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_targets_and_origins_of_samples_are_kept_in_order(flatten: bool) -> None:
+    samples = [replace(sample(3), target=number, origin=Origin("d", "f", number)) for number in range(3)]
+    batch = Collator(PAD, flatten)([Item((samples[0],)), Item(), Item((samples[1], samples[2]))])
+    assert batch["sample_targets"] == [0, 1, 2]
+    assert batch["origins"] == [Origin("d", "f", number) for number in range(3)]
+    assert batch["num_samples"] == 3
+    assert Collator(PAD, flatten)([Item()])["sample_targets"] == []  # whether there is a task cannot be told
+    without = Collator(PAD, flatten)([Item((sample(3),))])
+    assert "sample_targets" not in without
+    assert without["origins"] == []
+
+
+def test_a_filler_is_one_row_of_two_tokens_that_are_attended() -> None:
+    batch = Collator(PAD, flatten=False)([Item()])
+    assert (batch["num_samples"], batch["num_vision_tokens"]) == (0, 0)
+    assert batch["input_ids"].tolist() == [[PAD, PAD]]
+    assert batch["attention_mask"].tolist() == [[1, 1]]
+    assert batch["position_ids"].tolist() == [[[0, 1]]] * 4
+    assert "media" not in batch
