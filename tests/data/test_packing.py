@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -89,6 +90,22 @@ def test_worked_example_and_seeds() -> None:
     many = mixture(2000, 512, 0)
     assert pack(many, 512, 1).samples.tolist() == pack(many, 512, 1).samples.tolist()
     assert pack(many, 512, 1).samples.tolist() != pack(many, 512, 2).samples.tolist()
+
+
+@pytest.mark.parametrize(("weights", "expected"), [(False, 3377967977), (True, 3011764762)])
+def test_machines_and_versions_agree_on_the_packs(weights: bool, expected: int) -> None:
+    """Plans and resumed runs rest on them. Many samples are equally long, and many weigh the same."""
+    lengths = mixture(2000, 512, 0)
+    packs = pack(lengths, 512, 1, np.arange(2000) % 5 * 40 if weights else None)
+    assert zlib.crc32(packs.samples.astype("<i8").tobytes() + packs.borders.astype("<i8").tobytes()) == expected
+
+
+def test_the_heavier_of_equally_long_samples_go_where_the_others_weigh_less() -> None:
+    """Worked by hand: packs of 6 and 4 tokens, the long ones weigh 0 10 20, so the short ones go in the other order."""
+    lengths, weights = np.array([6, 6, 6, 4, 4, 4]), np.array([0, 10, 20, 5, 15, 25])
+    packs = pack(lengths, 10, weights=weights)
+    assert packs.add_up(lengths).tolist() == [10, 10, 10]
+    assert sorted(packs.add_up(weights).tolist()) == [25, 25, 25]
 
 
 def test_lengths_out_of_range_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -141,6 +142,33 @@ def test_partners_are_drawn_anew_and_steps_come_in_random_order() -> None:
     assert len({frozenset(step) for step in costliest}) > 2  # even the costliest do not always meet each other
     means = np.array([np.mean(costs[list(step)]) for step in first])
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15  # costly steps do not follow each other
+
+
+@pytest.mark.parametrize(
+    ("costs", "lengths", "expected"),
+    [
+        (None, None, 4253891503),
+        ("equal", None, 440763396),
+        ("some equal", None, 3572730250),
+        ("some equal", "some equal", 3937010529),
+        ("all differ", None, 2881285450),
+    ],
+)
+def test_machines_and_versions_agree_on_the_order(costs: str | None, lengths: str | None, expected: int) -> None:
+    """Ranks work it out each for themselves, and so does a run that is resumed elsewhere."""
+    kinds = {"equal": np.zeros(500), "some equal": np.arange(500) * 7 % 11, "all differ": np.arange(500) * 7 % 499}
+    of_costs = None if costs is None else kinds[costs].astype(np.float64)
+    of_lengths = None if lengths is None else kinds[lengths].astype(np.int64) + 1
+    steps = SampleOrder(500, seed=3, costs=of_costs, lengths=of_lengths).steps(2, 144)
+    assert zlib.crc32(steps.astype("<i8").tobytes()) == expected
+
+
+def test_the_first_epoch_is_number_0() -> None:
+    order, sharding = SampleOrder(50, seed=1), Sharding(5)
+    sampler = ShardedBatchSampler(order, sharding)
+    assert list(sampler) == deal(order.steps(0, 5), sharding).tolist()
+    sampler.set_epoch(1)
+    assert list(sampler) == deal(order.steps(1, 5), sharding).tolist()
 
 
 def test_short_step_comes_last_and_is_not_always_the_same() -> None:
