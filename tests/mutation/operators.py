@@ -130,9 +130,7 @@ def _walk(owner: ast.AST, statement: ast.stmt | None, function: str) -> Iterator
         for kind, changed in _edits(owner, field, value):
             yield from _mutant(kind, owner, field, changed, statement, function, owner, None)
         for place, child in enumerate(children):
-            if not isinstance(child, ast.AST) or isinstance(child, UNREAD) or _is_docstring(child):
-                continue
-            if isinstance(child, ast.keyword) and child.arg in GUARDS:
+            if not isinstance(child, ast.AST) or _is_unread(child):
                 continue
             inner = child if isinstance(child, ast.stmt) else statement
             name = f"{function}.{child.name}".lstrip(".") if isinstance(child, _NAMED) else function
@@ -277,8 +275,11 @@ def _is_log(node: ast.AST) -> bool:
     return isinstance(receiver, ast.Name) and receiver.id in ("logger", "warnings")
 
 
-def _is_docstring(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+def _is_unread(node: ast.AST) -> bool:
+    """Return whether a change below the node is of no interest: docstrings, assertions, what people read."""
+    docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    guard = isinstance(node, ast.keyword) and node.arg in GUARDS
+    return docstring or guard or isinstance(node, UNREAD)
 
 
 def _has_text(node: ast.AST) -> bool:
