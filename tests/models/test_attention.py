@@ -49,6 +49,17 @@ def test_equals_a_mask_of_the_whole_row(lengths, rows, groups, scaled, window):
     torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
+def test_weights_are_dropped_as_often_as_asked_and_the_rest_made_up_for():
+    torch.manual_seed(0)
+    query, key = (torch.randn(1, 8, 6, 4) for _ in range(2))
+    value = torch.eye(6).expand(1, 8, 6, 6)  # so that the result is the weights
+    whole, _ = segmented_attention(nn.Identity(), query, key, value, None, segments=Segments((6,)))
+    some, _ = segmented_attention(nn.Identity(), query, key, value, None, segments=Segments((6,)), dropout=0.25)
+    kept = some != 0
+    assert 0.6 < kept.sum() / (whole != 0).sum() < 0.9
+    torch.testing.assert_close(some[kept], whole[kept] / 0.75)
+
+
 class Squares(TorchDispatchMode):
     """Notes the operations that return a square of so many tokens a side."""
 

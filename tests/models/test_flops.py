@@ -38,12 +38,13 @@ FROZEN = [
 
 
 @pytest.fixture(scope="module")
-def build(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedModel]:
-    """Function of the family that builds a model with real proportions of its parts, in small."""
+def build(tiny_checkpoint: Callable[[str], Path]) -> Callable[..., PreTrainedModel]:
+    """Function of the family, and of changes to its text config, that builds a model with real proportions, in small."""
     models: dict[str, PreTrainedModel] = {}
 
-    def function(family: str) -> PreTrainedModel:
-        if family not in models:
+    def function(family: str, **changes: Any) -> PreTrainedModel:
+        key = f"{family} {changes}"
+        if key not in models:
             config = AutoConfig.from_pretrained(tiny_checkpoint(family))
             text = config.get_text_config()
             text.hidden_size, text.vocab_size = 256, 1024
@@ -52,6 +53,8 @@ def build(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedM
                 text.intermediate_size = 640
             if hasattr(text, "moe_intermediate_size"):
                 text.moe_intermediate_size = 160
+            for name, value in changes.items():
+                setattr(text, name, value)
             if hasattr(config.vision_config, "out_hidden_size"):
                 config.vision_config.out_hidden_size = 256
             else:
@@ -59,8 +62,8 @@ def build(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedM
             model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
             model.set_experts_implementation("eager")
             install(model, patchify_of(tiny_checkpoint(family)), plain_loss)
-            models[family] = model.train()
-        return models[family]
+            models[key] = model.train()
+        return models[key]
 
     return function
 
@@ -123,6 +126,20 @@ def test_flops_are_what_torch_counts(family: str, trained: Trained, build: Calla
     model.zero_grad()
     both = training_flops(model.config, get_family(family), trained, causal=False)
     assert both.count(measures) == pytest.approx(count_products(counter), rel=exactness[1])
+
+
+@pytest.mark.parametrize("changes", [{"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}], ids=str)
+def test_layers_that_are_no_mixture_are_counted_as_such(
+    changes: dict[str, Any], build: Callable[..., PreTrainedModel]
+) -> None:
+    model = build("qwen3_vl_moe", num_hidden_layers=3, **changes)
+    mixtures = [hasattr(layer.mlp, "experts") for layer in model.model.language_model.layers]
+    assert mixtures == ([False, True, False] if "decoder_sparse_step" in changes else [False, True, True])
+    batch, measures = one_batch(model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        causal_loss(model, batch, num_trained_tokens=1.0)
+    flops = training_flops(model.config, get_family("qwen3_vl_moe"), Trained(False, False, False), causal=False)
+    assert flops.count(measures) == pytest.approx(count_products(counter), rel=1e-6)
 
 
 @pytest.mark.parametrize("target", ["language", "vision", "merger", "all"])

@@ -96,3 +96,33 @@ def test_the_head_returns_logits_where_no_targets_are_set_and_uses_targets_once(
     assert head(hidden).shape == ()
     assert torch.equal(head(hidden), linear(hidden))
     assert head.state_dict().keys() == linear.state_dict().keys() and head.weight is linear.weight
+
+
+def test_rows_of_their_own_take_the_place_of_those_of_the_weight():
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 40, bias=False).requires_grad_(False)
+    head, rows = LossHead(linear), nn.Parameter(torch.randn(2, 16))
+    hidden, targets = torch.randn(1, 6, 16), torch.tensor([7, 3, 1, 1, 7, 30])
+    head.train_rows([7, 3], rows)
+    changed = linear.weight.clone()
+    changed[7], changed[3] = rows[0], rows[1]
+    assert torch.equal(head(hidden), functional.linear(hidden, changed))
+    head.targets = targets
+    loss = head(hidden)
+    expected = functional.cross_entropy(functional.linear(hidden[0], changed), targets, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    (ours,), (stock,) = torch.autograd.grad(loss, [rows]), torch.autograd.grad(expected, [rows])
+    torch.testing.assert_close(ours, stock)
+
+
+def test_what_is_passed_is_returned_once_whatever_else_is_set():
+    head = LossHead(nn.Linear(16, 40, bias=False))
+    found = torch.tensor(2.5)
+    head.passed, head.targets = found, torch.zeros(1, dtype=torch.int64)
+    assert head(torch.randn(1, 6, 16)) is found
+    assert head(torch.randn(1, 6, 16)).shape == (1, 6, 40)
+
+
+def test_a_projection_with_a_bias_is_not_taken_for_one_without():
+    with pytest.raises(AssertionError, match="bias"):
+        LossHead(nn.Linear(16, 40))

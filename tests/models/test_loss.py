@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from qwenvl.models.attention import attend_by_segments
 from qwenvl.models.freezing import parameter_modules
-from qwenvl.models.loss import GradientWatch, causal_loss, tell_host
+from qwenvl.models.loss import GradientWatch, causal_loss, count_tokens, tell_host
 from tests.patches import install
 
 TOLERANCE = 1e-5
@@ -178,6 +178,14 @@ def test_the_last_token_of_a_flattened_sample_predicts_nothing():
     assert told["kept_positions"].tolist() == [0, 1, 3, 4]
     assert told["targets"].tolist() == [4, 5, 6, 7]
     assert told["segments"].lengths == (3, 3)
+
+
+def test_tokens_of_a_batch_are_counted_without_padding_and_without_filler():
+    """A batch that only fills the last step of an epoch holds a sample, which does not count."""
+    padded = {"input_ids": torch.zeros(2, 5), "attention_mask": torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])}
+    for batch, tokens in ((padded, 7), ({"input_ids": torch.zeros(1, 9)}, 9)):
+        assert count_tokens({**batch, "num_samples": 2}) == tokens
+        assert count_tokens({**batch, "num_samples": 0}) == 0
 
 
 def test_loss_is_float32_and_close_under_autocast(family_name, layout, load_tiny, mixture, make_batch):

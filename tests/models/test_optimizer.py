@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Trainer
 
 from qwenvl.models.freezing import parameter_modules, set_model
-from qwenvl.models.optimizer import has_weight_decay, learning_rates_of, parameter_groups
+from qwenvl.models.optimizer import has_weight_decay, learning_rates_of, module_learning_rates, parameter_groups
 
 RATES = {"learning_rate": 1e-5, "weight_decay": 0.1}
 
@@ -25,10 +25,16 @@ def rates(model, **options):
         ({"vision_tower_lr": 2e-6}, {"vision": 2e-6, "merger": 1e-5, "language": 1e-5}),
         ({"mm_projector_lr": 3e-5, "vision_tower_lr": 2e-6}, {"vision": 2e-6, "merger": 3e-5, "language": 1e-5}),
         ({"vision_tower_lr": 0.0}, {"vision": 0.0, "merger": 1e-5, "language": 1e-5}),
+        ({"mm_projector_lr": 0.0}, {"vision": 1e-5, "merger": 0.0, "language": 1e-5}),
     ],
 )
 def test_each_learning_rate_works_alone(family_name, options, expected, load_tiny):
     assert rates(load_tiny(family_name), **options) == expected
+
+
+def test_the_module_of_a_task_has_a_rate_of_its_own():
+    given = {"learning_rate": 1e-5, "mm_projector_lr": None, "vision_tower_lr": None}
+    assert [module_learning_rates(**given, head_lr=rate)["head"] for rate in (None, 0.0, 2e-3)] == [1e-5, 0.0, 2e-3]
 
 
 def test_every_trainable_parameter_is_in_the_group_of_its_module_once(family_name, load_tiny):

@@ -17,6 +17,7 @@ from qwenvl.models import vision
 from qwenvl.models.attention import attend_by_segments
 from qwenvl.models.loss import causal_loss
 from qwenvl.models.patches import Patchify
+from qwenvl.models.readout import Readout
 from qwenvl.models.segments import sample_index
 from qwenvl.models.vision import VisionInputs, encode
 from qwenvl.utilities.families import get_family
@@ -129,6 +130,62 @@ class TestEncode:
         patchify, inputs = call(model, sample)
         with pytest.raises(ValueError, match="0 features"):
             encode(model.model.visual, patchify, replace(inputs, pixels=None, media=()))
+
+    @pytest.mark.parametrize("trained", ["", "merger", "blocks"])
+    def test_features_have_a_graph_if_something_in_the_tower_trains(self, trained, load_tiny, mixture):
+        """The tower's input may require a gradient, as with stock checkpointing; a frozen tower keeps nothing for it."""
+        model = load_tiny("qwen3_vl").requires_grad_(False)
+        visual = model.model.visual
+        visual.patch_embed.register_forward_hook(lambda *args: args[2].requires_grad_())
+        if trained:
+            next(visual.get_submodule(trained).parameters()).requires_grad_(True)
+        for content in ("image", "text"):
+            patchify, inputs = call(model, mixture("qwen3_vl")[content])
+            features = encode(visual, patchify, inputs)
+            graphs = [features.embeddings.requires_grad, *(layer.requires_grad for layer in features.deepstack)]
+            assert graphs == [bool(trained)] * len(graphs)
+            with torch.no_grad():
+                assert not encode(visual, patchify, inputs).embeddings.requires_grad
+
+    def test_text_alone_gives_no_rows(self, family_name, load_tiny, mixture):
+        model = load_tiny(family_name)
+        features = encode(model.model.visual, *call(model, mixture(family_name)["text"]))
+        assert features.embeddings.shape == (0, model.config.get_text_config().hidden_size)
+        assert all(layer.shape == features.embeddings.shape for layer in features.deepstack)
+
+
+class Mean(Readout):
+    """The mean of all hidden states, times what the batch says."""
+
+    def forward(self, output: Any, inputs: Any) -> Any:
+        return output.last_hidden_state.mean() * inputs["factor"]
+
+
+class TestReadout:
+    def test_the_model_returns_what_the_module_of_a_task_found(self, load_tiny, mixture):
+        model = load_tiny("qwen3_vl").eval()
+        sample = mixture("qwen3_vl")["text"].inputs
+        vision.install(model, patchify_of(model.config._name_or_path), readout=Mean())
+        with torch.no_grad():
+            hidden = model.model(**sample).last_hidden_state
+            output = model(**sample, readout_inputs={"factor": 3.0})
+        torch.testing.assert_close(output.logits, 3 * hidden.mean())
+
+    def test_what_it_found_does_not_outlive_its_call(self, load_tiny, mixture):
+        """Here the projection does not run, which would have returned it; the next call is another."""
+        model = load_tiny("qwen3_vl").eval()
+        sample = mixture("qwen3_vl")["text"]
+        vision.install(model, patchify_of(model.config._name_or_path), readout=Mean())
+        with torch.no_grad():
+            expected = model(**sample.inputs).logits
+            model.model(**sample.inputs, readout_inputs={"factor": 1.0})
+            assert torch.equal(model(**sample.inputs).logits, expected)
+
+    def test_a_batch_of_a_task_needs_its_module(self, load_tiny, mixture):
+        model = load_tiny("qwen3_vl")
+        install(model)
+        with pytest.raises(AssertionError, match="without its module"):
+            model(**mixture("qwen3_vl")["text"].inputs, readout_inputs={})
 
 
 def test_no_number_is_read_from_the_device(family_name, layout, load_tiny, mixture, make_batch):
