@@ -32,7 +32,8 @@ def frozen(model):
     return model
 
 
-def settings(target=re.escape(QUERY), **changes):
+def settings(target=None, **changes):
+    target = re.escape(QUERY) if target is None else target
     return AdapterSettings(**{"target": target, "r": 4, "alpha": 8, "dropout": 0.0, **changes})
 
 

@@ -39,7 +39,7 @@ FROZEN = [
 
 @pytest.fixture(scope="module")
 def build(tiny_checkpoint: Callable[[str], Path]) -> Callable[..., PreTrainedModel]:
-    """Function of the family, and of changes to its text config, that builds a model with real proportions, in small."""
+    """Function of the family and changes to its text config that builds a model with real proportions, in small."""
     models: dict[str, PreTrainedModel] = {}
 
     def function(family: str, **changes: Any) -> PreTrainedModel:

@@ -133,7 +133,7 @@ class TestEncode:
 
     @pytest.mark.parametrize("trained", ["", "merger", "blocks"])
     def test_features_have_a_graph_if_something_in_the_tower_trains(self, trained, load_tiny, mixture):
-        """The tower's input may require a gradient, as with stock checkpointing; a frozen tower keeps nothing for it."""
+        """Its input may require a gradient, as with stock checkpointing; a frozen tower keeps nothing for it."""
         model = load_tiny("qwen3_vl").requires_grad_(False)
         visual = model.model.visual
         visual.patch_embed.register_forward_hook(lambda *args: args[2].requires_grad_())
