@@ -30,7 +30,9 @@ def test_every_added_token_takes_its_own_row_and_gives_it_the_gradient() -> None
 
 def test_the_layer_has_the_weight_of_the_one_it_stands_for() -> None:
     embedding = nn.Embedding(10, 4, padding_idx=2, dtype=torch.bfloat16)
+    before = torch.get_rng_state()
     layer = RowsEmbedding(embedding, ROW_IDS, new_rows())
+    assert torch.equal(torch.get_rng_state(), before), "a weight of its own was made and drawn, for nothing"
     assert layer.weight is embedding.weight
     assert (layer.num_embeddings, layer.embedding_dim, layer.padding_idx) == (10, 4, 2)
     assert layer(torch.tensor([3])).dtype == torch.bfloat16, "rows in float32 beside a base in bfloat16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from qwenvl.train import trainer
+from qwenvl.train.step_guard import FirstStep, StepGuard
 from qwenvl.train.train_qwen import main
+from qwenvl.utilities.errors import UserError
 from tests.train.runs import equal_bits, flags, history, train
 
 STEPS: dict[str, Any] = {
@@ -36,6 +39,51 @@ class Fault:
         self.count += 1
         loss, output = self.loss(*args, **kwargs)
         return loss * (self.factor if self.count in self.calls else 1.0), output
+
+
+def test_only_steps_in_a_row_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    guard = StepGuard(3)
+    for step in (1, 2, 4, 5):
+        guard.skipped(step, math.nan, math.inf, ["a.json, line 7", "b.json, line 2"])
+        if step == 2:
+            guard.taken()
+    assert "Step 5 is skipped: the loss is nan and the norm of the gradient inf." in caplog.text
+    assert caplog.text.count("\n  a.json, line 7\n  b.json, line 2") == 4
+    with pytest.raises(UserError, match=r"^3 steps in a row, up to step 6, .*--max_bad_steps 3"):
+        guard.skipped(6, math.nan, math.inf, [])
+
+
+def test_samples_are_named_where_the_loss_is_finite_too(caplog: pytest.LogCaptureFixture) -> None:
+    """The gradient is not, and nobody knows which of them it was."""
+    StepGuard(2).skipped(1, 2.5, math.nan, ["a.json, line 7"])
+    assert "the loss is 2.5 and the norm of the gradient nan" in caplog.text and "a.json, line 7" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("loss", "units", "message"),
+    [
+        (2.0, 5.0, None),
+        (0.0, 0.0, None),
+        (0.0, 1.0, r"first step is 0 for 1 labelled samples"),
+        (math.nan, 5.0, r"first step is nan\. Usual causes"),
+        (math.inf, 0.0, r"first step is inf"),
+    ],
+)
+def test_first_step_must_have_a_loss(loss: float, units: float, message: str | None) -> None:
+    first = FirstStep(torch.nn.Linear(2, 0), "labelled_samples")
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        for parameter in first._watch._model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        first.check(loss, units)
+
+
+def test_first_step_must_reach_everything_that_trains() -> None:
+    model = torch.nn.ModuleList(torch.nn.Linear(2, 2, bias=False) for _ in range(12))
+    model[3].weight.requires_grad_(False)
+    first = FirstStep(model)
+    model[0](torch.ones(2)).sum().backward()
+    with pytest.raises(UserError, match=r"^10 trainable tensors got no gradient in the first step: 1\.weight, 2.*11\.weight\. The loss"):
+        first.check(1.0, 1.0)
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
