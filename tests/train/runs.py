@@ -16,7 +16,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from qwenvl.arguments import arguments_to_yaml, parse_arguments
+from qwenvl.data.processor import processor_limits
+from qwenvl.train.data_setup import open_config, open_data
+from qwenvl.train.measured import MeasuredTrainer
+from qwenvl.train.model_setup import open_model
+from qwenvl.train.saving import Records
+from qwenvl.train.setup import build_trainer
 from qwenvl.train.train_qwen import main
+from qwenvl.utilities.families import get_family
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -202,3 +210,13 @@ def changed(before: Path, after: Path, prefixes: Sequence[str] = ("",)) -> set[s
     left, right = weights(before), weights(after)
     assert left.keys() == right.keys()
     return {name for name in left if name.startswith(tuple(prefixes)) and not torch.equal(left[name], right[name])}
+
+
+def open_trainer(model: Path, output: Path, registry: Path, **settings: Any) -> MeasuredTrainer:
+    """Return the trainer of a run with its model and data, before it trains."""
+    parsed = parse_arguments(flags(model, output, registry, **settings))
+    config = open_config(parsed)
+    data = open_data(parsed, get_family(config.model_type), config)
+    opened = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective)
+    records = Records(arguments_to_yaml(parsed), processor_limits(data.processor))
+    return build_trainer(parsed, opened, data, records)

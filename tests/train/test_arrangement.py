@@ -120,6 +120,40 @@ def test_second_start_reads_the_plan_of_the_first(
     assert len(list((tmp_path / "cache" / "plans").iterdir())) == 2
 
 
+@pytest.mark.parametrize("flatten", [True, False])
+def test_steps_of_equal_cost_are_sorted_by_length_where_they_are_padded(
+    flatten: bool, open_run: Callable[..., RunData]
+) -> None:
+    """Padding is what samples of other lengths in a batch cost; a flattened row has none."""
+    settings = {"data_packing": None, "group_by_cost": True, "model_max_length": 2048}
+    data = open_run(**settings, data_flatten=flatten)
+    assert data.arranged.packs is None and data.arranged.measures is not None
+    tokens = [len(data.train[index].samples[0].tokens.input_ids) for index in range(len(data.train))]
+    costs, lengths = data.order.costs, data.order.lengths
+    assert costs is not None and len(costs) == len(tokens)
+    assert (lengths is None) if flatten else (lengths is not None and lengths.tolist() == tokens)
+    assert data.arranged.measures["tokens"].tolist() == tokens
+
+
+def test_nothing_is_measured_where_nothing_asks_for_it(open_run: Callable[..., RunData]) -> None:
+    data = open_run(data_packing=None)
+    assert data.arranged.measures is None and data.order.costs is None and data.order.shuffle
+    assert (data.order.num_samples, data.order.seed) == (11, 42)
+    for seeds, wanted in (({"seed": 3}, 3), ({"seed": 3, "data_seed": 0}, 0)):
+        assert open_run(data_packing=None, **seeds).order.seed == wanted
+
+
+def test_figures_say_how_full_the_packs_are(open_run: Callable[..., RunData]) -> None:
+    data = open_run()
+    figures = data.arranged.packs
+    assert figures is not None and data.arranged.measures is not None
+    packs = [data.train[index].samples for index in range(len(data.train))]
+    tokens = [sum(len(sample.tokens.input_ids) for sample in samples) for samples in packs]
+    assert (figures.count, figures.limit) == (len(tokens), LIMIT) and max(tokens) <= LIMIT
+    assert figures.fill == pytest.approx(sum(tokens) / (len(tokens) * LIMIT))
+    assert -(-sum(tokens) // LIMIT) <= figures.fewest <= figures.count
+
+
 def test_several_media_folders_are_written_in_full(
     pack_data: Tool, open_run: Callable[..., RunData], registry: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,247 @@
+"""The trainer by itself: what a step is divided by, what is skipped, and how it evaluates."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from qwenvl.models.balance import sample_of_tokens, summed_balance
+from qwenvl.models.loss import causal_loss, run_model, tell_host
+from qwenvl.train.measured import MeasuredTrainer
+from qwenvl.utilities.errors import SampleError, UserError
+from tests.train.runs import LORA, open_trainer
+
+Open = Callable[..., MeasuredTrainer]
+EVALUATION = {"eval_dataset_use": "held_out", "eval_strategy": "steps", "per_device_eval_batch_size": 3}
+
+
+@pytest.fixture
+def trainer_of(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path) -> Open:
+    """Function of a family and settings that opens a trainer."""
+
+    def open_one(family: str = "qwen3_vl", **settings: Any) -> MeasuredTrainer:
+        return open_trainer(tiny_checkpoint(family), tmp_path / "out", registry, **settings)
+
+    return open_one
+
+
+def step_of(trainer: MeasuredTrainer, batches: int = 2) -> tuple[list[dict[str, Any]], float, Tensor]:
+    """Return the micro-batches of the first step, the units it is divided by, and the sum of their losses."""
+    micro, units = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), batches, torch.device("cpu"))
+    with torch.no_grad():
+        losses = [trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=units) for batch in micro]
+    return micro, units, torch.stack(losses).sum()
+
+
+def own_loss(trainer: MeasuredTrainer, loader: Any) -> tuple[float, int]:
+    """Return the summed loss and the trained tokens of all batches of a loader."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in loader:
+            tokens += int((batch["labels"][:, 1:] != -100).sum())
+            kept = {name: value for name, value in batch.items() if name not in ("events", "error", "origins")}
+            total += causal_loss(trainer.model, tell_host(kept), num_trained_tokens=1.0).item()
+    return total, tokens
+
+
+class TestStep:
+    def test_loss_is_the_mean_over_the_trained_tokens_of_all_micro_batches(self, trainer_of: Open) -> None:
+        trainer = trainer_of()
+        micro, units, loss = step_of(trainer)
+        assert len(micro) == 2
+        total, tokens = own_loss(trainer, itertools.islice(trainer.get_train_dataloader(), 2))
+        assert units == tokens > 0
+        assert loss.item() == pytest.approx(total / tokens, rel=1e-5)
+
+    def test_the_last_step_of_an_epoch_has_fewer(self, trainer_of: Open) -> None:
+        trainer = trainer_of()
+        micro, units = trainer.get_batch_samples(
+            itertools.islice(trainer.get_train_dataloader(), 1), 4, torch.device("cpu")
+        )
+        assert len(micro) == 1 and units > 0
+
+    def test_a_step_without_a_unit_has_a_loss_of_zero(self, trainer_of: Open) -> None:
+        trainer = trainer_of()
+        loader = trainer.get_train_dataloader()
+        batch = next(iter(loader))
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+        (micro,), units = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        assert units == 0
+        assert trainer.compute_loss(trainer.model, micro, num_items_in_batch=units).item() == 0.0
+
+    def test_ranks_weigh_alike_on_request(self, trainer_of: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of two ranks alike, a rank's loss counts twice over the units of both, or once over its own."""
+        losses, counts = [], []
+        for average in (True, False):
+            trainer = trainer_of(average_tokens_across_devices=average)
+            monkeypatch.setattr(trainer, "_over_ranks", lambda *numbers: [2 * float(number) for number in numbers])
+            monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+            _, units, loss = step_of(trainer)
+            losses.append(loss.item())
+            counts.append(units)
+        assert counts[0] == 2 * counts[1]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+    def test_a_sample_that_must_stop_the_run_does(self, trainer_of: Open) -> None:
+        trainer = trainer_of()
+        batch = next(iter(trainer.get_train_dataloader()))
+        error = SampleError("media", "cannot be read", None)
+        with pytest.raises(SampleError, match="cannot be read"):
+            trainer.get_batch_samples(iter([batch | {"error": error}]), 1, torch.device("cpu"))
+
+    def test_what_is_not_for_the_model_is_taken_out_and_samples_are_remembered(self, trainer_of: Open) -> None:
+        trainer = trainer_of()
+        origins = [next(iter(trainer.get_train_dataloader()))["origins"], []]
+        (micro, *_), _, _ = step_of(trainer, 1)
+        assert not {"events", "error", "origins", "labels"} & micro.keys()
+        assert trainer._samples == [str(origin) for origin in origins[0]] and len(trainer._samples) == 2
+
+
+class TestBalance:
+    def test_the_auxiliary_loss_is_divided_by_all_tokens_of_the_step(self, trainer_of: Open) -> None:
+        plain = trainer_of("qwen3_vl_moe")
+        assert plain._balance(1) is None
+        trainer = trainer_of("qwen3_vl_moe", router_aux_loss_coef=10.0)
+        micro, units, loss = step_of(trainer)
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in micro)
+        assert tokens > 1.5 * units
+        balance = trainer._balance(1)
+        assert balance is not None and (balance.coefficient, balance.num_tokens) == (10.0, tokens)
+        auxiliary = 0.0
+        with torch.no_grad():
+            for batch in micro:
+                logits = run_model(trainer.model, batch, router_logits=True).router_logits
+                auxiliary += summed_balance(logits, balance.top_k, *sample_of_tokens(batch)).item()
+        without = step_of(plain)[2].item()
+        assert loss.item() - without == pytest.approx(10 * auxiliary / tokens, rel=1e-3)
+
+    def test_a_rank_that_counts_for_itself_divides_by_its_share(self, trainer_of: Open) -> None:
+        trainer = trainer_of("qwen3_vl_moe", router_aux_loss_coef=1.0)
+        trainer._tokens = 80.0
+        trainer.accelerator.state.num_processes = 4
+        try:
+            shares = [trainer._balance(ranks) for ranks in (4, 1)]
+        finally:
+            trainer.accelerator.state.num_processes = 1
+        assert [share and share.num_tokens for share in shares] == [80.0, 20.0]
+        trainer._tokens = 0.0
+        empty = trainer._balance(1)
+        assert empty is not None and empty.num_tokens == 1.0
+
+
+class TestEvaluation:
+    def test_dropout_is_off(self, trainer_of: Open) -> None:
+        settings = {**LORA, **EVALUATION, "lora_dropout": 0.5}
+        trainer = trainer_of(**settings)
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+        trainer.model.eval()
+        total, tokens = own_loss(trainer, trainer.get_eval_dataloader())
+        trainer.model.train()
+        noisy, _ = own_loss(trainer, trainer.get_eval_dataloader())
+        assert abs(noisy - total) > 1e-3 * total, "dropout does nothing here"
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
+        assert metrics["eval_trained_tokens"] == tokens
+
+    def test_without_a_unit_the_loss_is_no_number(self, trainer_of: Open) -> None:
+        """0 would pass for the best loss."""
+        trainer = trainer_of(**EVALUATION)
+        output = trainer.evaluation_loop(DataLoader([]), "nothing", metric_key_prefix="test")
+        assert output.metrics is not None
+        assert math.isnan(output.metrics["test_loss"]) and output.metrics["test_trained_tokens"] == 0
+        assert output.num_samples == 0 and output.predictions == ()
+
+    def test_it_builds_no_graph(self, trainer_of: Open) -> None:
+        trainer = trainer_of(**EVALUATION)
+        seen: list[bool] = []
+        trainer.model.lm_head.register_forward_hook(lambda *call: seen.append(call[2].requires_grad))
+        assert trainer.evaluate()["eval_runtime"] > 0
+        assert seen == [False, False]
+
+
+class TestGradientNorm:
+    def test_a_step_that_is_not_finite_leaves_no_gradient(self, trainer_of: Open) -> None:
+        trainer = trainer_of(tune_mm_vision=False, max_bad_steps=2)
+        trainer.create_optimizer()
+        trainer._first_step = None
+        weight = trainer.model.lm_head.weight
+        for value, steps in ((2.0, 1), (math.nan, 1), (1.0, 2), (math.inf, 2)):
+            trainer._samples = [f"row {value}"]
+            trainer.running_loss.add(torch.tensor(1.0))
+            weight.grad = torch.full_like(weight, value)
+            norm = trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(value))
+            assert (weight.grad is None) == (not math.isfinite(value))
+            assert norm is not None and trainer.running_loss.of_step.item() == 0.0
+            assert trainer.running_loss._steps == steps
+        trainer.running_loss.add(torch.tensor(1.0))
+        with pytest.raises(UserError, match="2 steps in a row, up to step 1,"):
+            trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(math.nan))
+
+    def test_the_first_step_is_looked_at_once(self, trainer_of: Open) -> None:
+        trainer = trainer_of()
+        trainer._units = 3.0
+        with pytest.raises(UserError, match="first step is 0 for 3 trained tokens"):
+            trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(1.0))
+        trainer._first_step = None
+        trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(1.0))
+
+
+class TestOptimizer:
+    def test_rates_and_decay_are_those_of_the_flags(self, trainer_of: Open) -> None:
+        trainer = trainer_of(learning_rate=1e-3, mm_projector_lr=1e-4, vision_tower_lr=1e-5, weight_decay=0.25)
+        optimizer = trainer.create_optimizer()
+        assert trainer.create_optimizer() is optimizer
+        found = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+        rates = {"vision": 1e-5, "merger": 1e-4, "language": 1e-3}
+        assert found == {
+            f"{part}/{kind}": (rate, 0.25 * (kind == "decay"))
+            for part, rate in rates.items()
+            for kind in ("decay", "no_decay")
+        }
+
+    def test_one_whose_package_is_missing_is_named(self, trainer_of: Open) -> None:
+        trainer = trainer_of()
+        trainer.args.optim = "galore_adamw"
+        trainer.args.optim_target_modules = ["q_proj"]
+        with pytest.raises(UserError, match="^--optim galore_adamw: .*galore"):
+            trainer.create_optimizer()
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_activations_are_kept_on_the_host_on_request(offload: bool, trainer_of: Open) -> None:
+    """A device without memory has nothing that could be copied there."""
+    trainer = trainer_of(activation_offload=offload)
+    weight = torch.ones(3, requires_grad=True, device="meta")
+    refused = pytest.raises(NotImplementedError, match="copy out of meta") if offload else contextlib.nullcontext()
+    with refused, trainer.compute_loss_context_manager():
+        weight.exp()
+
+
+def test_sums_over_ranks_are_exact(trainer_of: Open) -> None:
+    """In float32, 2^24 + 1 tokens are 2^24."""
+    trainer = trainer_of()
+    assert trainer._over_ranks(2**24 + 1, True, False) == [2**24 + 1, 1.0, 0.0]
+    assert trainer._zeros(2).tolist() == [0.0, 0.0]
+
+
+def test_running_loss_and_position_are_saved(trainer_of: Open, tmp_path: Path) -> None:
+    trainer = trainer_of()
+    trainer.running_loss.add(torch.tensor(3.0))
+    trainer.running_loss.end_step(taken=True)
+    trainer.save_position(tmp_path)
+    assert {file.name for file in tmp_path.glob("*.json")} == {"running_loss.json", "sampler_state.json"}
+    again = trainer_of()
+    again.running_loss.take_up(str(tmp_path))
+    assert again.running_loss.of_run(lambda total: total) == 3.0
