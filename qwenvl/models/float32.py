@@ -50,7 +50,8 @@ class _Widened:
     def __init__(
         self, layer: nn.Module, prepare: Callable[[nn.Module], None], restore: Callable[[nn.Module], None]
     ) -> None:
-        self.parameters = [parameter for parameter in layer.parameters() if parameter.dtype in _HALF]
+        # those in float32 too: `prepare` may give them other values
+        self.parameters = [parameter for parameter in layer.parameters() if parameter.dtype in (*_HALF, torch.float32)]
         self.prepare, self.restore = prepare, restore
         self.own: list[Tensor] = []
 

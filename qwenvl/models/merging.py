@@ -182,7 +182,7 @@ def logits_of(model: Any, inputs: Any, *, merged: bool = False) -> Tensor:
 
 def _merge_part(part: nn.Module) -> None:
     for _, layer in _adapted_layers(part):
-        layer.merge()
+        layer.merge(safe_merge=True)  # into a copy: a weight in float32 is the model's own
 
 
 def _forget_part(part: nn.Module) -> None:

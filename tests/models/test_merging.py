@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.models import merging
-from qwenvl.models.merging import MergeReport, distance, logits_of, merge, open_adapted, sample_inputs
+from qwenvl.models.merging import TOLERANCE, MergeReport, distance, logits_of, merge, open_adapted, sample_inputs
 from qwenvl.utilities.errors import UserError
 
-SOUND = MergeReport(changed=3, unchanged=(), effect=0.5, error=1e-6, tolerance=1e-4)
+SOUND = MergeReport(changed=3, unchanged=(), effect=0.5, error=1e-6, rounding=1e-3)
 
 
 @pytest.fixture
@@ -35,14 +35,20 @@ def adapted(tiny_checkpoint, tmp_path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("error", [math.nan, math.inf, 1.1e-4])
 def test_logits_that_moved_by_more_than_rounding_are_refused(error):
-    with pytest.raises(UserError, match=r"Merged weights give other logits.*--dtype float32"):
+    with pytest.raises(UserError, match=r"Merged weights give other logits.*Nothing was saved"):
         merging._require_sound(replace(SOUND, error=error))
 
 
 def test_what_rounding_explains_is_sound(caplog):
     merging._require_sound(SOUND)
-    merging._require_sound(replace(SOUND, error=SOUND.tolerance))
+    merging._require_sound(replace(SOUND, error=TOLERANCE))
+    merging._require_sound(replace(SOUND, rounding=SOUND.effect))
     assert not caplog.records
+
+
+def test_rounding_that_hides_the_adapters_is_said(caplog):
+    merging._require_sound(replace(SOUND, rounding=0.6))
+    assert "move the logits by 0.5 of their norm, and rounding the merged weights by 0.6" in caplog.text
 
 
 def test_weights_that_did_not_change_are_named_and_refused_if_none_did(caplog):
@@ -67,7 +73,7 @@ def test_merged_logits_are_those_of_the_adapters(adapted):
     layers = model.config.text_config.num_hidden_layers
     assert (report.changed, report.unchanged) == (layers, ())
     assert report.effect == pytest.approx(distance(plain, expected), rel=1e-4) and report.effect > 0.01
-    assert report.error < report.tolerance == 1e-4
+    assert report.error < 1e-5 and report.rounding < 1e-5, "nothing is rounded in float32"
     torch.testing.assert_close(logits_of(model, inputs), expected, rtol=1e-4, atol=1e-4)
     assert not hasattr(model, "peft_config") or not model.peft_config
 
@@ -100,11 +106,22 @@ def test_a_tensor_that_finds_no_place_is_refused(adapted):
         open_adapted(str(base), str(folder), torch.float32)
 
 
+def test_merged_weights_are_rounded_once(adapted):
+    """To the type of the checkpoint, from the sum in float32."""
+    base, folder = adapted
+    half = open_adapted(str(base), str(folder), torch.bfloat16)
+    layer = half.get_submodule("base_model.model.model.language_model.layers.0.self_attn.q_proj")
+    down, up = (matrix["default"].weight.float() for matrix in (layer.lora_A, layer.lora_B))
+    expected = (layer.get_base_layer().weight.float() + 2.0 * up @ down).bfloat16()
+    model, report = merge(half, AutoProcessor.from_pretrained(base))
+    assert torch.equal(model.model.language_model.layers[0].self_attn.q_proj.weight, expected)
+    assert 1e-4 < report.rounding < report.effect and report.error < 1e-5
+
+
 def test_weights_have_the_type_that_is_asked_for(adapted):
     base, folder = adapted
     opened = open_adapted(str(base), str(folder), torch.bfloat16)
     assert opened.get_base_model().dtype == torch.bfloat16
-    assert merging.TOLERANCES[torch.bfloat16] > merging.TOLERANCES[torch.float16] > merging.TOLERANCES[torch.float32]
 
 
 def test_the_distance_is_relative_to_the_second():
