@@ -27,7 +27,7 @@ def dom(page: Path, fragment: str, profile: Path) -> Figures:
     """Return a page as Chromium has it after its scripts ran; fails where they complain."""
     assert CHROMIUM is not None
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--dump-dom", f"{page.as_uri()}{fragment}"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert "CONSOLE" not in shown.stderr, shown.stderr
     assert shown.returncode == 0
     return Figures(shown.stdout)

@@ -23,8 +23,21 @@ if str(REPOSITORY) not in sys.path:  # as pytest's own `pythonpath`, for runs fr
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)
+
+# No property depends on a clock (a deadline, slow drawing) or on a seed of the day. A fixture of a function that serves
+# all examples of a property is a folder, or what builds things. --hypothesis-profile=search draws other examples each
+# time, to look for more.
+settings.register_profile(
+    "same",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("search", settings.get_profile("same"), derandomize=False)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

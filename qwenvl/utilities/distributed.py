@@ -140,13 +140,15 @@ def _attempt() -> str:
 
 def _store() -> Any:
     """Return a connection to the store that torchrun keeps for its processes; None where there is no such store."""
+    # torchrun's is there before its processes, however busy the machine; any other one may not be there yet, or ever.
+    seconds = 30 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 5
     try:
         return dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=5),
+            timeout=datetime.timedelta(seconds=seconds),
         )
     except (KeyError, ValueError, RuntimeError):  # no address; nobody answers there
         return None

@@ -205,7 +205,7 @@ def test_the_written_recipe_reruns_the_job(tmp_path: Path) -> None:
     assert second.training.to_dict() == first.training.to_dict()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.fixed_dictionaries(
         {

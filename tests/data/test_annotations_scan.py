@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwenvl.data import annotations_text
@@ -27,7 +27,6 @@ values = st.recursive(
 )
 arrays = st.lists(values, max_size=8)
 spaces = st.text(alphabet=" \t\r\n", max_size=4)
-same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 
 
 @st.composite
@@ -44,7 +43,7 @@ def pieces(data: bytes, size: int) -> Iterator[bytes]:
     return (data[start : start + size] for start in range(0, len(data), size))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(case=dumped(), size=st.integers(1, 200), start=st.integers(0, 9))
 def test_items_are_those_of_the_json_module(case: tuple[list[Any], str], size: int, start: int) -> None:
     array, text = case
@@ -61,7 +60,7 @@ def test_items_are_those_of_the_json_module(case: tuple[list[Any], str], size: i
     assert found[1].tolist() == scalars
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(before=st.integers(0, 200), run=st.integers(0, 200), size=st.integers(1, 260))
 def test_runs_of_backslashes_of_any_length(before: int, run: int, size: int) -> None:
     """Longer than a word of 64, across words and across pieces."""
@@ -75,7 +74,7 @@ def test_runs_of_backslashes_of_any_length(before: int, run: int, size: int) -> 
     assert [json.loads(data[a : b - 1]) for a, b in pairwise(found[0])] == array
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.binary() | st.text(alphabet='{["\n\r x').map(str.encode), size=st.integers(1, 70))
 def test_lines_are_those_between_newlines(data: bytes, size: int) -> None:
     scanner = LineScanner(0)
@@ -105,7 +104,7 @@ def as_rows(array: list[Any]) -> list[Any]:
     return [row for rows in packed if all(isinstance(row, dict) for row in rows) for row in rows]
 
 
-@same_folder
+@settings(max_examples=60)
 @given(
     case=dumped(),
     place=st.floats(0, 1),
@@ -145,7 +144,7 @@ def test_what_is_no_array_is_not_read_as_one(
     assert any(error.category == "bad_json" for error in errors), text
 
 
-@same_folder
+@settings(max_examples=60)
 @given(case=dumped(), place=st.floats(0, 1), size=st.integers(1, 80))
 def test_the_mistake_stands_where_the_json_module_finds_it(
     tmp_path: Path, case: tuple[list[Any], str], place: float, size: int

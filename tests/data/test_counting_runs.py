@@ -29,8 +29,15 @@ import sys, time
 from pathlib import Path
 from tests.data.test_counting_runs import SampleEncoder, measure_lengths, open_records
 
-measure = SampleEncoder.measure
-SampleEncoder.measure = lambda self, sample: time.sleep(0.002) or measure(self, sample)
+measure, last = SampleEncoder.measure, float(sys.argv[3])  # seconds
+
+
+def slowly(self, sample):
+    time.sleep(last if sample.record["id"] == "1199" else 0.002)
+    return measure(self, sample)
+
+
+SampleEncoder.measure = slowly
 measure_lengths(open_records(Path(sys.argv[1])), Path(sys.argv[2]), workers=2)
 """
 
@@ -60,10 +67,10 @@ def open_records(checkpoint: Path, records: list[Any] = RECORDS) -> Conversation
     return ConversationDataset([table_of(records, checkpoint)], encoder_of(checkpoint))
 
 
-def start(script: Path, checkpoint: Path, cache: Path) -> subprocess.Popen[bytes]:
+def start(script: Path, checkpoint: Path, cache: Path, last: float) -> subprocess.Popen[bytes]:
     script.write_text(SLOWLY)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, str(script), str(checkpoint), str(cache)]
+    command = [sys.executable, str(script), str(checkpoint), str(cache), str(last)]
     return subprocess.Popen(command, env=environment, cwd=REPOSITORY, start_new_session=True)
 
 
@@ -78,9 +85,9 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, cache = tiny_checkpoint("qwen3_vl"), tmp_path / "cache"
-    with start(tmp_path / "count.py", checkpoint, cache) as process:
+    with start(tmp_path / "count.py", checkpoint, cache, last=6000) as process:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 900
             while kept(cache) < ROWS // 4:
                 assert process.poll() is None
                 assert time.monotonic() < deadline
@@ -102,8 +109,10 @@ def test_runs_at_the_same_time_do_not_harm_each_other(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, cache = tiny_checkpoint("qwen3_vl"), tmp_path / "cache"
-    with start(tmp_path / "a.py", checkpoint, cache) as one, start(tmp_path / "b.py", checkpoint, cache) as other:
-        assert (one.wait(120), other.wait(120)) == (0, 0)
+    scripts = tmp_path / "a.py", tmp_path / "b.py"
+    one, other = (start(script, checkpoint, cache, last=0) for script in scripts)
+    with one, other:
+        assert (one.wait(900), other.wait(900)) == (0, 0)
     expected = measure_lengths(open_records(checkpoint), workers=0)
     monkeypatch.setattr(SampleEncoder, "measure", None)  # everything is known
     assert measure_lengths(open_records(checkpoint), cache, workers=0).measures.tolist() == expected.measures.tolist()

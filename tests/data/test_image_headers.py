@@ -45,7 +45,7 @@ saved = st.fixed_dictionaries(
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(["L", "RGB", "CMYK"]), saved)
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_files_as_pillow_writes_them(width: int, height: int, mode: str, options: dict[str, Any]) -> None:
     content = encoded(Image.new(mode, (width, height)), "JPEG", **options)
     assert jpeg_size(content[:HEADER_BYTES]) == (height, width) == by_pillow(content)
@@ -81,7 +81,7 @@ CONTENTS = [
 
 
 @given(st.sampled_from(CONTENTS), st.integers(0, 2**32), st.integers(1, 4), st.booleans())
-@settings(deadline=None, max_examples=1500)
+@settings(max_examples=1500)
 def test_damage_is_never_taken_for_a_size(content: bytes, seed: int, changes: int, cut: bool) -> None:
     """A size is only given where Pillow gives the same one; where it refuses the file, it is left to say why."""
     rng = random.Random(seed)

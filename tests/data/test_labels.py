@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoProcessor
 
@@ -163,7 +163,7 @@ WORDS = [*"ab \n.é你", "<|im_end|>", "assistant", "<think>", "</think>", "<|im
 TEXT = st.lists(st.sampled_from(WORDS), max_size=12).map("".join)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(data=st.data())
 def test_trained_text_is_the_answers_and_ids_are_the_templates(qwen3: Pipeline, data: st.DataObject) -> None:
     """Any conversation of any turns: the template's own ids, and every answer trained, and nothing else."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -248,7 +248,6 @@ numbers = st.integers(0, 2**62)
     st.integers(0, 31 * RECORD.itemsize),
     st.integers(0, 3 * RECORD.itemsize),
 )
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_of_a_write_that_was_cut_off_whole_records_are_kept_and_no_others(
     tmp_path: Path, written: dict[int, tuple[int, ...]], start: int, lost: int
 ) -> None:

@@ -84,7 +84,7 @@ def make_encoder(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., 
 
 
 @given(rows, st.sampled_from([60, 150, 400, 4000]), st.sampled_from(["drop", "truncate_turns"]))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_lengths_are_those_of_training(
     make_encoder: Callable[..., SampleEncoder], media: Path, records: list[Any], limit: int, overlength: str
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
@@ -26,8 +26,6 @@ from qwenvl.data.types import ImageItem, VideoItem
 from qwenvl.utilities.errors import SampleError
 from tests.data.pictures import both, encoded, picture, reason_of
 from tests.data.test_video import FPS, FRAMES, HEIGHT, WIDTH, make_video
-
-same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +195,6 @@ def test_bombs_are_refused_where_warnings_are_errors(
     reason_of(both(reader, "a.png")[0], "decompression_bomb")
 
 
-@same_folder
 @given(data=st.data(), kind=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]))
 def test_damaged_files_give_an_image_or_a_sample_error(tmp_path: Path, data: st.DataObject, kind: str) -> None:
     content = bytearray(encoded(picture(), kind))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile
 
@@ -64,7 +64,7 @@ def require_pixels_of_pillow(folder: Path, content: bytes) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Tag data larger|Corrupt EXIF")
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(content=jpegs())
 def test_the_pixels_of_a_jpeg_are_those_of_pillow(tmp_path: Path, content: bytes) -> None:
     require_pixels_of_pillow(tmp_path, content)

@@ -49,7 +49,7 @@ def test_time_is_counted_in_float32_as_transformers_counts_it() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_equals_get_rope_index(name: str, stock_models: dict[str, Any], data: st.DataObject) -> None:
     """Random interleavings of text, images and videos."""

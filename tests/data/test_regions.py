@@ -10,7 +10,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
@@ -69,7 +69,7 @@ def _read(opened: Opened, sample: Sample) -> tuple[Plan, tuple[Region, ...]]:
 WORDS = st.text(st.sampled_from("ab c,. \n\tdé漢😀🇪🇺½"), min_size=1, max_size=30)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(WORDS, st.data())
 def test_tokens_are_those_that_hold_bytes_of_the_phrase(opened, folder, text, data) -> None:
     """A character of a token's name is one byte of the text it stands for, in the byte-level tokenizers of Qwen."""

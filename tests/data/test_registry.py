@@ -272,7 +272,7 @@ def test_the_shipped_registry_loads_from_any_folder(tmp_path: Path) -> None:
     code = "from qwenvl.data.registry import load_registry as f; print(sorted(f(None)))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(DEFAULT_REGISTRY.parent)])}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     for name in ("demo_digits", "demo_digits_heldout", "demo_comparisons", "demo_grounding", "demo_motion_heldout"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoProcessor
 
@@ -55,7 +55,7 @@ def rendered(template: ChatTemplate, conversation: Conversation) -> Rendering | 
 
 
 @given(conversations())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 def test_forms_and_markers_find_the_same(processor: Any, conversation: Conversation) -> None:
     by_markers = rendered(ByMarkers(processor), conversation)
     by_form = rendered(ChatTemplate(processor), conversation)

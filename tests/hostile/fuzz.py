@@ -11,18 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 EFFORTS = pytest.mark.parametrize("effort", [1, pytest.param(40, marks=pytest.mark.long)], ids=["quick", "long"])
-"""The same examples in every run, or so many times as many, others each time."""
+"""So many times as many examples."""
 
 
 def fuzz(check: Callable[[Any], None], inputs: st.SearchStrategy[Any], examples: int, effort: int) -> None:
     """Call ``check`` with inputs until one fails."""
-    profile = settings(
-        max_examples=examples * effort,
-        derandomize=effort == 1,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    profile = settings(max_examples=examples * effort, database=None, suppress_health_check=list(HealthCheck))
 
     def once(value: Any) -> None:
         check(value)

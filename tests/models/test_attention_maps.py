@@ -110,7 +110,7 @@ def test_states_equal_the_stock_hidden_states(load_tiny, mixture, make_batch, tm
         torch.testing.assert_close(found, wanted[0, places], atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_maps_are_rows_of_the_softmax_whatever_the_chunks(data):
     lengths = data.draw(st.lists(st.integers(3, 12), min_size=1, max_size=4))

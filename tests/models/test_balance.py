@@ -20,7 +20,7 @@ from tests.patches import install
 FAMILIES = ["qwen3_vl_moe", "qwen3_5_moe"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 4), st.integers(1, 3), st.integers(1, 3))
 def test_equals_the_stock_loss_of_each_sample_times_its_tokens(lengths, padding, layers, top_k):
     torch.manual_seed(sum(lengths))

@@ -24,7 +24,7 @@ def gradients(loss: Tensor, *tensors: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, tensors)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(2, 50), st.integers(1, 400), st.integers(0, 1000), st.floats(-3, 3))
 def test_chunks_of_any_size_give_the_loss_and_gradients_of_the_whole(rows, columns, chunk, seed, factor):
     hidden, weight, targets = make(rows, columns, seed)

@@ -42,7 +42,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
     assert not torch.equal(first.classify.weight, other.classify.weight)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
 def test_the_loss_is_cross_entropy_and_dice(height: int, width: int, seed: int) -> None:
     generator = np.random.default_rng(seed)

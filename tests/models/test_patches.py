@@ -42,7 +42,7 @@ def stock(processor: Any, frames: torch.Tensor, still: bool) -> tuple[torch.Tens
     return made["pixel_values_videos"], made["video_grid_thw"][0].tolist()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(media=st.lists(MEDIUM, min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_patches_are_those_of_the_stock_processors(
     processor: Any, media: list[tuple[int, int, int]], seed: int

@@ -30,7 +30,7 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(script: Path, *flags: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name not in RANKS}
     command = ["bash", str(script), *flags]
-    return subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=900)
 
 
 def dry(script: Path, *flags: str, cwd: Path, **environment: str) -> list[str]:
@@ -131,7 +131,7 @@ def test_a_failing_program_fails_the_script(copied: Path, tmp_path: Path) -> Non
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck() -> None:
     scripts = [str(path) for path in (REPOSITORY / "scripts").glob("*.sh")]
-    done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
 
 

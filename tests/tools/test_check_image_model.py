@@ -74,7 +74,7 @@ records = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(record=records)
 @example(record={"conversations": [{"from": "gpt", "value": "<image>"}, {"from": "system", "value": "late"}]})
 def test_any_record_passes_if_training_takes_it(

@@ -166,10 +166,11 @@ TOKENIZER = build_tokenizer("qwen3_vl")
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_survives_the_round_trip(text: str) -> None:
-    normal = TOKENIZER.backend_tokenizer.normalizer.normalize_str(text)  # NFC, as Qwen's
-    assert TOKENIZER.decode(TOKENIZER(text, add_special_tokens=False).input_ids) == normal
+    normal = TOKENIZER.backend_tokenizer.normalizer.normalize_str  # NFC, as Qwen's; between special tokens
+    decoded = TOKENIZER.decode(TOKENIZER(text, add_special_tokens=False).input_ids)
+    assert normal(decoded) == normal(text)
 
 
 # Chat templates

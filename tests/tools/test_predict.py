@@ -28,6 +28,25 @@ SMALL = ("--min_pixels", "32*32", "--max_pixels", "64*64", "--video_max_frames",
 GOOD = 7
 
 
+HANGING = """
+import sys, time
+from tools.predict import main
+
+written = []
+
+
+def hang(event, arguments):
+    if event == "open" and "killed.part-" in str(arguments[0]) and arguments[1] == "a":
+        written.append(1)
+        time.sleep(6000 if len(written) == 3 else 0)
+
+
+sys.addaudithook(hang)
+main(sys.argv[1:])
+"""
+"""Asks, but hangs before its third sample's line is written to the output named ``killed``."""
+
+
 def _turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
@@ -246,7 +265,7 @@ def test_two_processes_that_are_killed_and_go_on_write_what_one_writes(
     data = ["--dataset_use", "set%400", "--batch_size", "1", "--output"]
     assert predict(*data, str(alone))[0] == 1
     script = tmp_path / "predict.py"
-    script.write_text("import sys\nfrom tools.predict import main\nmain(sys.argv[1:])\n")
+    script.write_text(HANGING)
     printed = torchrun(script, *flags, *data, str(shared))
     assert shared.read_text() == alone.read_text()
     assert printed.count("samples that could not be asked") == 1
@@ -256,8 +275,9 @@ def test_two_processes_that_are_killed_and_go_on_write_what_one_writes(
         [*command, *flags, *data, str(killed)], env=environment, start_new_session=True, stderr=subprocess.DEVNULL
     ) as process:
         parts = [tmp_path / f"killed.part-{rank}" for rank in (0, 1)]
-        deadline = time.monotonic() + 120
-        while not all(part.exists() and part.stat().st_size for part in parts) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 900
+        while not all(part.exists() and part.read_text().count("\n") == 2 for part in parts):
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
     assert not killed.exists() and all(part.exists() for part in parts)

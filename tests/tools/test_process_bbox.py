@@ -26,7 +26,7 @@ def execute(folder: Path) -> tuple[str, list[Image.Image]]:
     """Run the notebook in a folder; return what it prints and shows."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(
-        notebook, kernel_name="python3", timeout=120, resources={"metadata": {"path": str(folder)}}
+        notebook, kernel_name="python3", timeout=900, resources={"metadata": {"path": str(folder)}}
     ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.get("name") == "stderr"]

@@ -79,7 +79,7 @@ def train(model: Path, output: Path, registry: Path, **settings: Any) -> Path:
     return output
 
 
-def torchrun(script: Path, *arguments: str, ranks: int = 2, seconds: float = 280, **environment: str) -> str:
+def torchrun(script: Path, *arguments: str, ranks: int = 2, seconds: float = 900, **environment: str) -> str:
     """Run a Python file on several ranks of this machine; return what they printed, also written beside it."""
     environment |= os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -165,7 +165,7 @@ def run_on_two_ranks(
     """
     (folder / "runner.py").write_text(before + RUNNER)
     (folder / "commands.json").write_text(json.dumps(list(commands.values())))
-    torchrun(folder / "runner.py", str(folder / "commands.json"), seconds=500, **options)
+    torchrun(folder / "runner.py", str(folder / "commands.json"), **options)
     wanted = [engine if isinstance(engine, str) else engine[name] for name in commands]
     assert json.loads((folder / "commands.json.engines").read_text()) == wanted
     return {name: folder / name for name in commands}

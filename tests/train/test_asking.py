@@ -117,7 +117,6 @@ def test_flags_without_effect_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("engines", [("DDP", "ZeRO-3"), ("FSDP2",)], ids=["DDP and ZeRO-3", "FSDP2"])
 def test_two_ranks_ask_like_one_process(
     engines: tuple[str, ...], tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
@@ -132,7 +131,7 @@ def test_two_ranks_ask_like_one_process(
         "ZeRO-3": {"deepspeed": tmp_path / "zero3.json"},
         "FSDP2": {"fsdp": True, "fsdp_config": "configs/fsdp2.json"},
     }
-    settings = {**ASKING, "per_device_train_batch_size": 1, "ddp_timeout": 60}
+    settings = {**ASKING, "per_device_train_batch_size": 1, "ddp_timeout": 600}
     alone = train(model, tmp_path / "alone", registry, **{**settings, "gradient_accumulation_steps": 2})
     commands, wanted = {}, {}
     for engine in engines:

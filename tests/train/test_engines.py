@@ -28,7 +28,6 @@ from tests.train.runs import (
     weights,
 )
 
-pytestmark = pytest.mark.timeout(600)  # several runs in one test, which share busy cores with other tests
 FSDP2 = {"fsdp": True, "fsdp_config": "configs/fsdp2.json"}
 EVALUATION = {
     "eval_strategy": "steps",
@@ -102,7 +101,7 @@ def command(
     """Return a function that makes the command line of a case on two ranks."""
 
     def function(name: str, case: str, model: Path | None = None, **settings: Any) -> list[str]:
-        settings = {**COMMON, **CASES[case], "data_seed": worst_seed, "ddp_timeout": 60, **settings}
+        settings = {**COMMON, **CASES[case], "data_seed": worst_seed, "ddp_timeout": 600, **settings}
         return flags(model or tiny_checkpoint("qwen3_vl"), tmp_path / name, registry, **settings)
 
     return function

@@ -32,7 +32,7 @@ def start(*arguments: str, folder: Path, **environment: str) -> subprocess.Compl
         env={**inherited, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
     )
 
 

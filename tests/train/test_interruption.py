@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -19,7 +20,7 @@ import pytest
 from qwenvl.train import manifest
 from qwenvl.train.checkpoints import DRAFTS, find_checkpoint, problem_of
 from qwenvl.train.train_qwen import main
-from tests.train.runs import REPOSITORY, equal_bits, flags, history, train
+from tests.train.runs import REPOSITORY, equal_bits, flags, history, read_annotations, train
 
 STEPS: dict[str, Any] = {
     "max_steps": 6,
@@ -39,23 +40,37 @@ def whole(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path_facto
     return train(tiny_checkpoint("qwen3_vl"), tmp_path_factory.mktemp("whole") / "run", registry, **STEPS)
 
 
-def start(model: Path, output: Path, registry: Path, log: str = os.devnull, **extra: Any) -> subprocess.Popen[bytes]:
+KILLED = """
+import json, os, runpy, signal, sys
+
+moments = json.loads(sys.argv[1])
+
+
+def watch(event, arguments):
+    if event == moments[0][0] and moments[0][1] in str(arguments[0]):
+        if len(moments) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        del moments[0]
+
+
+sys.addaudithook(watch)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Run a script that kills itself at the last of some moments, each an audit event of Python and a part of its path."""
+
+
+def run_killed(
+    model: Path, output: Path, registry: Path, log: Path, *moments: tuple[str, str], **settings: Any
+) -> None:
     script = REPOSITORY / "qwenvl" / "train" / "train_qwen.py"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, str(script), *flags(model, output, registry, **{**STEPS, **extra})]
-    with open(log, "wb") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-
-
-def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:
-    """Send SIGKILL as soon as ``moment()`` is true."""
-    deadline = time.monotonic() + 120
-    while not moment():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-c", KILLED, json.dumps(moments), str(script)]
+    with log.open("wb") as file:
+        done = subprocess.run(
+            [*command, *flags(model, output, registry, **settings)], env=environment, stdout=file, stderr=file
+        )
+    assert done.returncode == -signal.SIGKILL, log.read_text()
 
 
 @pytest.mark.slow
@@ -64,15 +79,15 @@ def test_killed_while_saving_and_while_training(
 ) -> None:
     model, output = tiny_checkpoint("qwen3_vl"), tmp_path / "run"
     drafts = output / DRAFTS
-    moments: list[Callable[[], bool]] = [
-        (drafts / "checkpoint-2" / "config.json").exists,  # the weights are being written
-        (drafts / "checkpoint-4" / "trainer_state.json").exists,  # the last file, before it is renamed
-        lambda: (output / "checkpoint-5").exists() and not drafts.exists(),  # training, evaluating or rotating
-    ]
-    for moment in moments:
-        kill_when(start(model, output, registry), moment)
+    moments = {
+        "checkpoint-1": ("open", str(drafts / "checkpoint-2" / "processor_config.json")),  # the weights are there
+        "checkpoint-3": ("os.rename", str(drafts / "checkpoint-4")),  # it is whole, and has not got its name
+        "checkpoint-5": ("os.rmdir", str(output / "checkpoint-3")),  # rotating: its files are gone
+    }
+    for last, moment in moments.items():
+        run_killed(model, output, registry, tmp_path / "log", moment, **STEPS)
         newest = max(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-        assert problem_of(newest) is None  # an older one may be half removed
+        assert newest.name == last and problem_of(newest) is None  # an older one may be half removed
         assert find_checkpoint(str(output), None) == str(newest)
     resumed = train(model, output, registry, **STEPS)
     assert history(resumed) == history(whole)
@@ -84,11 +99,12 @@ def test_killed_while_saving_and_while_training(
 def test_killed_while_evaluating(
     whole: Path, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:
-    """The loss of step 2 is logged, then many samples are evaluated, which takes a while, and then it is saved."""
+    """After step 2: its loss is logged, then the first picture held out is opened, and then a checkpoint is saved."""
     model, output, log = tiny_checkpoint("qwen3_vl"), tmp_path / "run", tmp_path / "log"
-    process = start(model, output, registry, str(log), eval_dataset_use="held_out%20000")
-    kill_when(process, lambda: log.read_bytes().count(b": loss ") == 2)
-    assert b"'eval_loss'" not in log.read_bytes()
+    picture = next(record["image"][0] for record in read_annotations(registry, "held_out") if "image" in record)
+    moments = ("os.rename", str(output / DRAFTS / "checkpoint-1")), ("open", str(registry.parent / picture))
+    run_killed(model, output, registry, log, *moments, **STEPS)
+    assert log.read_bytes().count(b": loss ") == 2 and b"'eval_loss'" not in log.read_bytes()
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
     resumed = train(model, output, registry, **STEPS)
     assert history(resumed) == history(whole)
@@ -148,7 +164,7 @@ def whole_on_two_ranks(
 ) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     with start_ranks(tiny_checkpoint("qwen3_vl"), folder / "run", registry, folder / "log", **LONG) as process:
-        assert process.wait(timeout=200) == 0, (folder / "log").read_text()
+        assert process.wait(timeout=900) == 0, (folder / "log").read_text()
     return folder / "run"
 
 
@@ -159,7 +175,7 @@ def test_signal_saves_and_the_next_start_goes_on(
 ) -> None:
     model, output, log = tiny_checkpoint("qwen3_vl"), tmp_path / "run", tmp_path / "log"
     with start_ranks(model, output, registry, log, **LONG) as process:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 900
         while b": loss " not in log.read_bytes():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
@@ -168,20 +184,20 @@ def test_signal_saves_and_the_next_start_goes_on(
             process.send_signal(signal.SIGTERM)
         else:
             ranks[-1].send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=100) == 75, log.read_text()
+        assert process.wait(timeout=900) == 75, log.read_text()
     (checkpoint,) = output.glob("checkpoint-*")
     assert problem_of(checkpoint) is None
     assert checkpoint.name not in ("checkpoint-30", "checkpoint-60")
     assert f"Stopped on request after step {checkpoint.name[11:]} of 60" in log.read_text()
     assert not list(output.glob("*.safetensors")), "an unfinished run has no final model"
     with start_ranks(model, output, registry, log, **LONG) as process:
-        assert process.wait(timeout=200) == 0, log.read_text()
+        assert process.wait(timeout=900) == 0, log.read_text()
     assert history(output) == history(whole_on_two_ranks)
     assert equal_bits(output, whole_on_two_ranks)
 
 
 ENDS = {
-    signal.SIGSTOP: ["Nothing moved for 6 s (--step_timeout): step ", "dataset 'mixed'", "in _inner_training_loop"],
+    signal.SIGSTOP: ["Nothing moved for 40 s (--step_timeout): step ", "dataset 'mixed'", "in _inner_training_loop"],
     signal.SIGKILL: ["Rank 1 was killed by SIGKILL; often the machine had no memory left"],
 }
 
@@ -192,15 +208,15 @@ def test_rank_that_hangs_or_dies_ends_the_run_with_a_message(
     number: signal.Signals, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:
     output, log = tmp_path / "run", tmp_path / "log"
-    settings = {**LONG, "max_steps": 100_000, "save_steps": 100_000, "step_timeout": 6}
+    settings = {**LONG, "max_steps": 100_000, "save_steps": 100_000, "step_timeout": 40}
     with start_ranks(tiny_checkpoint("qwen3_vl"), output, registry, log, **settings) as process:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 900
         while b": loss " not in log.read_bytes():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
         ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: int(rank.environ()["RANK"]))
         ranks[1].send_signal(number)
-        assert process.wait(timeout=120) == (137 if number == signal.SIGKILL else 3), log.read_text()
+        assert process.wait(timeout=900) == (137 if number == signal.SIGKILL else 3), log.read_text()
     said = log.read_text()
     for message in ENDS[number]:
         assert message in said

@@ -120,6 +120,6 @@ def test_a_run_that_fails_ends(tmp_path: Path, tiny_checkpoint: Callable[..., Pa
     place.write(*[GOOD] * 20, sample("<image>", image="cut.jpg"), *[GOOD] * 20)
     settings = {"dataloader_num_workers": 2, "dataloader_persistent_workers": persistent, "max_steps": 200}
     command = [sys.executable, "qwenvl/train/train_qwen.py", *place.flags(**settings)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1, done.stderr
     assert "cut.jpg: the image is cut off" in done.stderr

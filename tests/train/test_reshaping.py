@@ -82,7 +82,6 @@ class _Runs:
 
 
 @pytest.mark.parametrize("stages", [(3,), pytest.param((1, 2), marks=pytest.mark.long)], ids=str)
-@pytest.mark.timeout(600)
 def test_zero_checkpoints_go_on_on_one_rank_and_on_two_again(
     stages: tuple[int, ...], tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:

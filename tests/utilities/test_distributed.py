@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from multiprocessing.queues import Queue
@@ -51,8 +52,8 @@ def one_rank(folder: Path) -> tuple[int, int, int, bool]:
 
 
 def one_waiting_rank() -> tuple[int, list[object]]:
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=4))
-    got: list[object] = [distributed.from_main_process(partial(slow, seconds)) for seconds in (5.0, 0.0)]
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
+    got: list[object] = [distributed.from_main_process(partial(slow, seconds)) for seconds in (22.0, 0.0)]
     try:
         distributed.from_main_process(mistaken)
     except UserError as error:
@@ -75,11 +76,15 @@ def as_a_rank(rank: int, port: int, results: Queue[Any], function: Callable[...,
     results.put(function(*arguments))
 
 
-def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Return what a function returns in two forked processes of one job, sorted."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return what a function returns in two forked processes of one job, sorted."""
+    port = free_port()
     context = multiprocessing.get_context("fork")
     results: Queue[Any] = context.Queue()
     children = [
@@ -88,10 +93,10 @@ def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     for child in children:
         child.start()
     try:
-        return sorted(results.get(timeout=60) for _ in children)
+        return sorted(results.get(timeout=900) for _ in children)
     finally:
         for child in children:
-            child.join(20)
+            child.join(900)
             child.kill()
 
 
@@ -118,10 +123,21 @@ def test_one_of_all_is_the_first_to_say_something(monkeypatch: pytest.MonkeyPatc
     assert distributed.is_first_to_say("x")
 
 
+def test_the_store_of_torchrun_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine it answers late, and what all ranks know would be said by each of them."""
+    settings = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**settings, "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    with ThreadPoolExecutor() as pool:
+        answers = pool.map(distributed.is_first_to_say, ["x", "x"])
+        time.sleep(7)  # longer than any other store is waited for
+        server = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
+        assert sorted(answers) == [False, True]
+    del server
+
+
 def test_where_nobody_can_be_asked_everyone_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         monkeypatch.setenv(name, value)
     assert distributed.is_first_to_say("x")
