@@ -160,7 +160,7 @@ class _SaidByOne(logging.Filter):
         return is_first_to_say(f"warning {self._said[text]}: {text}")
 
 
-class _Handler(logging.StreamHandler[_AboveProgressBars]):
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 has no subscript of it when it runs
     def __init__(self) -> None:
         super().__init__(_AboveProgressBars())
         self.setFormatter(_Formatter("%(message)s"))
