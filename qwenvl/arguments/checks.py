@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from qwenvl.arguments.adapters import AdapterArguments, Part, contradiction, target_parts
+from qwenvl.arguments.best_metric import OF_ANSWERS, available_metrics, require_metric
 from qwenvl.arguments.data import DataArguments
 from qwenvl.arguments.engines import read_settings
 from qwenvl.arguments.model import ModelArguments
 from qwenvl.arguments.optimizers import check_optimizer
+from qwenvl.arguments.schedules import check_schedule
+from qwenvl.arguments.stock import WARNED
 from qwenvl.arguments.tasks import TaskArguments
 from qwenvl.arguments.training import TrainingArguments
-from qwenvl.utilities.errors import UserError
+from qwenvl.utilities.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
-
-BATCH_FLAGS = frozenset({"group_by_length", "train_sampling_strategy", "length_column_name", "dataloader_drop_last"})
-"""Flags of transformers that choose or drop samples in ways that batches here are not made."""
 
 
 def check_required(model: ModelArguments, data: DataArguments, output_dir: str | None) -> None:
@@ -61,24 +63,66 @@ def check_together(
             "--max_steps 0 trains nothing. Leave it out for --num_train_epochs, or add --dry_run to see what training "
             "would do."
         )
-    if training.dry_run_devices < 0 or not 0.0 < training.dry_run_mfu <= 1.0:
-        raise UserError("--dry_run_devices must be 0 or more, and --dry_run_mfu above 0 and up to 1.")
     if training.torch_compile and (training.deepspeed or training.fsdp):
         raise UserError(
             "--torch_compile with --deepspeed or --fsdp is not supported: they gather the weights of a layer while it "
             "runs. Leave one of them out."
         )
-    if training.label_smoothing_factor:
-        raise UserError("--label_smoothing_factor is not supported: the loss is plain cross entropy. Leave it out.")
+    _check_choice("torch_compile_backend", training.torch_compile_backend, _compile_backends)
+    _check_choice("torch_compile_mode", training.torch_compile_mode, _compile_modes)
+    if training.neftune_noise_alpha and data.data_flatten:
+        raise UserError(
+            "--neftune_noise_alpha with --data_flatten or --data_packing: its noise shrinks with the length of the "
+            "row, so that packed samples would get less of it than they do alone. Leave one of them out."
+        )
     check_optimizer(training)
+    check_schedule(training)
     training.check_questions()
+    _check_evaluation(data, training)
+    _check_best_metric(training, tasks.task)
+
+
+def _check_choice(name: str, value: str | None, choices: Callable[[], Sequence[str]]) -> None:
+    """Check a text that transformers passes on to libraries, which would refuse it after everything is loaded."""
+    if value is not None and value not in (known := choices()):
+        raise UserError(f"--{name} {value} is not one of {', '.join(known)}.{nearest(value, known)}")
+
+
+def _compile_backends() -> Sequence[str]:
+    return [str(name) for name in torch.compiler.list_backends(exclude_tags=())]
+
+
+def _compile_modes() -> Sequence[str]:
+    from torch import _inductor  # slow to import, and rarely needed
+
+    return [str(name) for name in _inductor.list_mode_options()]
+
+
+def _check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
     if training.eval_generate and not _evaluates(training):
         raise UserError("--eval_generate asks at every evaluation, and there is none: add --eval_strategy steps.")
+    if training.do_eval and not _evaluates(training):
+        raise UserError("--do_eval True evaluates nothing without --eval_strategy: add --eval_strategy steps.")
     if _evaluates(training) and not _has_evaluation_data(data):
         raise UserError(
             "there is nothing to evaluate on, and --eval_strategy or --eval_on_start asks for it. Add "
             "--eval_dataset_use NAMES or --eval_ratio 0.01, or leave these out."
         )
+
+
+def _check_best_metric(training: TrainingArguments, task: str | None) -> None:
+    """Check the flags that choose a checkpoint, as far as they can be checked without data."""
+    metric: Any = training.metric_for_best_model
+    if metric is None:
+        return
+    if training.eval_strategy == "no":
+        raise UserError(
+            "--metric_for_best_model, --save_strategy best and --load_best_model_at_end choose by evaluations, and "
+            "there are none: add --eval_strategy steps or epoch."
+        )
+    answers = OF_ANSWERS if training.eval_generate else ()
+    advice = "" if training.eval_generate or task else " Metrics of answers need --eval_generate 100, say."
+    require_metric(metric, available_metrics(task, answers, blind=training.eval_blind), advice)
 
 
 _SWITCHES: dict[Part, str] = {"vision": "tune_mm_vision", "merger": "tune_mm_mlp", "language": "tune_mm_llm"}
@@ -181,7 +225,7 @@ def log_without_effect(
         trains = getattr(model, _SWITCHES[part]) or part in adapters.adapted_parts
         if getattr(training, rate) is not None and not trains:
             logger.warning("--%s has no effect: --%s is False.", rate, _SWITCHES[part])
-    for name in sorted(given & BATCH_FLAGS):
+    for name in sorted(given & WARNED.keys()):
         logger.warning(
             "--%s has no effect: every epoch holds each sample once, in a new order. --group_by_cost True makes steps "
             "of rows of similar cost and length.",

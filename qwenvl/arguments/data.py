@@ -177,8 +177,22 @@ class DataArguments:
                 "--eval_ratio and --eval_dataset_use both say what to evaluate on: keep one. The first takes a share "
                 "of the training samples, the second whole datasets."
             )
+        if taken := sorted(_TEMPLATE_ARGUMENTS & (self.chat_template_kwargs or {}).keys()):
+            raise UserError(
+                f"--chat_template_kwargs: {taken[0]} is set by the trainer, which renders each turn as a server would. "
+                "Leave it out."
+            )
         self.data_packing = self.data_packing or self.packing_plan is not None
         self.data_flatten = self.data_flatten or self.data_packing  # a pack is a flattened row
+
+
+_TEMPLATE_ARGUMENTS = frozenset(
+    {
+        *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tools"),
+        *("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "processor_kwargs"),
+    }
+)
+"""Arguments of ``apply_chat_template`` that the trainer gives itself, or that are not for the template."""
 
 
 def _require_positive(name: str, value: float | None) -> None:

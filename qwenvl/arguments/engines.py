@@ -77,7 +77,11 @@ def check_deepspeed(training: TrainingArguments) -> dict[str, Any] | str:
         version = metadata.version("deepspeed")
     except metadata.PackageNotFoundError:
         version = ""  # transformers says so
-    problems = [*_stage_problems(config, version), *_conflicts(config, training, world_size())]
+    problems = [
+        *_stage_problems(config, version),
+        *_unsupported(config, training),
+        *_conflicts(config, training, world_size()),
+    ]
     if problems:
         name = training.deepspeed if isinstance(training.deepspeed, str) else "settings"
         lines = "".join(f"\n  {problem}" for problem in problems)
@@ -125,6 +129,17 @@ def _stage_problems(config: Mapping[str, Any], version: str) -> Iterator[str]:
         yield problem
 
 
+def _unsupported(config: Mapping[str, Any], training: TrainingArguments) -> Iterator[str]:
+    """Say which flags transformers refuses with DeepSpeed after the model is loaded, or reads as others."""
+    if training.auto_find_batch_size and _look_up(config, "zero_optimization.stage") == 3:
+        yield "--auto_find_batch_size: not with stage 3. Choose a batch size, or stage 2."
+    if training.save_only_model and training.load_best_model_at_end:
+        yield "--save_only_model with --load_best_model_at_end: the best checkpoint could not be loaded. Keep one."
+    for kind in ("bf16", "fp16"):
+        if getattr(training, f"{kind}_full_eval") and not getattr(training, kind):
+            yield f"--{kind}_full_eval without --{kind}: DeepSpeed would train in it too. Set both, or none."
+
+
 def _conflicts(config: Mapping[str, Any], training: TrainingArguments, ranks: int) -> Iterator[str]:
     """Compare what both the file and the flags say; each conflict with both values."""
     for path, value, flag in (*_batch_values(training, ranks), *_section_values(config, training)):
@@ -144,8 +159,8 @@ def _batch_values(training: TrainingArguments, ranks: int) -> Iterator[tuple[str
         )
     yield "gradient_accumulation_steps", accumulation, "--gradient_accumulation_steps"
     yield "gradient_clipping", training.max_grad_norm, "--max_grad_norm"
-    yield "bf16.enabled", bool(training.bf16 or training.bf16_full_eval), "--bf16"
-    yield "fp16.enabled", bool(training.fp16 or training.fp16_full_eval), "--fp16"
+    yield "bf16.enabled", bool(training.bf16), "--bf16"
+    yield "fp16.enabled", bool(training.fp16), "--fp16"
 
 
 def _section_values(config: Mapping[str, Any], training: TrainingArguments) -> Iterator[tuple[str, Any, str]]:
@@ -204,7 +219,11 @@ def _fsdp_problems(config: Mapping[str, Any], training: TrainingArguments) -> It
         yield f"{name} in --fsdp_config is not a setting of FSDP2.{nearest(name, _FSDP_KEYS)}"
     if str(config.get("version", 2)) != "2":
         yield f"version: {config['version']} in --fsdp_config: transformers removes it; only 2 is supported here."
+    if training.save_only_model and training.load_best_model_at_end:
+        yield "--save_only_model with --load_best_model_at_end: the best checkpoint could not be loaded. Keep one."
     kind = config.get("state_dict_type", _STATE_DICT_TYPES[0])
+    if training.save_only_model and kind == "SHARDED_STATE_DICT":
+        yield "state_dict_type: SHARDED_STATE_DICT in --fsdp_config with --save_only_model. Keep one."
     if kind not in _STATE_DICT_TYPES:
         yield f"state_dict_type: {kind!r} in --fsdp_config is not one of {', '.join(_STATE_DICT_TYPES)}."
     if config.get("activation_checkpointing") and training.gradient_checkpointing:

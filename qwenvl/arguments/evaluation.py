@@ -35,10 +35,8 @@ class EvaluationArguments:
         """Check these flags.
 
         Raises:
-            UserError: they are out of range, or one has no effect without another.
+            UserError: one has no effect without another.
         """
-        if self.eval_generate < 0 or self.eval_generate_tokens < 1:
-            raise UserError("--eval_generate must be 0 or more, and --eval_generate_tokens 1 or more.")
         if self.eval_blind and not self.eval_generate:
             raise UserError(
                 "--eval_blind True compares losses of the samples of --eval_generate: add --eval_generate 100, say."

@@ -20,6 +20,7 @@ from qwenvl.arguments.model import ModelArguments
 from qwenvl.arguments.parallelism import hint_for, refuse_parallelism
 from qwenvl.arguments.recipes import find_file, read_recipe
 from qwenvl.arguments.settings import Setting, convert, settings_of
+from qwenvl.arguments.stock import refuse_unsupported
 from qwenvl.arguments.tasks import TaskArguments
 from qwenvl.arguments.training import TrainingArguments
 from qwenvl.utilities.errors import UserError
@@ -171,8 +172,13 @@ def _build(given: Mapping[str, Any], settings: Mapping[str, Setting], debug: boo
     tasks = TaskArguments(**by_class[TaskArguments])
     data = DataArguments(**by_class[DataArguments])
     check_required(model, data, values.get("output_dir"))
+    refuse_unsupported(given)
     refuse_parallelism(values.get("deepspeed"))
     training = _training(by_class[TrainingArguments])
+    if given.get("do_eval") is False and training.eval_strategy != "no":
+        raise UserError(
+            f"--do_eval False and --eval_strategy {training.eval_strategy} contradict each other: keep one."
+        )
     check_together(model, adapters, data, training, tasks)
     log_without_effect(model, adapters, data, training, tasks, frozenset(given))
     return ParsedArguments(model, adapters, data, training, tasks, debug, dict(given))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from qwenvl.utilities.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+")
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -78,9 +80,26 @@ def _from_json(text: str) -> Any:
 def _from_yaml(text: str) -> Any:
     loader = _RecipeLoader(text)
     try:
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        _read_nested_floats(node, depth=0)
+        return None if node is None else loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _read_nested_floats(node: yaml.Node | None, depth: int) -> None:
+    """Let ``1e-6`` within a mapping or list be a number, as it is where the type of the setting is known.
+
+    YAML 1.1, which PyYAML reads, wants a dot and a sign of the exponent. Text in quotes stays text.
+    """
+    if isinstance(node, yaml.MappingNode):
+        for _, value in node.value:
+            _read_nested_floats(value, depth + 1)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _read_nested_floats(value, depth + 1)
+    elif isinstance(node, yaml.ScalarNode) and depth > 1 and node.style is None and _FLOAT.fullmatch(node.value):
+        node.tag = "tag:yaml.org,2002:float"
 
 
 class _RecipeLoader(yaml.SafeLoader):

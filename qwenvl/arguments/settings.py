@@ -121,7 +121,7 @@ def convert(setting: Setting, value: Any) -> Any:
         return True if _as_bool(value) else None  # transformers: --fsdp alone means True, though declared as text
     for kind, attempt in _ATTEMPTS.items():
         if kind in setting.kinds and (result := attempt(value)) is not None:
-            return result
+            return float(result) if isinstance(result, int) and isinstance(setting.default, float) else result
     if setting.joined_by and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return setting.joined_by.join(value)
     raise UserError(f"{_shown(value)} does not fit: expected {setting.expected}.")

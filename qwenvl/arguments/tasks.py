@@ -93,6 +93,8 @@ class TaskArguments(GroundingArguments):
             raise UserError(f"--task_loss {self.task_loss} is none of --task {self.task}, which has {allowed}.")
         if self.focal_gamma < 0 or self.huber_delta <= 0:
             raise UserError("--focal_gamma must be 0 or more, and --huber_delta above 0.")
+        if self.head_lr is not None and self.head_lr <= 0:
+            raise UserError(f"--head_lr {self.head_lr:g} must be above 0.")
         if self.class_weights is not None and self.task not in (None, "classification", "multilabel"):
             raise UserError(f"--class_weights: --task {self.task} has no classes. Leave it out.")
         if self.class_names is not None and self.task not in (None, "classification", "multilabel"):

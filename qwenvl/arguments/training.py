@@ -11,9 +11,12 @@ import torch
 import transformers
 from transformers.training_args import OptimizerNames
 
-from qwenvl.arguments.engines import check_deepspeed, check_fsdp
+from qwenvl.arguments.best_metric import greater_is_better
+from qwenvl.arguments.engines import check_deepspeed, check_fsdp, read_settings
 from qwenvl.arguments.evaluation import EvaluationArguments
 from qwenvl.arguments.export import ExportArguments
+from qwenvl.arguments.limits import check_limits
+from qwenvl.arguments.stock import refuse_accelerator_settings
 from qwenvl.utilities.cores import available_cores
 from qwenvl.utilities.errors import UserError, nearest
 
@@ -175,37 +178,25 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
     )
 
     def __post_init__(self) -> None:
-        self._check_own_fields()
+        check_limits(self)
+        self.check_export()
         self._map_warmup_ratio()
         self._choose_evaluation_interval()
+        self._choose_best()
         self._name_checkpointing()
         self._choose_device()
         self.report_to = choose_reporters(self.report_to)
+        refuse_accelerator_settings(read_settings(self.accelerator_config or {}, "accelerator_config"))
         check_fsdp(self)
         if self.deepspeed:
             self.deepspeed = check_deepspeed(self)
         super().__post_init__()
         self._keep_to_one_device()
 
-    def _check_own_fields(self) -> None:
-        self.check_export()
-        for name in ("model_max_length", "mm_projector_lr", "vision_tower_lr", "device_peak_tflops"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name} {value:g} must be above 0.")
-        if self.max_bad_steps < 1 or self.step_timeout < 0 or self.profile_steps < 0:
-            raise UserError("--max_bad_steps must be 1 or more, --step_timeout and --profile_steps 0 or more.")
-        if self.router_aux_loss_coef < 0:
-            raise UserError(f"--router_aux_loss_coef {self.router_aux_loss_coef:g} must be 0 or more.")
-        if self.model_max_length < 2:
-            raise UserError("--model_max_length 1 leaves nothing to predict: a sample needs two tokens or more.")
-
     def _map_warmup_ratio(self) -> None:
         """Hand the ratio to ``warmup_steps``, which transformers 5 reads as a ratio below 1."""
         if self.warmup_ratio is None:
             return
-        if not 0.0 <= self.warmup_ratio < 1.0:
-            raise UserError(f"--warmup_ratio {self.warmup_ratio:g} is a share of all steps: give 0 to below 1.")
         if self.warmup_steps not in (0, self.warmup_ratio):
             raise UserError(
                 f"--warmup_ratio {self.warmup_ratio:g} and --warmup_steps {self.warmup_steps:g} both set the warm-up: "
@@ -215,8 +206,18 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
 
     def _choose_evaluation_interval(self) -> None:
         """Evaluate as often as checkpoints are saved; transformers' own choice, logging_steps, is every step here."""
-        if self.eval_strategy == "steps" and not self.eval_steps:
+        if self.eval_strategy == "steps" and self.eval_steps is None:
             self.eval_steps = self.save_steps
+
+    def _choose_best(self) -> None:
+        """Say which checkpoint is best where it is not said: the one with the least loss; least of errors too."""
+        chooses = self.save_strategy == "best" or self.load_best_model_at_end
+        named: Any = self.metric_for_best_model or ("loss" if chooses else None)
+        if named is None and self.greater_is_better is not None:
+            raise UserError("--greater_is_better has no effect without --metric_for_best_model. Leave it out.")
+        if named is not None and self.greater_is_better is None:
+            self.greater_is_better = greater_is_better(named)
+        self.metric_for_best_model = named
 
     @property
     def checkpointed_parts(self) -> Literal["language", "vision", "both"] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,15 @@ class AskingTrainer(QwenVLTrainer):
         super().__init__(**options)
         self.questions = questions
         self.answers = AnswerLog(Path(self.args.output_dir))
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+        """Compute evaluations in the type of ``--bf16_full_eval`` or ``--fp16_full_eval``; weights keep theirs."""
+        contexts = ExitStack()
+        contexts.enter_context(super().compute_loss_context_manager())
+        dtype = torch.bfloat16 if self.args.bf16_full_eval else torch.float16 if self.args.fp16_full_eval else None
+        if dtype is not None and not self.model.training:
+            contexts.enter_context(torch.autocast(self.args.device.type, dtype))
+        return contexts
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Return the loss, and the metrics of the answers; every rank has to call it."""

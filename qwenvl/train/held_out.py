@@ -14,6 +14,7 @@ from qwenvl.data.collation import EncodedSample
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.evaluate.answering import describe, exchanged
 from qwenvl.evaluate.blindness import Key, View, blank, find_partners, key_of
+from qwenvl.evaluate.evaluation import evaluate
 from qwenvl.evaluate.generate import Answerer
 from qwenvl.evaluate.predictions import Prediction
 from qwenvl.evaluate.prompts import Exercise, open_exercise
@@ -79,6 +80,11 @@ class HeldOutQuestions:
         spec = self._dataset.tables[self._dataset.locate(index)[0]].table.spec
         line = Prediction(index, spec.name, sample.origin.file, sample.origin.line, sample.origin.id)
         return describe(line, sample, exercise, spec.options, self._dataset.encoder.settings)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that the expected answers call for."""
+        return sorted({scores.metric.name for scores in evaluate(self.lines)})
 
     @property
     def comparable(self) -> list[int]:

@@ -48,6 +48,7 @@ def build_loader(
             "prefetch_factor": args.dataloader_prefetch_factor,
             "persistent_workers": args.dataloader_persistent_workers,
             "worker_init_fn": prepare_worker,
+            "multiprocessing_context": args.dataloader_multiprocessing_context,
         }
     return ShardedDataLoader(
         dataset,

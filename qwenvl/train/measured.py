@@ -18,6 +18,7 @@ from qwenvl.models.adapters import adapter_sizes, trains_whole
 from qwenvl.models.device_peak import known_peak, name_device
 from qwenvl.models.flops import Flops, Trained, training_flops
 from qwenvl.models.freezing import parameter_modules
+from qwenvl.models.loss import count_tokens
 from qwenvl.models.optimizer import learning_rates_of
 from qwenvl.train.asking import AskingTrainer
 from qwenvl.train.progress import follow
@@ -117,6 +118,14 @@ class MeasuredTrainer(AskingTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the operations of a micro-batch, which add up to ``total_flos``."""
         return int(self.flops.count(np.array(measure_batch(inputs), MEASURES)))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count the tokens of usable samples for ``non_padding``, flattened or not; else as the Trainer does."""
+        if self.args.include_num_input_tokens_seen != "non_padding":
+            super()._track_num_input_tokens(inputs)
+            return
+        tokens = torch.tensor(count_tokens(inputs), device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; it is no time of training."""

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from qwenvl.arguments import ParsedArguments, TrainingArguments, arguments_to_yaml
+from qwenvl.arguments.best_metric import available_metrics, require_metric
 from qwenvl.data.collation import Collator
 from qwenvl.data.processor import (
     processor_limits,
@@ -74,13 +75,14 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     if checkpoint is not None:
         require_same_context(config, checkpoint)
     data = open_data(parsed, family, config)
+    questions = _held_out_questions(parsed, data)
     if args.dry_run:
         from_main_process(lambda: preflight(parsed, data, config))
         return 0
     model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective)
     source = read_source(parsed.model.model_name_or_path, cache_dir=args.cache_dir)
     records = Records(settings_yaml, processor_limits(data.processor), source)
-    trainer = build_trainer(parsed, model, data, records)
+    trainer = build_trainer(parsed, model, data, records, questions)
     report = _open_report(parsed, trainer, data, warnings)
     if checkpoint is not None:
         task_files.require_same_task(readout_of(model), checkpoint)
@@ -169,7 +171,13 @@ def _save_and_verify(parsed: ParsedArguments, trainer: MeasuredTrainer, data: Ru
     logger.info("Saved to %s; its README.md says how to open it.", parsed.training.output_dir)
 
 
-def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData, records: Records) -> MeasuredTrainer:
+def build_trainer(
+    parsed: ParsedArguments,
+    model: PreTrainedModel,
+    data: RunData,
+    records: Records,
+    questions: HeldOutQuestions | None = None,
+) -> MeasuredTrainer:
     """Put model, data and settings together."""
     tokenizer: Any = data.processor.tokenizer
     training_limits = parsed.data.save_processor_limits == "training"
@@ -183,14 +191,24 @@ def build_trainer(parsed: ParsedArguments, model: PreTrainedModel, data: RunData
         processor=with_training_limits(data.processor, data.encoder.settings) if training_limits else data.processor,
         records=records,
         objective=data.objective,
-        questions=_held_out_questions(parsed.training, data),
+        questions=questions,
     )
 
 
-def _held_out_questions(args: TrainingArguments, data: RunData) -> HeldOutQuestions | None:
+def _held_out_questions(parsed: ParsedArguments, data: RunData) -> HeldOutQuestions | None:
+    """Choose the samples that are asked at evaluations, where any are.
+
+    Raises:
+        UserError: ``--metric_for_best_model`` is a metric that their answers do not call for.
+    """
+    args = parsed.training
     if not args.eval_generate or data.evaluation is None:
         return None
-    return HeldOutQuestions(data.evaluation, data.processor, args.eval_generate, args.data_seed or 0)
+    questions = HeldOutQuestions(data.evaluation, data.processor, args.eval_generate, args.data_seed or 0)
+    if args.metric_for_best_model is not None:
+        available = available_metrics(parsed.tasks.task, questions.metrics, blind=args.eval_blind)
+        require_metric(args.metric_for_best_model, available, " The expected answers decide which metrics there are.")
+    return questions
 
 
 def _engine(args: TrainingArguments) -> Engine:

@@ -46,13 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with held_back():
             parsed = parse_arguments(arguments)
-            setup_logging(parsed.training.log_level)
+            levels = parsed.training.log_level, parsed.training.log_level_replica
+            setup_logging(*levels)
         debug = parsed.debug
         if parsed.training.use_cpu:  # or DeepSpeed, once imported, prints on every rank that it found no accelerator
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from qwenvl.train.setup import run  # takes seconds, which --help and mistakes in flags need not wait for
 
-        setup_logging(parsed.training.log_level)  # after all imports: some libraries bring handlers of their own
+        setup_logging(*levels)  # after all imports: some libraries bring handlers of their own
         code = run(parsed)
     except UserError as error:
         if debug or is_first_to_say("error"):

@@ -27,23 +27,27 @@ LEVELS = {
 _COLOURS = {logging.WARNING: "\033[33m", logging.ERROR: "\033[31m", logging.CRITICAL: "\033[31m"}
 
 
-def setup_logging(level: str = "info") -> None:
+def setup_logging(level: str = "info", replica: str = "warning") -> None:
     """Send messages of the trainer, transformers and datasets to one handler on standard error.
 
-    Process 0 speaks from ``level`` on, the others from warnings on, with ``[rank k]`` in front; a warning that several
-    processes have is said by one of them. The libraries speak
-    from warnings on, or from ``info`` on with ``debug``: their ``info`` is a page a model. Calling it again replaces
-    the handler. Bars of progress are drawn on a terminal alone, and where ``info`` is said (:func:`shows_bars`).
+    Process 0 speaks from ``level`` on, the others from ``replica`` on (not less than ``level`` where that is
+    the default), with ``[rank k]`` in front; a warning that several processes have is said by one of them. The
+    libraries speak from warnings on, or from ``info`` on with ``debug``: their ``info`` is a page a model. Calling it
+    again replaces the handler. Bars of progress are drawn on a terminal alone, and where ``info`` is said
+    (:func:`shows_bars`).
 
     Args:
         level: a name of ``--log_level`` of transformers; ``passive`` means ``info``.
+        replica: Level of the other processes, of ``--log_level_replica``.
 
     Raises:
         UserError: another name.
     """
-    if level not in LEVELS:
-        raise UserError(f"log level {level!r} is not one of {', '.join(LEVELS)}.")
-    own = LEVELS[level] if rank() == 0 else max(LEVELS[level], logging.WARNING)
+    for name in (level, replica):
+        if name not in LEVELS:
+            raise UserError(f"log level {name!r} is not one of {', '.join(LEVELS)}.")
+    of_others = max(LEVELS[level], LEVELS[replica]) if replica == "warning" else LEVELS[replica]
+    own = LEVELS[level] if rank() == 0 else of_others
     library = max(own, logging.INFO if own == logging.DEBUG else logging.WARNING)
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:

@@ -18,8 +18,8 @@ def test_switches(value: str | None) -> None:
 
 
 def test_lists_and_mappings_on_the_command_line() -> None:
-    result = parsed("--label_names", "a", "b", "--chat-template-kwargs", '{"enable_thinking": true}')
-    assert result.training.label_names == ["a", "b"]
+    result = parsed("--additional_tokens", "<a>", "<b>", "--chat-template-kwargs", '{"enable_thinking": true}')
+    assert result.data.additional_tokens == ["<a>", "<b>"]
     assert result.data.chat_template_kwargs == {"enable_thinking": True}
 
 

@@ -41,3 +41,36 @@ def test_a_missing_package_is_named_with_its_command(name: str) -> None:
 def test_optimizers_that_would_ignore_settings_are_refused(name: str) -> None:
     assert f"--optim {name} is not supported" in rejected("--optim", name)
     assert "Leave it out" in rejected("--optim", "adamw_torch", "--optim_target_modules", "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            "--optim adamw_torch --optim_args momentum=0.9",
+            "--optim_args momentum=0.9 changes nothing with --optim adamw_",
+        ),
+        ("--optim sgd --optim_args momentum=0.9,beta1=0.5", "--optim_args beta1=0.5 changes nothing with --optim sgd"),
+        ("--optim sgd --optim_args momentum=-1", "momentum"),
+        ("--optim sgd --optim_args momentum=fast", "momentum=fast"),
+        ("--optim sgd --optim_args momentum", "--optim sgd with --optim_args momentum"),
+        ("--optim sgd --optim_args weight_decay=0.1", "--weight_decay"),
+        ("--optim sgd --adam_beta1 0.8", "--adam_beta1 0.8 changes nothing with --optim sgd"),
+        ("--optim adafactor --adam_epsilon 1e-6", "--adam_epsilon 1e-06 changes nothing with --optim adafactor"),
+    ],
+)
+def test_options_that_an_optimizer_does_not_have(flags: str, words: str) -> None:
+    assert words in rejected(*flags.split())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optim adamw_torch --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-6",
+        "--optim adamw_torch_fused --adam_beta1 0",
+        "--optim sgd --optim_args momentum=0.9,nesterov=true",
+        "--optim rmsprop --optim_args alpha=0.9",
+    ],
+)
+def test_options_that_an_optimizer_has(flags: str) -> None:
+    parsed(*flags.split())

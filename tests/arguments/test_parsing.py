@@ -127,7 +127,7 @@ def test_a_null_takes_a_value_of_the_recipe_away(tmp_path: Path) -> None:
         (["--eval_strategy", "steps"], ["--eval_dataset_use", "--eval_ratio"]),
         (["--eval_on_start"], ["--eval_dataset_use", "--eval_ratio"]),
         (["--warmup_ratio", "0.1", "--warmup_steps", "5"], ["--warmup_ratio", "--warmup_steps"]),
-        (["--warmup_ratio", "1.5"], ["--warmup_ratio", "share"]),
+        (["--warmup_ratio", "1.5"], ["--warmup_ratio", "below 1"]),
         (["--lora_enable"], ["--tune_mm_llm True", "--lora_target language"]),
         (["--lora_dropout", "1"], ["--lora_dropout"]),
         (["--model_max_length", "1"], ["--model_max_length"]),

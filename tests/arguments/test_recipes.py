@@ -32,6 +32,27 @@ def test_dates_stay_text(tmp_path: Path) -> None:
     assert read_recipe(written(tmp_path, "a.yaml", "run_name: 2026-01-02\n")) == {"run_name": "2026-01-02"}
 
 
+def test_numbers_without_a_dot_are_numbers_within_mappings_and_lists(tmp_path: Path) -> None:
+    """At the top they stay text, which the setting's own type decides on: a run may be named 1e5."""
+    text = (
+        "run_name: 1e5\na: {b: 1e-6, c: '1e-6', d: 2E+3, e: .5e1, f: 1.e2, g: 1e, h: 5, i: [3e-4, x], j: {k: -1e-2}}\n"
+    )
+    assert read_recipe(written(tmp_path, "a.yaml", text)) == {
+        "run_name": "1e5",
+        "a": {
+            "b": 1e-6,
+            "c": "1e-6",
+            "d": 2e3,
+            "e": 5.0,
+            "f": 100.0,
+            "g": "1e",
+            "h": 5,
+            "i": [3e-4, "x"],
+            "j": {"k": -0.01},
+        },
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
