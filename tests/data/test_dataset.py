@@ -205,3 +205,20 @@ def test_a_picture_is_decoded_once(make_encoder: MakeEncoder, tables: Tables, mo
     assert decoded == []
     assert dataset[0].samples
     assert len(decoded) == 1
+
+
+def test_a_sample_is_cut_after_an_answer_that_is_trained(make_encoder: MakeEncoder, tables: Tables) -> None:
+    """One that ends in answers that are not would hold tokens for nothing; without any other, nothing is left."""
+    answers = [("One.", True), ("Two.", False), ("Three. " * 50, True)]
+    turns = [
+        turn
+        for text, loss in answers
+        for turn in ({"from": "human", "value": "And?"}, {"from": "gpt", "value": text, "loss": loss})
+    ]
+    first_untrained = [{**turns[1], "loss": False}, *turns[2:]]
+    opened = tables(a=[{"conversations": turns}], b=[{"conversations": [turns[0], *first_untrained]}])
+    encoder = make_encoder(60, overlength="truncate_turns")
+    item, none = (ConversationDataset([table], encoder, skip_bad_samples=True)[0] for table in opened)
+    (kept,) = item.samples
+    assert encoder.tokenizer._tokenizer.decode(kept.tokens.input_ids).endswith("One.<|im_end|>\n")
+    assert (none.samples, [event.kind for event in none.events]) == ((), ["overlength"])

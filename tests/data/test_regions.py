@@ -200,3 +200,18 @@ def test_samples_without_masks_and_spans_that_move_are_refused(qwen3, folder) ->
     with pytest.raises(SampleError, match="'span' with bbox_format"):
         qwen3[0].plan(_sample(folder, "a cat.", mask, bbox_format="pixel"))
     assert len(replace(qwen3[0], targets=None).plan(_sample(folder, "a cat.", "nonsense")).tokens)
+
+
+def test_answers_that_are_not_trained_do_not_move_phrases(opened, folder) -> None:
+    turns = [
+        {"from": "human", "value": "<image>What?"},
+        {"from": "gpt", "value": "A dog.", "loss": False},
+        {"from": "human", "value": "No."},
+        {"from": "gpt", "value": "A red car."},
+    ]
+    mask = {"phrase": "red car", "answer": 1, "segmentation": ALL}
+    plan, (region,) = _read(opened, _sample(folder, "", mask, conversations=turns))
+    assert opened[1].tokenizer.decode(plan.tokens.input_ids[list(region.place.tokens)]).strip() == "red car"
+    untrained = {"phrase": "dog", "answer": 0, "segmentation": ALL}
+    with pytest.raises(SampleError, match="its answer is not trained"):
+        _read(opened, _sample(folder, "", untrained, conversations=turns))
