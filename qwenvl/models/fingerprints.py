@@ -26,8 +26,8 @@ _LISTED = 4
 
 def checksum(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
     """Return the CRC-32 of a tensor's bytes; of what it becomes in ``dtype``, where one is given."""
-    data = tensor.detach().to("cpu", dtype).contiguous()
-    return zlib.crc32(data.flatten().view(torch.uint8).numpy())
+    data: Any = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy()
+    return zlib.crc32(data)
 
 
 def fingerprints(model: nn.Module) -> Fingerprints:
@@ -48,7 +48,7 @@ def trained_fingerprints(model: Any, save_dtype: str, opened_dtype: torch.dtype)
         nothing on others.
     """
     renamed = {id(value): name for name, value in saved_names(model).items()} if has_adapters(model) else {}
-    replaced = {id(layer.weight): layer.row_ids for _, layer in row_layers(model)}
+    replaced: dict[int, Any] = {id(layer.weight): layer.row_ids for _, layer in row_layers(model)}
     found: Fingerprints = {}
     for own_name, parameter in model.named_parameters():
         if is_main_process() or is_shared_out(parameter):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +58,9 @@ def _train(model: Path, output: Path, registry: Path, **settings: Any) -> Told:
 
 
 def _said(arguments: Sequence[str]) -> dict[str, Any]:
-    found: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_check.sys.stdout, "write", found.append)
+    with redirect_stdout(StringIO()) as printed:
         assert export_check.main(arguments) == 0
-    said: dict[str, Any] = json.loads(found[-1])
+    said: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])
     return said
 
 
