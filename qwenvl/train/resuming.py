@@ -150,4 +150,6 @@ def _plain(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
     return "not set" if value in (None, "") else setting_text(value)
