@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoProcessor
 
@@ -137,7 +137,7 @@ def agents(draw: st.DrawFn) -> list[dict[str, Any]]:
 
 
 @given(agents(), st.booleans())
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 def test_whatever_a_call_says_its_turn_ends_where_the_template_ends_it(
     template: ChatTemplate, turns: list[dict[str, Any]], with_tools: bool
 ) -> None:

@@ -173,7 +173,6 @@ CHANGED = {"learning_rate": 5e-2, "mm_projector_lr": 2e-2, "weight_decay": 0.5, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_takes_the_new_settings(
     engine: str, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
