@@ -28,6 +28,8 @@ SHAREGPT: dict[str, Any] = {
 MESSAGES: dict[str, Any] = {
     "id": "two",
     "messages": [
+        {"role": "user", "content": "Listen."},
+        {"role": "assistant", "content": "A bark.", "reasoning_content": "It barks."},
         {
             "role": "user",
             "content": [
@@ -39,7 +41,6 @@ MESSAGES: dict[str, Any] = {
         {
             "role": "assistant",
             "content": "A dog.",
-            "reasoning_content": "It barks.",
             "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"bbox_2d": [1, 2, 3, 4]}}}],
         },
     ],
