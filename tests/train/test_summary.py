@@ -47,7 +47,8 @@ def rows(text: str, title: str) -> dict[str, list[str]]:
 
 def test_a_run_says_what_it_is_before_its_first_step(start: Callable[..., str], tmp_path: Path) -> None:
     use = {"dataset_use": "mixed%50,text", "eval_dataset_use": "held_out", "eval_strategy": "steps", "eval_steps": 2}
-    text = start(**use, max_steps=4, warmup_steps=1, gradient_accumulation_steps=3, vision_tower_lr=1e-5)
+    rates = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1, "vision_tower_lr": 1e-5}
+    text = start(**use, **rates, max_steps=4, gradient_accumulation_steps=3)
     assert text.count("Training starts.") == 1
     assert text.index("Training starts.") < text.index("step 1 of 4: loss ")
     model = rows(text, "Model")
@@ -64,7 +65,7 @@ def test_a_run_says_what_it_is_before_its_first_step(start: Callable[..., str], 
     budget = rows(text, "Budget")
     assert budget["steps"] == ["4 in all, 2 an epoch: 2.00 epochs"]
     assert budget["a step"] == ["6 rows: 1 device (cpu) x batches of 2 x 3 accumulated"]
-    assert budget["optimizer"] == ["adamw_torch, warmup of 1, then constant"]
+    assert budget["optimizer"] == ["adamw_torch, warmup of 1, then constant_with_warmup"]
     assert budget["evaluation"] == ["4 rows, every 2 steps"]
     assert (budget["checkpoints"], budget["engine"]) == (["none"], ["one process"])
     assert budget["output"] == [str(tmp_path / "out")]
