@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qwenvl.arguments.limits import LONGEST_TIME
 from qwenvl.utilities.errors import UserError
 
 
@@ -163,6 +164,8 @@ class DataArguments:
             "video_timeout",
         ):
             _require_positive(name, getattr(self, name))
+        if self.video_timeout > LONGEST_TIME:
+            raise UserError(f"--video_timeout {self.video_timeout:g} must be at most {LONGEST_TIME} seconds.")
         for low, high in (
             ("min_pixels", "max_pixels"),
             ("video_min_pixels", "video_max_pixels"),
