@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenvl.data.packing import lower_bound, pack
+from qwenvl.data.packing import _FEW, _SPREAD_SHARE, _assign, _fewest, lower_bound, pack
 
 
 def mixture(count: int, capacity: int, seed: int) -> np.ndarray:
@@ -45,6 +45,31 @@ def test_packs_are_mixtures() -> None:
     assert np.quantile(np.diff(even.borders), 0.99) < 50  # not hundreds of short ones
     assert np.corrcoef(even.add_up(lengths), plain.add_up(lengths))[0, 1] > 0.99  # exchanges keep the lengths
     assert even.add_up(patches).std() < 0.6 * plain.add_up(patches).std()
+
+
+@pytest.mark.parametrize(
+    ("capacity", "lengths"),
+    [
+        (24, [13, 10, 18, 5, 11, 17, 23, 20, 7, 17, 8, 11, 17, 11, 4]),
+        (10, [3, 3, 3, 3, 6, 1]),
+        (9, [5, 5, 5, 2, 2, 2, 2]),
+    ],
+)
+def test_packs_that_are_opened_together_keep_the_room_that_each_has(capacity: int, lengths: list[int]) -> None:
+    """The last of several that are opened for samples of one length is often less full than the others."""
+    packs = pack(np.array(lengths), capacity)
+    assert sorted(packs.samples.tolist()) == list(range(len(lengths)))
+    assert int(packs.add_up(np.array(lengths)).max()) <= capacity
+
+
+def test_a_mixture_is_kept_where_best_fit_alone_takes_as_many_packs() -> None:
+    lengths = np.array([19, 19, 18, 17, 17, 16, 16, 15, 15, 15, 15, 14, 14, 14, 14, 14, 13, 12, 12, 11, 11])
+    longest = int(np.searchsorted(lengths.cumsum(), _SPREAD_SHARE * lengths.sum()))
+    mixed = _assign(lengths, 25, spread_above=int(lengths[longest]))
+    alone = _assign(lengths, 25, spread_above=25)
+    assert mixed.max() == alone.max() >= lower_bound(lengths, 25) + _FEW
+    assert mixed.tolist() != alone.tolist()
+    assert _fewest(lengths, 25).tolist() == mixed.tolist()
 
 
 def test_many_samples_of_one_size_take_no_more_packs_than_best_fit_needs() -> None:

@@ -79,6 +79,7 @@ def test_the_file_says_what_each_row_is(plan: PackPlan, rows: ConversationDatase
     table = parquet.read_table(tmp_path / "plan")
     assert table.column_names == ["pack", "dataset", "row", "index", *Measures._fields, "cost"]
     lines = table.to_pylist()
+    assert table.schema.field("pack").type == pa.int32()
     assert len(lines) == len(rows) == 25
     assert (lines[-1]["pack"], lines[-1]["index"], lines[-1]["tokens"]) == (None, 7, 0)  # it is left out
     assert [line["pack"] for line in lines[:-1]] == plan.packs.pack_of_samples().tolist()
@@ -203,7 +204,7 @@ def test_a_damaged_file_is_refused(
 
 @pytest.mark.usefixtures("plan")
 def test_packs_beyond_the_limit_are_refused(rows: ConversationDataset, tmp_path: Path) -> None:
-    rewrite(tmp_path / "plan", with_column("tokens", lambda tokens: tokens * 4))
+    rewrite(tmp_path / "plan", with_column("tokens", lambda tokens: tokens + 50 * (np.arange(len(tokens)) == 2)))
     with pytest.raises(UserError, match=f"packs longer than --model_max_length. Make it anew:\n  {REMAKE}"):
         read_plan(tmp_path / "plan", rows, REMAKE)
 
