@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,30 @@ def test_damage_is_found_said_and_counted_anew(
     caplog.clear()
     assert_equal(measure(opened(), cache), before)
     assert "counted anew" not in caplog.text
+
+
+def test_rows_that_are_written_leave_the_others_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also those between them, and those that are not counted yet, which are no damage."""
+    path, measures = tmp_path / "counts", np.array([(1, row, row, row, row, row) for row in range(9)], MEASURES)
+    for rows in ([2, 3], [0, 1, 5, 7], [4]):
+        LengthCache(path, 9).write(np.array(rows), measures[rows])
+    found = LengthCache(path, 9).read()
+    known = [0, 1, 2, 3, 4, 5, 7]
+    assert found[known].tolist() == measures[known].tolist()
+    assert found["samples"][[6, 8]].tolist() == [0, 0]
+    assert caplog.text == ""
+    assert path.stat().st_size == 9 * RECORD.itemsize
+
+
+def test_what_cannot_be_read_is_said_and_counted_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as holder:
+        holder.bind("counts")  # no file that can be opened, of no bytes, as the counts of no rows are
+        assert len(LengthCache(tmp_path / "counts", 0).read()) == 0
+    assert "Counted lengths cannot be read: " in caplog.text
+    assert len(LengthCache(tmp_path / "none", 5).read()) == 5
 
 
 def test_a_folder_that_cannot_be_written_is_said_once(

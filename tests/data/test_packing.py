@@ -63,7 +63,7 @@ def test_packs_that_are_opened_together_keep_the_room_that_each_has(capacity: in
 
 
 def test_a_mixture_is_kept_where_best_fit_alone_takes_as_many_packs() -> None:
-    lengths = np.array([19, 19, 18, 17, 17, 16, 16, 15, 15, 15, 15, 14, 14, 14, 14, 14, 13, 12, 12, 11, 11])
+    lengths = np.array([19, 19, 18, 17, 17, 16, 16, 15, 15, 15, 15, 14, 14, 14, 14, 14, 13, 12, 12, 11])
     longest = int(np.searchsorted(lengths.cumsum(), _SPREAD_SHARE * lengths.sum()))
     mixed = _assign(lengths, 25, spread_above=int(lengths[longest]))
     alone = _assign(lengths, 25, spread_above=25)
