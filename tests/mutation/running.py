@@ -31,10 +31,11 @@ from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKERS = "not slow and not long"
-PROFILE = "mutation"
+PROFILE = "mutation"  # of hypothesis; pytest's option for it wins over what tests/conftest.py loads
 MEMORY = 8 << 30  # bytes of a fork: a loop that never ends must not take the machine with it
 PASSED, NOTHING_RAN = 0, 5  # https://docs.pytest.org/en/stable/reference/exit-codes.html
 
@@ -106,18 +107,20 @@ def prepare(cache: Path) -> None:
     os.chdir(ROOT)
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     os.environ["HF_DATASETS_CACHE"] = str(cache)
-    from hypothesis import HealthCheck, Phase, settings
-
-    # The same examples for every mutant, and no search for the smallest one that fails.
-    phases = (Phase.explicit, Phase.generate)
-    checks = list(HealthCheck)  # which may take a clock for a mistake
-    settings.register_profile(PROFILE, phases=phases, derandomize=True, deadline=None, suppress_health_check=checks)
+    # No search for the smallest example that fails, which takes longer than all else.
+    settings.register_profile(
+        PROFILE,
+        phases=(Phase.explicit, Phase.generate),
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def _run(path: Path, code: CodeType, tests: Sequence[str], plugins: list[object], *options: str) -> int:
     sys.meta_path.insert(0, _Changed(path, code))
-    fixed = ("-p", "no:cacheprovider", f"--hypothesis-profile={PROFILE}")  # after tests/conftest.py has set its own
-    return int(pytest.main([*fixed, "-m", MARKERS, *options, *tests], plugins=plugins))
+    common = ["-p", "no:cacheprovider", "-m", MARKERS, f"--hypothesis-profile={PROFILE}"]
+    return int(pytest.main([*common, *options, *tests], plugins=plugins))
 
 
 def _forked(work: Callable[[], int], seconds: float) -> int:
