@@ -49,7 +49,7 @@ def make_room(model: PreTrainedModel, new_ids: Sequence[int], *, may_grow: bool)
         logger.info("The vocabulary grows from %d to %d rows.", size, _num_rows(model.get_input_embeddings()))
     for matrix in _matrices(model):
         with whole(matrix, changed=True), torch.no_grad():
-            matrix[list(new_ids)] = matrix[: min(new_ids)].float().mean(0).to(matrix.dtype)
+            matrix[list(new_ids)] = matrix[: min(new_ids)].mean(0)  # summed in float32
 
 
 def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from qwenvl.models.head import LossHead
 from qwenvl.models.token_rows import RowsEmbedding
-from qwenvl.models.vocabulary import make_room, train_rows
+from qwenvl.models.vocabulary import _num_rows, make_room, train_rows
 from qwenvl.utilities.errors import UserError
 from tests.patches import install
 
@@ -34,6 +34,21 @@ def test_new_rows_start_as_the_mean_of_the_rows_of_tokens(family, load_tiny):
     for old, new in zip(before, matrices(model), strict=True):
         torch.testing.assert_close(new[first : first + 2], old[:first].mean(0).expand(2, -1))
         assert torch.equal(new[:first], old[:first]) and torch.equal(new[first + 2 :], old[first + 2 :])
+
+
+def test_the_mean_is_exact_in_half_precision(load_tiny):
+    model = load_tiny("qwen3_vl").bfloat16()
+    matrix = model.lm_head.weight
+    make_room(model, [700], may_grow=False)
+    assert torch.equal(matrix[700], matrix[:700].float().mean(0).bfloat16())
+
+
+def test_partitioned_matrices_have_the_rows_of_the_whole():
+    """ZeRO-3 leaves a flat empty tensor, with the shape beside it."""
+    embedding = torch.nn.Embedding(1, 4)
+    assert _num_rows(embedding) == 1
+    embedding.weight.ds_shape = torch.Size([50, 4])
+    assert _num_rows(embedding) == 50
 
 
 def test_no_new_tokens_change_nothing(load_tiny):

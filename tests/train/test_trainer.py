@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from qwenvl.models.balance import sample_of_tokens, summed_balance
 from qwenvl.models.loss import causal_loss, run_model, tell_host
+from qwenvl.models.objective import Objective
 from qwenvl.train.measured import MeasuredTrainer
 from qwenvl.utilities.errors import SampleError, UserError
 from tests.train.runs import LORA, open_trainer
@@ -105,6 +107,76 @@ class TestStep:
         assert not {"events", "error", "origins", "labels"} & micro.keys()
         assert trainer._samples == [str(origin) for origin in origins[0]] and len(trainer._samples) == 2
 
+    def test_the_ranks_are_told_of_pictures_and_of_requests_to_stop(self, trainer_of: Open) -> None:
+        """A step of text alone leaves the tower where it is: its rates are 0 until the optimizer's step."""
+        trainer = trainer_of()
+        loaders = [trainer_of(dataset_use=name).get_train_dataloader() for name in ("pictures", "text")]
+        rates = []
+        for loader, received in zip(loaders, (False, True), strict=True):
+            optimizer = trainer.create_optimizer()
+            trainer.stop_request.received = received
+            trainer.get_batch_samples(iter(loader), 1, torch.device("cpu"))
+            assert trainer.stop_request._agreed == received
+            rates.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+        assert set(rates[0].values()) == {1e-3}
+        assert {name for name, rate in rates[1].items() if not rate} == {
+            name for name in rates[1] if not name.startswith("language")
+        }
+
+    def test_the_watchdog_is_told_what_is_waited_for(self, trainer_of: Open) -> None:
+        trainer = trainer_of()
+        trainer.state.global_step = 6
+        step_of(trainer)
+        told = trainer._watchdog._about
+        assert told.startswith("step 7, batches of [((2, ") and all(sample in told for sample in trainer._samples)
+        with pytest.raises(ZeroDivisionError):
+            trainer.get_batch_samples(iter(1 // number for number in (0,)), 1, torch.device("cpu"))
+        assert trainer._watchdog._about == "step 7, waiting for its samples"
+
+
+class Doubled(Objective):
+    """Language modelling that keeps a record of each evaluated batch."""
+
+    unit = "words"
+
+    def count(self, batch: Any) -> int:
+        return 2 * super().count(batch)
+
+    def records(self, output: Tensor, batch: Any) -> list[float]:
+        return [output.item() / len(batch["targets"])]
+
+    def metrics(self, records: Sequence[float]) -> dict[str, float]:
+        return {"batches": len(records), "worst": max(records)}
+
+    def draw(self, records: Sequence[float], folder: Path) -> None:
+        (folder / "drawn").write_text(str(len(records)))
+
+
+def test_a_run_logs_evaluates_and_saves(trainer_of: Open, tmp_path: Path) -> None:
+    """Two steps, of which the loss is the mean, and an evaluation of its own unit after the second."""
+    settings = {"max_steps": 2, "logging_steps": 2, "eval_steps": 2, "gradient_accumulation_steps": 2}
+    trainer = trainer_of(**EVALUATION, **settings, learning_rate=1e-12)
+    trainer.objective = Doubled()
+    trainer.data_report.start_over()
+    losses = iter(trainer_of(**settings).get_train_dataloader())
+    sums = [own_loss(trainer, itertools.islice(losses, 2)) for _ in range(2)]
+    trainer.train()
+    assert trainer._first_step is None
+    (logged, evaluated, _) = trainer.state.log_history
+    assert logged["loss"] == pytest.approx(sum(total / tokens / 2 for total, tokens in sums) / 2, rel=1e-5)
+    assert "skipped_steps" not in logged
+    total, tokens = own_loss(trainer, trainer.get_eval_dataloader())
+    assert evaluated["eval_words"] == 2 * tokens
+    assert evaluated["eval_loss"] == pytest.approx(total / tokens / 2, rel=1e-5)
+    assert evaluated["eval_batches"] == 2 and evaluated["eval_worst"] > evaluated["eval_loss"]
+    assert (tmp_path / "out" / "drawn").read_text() == "2"
+    loss = trainer.training_step(trainer.model, step_of(trainer)[0][0], 7.0)
+    assert loss.item() == trainer.running_loss.of_step.item() > 0
+    trainer._watchdog.watch("a step")
+    trainer._save_checkpoint(trainer.model, None)
+    assert trainer._watchdog._deadline is None, "it watches steps; saving may take any time"
+    assert (tmp_path / "out" / "checkpoint-2" / "running_loss.json").is_file()
+
 
 class TestBalance:
     def test_the_auxiliary_loss_is_divided_by_all_tokens_of_the_step(self, trainer_of: Open) -> None:
@@ -163,6 +235,13 @@ class TestEvaluation:
         assert math.isnan(output.metrics["test_loss"]) and output.metrics["test_trained_tokens"] == 0
         assert output.num_samples == 0 and output.predictions == ()
 
+    def test_a_sample_that_must_stop_the_run_stops_it_here_too(self, trainer_of: Open) -> None:
+        trainer = trainer_of(**EVALUATION)
+        error = SampleError("media", "cannot be read", None)
+        batches = [{**batch, "error": error} for batch in trainer.get_eval_dataloader()]
+        with pytest.raises(SampleError, match="cannot be read"):
+            trainer.evaluation_loop(batches, "")  # type: ignore[arg-type]
+
     def test_it_builds_no_graph(self, trainer_of: Open) -> None:
         trainer = trainer_of(**EVALUATION)
         seen: list[bool] = []
@@ -188,6 +267,33 @@ class TestGradientNorm:
         trainer.running_loss.add(torch.tensor(1.0))
         with pytest.raises(UserError, match="2 steps in a row, up to step 1,"):
             trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(math.nan))
+
+    @pytest.mark.parametrize(
+        ("loss", "skipped", "said"),
+        [(1.0, False, None), (0.0, False, None), (math.nan, True, "Step 1 is skipped"), (math.nan, False, "DeepSpeed")],
+    )
+    def test_deepspeed_has_taken_the_step_or_skipped_it_by_then(
+        self, loss: float, skipped: bool, said: str | None, trainer_of: Open, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trainer = trainer_of()
+        trainer._first_step, trainer.is_deepspeed_enabled = None, True
+        trainer.accelerator._optimizers.append(SimpleNamespace(step_was_skipped=skipped))
+        trainer.running_loss.add(torch.tensor(loss))
+        lost = pytest.raises(UserError, match="DeepSpeed took step 1, whose loss is nan: the weights are lost")
+        with lost if said == "DeepSpeed" else contextlib.nullcontext():
+            trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(1.0))
+            assert trainer.running_loss._steps == (not skipped)
+        assert ("is skipped" in caplog.text) == skipped
+
+    def test_steps_that_find_the_scale_of_fp16_are_not_counted(self, trainer_of: Open) -> None:
+        """Its gradients overflow now and then, while the loss is finite."""
+        trainer = trainer_of(max_bad_steps=1)
+        trainer._first_step, trainer.args.fp16 = None, True
+        trainer.running_loss.add(torch.tensor(1.0))
+        trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(math.inf))
+        trainer.running_loss.add(torch.tensor(math.nan))
+        with pytest.raises(UserError, match="1 steps in a row"):
+            trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(math.inf))
 
     def test_the_first_step_is_looked_at_once(self, trainer_of: Open) -> None:
         trainer = trainer_of()

@@ -1,0 +1,148 @@
+"""What the trainer saves and loads by itself: whole folders, under their names when they are whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwenvl.train.measured import MeasuredTrainer
+from qwenvl.train.wholeness import read_source
+from qwenvl.utilities.errors import UserError
+from tests.train.runs import LORA, equal_bits, open_trainer, weights
+
+Open = Callable[..., MeasuredTrainer]
+
+
+@pytest.fixture
+def trainer_of(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path) -> Open:
+    """Function of settings that opens a trainer."""
+
+    def open_one(family: str = "qwen3_vl", **settings: Any) -> MeasuredTrainer:
+        return open_trainer(tiny_checkpoint(family), tmp_path / "out", registry, **settings)
+
+    return open_one
+
+
+def saved(trainer: MeasuredTrainer, step: int) -> Path:
+    """Save a checkpoint of a step; return its folder."""
+    if trainer.optimizer is None:
+        trainer.create_optimizer_and_scheduler(5)
+    trainer.state.global_step = step
+    trainer._save_checkpoint(trainer.model, None)
+    return Path(trainer.args.output_dir) / f"checkpoint-{step}"
+
+
+RECORDS = {"training_args.yaml", "versions.json", "original_processor_limits.json"}
+OF_THE_RUN = {"trainer_state.json", "sampler_state.json", "running_loss.json", "manifest.json", "optimizer.pt"}
+
+
+def test_a_checkpoint_holds_model_processor_state_and_records(
+    trainer_of: Open, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    trainer = trainer_of()
+    folder = saved(trainer, 2)
+    names = {file.name for file in folder.iterdir()}
+    assert names >= RECORDS | OF_THE_RUN | {"model.safetensors", "config.json", "tokenizer.json"}
+    assert equal_bits(folder, tiny_checkpoint("qwen3_vl"))
+    assert json.loads((folder / "config.json").read_text()) == json.loads(
+        (tiny_checkpoint("qwen3_vl") / "config.json").read_text()
+    ), "the Trainer turns use_cache off"
+    assert not (folder.parent / ".saving").exists()
+    assert trainer._get_output_dir(None) == str(folder.parent)
+
+
+@pytest.mark.parametrize("use_cache", [None, True, False])
+def test_the_trainer_leaves_the_cache_of_the_config_alone(use_cache: bool | None, trainer_of: Open) -> None:
+    trainer = trainer_of()
+    config = trainer.model.config
+    vars(config).pop("use_cache", None)
+    if use_cache is not None:
+        config.use_cache = use_cache
+    again = type(trainer)(
+        model=trainer.model,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        order=trainer._order,
+        eval_dataset=None,
+        collator=trainer.data_collator,
+        processor=trainer._processor,
+        records=trainer._records,
+    )
+    assert vars(again.model.config).get("use_cache") is use_cache
+
+
+@pytest.mark.parametrize("settings", [{}, {**LORA, "tune_mm_mlp": True}], ids=["whole", "adapters"])
+def test_the_best_and_a_resumed_one_are_loaded_with_every_weight(settings: dict[str, Any], trainer_of: Open) -> None:
+    trainer = trainer_of(**settings)
+    trained = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+    folder = saved(trainer, 1)
+    before = {name: value.detach().clone() for name, value in trained.items()}
+    trainer.state.best_model_checkpoint = str(folder)
+    for load in (trainer._load_best_model, lambda: trainer._load_from_checkpoint(str(folder))):
+        with torch.no_grad():
+            for value in trained.values():
+                value += 1
+        load()
+        assert all(torch.equal(value, before[name]) for name, value in trained.items())
+
+
+def test_adapters_are_saved_without_what_is_frozen(trainer_of: Open) -> None:
+    trainer = trainer_of(**LORA)
+    folder = saved(trainer, 1)
+    assert not list(folder.glob("model*.safetensors"))
+    assert all(".lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
+    assert {file.name for file in folder.iterdir()} >= RECORDS
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for_and_the_best(trainer_of: Open) -> None:
+    trainer = trainer_of(save_total_limit=2)
+    for step in (1, 2, 3, 4):
+        saved(trainer, step)
+        if step == 2:
+            trainer.state.best_global_step = 2
+            trainer._name_best()
+    folder = Path(trainer.args.output_dir)
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(folder / "checkpoint-2")
+
+
+def test_the_finished_model_has_the_precision_that_is_asked_for(trainer_of: Open, tmp_path: Path) -> None:
+    trainer = trainer_of(save_dtype="bfloat16")
+    trainer.save_final()
+    found = weights(tmp_path / "out")
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+    assert not (tmp_path / "out" / ".saving").exists() and not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out" / "README.md").exists(), "no card was given"
+
+
+def test_a_folder_that_lacks_a_tensor_is_said(
+    trainer_of: Open, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    trainer = trainer_of()
+    source = read_source(str(tiny_checkpoint("qwen3_vl")))
+    trainer._records = replace(trainer._records, source=source)
+    trainer.save_final()
+    first = next(iter(source.values()))
+    trainer._records = replace(trainer._records, source={**source, "model.more.weight": first})
+    for save in (trainer.save_final, lambda: saved(trainer, 1)):
+        with pytest.raises(UserError, match=r"was saved, but is not whole:\n.*model\.more\.weight"):
+            save()
+
+
+def test_a_run_resumed_at_its_end_takes_no_further_step(trainer_of: Open) -> None:
+    trainer = trainer_of(max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.data_report.start_over()
+    trainer.train()
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    again = trainer_of(max_steps=2)
+    again.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
+    assert again.state.global_step == 2
+    assert all(torch.equal(value, before[name]) for name, value in again.model.named_parameters())
