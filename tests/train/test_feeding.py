@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,28 @@ def test_the_position_counts_the_batch_size_that_was_found(model: Path, registry
     assert (state["batch_size"], state["accumulation"], state["position"]) == (1, 2, 6)
     assert state["order"]["indices_per_step"] == 2
     assert [len(batch) for batch in origins(trainer.get_train_dataloader())] == [1] * 11
+
+
+@pytest.mark.parametrize(
+    ("again", "repeats", "expected", "then"),
+    [(False, 0, (1, 4), 0), (False, 1, (1, 2), 1), (True, 0, (1, 0), 2), (True, 3, (0, 0), 5)],
+)
+def test_a_run_goes_on_at_its_micro_batch(
+    again: bool, repeats: int, expected: tuple[int, int], then: int, model: Path, registry: Path, tmp_path: Path
+) -> None:
+    """After five steps, in epochs of three steps of two micro-batches; some of them had been repeated."""
+    trainer = open_trainer(
+        model, tmp_path / "out", registry, gradient_accumulation_steps=2, ignore_data_skip=again, save_only_model=True
+    )
+    assert trainer._init_training_state(10, 3, 4, None, None) == (0, 0)
+    trainer.state.global_step = 5
+    trainer._repeats = replace(trainer._repeats, steps=repeats)
+    trainer.state.save_to_json(str(tmp_path / "trainer_state.json"))
+    trainer.save_position(tmp_path)
+    assert trainer._init_training_state(10, 3, 4, str(tmp_path), None) == expected
+    trainer.save_position(tmp_path)
+    state = json.loads((tmp_path / "sampler_state.json").read_text())
+    assert (state["repeated_steps"], state["ignore_data_skip"]) == (then, again)
 
 
 def test_a_resumed_run_goes_on_with_the_batch_size_that_was_found(

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from qwenvl.data.sampling import SampleOrder, Sharding
-from qwenvl.train.position import FILE_NAME, describe_order, read_batch_size, require_same_order, write_position
+from qwenvl.train.position import (
+    FILE_NAME,
+    Repeats,
+    begins_again,
+    count_repeats,
+    describe_order,
+    read_batch_size,
+    require_same_order,
+    write_position,
+)
 from qwenvl.utilities.errors import UserError
 
 CONTENT = {"rows": "abc", "packs": None}
@@ -54,6 +63,50 @@ def test_the_batch_size_of_a_checkpoint_is_read(tmp_path: Path) -> None:
     assert read_batch_size(str(tmp_path)) is None
     write_position(tmp_path, describe(), Sharding(2, 1, 0, 2), 1)
     assert read_batch_size(str(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("repeats", "epoch", "position"), [(2, 1, 8), (5, 0, 8), (3, 1, 4)])
+def test_repeated_steps_are_no_progress(repeats: int, epoch: int, position: int, tmp_path: Path) -> None:
+    """Of seven steps, in epochs of three."""
+    write_position(tmp_path, describe(), Sharding(2, 1, 0, 2), 7, Repeats(repeats, asked=True))
+    state = json.loads((tmp_path / FILE_NAME).read_text())
+    assert (state["epoch"], state["position"]) == (epoch, position)
+    assert (state["repeated_steps"], state["ignore_data_skip"]) == (repeats, True)
+
+
+@pytest.mark.parametrize(
+    ("steps_of_epoch", "again", "repeated"),
+    [
+        (3, False, 2),  # as in the checkpoint
+        (3, True, 4),  # five of the seven are progress, of which the second epoch's two are repeated
+        (5, False, 2),
+        (5, True, 2),  # with another number, seven steps are one epoch and two steps of the next
+    ],
+)
+def test_what_is_repeated_is_counted_from_the_last_border(
+    steps_of_epoch: int, again: bool, repeated: int, tmp_path: Path
+) -> None:
+    write_position(tmp_path, describe(), Sharding(2, 1, 0, 2), 7, Repeats(2))
+    assert count_repeats(str(tmp_path), 7, steps_of_epoch, again=again) == repeated
+
+
+def test_a_checkpoint_that_does_not_say_has_repeated_nothing(tmp_path: Path) -> None:
+    assert count_repeats(str(tmp_path), 7, 3, again=False) == 0
+    assert count_repeats(str(tmp_path), 7, 3, again=True) == 1
+    assert begins_again(str(tmp_path), describe())
+
+
+@pytest.mark.parametrize(
+    ("asked", "seed", "again"), [(False, 5, True), (True, 5, False), (True, 6, True), (False, 6, True)]
+)
+def test_an_epoch_begins_again_once_for_each_change(
+    asked: bool, seed: int, again: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same command, started again by a scheduler, goes on."""
+    write_position(tmp_path, describe(), Sharding(2, 1, 0, 2), 7, Repeats(2, asked=asked))
+    assert begins_again(str(tmp_path), describe(seed=seed)) == again
+    assert ("the epoch begins again, as --ignore_data_skip asks for." in caplog.text) == again
+    assert ("What differs: --data_seed, or --seed without it (5, now 6)." in caplog.text) == (seed == 6)
 
 
 @pytest.fixture
