@@ -245,10 +245,17 @@ def _flash_obstacle(name: str, half_precision: bool) -> str:
     if not half_precision:
         return "it cannot compute in float32; --bf16 True lets it run"
     major, minor = torch.cuda.get_device_capability()
-    # version 3 is written for Hopper's instructions and has no kernels for what came after
-    if major < 8 or (name == "flash_attention_3" and major != 9):
+    if not _has_kernels(name, major):
         return f"the GPU's compute capability is {major}.{minor}"
     return _import_obstacle(ATTENTION_PACKAGES[name])
+
+
+def _has_kernels(name: str, major: int) -> bool:
+    """Whether a flash attention implementation is written for GPUs of a compute capability.
+
+    Version 3 is for Hopper's instructions alone, and has no kernels for what came after.
+    """
+    return major == 9 if name == "flash_attention_3" else major >= 8
 
 
 def _import_obstacle(module: str) -> str:

@@ -171,4 +171,3 @@ class GradientWatch:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()

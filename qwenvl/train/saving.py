@@ -83,9 +83,9 @@ class SavingTrainer(Trainer):
             shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
-    def _init_training_state(self, *args: Any, **options: Any) -> tuple[int, int]:
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
         """Start or take up the state of the run; the best checkpoint is found where the output folder is now."""
-        begin: tuple[int, int] = super()._init_training_state(*args, **options)
+        begin: tuple[int, int] = super()._init_training_state(*args)
         # a checkpoint's state holds the intervals and the batch size of the run that saved it
         self.state.compute_steps(self.args, self.state.max_steps)
         self.state.train_batch_size = self._train_batch_size

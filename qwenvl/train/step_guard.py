@@ -44,17 +44,7 @@ class StepGuard:
             UserError: it is the last that is allowed.
         """
         self._in_a_row += 1
-        ranks = gather_objects((loss, list(samples)))
-        losses = ", ".join(f"{loss:.4g}" for loss, _ in ranks)
-        suspects = [sample for loss, of_rank in ranks for sample in of_rank if not math.isfinite(loss)]
-        suspects = suspects or [sample for _, of_rank in ranks for sample in of_rank]
-        logger.warning(
-            "Step %d is skipped: the loss is %s and the norm of the gradient %s. Its samples:\n  %s",
-            step,
-            losses,
-            norm,
-            "\n  ".join(suspects),
-        )
+        logger.warning("%s", describe_skip(step, norm, gather_objects((loss, list(samples)))))
         if self._in_a_row >= self._limit:
             raise UserError(
                 f"{self._in_a_row} steps in a row, up to step {step}, had a loss or a gradient that is not finite "
@@ -64,6 +54,21 @@ class StepGuard:
     def taken(self) -> None:
         """Note a step that was as it should be."""
         self._in_a_row = 0
+
+
+def describe_skip(step: int, norm: float, ranks: Sequence[tuple[float, Sequence[str]]]) -> str:
+    """Return what there is to say of a step that is not taken: its samples, those of finite losses left out.
+
+    Args:
+        step: Number of the step, from 1.
+        norm: Norm of the gradient over all ranks.
+        ranks: Loss and samples of each rank.
+    """
+    losses = ", ".join(f"{loss:.4g}" for loss, _ in ranks)
+    suspects = [sample for loss, of_rank in ranks for sample in of_rank if not math.isfinite(loss)]
+    suspects = suspects or [sample for _, of_rank in ranks for sample in of_rank]
+    listed = "".join(f"\n  {sample}" for sample in suspects)
+    return f"Step {step} is skipped: the loss is {losses} and the norm of the gradient {norm}. Its samples:{listed}"
 
 
 class FirstStep:

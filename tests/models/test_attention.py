@@ -41,6 +41,7 @@ def test_equals_a_mask_of_the_whole_row(lengths, rows, groups, scaled):
         nn.Identity(), query, key, value, None, segments=segments, scaling=scale, sliding_window=window
     )
     torch.testing.assert_close(found, expected.transpose(1, 2))
+    assert found.is_contiguous()
 
 
 def test_weights_are_dropped_as_often_as_asked_and_the_rest_made_up_for():

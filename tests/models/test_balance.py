@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
-from qwenvl.models.balance import summed_balance
+from qwenvl.models.balance import sample_of_tokens, summed_balance
 from qwenvl.models.freezing import configure_checkpointing
 from qwenvl.models.loss import Balance, causal_loss
 from tests.patches import install
@@ -31,9 +31,20 @@ def test_equals_the_stock_loss_of_each_sample_times_its_tokens(lengths, padding,
         for number, length in enumerate(lengths)
     )
     found = summed_balance(logits, top_k, samples, len(lengths))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5) and found.dtype == torch.float32
     for one, other in zip(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_no_number_is_read_from_the_device():
+    """A device without memory has none."""
+    batch = {"input_ids": torch.zeros(2, 3, device="meta"), "attention_mask": torch.ones(2, 3, device="meta")}
+    for numbers, count in (
+        sample_of_tokens(batch),
+        sample_of_tokens({**batch, "cu_seq_lens_q": torch.zeros(4, dtype=torch.int32, device="meta")}),
+    ):
+        assert numbers.is_meta
+        assert summed_balance([torch.zeros(len(numbers), 6, device="meta")], 2, numbers, count).is_meta
 
 
 def stock_auxiliary(model: Any, sample: Any) -> Tensor:

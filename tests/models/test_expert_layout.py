@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from qwenvl.models.expert_layout import weight_files
 from qwenvl.models.loading import load_model, load_weights
 from qwenvl.utilities.errors import UserError
 
@@ -110,3 +111,24 @@ def test_experts_of_qwen3_5_load_fused_and_one_by_one(tiny_checkpoint, tmp_path,
     assert equal(dict(model.state_dict()), dict(stock))
     model.save_pretrained(tmp_path / "saved")
     assert equal(load_file(tmp_path / "saved" / "model.safetensors"), load_file(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_files_of_a_repository_are_found_in_the_cache_that_is_named(sharded, tmp_path):
+    """In the layout of huggingface_hub; there is no network."""
+    place = tmp_path / "models--org--name"
+    snapshot = place / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("abc")
+    names = ["model-00001-of-00001.safetensors"] if sharded else ["model.safetensors"]
+    for name in names:
+        save_file({"weight": torch.zeros(2)}, snapshot / name)
+    if sharded:
+        index = {"metadata": {"total_size": 8}, "weight_map": {"weight": names[0]}}
+        (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weight_files("org/name", {"cache_dir": str(tmp_path)}) == [str(snapshot / name) for name in names]
+
+
+def test_a_folder_without_weights_has_no_files(tmp_path):
+    assert weight_files(str(tmp_path), {}) == []

@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl.models.freezing import (
+    checkpointed_parts,
     configure_checkpointing,
+    freeze_unused,
     full_size,
     parameter_modules,
+    refuse_unused,
     set_model,
+    summarize,
 )
 from qwenvl.models.loss import GradientWatch, causal_loss
+from qwenvl.models.readout import Readout, attach
 from qwenvl.utilities.errors import UserError
 from tests.patches import install
 
@@ -130,10 +135,59 @@ def test_parts_are_checkpointed_one_by_one(parts, runs, load_tiny, mixture, make
     model = load_tiny("qwen3_vl")
     configure_checkpointing(model, "both")
     configure_checkpointing(model, parts)
+    assert checkpointed_parts(model) == [name for name in ("language", "vision") if parts in (name, "both")]
     language = count_runs(model.model.language_model.layers[0].input_layernorm)
     tower = count_runs(model.model.visual.blocks[0].norm1)
     step(model, make_batch("padded", [mixture("qwen3_vl")["image"]]))
     assert (len(language), len(tower)) == runs
+
+
+class Probe(Readout):
+    """A module that reads what goes into the second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.record = {}
+        self.score = nn.Linear(4, 1)
+
+    def unused(self, language_model: Any) -> list[nn.Module]:
+        return [*language_model.layers[1:], language_model.norm]
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe"])  # tied and untied
+def test_the_module_of_a_task_trains_and_what_it_does_not_read_does_not(family, load_tiny):
+    model = load_tiny(family)
+    attach(model, Probe())
+    frozen = dict.fromkeys(SWITCHES, False)
+    (*others, head) = set_model(model, **frozen, adapted=True)
+    assert (head.module, head.trainable, head.total) == ("head", 5, 5)
+    assert not any(row.trainable for row in others)
+    set_model(model, **frozen | {"tune_mm_llm": True})
+    freeze_unused(model, model.task_head)
+    language = {name for name in dict(model.named_parameters()) if not name.startswith(("model.visual", "task_head"))}
+    still = {name for name in language if model.get_parameter(name).requires_grad}
+    unread = ("model.language_model.norm", *(f"model.language_model.layers.{number}." for number in (1, 2, 3)))
+    assert {name for name in language - still if not name.startswith(unread)} == language & {"lm_head.weight"}
+    assert not any(name.startswith(unread) for name in still) and len(still) > 5
+    assert set(parameter_modules(model).values()) == {"vision", "merger", "language", "head"}
+
+
+def test_adapters_that_a_task_would_not_train_are_refused(load_tiny):
+    model = load_tiny("qwen3_vl").requires_grad_(False)
+    layers = model.model.language_model.layers
+    layers[1].self_attn.q_proj.weight.requires_grad_(True)
+    refuse_unused(model)  # without a task all layers are read
+    attach(model, Probe())
+    with pytest.raises(UserError, match="--lora_target names layers above --hidden_layer"):
+        refuse_unused(model)
+    layers[1].requires_grad_(False)
+    layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    refuse_unused(model)
+
+
+def test_learning_rates_are_shown_where_they_are_known(load_tiny):
+    rows = summarize(load_tiny("qwen3_vl"), {"merger": 1e-4})
+    assert [(row.module, row.learning_rate) for row in rows] == [("vision", None), ("merger", 1e-4), ("language", None)]
 
 
 def test_what_checkpointing_keeps_can_be_kept_elsewhere(load_tiny, mixture, make_batch):

@@ -39,6 +39,8 @@ def test_chunks_of_any_size_give_the_loss_and_gradients_of_the_whole(rows, colum
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
 def test_what_is_frozen_gets_no_gradient(frozen):
     hidden, weight, targets = make(9, 20, 0)
+    whole = functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    expected = torch.autograd.grad(whole, [weight if frozen == "hidden" else hidden])[0]
     hidden.requires_grad_(frozen == "weight")
     weight.requires_grad_(frozen == "hidden")
     loss = linear_cross_entropy(hidden, weight, targets, chunk_elements=50)
@@ -46,6 +48,9 @@ def test_what_is_frozen_gets_no_gradient(frozen):
     if loss.requires_grad:
         loss.backward()
     assert [hidden.grad is not None, weight.grad is not None] == [frozen == "weight", frozen == "hidden"]
+    for tensor in (hidden, weight):
+        if tensor.grad is not None:
+            torch.testing.assert_close(tensor.grad, expected)
 
 
 def test_no_rows_give_zero_and_gradients_of_zero():
@@ -71,8 +76,8 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_all_logits_exists():
     hidden, weight, targets = make(500, 300, 0)
     with Largest() as largest:
-        linear_cross_entropy(hidden, weight, targets, chunk_elements=6000).backward()
-    assert largest.elements <= 500 * 16
+        linear_cross_entropy(hidden, weight, targets, chunk_elements=8900).backward()
+    assert 500 * 16 < largest.elements <= 8900
 
 
 def test_autocast_computes_as_a_linear_layer_does_and_keeps_float32_gradients():

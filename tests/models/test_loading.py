@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from qwenvl.models.loading import ATTENTION_PACKAGES, choose_attention, flash_obstacles, load_model, refuse_flattening
+from qwenvl.models.loading import (
+    ATTENTION_PACKAGES,
+    _has_kernels,
+    choose_attention,
+    flash_obstacles,
+    load_model,
+    refuse_flattening,
+)
 from qwenvl.models.loss import causal_loss
 from qwenvl.models.precision import resolve_dtype
 from qwenvl.utilities.errors import UserError
@@ -199,6 +206,11 @@ class TestAttention:
 
     def test_auto_is_sdpa_in_float32(self):
         assert choose_attention("auto", half_precision=False) == "sdpa"
+
+    def test_kernels_are_there_for_some_generations_of_gpus(self):
+        capabilities = (7, 8, 9, 10)
+        assert [_has_kernels("flash_attention_2", major) for major in capabilities] == [False, True, True, True]
+        assert [_has_kernels("flash_attention_3", major) for major in capabilities] == [False, False, True, False]
 
     def test_unknown_name(self):
         with pytest.raises(UserError, match="'flash' is not one of auto, sdpa"):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from qwenvl.models.attention import attend_by_segments
 from qwenvl.models.freezing import parameter_modules
-from qwenvl.models.loss import GradientWatch, causal_loss, count_tokens, tell_host
+from qwenvl.models.loss import GradientWatch, causal_loss, count_tokens, run_model, tell_host
 from tests.patches import install
 
 TOLERANCE = 1e-5
@@ -178,6 +178,16 @@ def test_the_last_token_of_a_flattened_sample_predicts_nothing():
     assert told["kept_positions"].tolist() == [0, 1, 3, 4]
     assert told["targets"].tolist() == [4, 5, 6, 7]
     assert told["segments"].lengths == (3, 3)
+    assert all(type(length) is int for length in told["segments"].lengths), "a tensor would be read from the device"
+
+
+def test_router_logits_are_returned_on_request(load_tiny, mixture, make_batch):
+    model = load_tiny("qwen3_vl_moe")
+    install(model)
+    batch = make_batch("padded", [mixture("qwen3_vl_moe")["text"]])
+    assert run_model(model, batch).router_logits is None
+    layers = model.config.text_config.num_hidden_layers
+    assert len(run_model(model, batch, router_logits=True).router_logits) == layers
 
 
 def test_tokens_of_a_batch_are_counted_without_padding_and_without_filler():

@@ -67,6 +67,7 @@ def test_the_product_equals_the_convolution_with_its_gradients():
     convolution = torch.nn.Conv3d(3, 40, kernel_size=(2, 4, 4), stride=(2, 4, 4)).double()
     product = PatchProjection(convolution)
     assert product.state_dict().keys() == convolution.state_dict().keys()
+    assert str(product) == str(convolution).replace("Conv3d", "PatchProjection")
     patches = torch.randn(50, 3, 2, 4, 4, dtype=torch.float64)
     expected = convolution(patches).view(-1, 40)
     torch.testing.assert_close(product(patches), expected)

@@ -155,10 +155,13 @@ class TestEncode:
 
 
 class Mean(Readout):
-    """The mean of all hidden states, times what the batch says."""
+    """The mean of the hidden states of a layer, times what the batch says."""
+
+    def start(self, inputs: Any) -> dict[str, Any]:
+        return {"output_hidden_states": True}
 
     def forward(self, output: Any, inputs: Any) -> Any:
-        return output.last_hidden_state.mean() * inputs["factor"]
+        return output.hidden_states[1].mean() * inputs["factor"]
 
 
 class TestReadout:
@@ -167,7 +170,7 @@ class TestReadout:
         sample = mixture("qwen3_vl")["text"].inputs
         vision.install(model, patchify_of(model.config._name_or_path), readout=Mean())
         with torch.no_grad():
-            hidden = model.model(**sample).last_hidden_state
+            hidden = model.model(**sample, output_hidden_states=True).hidden_states[1]
             output = model(**sample, readout_inputs={"factor": 3.0})
         torch.testing.assert_close(output.logits, 3 * hidden.mean())
 

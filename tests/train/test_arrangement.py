@@ -203,7 +203,7 @@ def test_command_of_the_message_makes_the_plan(
 ) -> None:
     assert pack_data(dataset_use="pictures", output=tmp_path / "plan.parquet") == 0
     settings = {"packing_plan": tmp_path / "plan.parquet", "dataset_use": "text%150", "max_pixels": 96 * 96}
-    settings |= {"chat_template_kwargs": '{"enable_thinking": false}'}
+    settings |= {"chat_template_kwargs": '{"enable_thinking": false}', "eval_dataset_use": "held_out"}
     with pytest.raises(ValueError) as caught:
         open_run(**settings)
     command = shlex.split(str(caught.value).splitlines()[-1])

@@ -131,10 +131,12 @@ class TestPublished:
             assert not (tmp_path / DRAFTS / "checkpoint-2").exists()
             draft.mkdir()
             (draft / "weights").write_text("new")
+            (draft / "weights").chmod(0o600)  # as safetensors writes
             assert (broken / "left over").exists(), "the place holds what it held until all of it is there"
         assert {file.name for file in broken.iterdir()} == {"weights", manifest.NAME}
         assert manifest.problem_of(broken) is None
         assert not (tmp_path / DRAFTS).exists()
+        assert (broken / "weights").stat().st_mode == (tmp_path / "checkpoint-3" / manifest.NAME).stat().st_mode
 
     def test_files_of_the_run_replace_those_of_their_names(self, tmp_path: Path) -> None:
         for name in ("model.safetensors", "config.json", "model-00001-of-00002.safetensors", "README.md"):

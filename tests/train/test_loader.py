@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import multiprocessing
 import platform
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +28,7 @@ from qwenvl.data.dataset import ConversationDataset, open_tables
 from qwenvl.data.processor import build_encoder, open_processor
 from qwenvl.data.sampling import SampleOrder, Sharding
 from qwenvl.data.types import DatasetSpec
-from qwenvl.train.loader import ShardedDataLoader, build_loader
+from qwenvl.train.loader import ShardedDataLoader, _end_workers, build_loader
 from qwenvl.utilities.families import get_family
 from tests.train.runs import REPOSITORY
 from tests.train.test_errors import GOOD, Place, sample
@@ -96,6 +100,48 @@ def test_a_worker_reuses_its_memory(dataset: Callable[..., ConversationDataset],
     """Where every buffer is a new one, a picture of a megapixel takes 1,400 page faults."""
     faults = list(load(dataset([(900, 1000)] * 2, percent=1500), page_faults, tmp_path))
     assert (faults[-1] - faults[10]) / len(faults[11:]) < 50
+
+
+def test_batches_are_made_here_without_workers(dataset: Callable[..., ConversationDataset], tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), dataloader_num_workers=0, use_cpu=True)
+    rows = dataset([(40, 60)] * 5)
+    loader = build_loader(rows, Collator(0, flatten=True), args, SampleOrder(5, shuffle=False), Sharding(2))
+    assert loader.num_workers == 0 and not loader.pin_memory
+    assert [len(batch["origins"]) for batch in loader] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_memory_is_pinned_for_a_gpu_on_request(asked: bool, dataset: Callable[..., ConversationDataset]) -> None:
+    loaders = []
+    for device in ("cuda", "cpu"):
+        args: Any = SimpleNamespace(dataloader_num_workers=0, dataloader_pin_memory=asked, device=torch.device(device))
+        loaders.append(build_loader(dataset([(40, 60)]), Collator(0, flatten=True), args, SampleOrder(1), Sharding(1)))
+    assert [loader.pin_memory for loader in loaders] == [asked, False]
+
+
+def test_workers_are_ended_with_the_process_once(dataset: Callable[..., ConversationDataset], tmp_path: Path) -> None:
+    """They ignore the signal that would end them; see the slow test of a run that fails."""
+    atexit.unregister(_end_workers)
+    before = atexit._ncallbacks()  # type: ignore[attr-defined]
+    rows = dataset([(40, 60)] * 50)
+    others = set(multiprocessing.active_children())
+    batches = [load(rows, threads, tmp_path) for _ in range(2)]
+    assert atexit._ncallbacks() == before + 1  # type: ignore[attr-defined]
+    workers = set(multiprocessing.active_children()) - others
+    assert len(workers) == len(batches) == 2
+    assert all(next(batch) for batch in batches)
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        for worker in workers:
+            worker.terminate()
+            worker.join(0.2)
+        assert all(worker.is_alive() for worker in workers), "SIGTERM ends them"
+        _end_workers()
+        for worker in workers:
+            worker.join(20)
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ def test_every_file_is_listed_with_its_size_and_hash(folder: Path) -> None:
         digest = hashlib.blake2b(content, digest_size=lengths.copy().pop()).hexdigest()
         assert entry == {"bytes": len(content), "blake2b": digest}
     assert manifest.problem_of(folder) is None
+    assert len((folder / manifest.NAME).read_text().splitlines()) > len(files), "people read it too"
 
 
 def test_a_large_file_is_hashed_to_its_end(tmp_path: Path) -> None:

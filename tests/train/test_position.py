@@ -57,6 +57,7 @@ def test_the_place_is_counted_in_steps_of_an_epoch_that_ends_with_a_short_one(
     assert (state["epoch"], state["position"]) == (epoch, position)
     assert (state["batch_size"], state["world_size"], state["accumulation"]) == (2, 1, 2)
     assert state["order"] == describe()
+    assert (state["repeated_steps"], state["ignore_data_skip"]) == (0, False)
 
 
 def test_the_batch_size_of_a_checkpoint_is_read(tmp_path: Path) -> None:

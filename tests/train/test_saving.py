@@ -93,6 +93,30 @@ def test_the_best_and_a_resumed_one_are_loaded_with_every_weight(settings: dict[
         assert all(torch.equal(value, before[name]) for name, value in trained.items())
 
 
+def test_random_numbers_go_on_and_a_damaged_state_is_named(trainer_of: Open) -> None:
+    trainer = trainer_of(**LORA)
+    folder = saved(trainer, 1)
+    drawn = torch.rand(3)
+    trainer._load_rng_state(str(folder))
+    assert torch.equal(torch.rand(3), drawn)
+    (folder / "optimizer.pt").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"optimizer\.pt is damaged"):
+        trainer._load_optimizer_and_scheduler(str(folder))
+    (folder / "rng_state.pth").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"is damaged"):
+        trainer._load_rng_state(str(folder))
+
+
+def test_what_fsdp_shares_out_is_gathered(trainer_of: Open, tmp_path: Path) -> None:
+    """Nothing is, in one process: what is gathered is the model."""
+    trainer = trainer_of()
+    trainer.is_fsdp_enabled = True
+    trainer.save_model(str(tmp_path / "gathered"))
+    trainer.is_fsdp_enabled = False
+    trainer.save_model(str(tmp_path / "plain"))
+    assert equal_bits(tmp_path / "gathered", tmp_path / "plain")
+
+
 def test_adapters_are_saved_without_what_is_frozen(trainer_of: Open) -> None:
     trainer = trainer_of(**LORA)
     folder = saved(trainer, 1)

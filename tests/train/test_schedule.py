@@ -49,6 +49,10 @@ def test_a_distance_is_rounded_as_the_trainer_rounds_its_warmup(steps: int, give
     assert ours == arguments(warmup_steps=given).get_warmup_steps(steps)
 
 
+def test_one_is_a_step_and_not_the_whole_run() -> None:
+    assert Schedule(1, 1, 1, 1, 10).steps_between(1) == 1
+
+
 def test_a_run_takes_the_steps_that_are_planned(
     tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:
@@ -65,3 +69,17 @@ def test_the_slowest_rank_is_compared_with_the_mean() -> None:
     args = arguments(per_device_train_batch_size=1, gradient_accumulation_steps=2)
     assert slowest_over_mean(order, costs, args, 1) == 1.0
     assert slowest_over_mean(order, costs, args, 2) == pytest.approx(4 / 3)
+
+
+def test_the_steps_compared_are_those_of_the_first_epoch() -> None:
+    """Of four indices in two steps, one alone costs anything: whichever rank has it works, and the other one waits."""
+    args = arguments(per_device_train_batch_size=1)
+    pairs = np.array([9.0, 9.0, 1.0, 1.0])
+    found = set()
+    for seed in range(20):
+        order = SampleOrder(4, seed=seed)
+        steps = pairs[order.steps(0, 2)].reshape(2, 2)
+        expected = steps.max(1).sum() / steps.mean(1).sum()
+        assert slowest_over_mean(order, pairs, args, 2) == pytest.approx(expected)
+        found.add(round(expected, 3))
+    assert len(found) == 2

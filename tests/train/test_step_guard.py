@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwenvl.train import trainer
-from qwenvl.train.step_guard import FirstStep, StepGuard
+from qwenvl.train.step_guard import FirstStep, StepGuard, describe_skip
 from qwenvl.train.train_qwen import main
 from qwenvl.utilities.errors import UserError
 from tests.train.runs import equal_bits, flags, history, train
@@ -51,6 +51,18 @@ def test_only_steps_in_a_row_end_the_run(caplog: pytest.LogCaptureFixture) -> No
     assert caplog.text.count("\n  a.json, line 7\n  b.json, line 2") == 4
     with pytest.raises(UserError, match=r"^3 steps in a row, up to step 6, .*--max_bad_steps 3"):
         guard.skipped(6, math.nan, math.inf, [])
+
+
+def test_one_step_is_too_many_where_one_is_allowed() -> None:
+    with pytest.raises(UserError, match=r"^1 steps in a row, up to step 1,"):
+        StepGuard(1).skipped(1, math.nan, 1.0, [])
+
+
+def test_the_samples_of_the_ranks_whose_loss_is_not_finite_are_named() -> None:
+    told = describe_skip(3, 1.5, [(2.0, ["a"]), (math.nan, ["b", "c"]), (math.inf, ["d"])])
+    assert told == (
+        "Step 3 is skipped: the loss is 2, nan, inf and the norm of the gradient 1.5. Its samples:\n  b\n  c\n  d"
+    )
 
 
 def test_samples_are_named_where_the_loss_is_finite_too(caplog: pytest.LogCaptureFixture) -> None:
