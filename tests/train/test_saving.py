@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 
+from qwenvl.train.checkpoints import problem_of
 from qwenvl.train.measured import MeasuredTrainer
 from qwenvl.train.wholeness import read_source
 from qwenvl.utilities.errors import UserError
-from tests.train.runs import LORA, equal_bits, open_trainer, weights
+from tests.train.runs import LORA, REPOSITORY, equal_bits, open_trainer, weights
 
 Open = Callable[..., MeasuredTrainer]
 
@@ -115,6 +119,28 @@ def test_what_fsdp_shares_out_is_gathered(trainer_of: Open, tmp_path: Path) -> N
     trainer.is_fsdp_enabled = False
     trainer.save_model(str(tmp_path / "plain"))
     assert equal_bits(tmp_path / "gathered", tmp_path / "plain")
+
+
+def test_fsdp_is_turned_on_where_accelerate_would_not(trainer_of: Open) -> None:
+    """On CPUs it would train with DDP, and the trainer would save what it takes for a whole model."""
+    try:
+        trainer = trainer_of(fsdp=True, fsdp_config=REPOSITORY / "configs" / "fsdp2.json")
+        assert trainer.is_fsdp_enabled
+        assert trainer.accelerator.distributed_type == DistributedType.FSDP
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert not trainer_of().is_fsdp_enabled
+
+
+def test_a_whole_checkpoint_is_pushed_on_request(trainer_of: Open) -> None:
+    """As far as it comes without a network; tests/train/test_hub.py has a hub."""
+    trainer = trainer_of()
+    trainer.args.push_to_hub, trainer.hub_model_id = True, "me/model"
+    with pytest.raises(OfflineModeIsEnabled):
+        saved(trainer, 1)
+    assert problem_of(Path(trainer.args.output_dir) / "checkpoint-1") is None
+    with pytest.raises(OfflineModeIsEnabled):
+        trainer.save_final()
 
 
 def test_adapters_are_saved_without_what_is_frozen(trainer_of: Open) -> None:
