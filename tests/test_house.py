@@ -15,7 +15,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_FUNCTION_LINES = 60
-MAX_FILE_LINES = 300
+MAX_FILE_LINES = 500
 DOCUMENTED = ("qwenvl", "tools")
 # Qwen-VL's special tokens and the id of "assistant": a checkpoint's own tokenizer says them.
 TOKEN_IDS = {*range(151643, 151659), 77091}
