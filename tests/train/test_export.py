@@ -21,7 +21,7 @@ from qwenvl.train.measured import MeasuredTrainer
 from qwenvl.train.train_qwen import main
 from qwenvl.train.wholeness import read_source, require_whole
 from qwenvl.utilities.errors import UserError
-from tests.train.runs import REPOSITORY, flags, run_on_two_ranks, train, weights
+from tests.train.runs import LORA, REPOSITORY, flags, run_on_two_ranks, train, weights
 
 CHECK: dict[str, Any] = {"max_steps": 1, "dataset_use": "pictures,text"}
 
@@ -232,17 +232,23 @@ def test_an_adapter_folder_is_opened_with_its_base(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ZeRO-3", "FSDP2"])
 def test_two_ranks_that_share_the_weights_out_verify_the_folder(
-    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+    engine: str, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:
-    """Every rank takes part in the trainer's logits; the fresh process has the whole model."""
-    config = _json(REPOSITORY / "configs" / "zero3.json")
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (tmp_path / "zero3.json").write_text(json.dumps(config))
-    asked = {**CHECK, "verify_export": True, "deepspeed": tmp_path / "zero3.json", "use_cpu": True}
-    command = flags(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, **asked)
-    run_on_two_ranks(tmp_path, {"run": command}, "ZeRO-3")
-    assert "Verified: a fresh process opened" in (tmp_path / "runner.log").read_text()
+    """Every rank takes part in the trainer's logits and checksums; the fresh process has the whole model."""
+    sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": REPOSITORY / "configs" / "fsdp2.json"}
+    if engine == "ZeRO-3":
+        config = _json(REPOSITORY / "configs" / "zero3.json")
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (tmp_path / "zero3.json").write_text(json.dumps(config))
+        sharded = {"deepspeed": tmp_path / "zero3.json"}
+    asked = {**CHECK, **sharded, "verify_export": True, "use_cpu": True}
+    kinds: dict[str, dict[str, Any]] = {"whole": {}, "adapters": {**LORA, "bf16": True, "tune_mm_mlp": True}}
+    model = tiny_checkpoint("qwen3_vl")
+    commands = {name: flags(model, tmp_path / name, registry, **asked | kind) for name, kind in kinds.items()}
+    run_on_two_ranks(tmp_path, commands, engine)
+    assert (tmp_path / "runner.log").read_text().count("Verified: a fresh process opened") == 2
 
 
 def test_the_run_says_what_it_verified(
