@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from qwenvl.train.measured import MeasuredTrainer
 from qwenvl.train.train_qwen import main
 from tests.train.labelled import write_labelled
-from tests.train.runs import ERROR
+from tests.train.runs import ERROR, open_trainer
 
 # What each sample of "mixed" holds, and the words of its answer: counts so different that a mean of means shows.
 MIXED: tuple[tuple[tuple[str, ...], int], ...] = (
@@ -137,3 +138,15 @@ def publish(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.Tem
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function of the task that returns a registry of labelled samples, ``samples`` and ``held_out``."""
     return write_labelled(tmp_path_factory.mktemp("labelled"))
+
+
+@pytest.fixture
+def trainer_of(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> Callable[..., MeasuredTrainer]:
+    """Return a function of a family and settings that opens a trainer, whose output folder is ``out``."""
+
+    def open_one(family: str = "qwen3_vl", **settings: Any) -> MeasuredTrainer:
+        return open_trainer(tiny_checkpoint(family), tmp_path / "out", registry, **settings)
+
+    return open_one

@@ -19,19 +19,9 @@ from qwenvl.train.checkpoints import problem_of
 from qwenvl.train.measured import MeasuredTrainer
 from qwenvl.train.wholeness import read_source
 from qwenvl.utilities.errors import UserError
-from tests.train.runs import LORA, REPOSITORY, equal_bits, open_trainer, weights
+from tests.train.runs import LORA, REPOSITORY, equal_bits, weights
 
 Open = Callable[..., MeasuredTrainer]
-
-
-@pytest.fixture
-def trainer_of(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path) -> Open:
-    """Function of settings that opens a trainer."""
-
-    def open_one(family: str = "qwen3_vl", **settings: Any) -> MeasuredTrainer:
-        return open_trainer(tiny_checkpoint(family), tmp_path / "out", registry, **settings)
-
-    return open_one
 
 
 def saved(trainer: MeasuredTrainer, step: int) -> Path:

@@ -20,20 +20,10 @@ from qwenvl.models.loss import causal_loss, run_model, tell_host
 from qwenvl.models.objective import Objective
 from qwenvl.train.measured import MeasuredTrainer
 from qwenvl.utilities.errors import SampleError, UserError
-from tests.train.runs import LORA, open_trainer
+from tests.train.runs import LORA
 
 Open = Callable[..., MeasuredTrainer]
 EVALUATION = {"eval_dataset_use": "held_out", "eval_strategy": "steps", "per_device_eval_batch_size": 3}
-
-
-@pytest.fixture
-def trainer_of(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path) -> Open:
-    """Function of a family and settings that opens a trainer."""
-
-    def open_one(family: str = "qwen3_vl", **settings: Any) -> MeasuredTrainer:
-        return open_trainer(tiny_checkpoint(family), tmp_path / "out", registry, **settings)
-
-    return open_one
 
 
 def step_of(trainer: MeasuredTrainer, batches: int = 2) -> tuple[list[dict[str, Any]], float, Tensor]:
