@@ -131,6 +131,12 @@ def test_a_whole_checkpoint_is_pushed_on_request(trainer_of: Open) -> None:
     assert problem_of(Path(trainer.args.output_dir) / "checkpoint-1") is None
     with pytest.raises(OfflineModeIsEnabled):
         trainer.save_final()
+    process = trainer.args.distributed_state
+    trainer.args.save_on_each_node, process.process_index = True, 1
+    try:
+        assert (saved(trainer, 2) / "config.json").is_file(), "each machine saves, and one of them pushes"
+    finally:
+        process.process_index = 0
 
 
 def test_adapters_are_saved_without_what_is_frozen(trainer_of: Open) -> None:
