@@ -34,9 +34,9 @@ def require_umask(folder: Path, umask: int, *names: str) -> None:
     """Check the permissions of everything below a folder, in which there have to be files of these names."""
     paths = [folder, *folder.rglob("*")]
     assert set(names) <= {path.name for path in paths}
-    modes = {str(path.relative_to(folder)): stat.S_IMODE(path.stat().st_mode) for path in paths}
-    wanted = {str(path.relative_to(folder)): (0o777 if path.is_dir() else 0o666) & ~umask for path in paths}
-    other = {name: f"{mode:o}" for name, mode in modes.items() if mode != wanted[name]}
+    kinds = {path: 0o777 if path.is_dir() else 0o666 for path in paths}  # DeepSpeed saves scripts, which may be run
+    modes = {path: stat.S_IMODE(path.stat().st_mode) & kind for path, kind in kinds.items()}
+    other = {str(path): f"{modes[path]:o}" for path, kind in kinds.items() if modes[path] != kind & ~umask}
     assert not other
 
 
