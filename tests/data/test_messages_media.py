@@ -91,6 +91,11 @@ def test_settings_that_contradict_or_cannot_be_are_refused(limits: dict[str, Any
     assert said in reason_of_question("<video>", "bad_record", video={"video": "v.mp4", **limits})
 
 
+def test_settings_of_videos_are_none_of_images() -> None:
+    reason = reason_of_question("<image>", "bad_record", image={"image": "a.jpg", "sample_fps": 2})
+    assert "'sample_fps' is not a setting of images: min_pixels, max_pixels." in reason
+
+
 def test_a_record_has_its_media_under_one_name() -> None:
     reason = reason_of_question("<image>", "bad_record", image="a.jpg", images=["a.jpg"])
     assert "has both 'image' and 'images'. Keep one of them" in reason

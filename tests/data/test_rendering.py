@@ -175,3 +175,30 @@ def test_a_template_that_rewrites_texts_is_used_where_turns_can_be_told_apart(
     with pytest.raises(SampleError, match=said) as caught:
         template.render(conversation)
     assert caught.value.category == "template"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (TextPart("See"), ImageItem("a.png")),
+        (ImageItem("a.png"), TextPart("See "), TextPart("this"), VideoItem("a.mp4"), ImageItem("b.png")),
+        (ImageItem("a.png"),),
+        (TextPart("See "), TextPart("this")),
+    ],
+)
+def test_turns_that_end_with_media_are_marked_behind_their_last_text(processor: Any, parts: tuple[Part, ...]) -> None:
+    turns = Message("user", parts), Message("assistant", (TextPart("Yes."),))
+    conversation = Conversation((*turns, Message("user", (*parts, *parts)), Message("assistant", (TextPart("No."),))))
+    by_markers = ByMarkers(processor).render(conversation)
+    assert by_markers == ChatTemplate(processor).render(conversation)
+    assert trained_of(by_markers)[0].removeprefix("<think>\n\n</think>\n\n") == "Yes.<|im_end|>\n"
+
+
+def test_markers_are_characters_that_nobody_typed(processor: Any) -> None:
+    conversation = ask_and_answer("\ue000?", "\ue001 \ue003", "again", "\ue002")
+    rendering = ByMarkers(processor).render(conversation)
+    assert rendering == ChatTemplate(processor).render(conversation)
+    assert trained_of(rendering)[0].endswith("\ue001 \ue003<|im_end|>\n")
+    everything = "".join(chr(code) for code in range(0xE000, 0xE100))
+    with pytest.raises(SampleError, match="every character of the private use area"):
+        ByMarkers(processor).render(ask_and_answer("Q", everything))
