@@ -6,17 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl.data.positions import VisionSpan, position_ids
 from qwenvl.utilities.families import FAMILIES, get_family
 
-# Until 5.18 mended it, get_rope_index cut the seconds of a temporal patch to whole ones; the official recipe does not.
-WHOLE_SECONDS = Version(transformers.__version__) < Version("5.18")
 TEXT = st.integers(1, 5)
 IMAGE = st.tuples(st.just(1), st.integers(1, 5), st.integers(1, 5))
 VIDEO = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.sampled_from([0.25, 0.5, 1.0, 1.7]))
@@ -74,8 +70,7 @@ def test_equals_get_rope_index(name: str, stock_models: dict[str, Any], data: st
                     spans.append(VisionSpan(len(kinds), (1, h, w)))
                     kinds += [2] * (h * w)
             else:
-                counted = int(block[3]) if WHOLE_SECONDS else block[3]
-                speed = model.config.vision_config.tokens_per_second * counted if family.timed_positions else 1.0
+                speed = model.config.vision_config.tokens_per_second * block[3] if family.timed_positions else 1.0
                 spans.append(VisionSpan(len(kinds), (t, h, w), speed))
                 kinds += [2] * (t * h * w)
         kinds += [0] * data.draw(TEXT)

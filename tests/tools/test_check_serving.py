@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-import transformers
-from packaging.version import Version
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -26,7 +24,6 @@ from tests.data.test_video import make_video
 from tests.train.runs import train
 from tools.check_serving import main
 
-WHOLE_SECONDS = Version(transformers.__version__) < Version("5.18")  # stock temporal positions, until 5.18 mended them
 LIMITS = ["--max_pixels", "64*64", "--min_pixels", "32*32", "--video_max_pixels", "4*64*64", "--video_min_pixels"]
 LIMITS += ["4*32*32", "--video_max_frames", "4", "--video_min_frames", "2"]
 Check = Callable[..., tuple[int, str]]
@@ -101,7 +98,6 @@ def saved(
     return train(tiny_checkpoint(request.param), output, registry, dataset_use="all", max_steps=1)
 
 
-@pytest.mark.skipif(WHOLE_SECONDS, reason="stock positions of Qwen2.5-VL videos are wrong before transformers 5.18")
 def test_a_saved_folder_gives_what_training_fed(saved: Path, check: Check) -> None:
     code, printed = check(saved)
     assert code == 0, printed
@@ -115,7 +111,6 @@ def test_a_saved_folder_gives_what_training_fed(saved: Path, check: Check) -> No
     assert "resizes pictures by PIL" in printed
 
 
-@pytest.mark.skipif(WHOLE_SECONDS, reason="stock positions of Qwen2.5-VL videos are wrong before transformers 5.18")
 def test_a_second_pair_of_markers_is_known_where_it_is(saved: Path, check: Check) -> None:
     _, printed = check(saved)
     state = _states(printed, "apply_chat_template", "input ids")[2]
