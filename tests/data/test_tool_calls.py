@@ -92,6 +92,12 @@ def test_arguments_as_a_json_string_are_their_object(template: ChatTemplate) -> 
     assert trained(template, called("")) == trained(template, called(None)) == trained(template, called({}))
 
 
+@pytest.mark.parametrize("nothing", [None, "", " \n", "{}", {}])
+def test_no_arguments_are_an_empty_object(nothing: Any) -> None:
+    assert parse_calls([{"name": "click", "arguments": nothing}]) == [{"name": "click", "arguments": {}}]
+    assert parse_calls([{"function": {"name": "click"}}]) == [{"function": {"name": "click", "arguments": {}}}]
+
+
 def test_what_is_no_object_stays_a_string_or_is_refused(template: ChatTemplate) -> None:
     for text in ("[1, 2]", "x=3", "7"):
         assert parse_calls([{"name": "click", "arguments": text}]) == [{"name": "click", "arguments": text}]
