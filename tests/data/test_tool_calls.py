@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from qwenvl.data.rendering import ChatTemplate
-from qwenvl.data.tool_calls import parse_calls
+from qwenvl.data.tool_calls import parse_calls, stand_ins
 from qwenvl.data.types import Conversation, Message
 from qwenvl.utilities.errors import SampleError
 from tests.data.records import build, reason_of
@@ -76,6 +76,32 @@ def test_what_a_template_leaves_out_is_refused_by_name(
             missing in caught.value.reason
             and "template that writes it into the checkpoint's folder" in caught.value.reason
         )
+
+
+def test_a_template_must_write_every_argument_of_a_call() -> None:
+    """Names and values, down to the innermost, but what is only true or missing."""
+    asked = conversation(called({"a": 150, "b": {"c": ["x", True, None]}}))
+    changed = stand_ins(asked, "no number")
+    wanted = [(what, number) for what, numbers in changed.wanted for number in numbers]
+    (call,) = changed.conversation.messages[-1].extra["tool_calls"]
+    assert all(number in json.dumps(call) for _, number in wanted)
+    assert "click" not in json.dumps(call) and "150" not in json.dumps(call)
+    argument = "an argument of the tool call of 'click'"
+    assert sorted(what for what, _ in wanted) == [*[argument] * 5, "the tool call of 'click'"]
+    changed.require_written(" ".join(number for _, number in wanted))
+    for what, left_out in wanted:
+        with pytest.raises(SampleError, match=f"leaves out {what}"):
+            changed.require_written(" ".join(number for _, number in wanted if number != left_out))
+
+
+def test_a_template_must_write_the_thought_of_the_last_answer_alone() -> None:
+    first, last = ({"role": "assistant", "content": text, "reasoning_content": f"So {text}"} for text in ("A", "B"))
+    changed = stand_ins(conversation(first, {"role": "user", "content": "More?"}, last), "719000")
+    ((what, (number,)),) = changed.wanted
+    assert what == "the thought ('reasoning_content') of the last answer"
+    assert not number.startswith("719000")  # these digits stand in the text already
+    thoughts = [message.extra.get("reasoning_content") for message in changed.conversation.messages]
+    assert thoughts == [None, "So A", None, number]
 
 
 def test_a_call_written_as_text_is_the_way_out(without_calls: ChatTemplate) -> None:
