@@ -93,6 +93,17 @@ class QwenVLTrainer(FeedingTrainer):
         self._watchdog.rest()
         super()._save_checkpoint(model, trial)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, under the eyes of the watchdog."""
+        with self._watchdog.on_duty():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, under the eyes of the watchdog."""
+        with self._watchdog.on_duty():
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:

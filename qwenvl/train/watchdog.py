@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,7 +24,8 @@ class Watchdog(TrainerCallback):
     """Ends this process when a step takes too long.
 
     The clock runs from the moment a step asks for its batches until its figures are logged, for which ranks wait for
-    each other, and during each batch of an evaluation. It stands still while a checkpoint is saved.
+    each other, and during each batch of an evaluation. It stands still while a checkpoint is saved, and outside of
+    training and evaluation: whatever ended them, the process may go on with something else.
 
     Args:
         seconds: what a step may take (``--step_timeout``); 0 for any time.
@@ -33,16 +36,29 @@ class Watchdog(TrainerCallback):
         self._deadline: float | None = None
         self._about = ""
         self._thread: threading.Thread | None = None
+        self._on_duty = False
+
+    @contextmanager
+    def on_duty(self) -> Iterator[None]:
+        """Let the clock run inside of this context alone, however it is left; contexts may hold others."""
+        before, self._on_duty = self._on_duty, True
+        try:
+            yield
+        finally:
+            self._on_duty = before
+            if not before:
+                self.rest()
+                self._thread = None  # it ends by itself
 
     def watch(self, about: str) -> None:
         """Start the clock, or start it again.
 
         Args:
-            about: what is being done, for the message.
+            about: Description of what is being done, for the message.
         """
-        if not self._seconds:
-            return
         self._about = about
+        if not self._seconds or not self._on_duty:
+            return
         self._deadline = time.monotonic() + self._seconds
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -82,7 +98,7 @@ class Watchdog(TrainerCallback):
         self.rest()
 
     def _run(self) -> None:
-        while True:
+        while self._on_duty:
             time.sleep(min(1.0, self._seconds / 4))
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:

@@ -63,6 +63,13 @@ def test_the_folder_name_decides_nothing(copy_checkpoint):
     assert type(load(copy_checkpoint("qwen3_vl_moe", "qwen2-vl"))).__name__ == "Qwen3VLMoeForConditionalGeneration"
 
 
+def test_a_folder_of_adapters_is_refused_with_the_way_out(copy_checkpoint):
+    folder = copy_checkpoint("qwen3_vl")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"the folder holds adapters\. Merge them first: python tools/merge_lora\.py"):
+        load(folder)
+
+
 def test_loading_keeps_the_config(family_name, tiny_checkpoint, tmp_path):
     path = tiny_checkpoint(family_name)
     model = load(path)

@@ -162,9 +162,10 @@ def test_a_run_logs_evaluates_and_saves(trainer_of: Open, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "drawn").read_text() == "2"
     loss = trainer.training_step(trainer.model, step_of(trainer)[0][0], 7.0)
     assert loss.item() == trainer.running_loss.of_step.item() > 0
-    trainer._watchdog.watch("a step")
-    trainer._save_checkpoint(trainer.model, None)
-    assert trainer._watchdog._deadline is None, "it watches steps; saving may take any time"
+    with trainer._watchdog.on_duty():
+        trainer._watchdog.watch("a step")
+        trainer._save_checkpoint(trainer.model, None)
+        assert trainer._watchdog._deadline is None, "it watches steps; saving may take any time"
     assert (tmp_path / "out" / "checkpoint-2" / "running_loss.json").is_file()
 
 
