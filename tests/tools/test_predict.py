@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.data.sampling import sample_rows
 from tests.data.test_video import make_video
-from tests.train.runs import REPOSITORY, torchrun
+from tests.train.runs import REPOSITORY, kill_tree, torchrun
 from tools.predict import main
 
 Predict = Callable[..., tuple[int, str, str]]
@@ -271,15 +270,16 @@ def test_two_processes_that_are_killed_and_go_on_write_what_one_writes(
     assert printed.count("samples that could not be asked") == 1
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(
-        [*command, *flags, *data, str(killed)], env=environment, start_new_session=True, stderr=subprocess.DEVNULL
-    ) as process:
-        parts = [tmp_path / f"killed.part-{rank}" for rank in (0, 1)]
-        deadline = time.monotonic() + 900
-        while not all(part.exists() and part.stat().st_size for part in parts):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
+    parts = [tmp_path / f"killed.part-{rank}" for rank in (0, 1)]
+    command += [*flags, *data, str(killed)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 900
+            while not all(part.exists() and part.stat().st_size for part in parts):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            kill_tree(process)
     assert not killed.exists() and all(part.exists() for part in parts)
     assert predict(*data, str(killed))[0] == 1
     assert killed.read_text() == alone.read_text()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -79,6 +79,12 @@ def train(model: Path, output: Path, registry: Path, **settings: Any) -> Path:
     return output
 
 
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """Kill a process and all that it started; the ranks of torchrun lead sessions of their own."""
+    for one in (*psutil.Process(process.pid).children(recursive=True), process):
+        one.kill()
+
+
 def torchrun(script: Path, *arguments: str, ranks: int = 2, seconds: float = 900, **environment: str) -> str:
     """Run a Python file on several ranks of this machine; return what they printed, also written beside it."""
     environment |= os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
@@ -92,13 +98,12 @@ def torchrun(script: Path, *arguments: str, ranks: int = 2, seconds: float = 900
             cwd=REPOSITORY,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         ) as process,
     ):
         try:
             code: int | None = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+            kill_tree(process)
             code = None
     text = printed.read_text()
     assert code == 0, f"{'stopped after its time' if code is None else code}: {text[-6000:]}"
