@@ -177,8 +177,8 @@ def _require_sound(report: MergeReport) -> None:
         )
     if 2 * report.rounding > report.effect:
         logger.warning(
-            "The adapters move the logits by %.2g of their norm, and rounding the merged weights by %.2g: little is "
-            "left of what they have learned. --dtype float32 keeps it.",
+            "The adapters move the logits by %.2g of their norm, and rounding the merged weights by %.2g, which blurs "
+            "what little they have learned. --dtype float32 merges without that.",
             *(report.effect, report.rounding),
         )
 
