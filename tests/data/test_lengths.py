@@ -139,6 +139,16 @@ def test_any_number_of_processes_counts_the_same(encoder: SampleEncoder, media: 
     assert alone.measures[[201, 202]].tolist() == alone.measures[[10, 10]].tolist()
 
 
+def test_each_dataset_has_counts_of_its_own(encoder: SampleEncoder, media: Path, tmp_path: Path) -> None:
+    """Of two, one is known from an earlier run."""
+    known, new = table_of(MANY[:3], media, name="known"), table_of(MANY[50:58], media, name="new")
+    measure_lengths(ConversationDataset([known], encoder), tmp_path, workers=0)
+    for tables in ([known, new], [new, known]):
+        dataset = ConversationDataset(tables, encoder)
+        expected = measure_lengths(dataset, workers=0).measures.tolist()
+        assert measure_lengths(dataset, tmp_path, workers=0).measures.tolist() == expected
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_first_bad_row_stops_the_run(encoder: SampleEncoder, media: Path, workers: int) -> None:
     bad = talk("<image>?", "A", image="missing.png")
