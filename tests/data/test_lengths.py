@@ -158,6 +158,18 @@ def test_the_first_bad_row_stops_the_run(encoder: SampleEncoder, media: Path, wo
         measure_lengths(dataset, workers=workers)
 
 
+def test_a_row_is_looked_at_and_reported_once(encoder: SampleEncoder, media: Path) -> None:
+    """Whatever is done together; reports can be written as JSON. By default all cores count."""
+    bad = talk("<image>?", "A", image="missing.png")
+    dataset = ConversationDataset([table_of([*MANY[:150], bad, *MANY[:9]], media)], encoder, skip_bad_samples=True)
+    measured = measure_lengths(dataset, workers=0)
+    assert [json.loads(json.dumps(event.record))["line"] for event in measured.events] == [151]
+    assert np.flatnonzero(measured.measures["samples"] == 0).tolist() == [150]
+    everywhere = measure_lengths(dataset)
+    assert everywhere.measures.tolist() == measured.measures.tolist()
+    assert everywhere.events == measured.events
+
+
 def test_a_mistake_of_the_run_stops_it(encoder: SampleEncoder, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_backend(*_: Any) -> None:
         raise UserError("No video backend works")
