@@ -17,6 +17,7 @@ from tests.train.runs import REPOSITORY, equal_bits, flags, history
 
 SCRIPTS = REPOSITORY / "scripts" / "slurm"
 SETTINGS: dict[str, Any] = {
+    "lr_scheduler_type": "constant_with_warmup",  # the recipe warms up
     "max_steps": 60,
     "save_strategy": "steps",
     "save_steps": 1000,
