@@ -201,6 +201,82 @@ def test_without_ffmpeg_its_libraries_in_pyav_serve_torchcodec(tmp_path: Path, f
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout
 
 
+def test_a_process_without_a_backend_says_why_when_there_is_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("torchcodec", "decord"):
+        monkeypatch.setitem(sys.modules, library, None)  # as if it was not installed
+    choose_backend.cache_clear()
+    try:
+        prepare_backend()
+        assert backend_name() is None
+        with pytest.raises(
+            UserError, match=r"No video backend works: .*torchcodec.*; .*decord.*Run 'pip install decord'"
+        ):
+            choose_backend()
+    finally:
+        choose_backend.cache_clear()
+    monkeypatch.undo()
+    assert backend_name() == choose_backend().name
+
+
+@pytest.mark.parametrize(("limit", "counts"), [(3.9, [3, 3, 3, 1]), (4, [4, 4, 2]), (10, [10]), (0.5, [1] * 10)])
+def test_frames_are_made_smaller_some_at_a_time(
+    backend: VideoBackend, video: Path, limit: float, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more of them than the limit, in bytes of frames of three colours, and one at least."""
+    monkeypatch.setattr("qwenvl.data.video.PIECE_BYTES", int(limit * 3 * HEIGHT * WIDTH))
+    indices = np.array([23, 0, 5, 5, 7, 9, 11, 13, 15, 17])
+    seen: list[int] = []
+
+    def shrink(frames: torch.Tensor) -> torch.Tensor:
+        seen.append(len(frames))
+        return frames[..., ::2, ::4]
+
+    small = backend.frames(str(video), indices, shrink)
+    assert seen == counts
+    assert torch.equal(small, backend.frames(str(video), indices)[..., ::2, ::4])
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ((None, 2.0, 4, 6), "no frames"),
+        ((0, 2.0, 4, 6), "no frames"),
+        ((8, 2.0, 0, 6), "no frames"),
+        ((8, 2.0, 4, None), "no frames"),
+        ((8, None, 4, 6), "no frame rate (None)"),
+        ((8, 0.0, 4, 6), "no frame rate (0.0)"),
+        ((8, -1.0, 4, 6), "no frame rate (-1.0)"),
+        ((8, float("inf"), 4, 6), "no frame rate (inf)"),
+        ((8, 2.0, 20_000, 20_000), "a frame has 400000000 pixels"),
+    ],
+)
+def test_headers_that_cannot_be(facts: tuple[int | None, float | None, int | None, int | None], said: str) -> None:
+    with pytest.raises(SampleError) as caught:
+        _checked_header(*facts)
+    assert said in caught.value.reason
+    assert caught.value.category == ("decompression_bomb" if "pixels" in said else "unreadable_file")
+    assert _checked_header(8, 0.5, 4, 6) == VideoHeader(8, 0.5, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("[12:00:01] /build/src/video.cc:151: Check failed: no stream\nStack trace:\n"),
+            "Check failed: no stream",
+        ),
+        (ValueError(" bad data in /dev/fd/17 \n"), "bad data in the file"),
+        (RuntimeError("x" * 400), "x" * 300),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_of_an_error_of_a_decoder_one_line_is_said(error: Exception, said: str) -> None:
+    with pytest.raises(SampleError) as caught, _decoding("decord"):
+        raise error
+    assert caught.value.reason == f"decord cannot decode it: {said}"
+    assert caught.value.category == "unreadable_file"
+
+
 def test_decord_leaves_pictures_to_transformers(tmp_path: Path) -> None:
     """In a process that has opened decord, stock transformers still reads a PNG (its libraries must not meet)."""
     Image.new("RGB", (20, 30), "red").save(tmp_path / "a.png")

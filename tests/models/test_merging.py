@@ -1,20 +1,24 @@
-"""Merging adapters, and what counts as rounding."""
+"""Merging in float32, rounded once; and mistakes that stand out from float32 but not from bfloat16."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.models import merging
 from qwenvl.models.merging import TOLERANCE, MergeReport, distance, logits_of, merge, open_adapted, sample_inputs
 from qwenvl.utilities.errors import UserError
+from tools.make_tiny_checkpoint import build_tiny_checkpoint
 
 SOUND = MergeReport(changed=3, unchanged=(), effect=0.5, error=1e-6, rounding=1e-3)
 
@@ -98,7 +102,7 @@ def test_logits_with_adapters_merged_on_the_way_leave_the_model_as_it_was(four_l
 
 
 @pytest.fixture
-def adapted(tiny_checkpoint, tmp_path) -> tuple[Path, Path]:
+def folders(tiny_checkpoint, tmp_path) -> tuple[Path, Path]:
     """A checkpoint, and a folder of adapters on its queries, written by PEFT."""
     base = tiny_checkpoint("qwen3_vl")
     torch.manual_seed(0)
@@ -120,13 +124,13 @@ def test_logits_that_moved_by_more_than_rounding_are_refused(error):
 def test_what_rounding_explains_is_sound(caplog):
     merging._require_sound(SOUND)
     merging._require_sound(replace(SOUND, error=TOLERANCE))
-    merging._require_sound(replace(SOUND, rounding=SOUND.effect))
+    merging._require_sound(replace(SOUND, rounding=SOUND.effect / 2))
     assert not caplog.records
 
 
 def test_rounding_that_hides_the_adapters_is_said(caplog):
-    merging._require_sound(replace(SOUND, rounding=0.6))
-    assert "move the logits by 0.5 of their norm, and rounding the merged weights by 0.6" in caplog.text
+    merging._require_sound(replace(SOUND, rounding=0.26))
+    assert "move the logits by 0.5 of their norm, and rounding the merged weights by 0.26" in caplog.text
 
 
 def test_weights_that_did_not_change_are_named_and_refused_if_none_did(caplog):
@@ -138,8 +142,8 @@ def test_weights_that_did_not_change_are_named_and_refused_if_none_did(caplog):
     assert "layers.5" in caplog.text and "layers.6" not in caplog.text
 
 
-def test_merged_logits_are_those_of_the_adapters(adapted):
-    base, folder = adapted
+def test_merged_logits_are_those_of_the_adapters(folders):
+    base, folder = folders
     processor = AutoProcessor.from_pretrained(base)
     inputs = sample_inputs(processor, torch.device("cpu"))
     plain = logits_of(AutoModelForImageTextToText.from_pretrained(base).eval(), inputs)
@@ -160,8 +164,8 @@ def test_merged_logits_are_those_of_the_adapters(adapted):
     ]
 
 
-def test_one_adapter_of_zeros_is_named(adapted, caplog):
-    base, folder = adapted
+def test_one_adapter_of_zeros_is_named(folders, caplog):
+    base, folder = folders
     tensors = load_file(folder / "adapter_model.safetensors")
     first = next(name for name in tensors if ".layers.0." in name and "lora_B" in name)
     save_file(tensors | {first: torch.zeros_like(tensors[first])}, folder / "adapter_model.safetensors")
@@ -172,15 +176,15 @@ def test_one_adapter_of_zeros_is_named(adapted, caplog):
 
 
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
-def test_half_a_folder_is_refused(missing, adapted):
-    base, folder = adapted
+def test_half_a_folder_is_refused(missing, folders):
+    base, folder = folders
     (folder / missing).unlink()
     with pytest.raises(UserError, match=r"holds no adapter_config\.json with adapter_model\.safetensors"):
         open_adapted(str(base), str(folder), torch.float32)
 
 
-def test_a_tensor_that_finds_no_place_is_refused(adapted):
-    base, folder = adapted
+def test_a_tensor_that_finds_no_place_is_refused(folders):
+    base, folder = folders
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors["base_model.model.model.layers.9.lora_A.weight"] = torch.zeros(2, 2)
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -188,20 +192,8 @@ def test_a_tensor_that_finds_no_place_is_refused(adapted):
         open_adapted(str(base), str(folder), torch.float32)
 
 
-def test_merged_weights_are_rounded_once(adapted):
-    """To the type of the checkpoint, from the sum in float32."""
-    base, folder = adapted
-    half = open_adapted(str(base), str(folder), torch.bfloat16)
-    layer = half.get_submodule("base_model.model.model.language_model.layers.0.self_attn.q_proj")
-    down, up = (matrix["default"].weight.float() for matrix in (layer.lora_A, layer.lora_B))
-    expected = (layer.get_base_layer().weight.float() + 2.0 * up @ down).bfloat16()
-    model, report = merge(half, AutoProcessor.from_pretrained(base))
-    assert torch.equal(model.model.language_model.layers[0].self_attn.q_proj.weight, expected)
-    assert 1e-4 < report.rounding < report.effect and report.error < 1e-5
-
-
-def test_weights_have_the_type_that_is_asked_for(adapted):
-    base, folder = adapted
+def test_weights_have_the_type_that_is_asked_for(folders):
+    base, folder = folders
     opened = open_adapted(str(base), str(folder), torch.bfloat16)
     assert opened.get_base_model().dtype == torch.bfloat16
 
@@ -210,7 +202,7 @@ def test_the_distance_is_relative_to_the_second():
     assert distance(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])) == pytest.approx(5 / 4)
 
 
-def test_the_sample_holds_a_picture_and_a_question(adapted):
-    inputs = sample_inputs(AutoProcessor.from_pretrained(adapted[0]), torch.device("cpu"))
+def test_the_sample_holds_a_picture_and_a_question(folders):
+    inputs = sample_inputs(AutoProcessor.from_pretrained(folders[0]), torch.device("cpu"))
     assert len(inputs["image_grid_thw"]) == len(inputs["input_ids"]) == 1
     assert inputs["pixel_values"].std() > 0

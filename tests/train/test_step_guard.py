@@ -94,7 +94,9 @@ def test_first_step_must_reach_everything_that_trains() -> None:
     model[3].weight.requires_grad_(False)
     first = FirstStep(model)
     model[0](torch.ones(2)).sum().backward()
-    with pytest.raises(UserError, match=r"^10 trainable tensors got no gradient in the first step: 1\.weight, 2.*11\.weight\. The loss"):
+    with pytest.raises(
+        UserError, match=r"^10 trainable tensors got no gradient in the first step: 1\.weight, 2.*11\.weight\. The loss"
+    ):
         first.check(1.0, 1.0)
 
 
