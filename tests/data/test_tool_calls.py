@@ -94,6 +94,17 @@ def test_a_template_must_write_every_argument_of_a_call() -> None:
             changed.require_written(" ".join(number for _, number in wanted if number != left_out))
 
 
+def test_of_a_tool_without_a_name_one_text_must_be_written() -> None:
+    answer = {"role": "assistant", "content": "Done."}
+    changed = stand_ins(conversation(answer, tools=[{"type": "x", "more": ["y", 1]}]), "no number")
+    ((what, numbers),) = changed.wanted
+    assert (what, len(numbers)) == ("a tool that has no 'name'", 2)
+    for number in numbers:
+        changed.require_written(number)
+    with pytest.raises(SampleError, match="leaves out a tool that has no 'name'"):
+        changed.require_written("no number")
+
+
 def test_a_template_must_write_the_thought_of_the_last_answer_alone() -> None:
     first, last = ({"role": "assistant", "content": text, "reasoning_content": f"So {text}"} for text in ("A", "B"))
     changed = stand_ins(conversation(first, {"role": "user", "content": "More?"}, last), "719000")
