@@ -81,7 +81,7 @@ def test_tools_calls_and_reasoning_are_kept() -> None:
     for tools in ([tool], json.dumps([tool])):
         conversation = build({"messages": turns, "tools": tools, "system": "be brief", "image": "a.jpg"})
         assert conversation.tools == (tool,)
-        assert conversation.unread_keys == ("timestamp",)
+        assert conversation.unread_keys == ("'timestamp' of turns",)
         assert conversation.messages == (
             Message("system", (TextPart("be brief"),)),
             Message("user", (TextPart("look"),)),

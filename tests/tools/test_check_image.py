@@ -230,11 +230,11 @@ def test_a_dataset_without_rows(check: Check, tmp_path: Path) -> None:
     assert "has no rows" in messages
 
 
-def test_keys_of_turns_that_nothing_reads_are_named(check: Check, tmp_path: Path) -> None:
+def test_keys_that_nothing_reads_are_named(check: Check, tmp_path: Path) -> None:
     record = sample("odd", image="a.jpg")
     record["conversations"][1] |= {"score": 3, "loss": False, "empty": None}
     record["conversations"] += [{"from": "human", "value": "So?"}, {"from": "gpt", "value": "Yes.", "mood": "calm"}]
     write_lines(tmp_path / "set.jsonl", [*GOOD, record])
     code, output, _ = check("--dataset_use", "set")
     assert code == 0
-    assert "Dataset 'set': turns have 'mood', 'score', which nothing reads." in output
+    assert "Dataset 'set': nothing reads 'mood' of turns, 'score', 'score' of turns." in output
