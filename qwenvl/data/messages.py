@@ -191,7 +191,8 @@ def _message(turn: Any, number: int, pool: MediaPool) -> Message:
     content = _either(turn, "value", "content", number)
     where = f"turn {number} ({role})"
     own = turn_pool(turn, where, pool)
-    parts = _with_own_media(_parts(content, role, where, own), own, role, where)
+    parts = _parts(content, role, where, own)
+    parts = parts if own is pool else _with_own_media(parts, own, role, where)
     if not parts and not (role == "assistant" and (extra.get("tool_calls") or extra.get("reasoning_content"))):
         raise SampleError("bad_record", f"{where} has neither text nor media. Write it, or take the turn out.")
     return Message(role, parts, extra, trained)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from qwenvl.data.messages_media import KINDS, MEDIA_FIELDS, media_keys
+from qwenvl.data.messages_media import MEDIA_FIELDS, media_keys
 from qwenvl.data.messages_turns import AUDIO_FIELDS, unread_keys_of_turns
 from qwenvl.data.record_forms import TURN_FIELDS
 from qwenvl.utilities.errors import SampleError
@@ -69,7 +69,7 @@ def unread_keys(record: Mapping[str, Any], turns: Iterable[Any], read: Collectio
         turns: Its turns, as they are written.
         read: Keys of this record that are read, besides those of every record.
     """
-    media = [key for kind in KINDS for key in media_keys(record, kind)]
+    media = [key for keys in media_keys(record).values() for key in keys]
     known = {*_READ, *_MEAN_NOTHING, *read, *media}
     found = [key for key in record if record[key] is not None and key not in known]
     return (*sorted(repr(str(key)[:80]) for key in found), *unread_keys_of_turns(turns))

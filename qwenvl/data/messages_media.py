@@ -25,7 +25,7 @@ _LARGEST = 2**53  # of the numbers taken: all are exact as floats
 _FRAME_RATES = ("sample_fps", "fps", "raw_fps")  # of a list of frames, the first one given counts
 IMG_TAG = r"<img>[^<>\n]*</img>"
 """Pattern of Qwen-VL's tag, which says itself where its image is."""
-_OTHER_NAMES = re.compile(r"(image|video)_(paths?|files?|([0-9]+))")
+_OTHER_NAMES = re.compile(r"(image|video)_(?:paths?|files?|([0-9]+))")
 
 
 class MediaPool:
@@ -122,7 +122,9 @@ def img_source(tag: str) -> str:
 
 
 def turn_pool(turn: Mapping[str, Any], where: str, outer: MediaPool) -> MediaPool:
-    """Return the pool of a turn, which may have media of its own, inside that of its sample."""
+    """Return the pool of a turn with media of its own, inside that of its sample; that of its sample without any."""
+    if not media_keys(turn):
+        return outer
     try:
         return MediaPool(turn, outer)
     except SampleError as error:
@@ -170,20 +172,28 @@ def typed_media(part: Mapping[str, Any], kind: Kind, where: str, pool: MediaPool
         raise SampleError(error.category, f"{where}: {error.reason}") from error
 
 
-def media_keys(fields: Mapping[str, Any], kind: Kind) -> list[str]:
-    """Return the keys of a record or turn that hold its media of a kind, in order.
+def media_keys(fields: Mapping[str, Any]) -> dict[Kind, list[str]]:
+    """Return the keys of a record or turn that hold its media, in order; kinds that it has none of are missing.
 
     ``image`` or ``images``; without them, the keys that others use: ``image_path``, ``image_file`` and their plurals,
     or ``image_1``, ``image_2`` and so on (MMMU). The same for videos. Null and empty ones count as absent.
     """
-    given = [key for key in fields if fields[key] is not None and fields[key] not in ("", [])]
-    plain = [key for key in (kind, f"{kind}s") if key in given]
-    found = filter(None, map(_OTHER_NAMES.fullmatch, map(str, given)))
-    return plain or [match[0] for match in sorted(found, key=lambda one: int(one[3] or 0)) if match[1] == kind]
+    found: dict[Kind, list[str]] = {}
+    given = [key for key in fields if str(key).startswith(KINDS) and _is_given(fields[key])]
+    for kind in KINDS if given else ():
+        plain = [key for key in (kind, f"{kind}s") if key in given]
+        others = [one for one in map(_OTHER_NAMES.fullmatch, given) if one and one[1] == kind]
+        if plain or others:
+            found[kind] = plain or [one[0] for one in sorted(others, key=lambda one: int(one[2] or 0))]
+    return found
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value not in ("", [])
 
 
 def _listed(fields: Mapping[str, Any], kind: Kind) -> list[Any]:
-    keys = media_keys(fields, kind)
+    keys = media_keys(fields).get(kind, [])
     numbered = all(key[-1].isdigit() for key in keys)
     if len(keys) > 1 and not numbered:
         raise SampleError("bad_record", f"it has both {keys[0]!r} and {keys[1]!r}. Keep one of them.")

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qwenvl.data.messages_media import KINDS, MEDIA_FIELDS, media_keys
+from qwenvl.data.messages_media import MEDIA_FIELDS, media_keys
 from qwenvl.data.tool_calls import parse_calls
 from qwenvl.data.types import Role
 from qwenvl.utilities.errors import SampleError
@@ -80,7 +80,7 @@ def unread_keys_of_turns(turns: Iterable[Any]) -> list[str]:
     known = [turn for turn in turns if isinstance(turn, Mapping)]
     lists = [turn[key] for turn in known for key in ("value", "content") if isinstance(turn.get(key), list)]
     texts = [part for parts in lists for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
-    media = {key for turn in known for kind in KINDS for key in media_keys(turn, kind)}
+    media = {key for turn in known for keys in media_keys(turn).values() for key in keys}
     found = sorted(_given(known) - _READ - media), sorted(_given(texts) - {"type", "text"})
     return [
         f"{key[:80]!r} of {what}" for keys, what in zip(found, ("turns", "text parts"), strict=True) for key in keys

@@ -12,7 +12,7 @@ from typing import Any
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.media_sources import absolute_source
 from qwenvl.data.messages import MEDIA_ROLES, speaker_role
-from qwenvl.data.messages_media import IMG_TAG, KINDS, SOURCE_KEYS, img_source, media_keys
+from qwenvl.data.messages_media import IMG_TAG, SOURCE_KEYS, img_source, media_keys
 from qwenvl.data.record_forms import TURN_FIELDS, as_messages
 from qwenvl.data.types import Sample
 from qwenvl.utilities.cache import replacing
@@ -81,8 +81,8 @@ def with_sources(record: Mapping[str, Any], change: Callable[[str], str]) -> dic
 def _media_with_sources(fields: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """Change the media fields of a record or of a turn."""
     changed = dict(fields)
-    for kind in KINDS:
-        for key in media_keys(fields, kind):
+    for kind, keys in media_keys(fields).items():
+        for key in keys:
             changed[key] = _with_sources(changed[key], kind, change)
     return changed
 

@@ -14,7 +14,7 @@ from qwenvl.data.encoding import SampleEncoder, plan_item
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import Examined, examine
 from qwenvl.data.messages_limits import LIMIT_FIELDS
-from qwenvl.data.messages_media import KINDS, media_keys
+from qwenvl.data.messages_media import media_keys
 from qwenvl.data.processor import vision_settings
 from qwenvl.data.record_forms import FORM_FIELDS
 from qwenvl.data.regions import MaskReader
@@ -145,7 +145,7 @@ def tags_in_answers(conversation: Conversation) -> Iterator[SampleError]:
 def content_digest(sample: Sample) -> bytes:
     """Return a hash of what a sample is trained on: equal where turns and names of media are the same."""
     record = sample.record
-    media = (key for kind in KINDS for key in media_keys(record, kind))
+    media = (key for keys in media_keys(record).values() for key in keys)
     keys = {*CONTENT, *FORM_FIELDS, *LIMIT_FIELDS, *media}
     content = {key: record[key] for key in record if key in keys and record[key] is not None}
     try:
