@@ -174,8 +174,8 @@ def _turns(record: Mapping[str, Any]) -> list[Any]:
         raise SampleError("bad_record", "the sample has both 'conversations' and 'messages'. Keep one of the two.")
     if not given:
         keys = ", ".join(sorted(map(str, record)))[:300] or "none"
-        reason = f"the sample has no 'conversations' or 'messages' (keys: {keys}). {missing_turns(record)}"
-        raise SampleError("bad_record", reason)
+        hint = missing_turns([key for key in record if record[key] is not None])
+        raise SampleError("bad_record", f"the sample has no 'conversations' or 'messages' (keys: {keys}). {hint}")
     turns = record[given[0]]
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else type(turns).__name__
