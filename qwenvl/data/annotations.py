@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
+_HEAD = 4096  # bytes
 
 
 class Rows(Protocol):
@@ -224,7 +225,7 @@ def _choose_reader(path: str, cache_dir: str | None, check_ends: bool) -> Rows:
     if suffix == ".json" and first != "[":
         raise UserError(
             f"a .json file must hold one array of samples, [...], and this one starts with {first!r}. "
-            "If each of its lines is a sample, name it .jsonl; if it is one sample, put [ ] around it."
+            f"{_advice(text.read(0, _HEAD))}"
         )
     if first == "[":
         return JsonRows(text, "array", cache_dir, check_ends)
@@ -234,6 +235,16 @@ def _choose_reader(path: str, cache_dir: str | None, check_ends: bool) -> Rows:
         f"is neither JSON, JSON Lines nor Parquet: it starts with {first!r}. Name it .json, .jsonl or .parquet, "
         "and .gz after that where it is compressed."
     )
+
+
+def _advice(head: bytes) -> str:
+    """Say what to do with a .json file that is one object, by its first bytes."""
+    if b'"categories"' in head or (b'"images"' in head and b'"file_name"' in head):
+        return (
+            "It looks like COCO, which has boxes and no questions and answers: tools/process_bbox.ipynb makes samples "
+            "of them."
+        )
+    return "If each of its lines is a sample, name it .jsonl; if it is one sample, put [ ] around it."
 
 
 def _sample_id(record: Any) -> str | None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qwenvl.data.record_forms import LISTS_OF_TURNS, TURN_FIELDS, find_form, missing_turns
+from qwenvl.data.record_forms import LISTS_OF_TURNS, TURN_FIELDS, find_forms, missing_turns
 from qwenvl.utilities.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def check_columns(schema: pyarrow.Schema, columns: Mapping[str, str]) -> None:
             hint = nearest(column, schema.names)
             raise UserError(f"has no column {column!r}, which 'columns' gives for {field!r}.{hint} {known}")
     types = _rename({name: schema.field(name).type for name in schema.names}, columns)
-    if not any(field in types for field in TURN_FIELDS) and find_form(types) is None:
+    if not any(field in types for field in TURN_FIELDS) and not find_forms(types):
         raise UserError(
             f"has no column 'conversations' or 'messages'. {known} If one of them holds the turns, say so in the "
             f'registry entry: "columns": {{"conversations": NAME}}. {missing_turns(types)}'

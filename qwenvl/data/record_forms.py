@@ -59,17 +59,9 @@ class RecordForm:
         return (*self.needs, *self.may_have)
 
 
-def find_form(keys: Collection[str]) -> RecordForm | None:
-    """Return the form that fields make; None where they make none.
-
-    Raises:
-        SampleError: they make several (``bad_record``).
-    """
-    found = [form for form in FORMS if all(key in keys for key in form.needs)]
-    if len(found) > 1:
-        names = " and ".join(repr(form.needs[-1]) for form in found)
-        raise SampleError("bad_record", f"the sample has answers in {names}. Keep one of them.")
-    return found[0] if found else None
+def find_forms(keys: Collection[str]) -> list[RecordForm]:
+    """Return the forms that fields make."""
+    return [form for form in FORMS if all(key in keys for key in form.needs)]
 
 
 def form_of(record: Record) -> RecordForm | None:
@@ -79,7 +71,11 @@ def form_of(record: Record) -> RecordForm | None:
         SampleError: it has several (``bad_record``).
     """
     given = [key for key in record if record[key] is not None]
-    return None if any(field in given for field in TURN_FIELDS) else find_form(given)
+    found = [] if any(field in given for field in TURN_FIELDS) else find_forms(given)
+    if len(found) > 1:
+        names = " and ".join(repr(form.needs[-1]) for form in found)
+        raise SampleError("bad_record", f"the sample has answers in {names}. Keep one of them.")
+    return found[0] if found else None
 
 
 def as_messages(record: Record) -> Record:
