@@ -36,6 +36,15 @@ if TYPE_CHECKING:
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 _HEAD = 4096  # bytes
+_COCO = "It looks like COCO, which has boxes and no questions: tools/process_bbox.ipynb makes samples of them."
+_LIST = "It looks like a list of datasets: name each annotation file in the registry (data/__init__.py), "
+_OTHER_FILES = (
+    ((b'"categories"',), _COCO),
+    ((b'"images"', b'"file_name"'), _COCO),
+    ((b'"root"', b'"annotation"'), f"{_LIST}with its 'root' as data_path."),  # of InternVL
+    ((b'"formatting"', b'"file_name"'), f"{_LIST}with its folder as data_path."),  # of LLaMA-Factory
+)
+"""What else a .json file is that is one object, by words at its start."""
 
 
 class Rows(Protocol):
@@ -239,11 +248,9 @@ def _choose_reader(path: str, cache_dir: str | None, check_ends: bool) -> Rows:
 
 def _advice(head: bytes) -> str:
     """Say what to do with a .json file that is one object, by its first bytes."""
-    if b'"categories"' in head or (b'"images"' in head and b'"file_name"' in head):
-        return (
-            "It looks like COCO, which has boxes and no questions and answers: tools/process_bbox.ipynb makes samples "
-            "of them."
-        )
+    for words, advice in _OTHER_FILES:
+        if all(word in head for word in words):
+            return advice
     return "If each of its lines is a sample, name it .jsonl; if it is one sample, put [ ] around it."
 
 

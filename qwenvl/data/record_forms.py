@@ -6,7 +6,7 @@
 ``output``
 ``prompt``,               TRL: text, or lists of turns. Of these the answers in ``prompt`` are not trained
 ``completion``
-``conversation``          ms-swift: a list of {"human": question, "assistant": answer}
+``conversation``          ms-swift: a list of {"human": question, "assistant": answer}; or a list of turns
 ========================  ============================================================================================
 
 The other fields (media, ``system``, ``tools``, ...) are the same in all forms.
@@ -146,14 +146,14 @@ def _as_context(turn: Any) -> Any:
 
 def _of_conversation(record: Record) -> Turns:
     pairs = record["conversation"]
-    if not isinstance(pairs, list) or not all(isinstance(one, Mapping) and _PAIR.issubset(one) for one in pairs):
-        raise SampleError(
-            "bad_record",
-            '\'conversation\' must be a list of {"human": QUESTION, "assistant": ANSWER}. A list of turns is called '
-            "'conversations'.",
-        )
+    if not isinstance(pairs, list) or not all(isinstance(one, Mapping) for one in pairs):
+        raise SampleError("bad_record", "'conversation' must be a list of objects.")
+    if all(_PAIR.isdisjoint(one) for one in pairs):
+        return pairs
     turns = []
-    for one in pairs:
+    for number, one in enumerate(pairs, start=1):
+        if not _PAIR.issubset(one):
+            raise SampleError("bad_record", f"pair {number} of 'conversation' needs 'human' and 'assistant'.")
         question, answer = _pair(one["human"], one["assistant"])
         rest = {key: one[key] for key in one if key not in _PAIR}  # to be read, or named, as keys of the answer
         turns += [question, {**rest, **answer}]

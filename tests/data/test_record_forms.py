@@ -38,6 +38,7 @@ FIRST = [("user", "a", True), ("assistant", "b", True)]
          [("user", "p", False), ("assistant", "c", True)]),
         ({"conversation": [{"human": "a", "assistant": "b"}, {"human": "c", "assistant": "d"}]},
          [*FIRST, ("user", "c", True), ("assistant", "d", True)]),
+        ({"conversation": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, FIRST),
     ],
 )  # fmt: skip
 def test_fields_become_turns(record: dict[str, Any], turns: Any) -> None:
@@ -81,9 +82,10 @@ def test_turns_come_before_other_forms() -> None:
         ({"instruction": "i", "input": 3, "output": "o"}, "'instruction' and 'input' must be strings"),
         ({"prompt": ["p"], "completion": "c"}, "turn 1 must be an object"),
         ({"prompt": [], "completion": []}, "an empty list"),
-        ({"conversation": [{"role": "user", "content": "a"}]}, "A list of turns is called 'conversations'"),
-        ({"conversation": [{"human": "a"}]}, "'conversation' must be a list of"),
-        ({"conversation": "x"}, "'conversation' must be a list of"),
+        ({"conversation": [{"human": "a"}]}, "pair 1 of 'conversation' needs 'human' and 'assistant'"),
+        ({"conversation": "x"}, "'conversation' must be a list of objects"),
+        ({"conversation": ["x"]}, "'conversation' must be a list of objects"),
+        ({"conversation": []}, "an empty list"),
         ({"query": "q", "response": None}, "'query' goes with 'response', which is missing"),
         ({"completion": "c"}, "'completion' goes with 'prompt', which is missing"),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, "a preference, which is not trained here"),
