@@ -149,7 +149,7 @@ def content_digest(sample: Sample) -> bytes:
     keys = {*CONTENT, *FORM_FIELDS, *LIMIT_FIELDS, *media}
     content = {key: record[key] for key in record if key in keys and record[key] is not None}
     try:
-        text = _ENCODER.encode(content)
+        text = _ENCODER.encode(content) if content else str(sample.origin)
     except (TypeError, ValueError, RecursionError):  # a record that is bad for this reason; equal to none
         text = str(sample.origin)
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
