@@ -193,8 +193,8 @@ def _notes(arguments: CheckArguments, summaries: list[Summary], seconds: float) 
     if any(summary.table.spec.sampling_percent != 100 for summary in summaries):
         notes.append("All rows were checked, whatever percentage of them is used.")
     for summary in summaries:
-        keys = ", ".join(map(repr, sorted(summary.unread_keys)))
-        notes += [f"Dataset {summary.table.spec.name!r}: turns have {keys}, which nothing reads."] if keys else []
+        keys = ", ".join(sorted(summary.unread_keys))
+        notes += [f"Dataset {summary.table.spec.name!r}: nothing reads {keys}."] if keys else []
     return notes + [
         f"{_path(summary.table, arguments, 'problems')}: every problem of every sample." for summary in summaries
     ]

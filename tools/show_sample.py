@@ -70,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
             )
         encoder, processor = open_encoder(arguments, arguments.model_max_length)
         samples = list(select_samples(arguments))
+        read = [sample for sample in samples if isinstance(sample, Sample)]
+        for message in dict.fromkeys(event.message for sample in read for event in encoder.unread_keys(sample)):
+            logger.warning("%s.", message)
         if arguments.json is not None:
             return write_json(samples, encoder, Patchify.from_processor(processor), Path(arguments.json))
         return sum(show(sample, encoder, processor.tokenizer) for sample in samples) and 1

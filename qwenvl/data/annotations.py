@@ -35,6 +35,16 @@ if TYPE_CHECKING:
     import pyarrow
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
+_HEAD = 4096  # bytes
+_COCO = "It looks like COCO, which has boxes and no questions: tools/process_bbox.ipynb makes samples of them."
+_LIST = "It looks like a list of datasets: name each annotation file in the registry (data/__init__.py), "
+_OTHER_FILES = (
+    ((b'"categories"',), _COCO),
+    ((b'"images"', b'"file_name"'), _COCO),
+    ((b'"root"', b'"annotation"'), f"{_LIST}with its 'root' as data_path."),  # of InternVL
+    ((b'"formatting"', b'"file_name"'), f"{_LIST}with its folder as data_path."),  # of LLaMA-Factory
+)
+"""What else a .json file is that is one object, by words at its start."""
 
 
 class Rows(Protocol):
@@ -224,7 +234,7 @@ def _choose_reader(path: str, cache_dir: str | None, check_ends: bool) -> Rows:
     if suffix == ".json" and first != "[":
         raise UserError(
             f"a .json file must hold one array of samples, [...], and this one starts with {first!r}. "
-            "If each of its lines is a sample, name it .jsonl; if it is one sample, put [ ] around it."
+            f"{_advice(text.read(0, _HEAD))}"
         )
     if first == "[":
         return JsonRows(text, "array", cache_dir, check_ends)
@@ -234,6 +244,14 @@ def _choose_reader(path: str, cache_dir: str | None, check_ends: bool) -> Rows:
         f"is neither JSON, JSON Lines nor Parquet: it starts with {first!r}. Name it .json, .jsonl or .parquet, "
         "and .gz after that where it is compressed."
     )
+
+
+def _advice(head: bytes) -> str:
+    """Say what to do with a .json file that is one object, by its first bytes."""
+    for words, advice in _OTHER_FILES:
+        if all(word in head for word in words):
+            return advice
+    return "If each of its lines is a sample, name it .jsonl; if it is one sample, put [ ] around it."
 
 
 def _sample_id(record: Any) -> str | None:

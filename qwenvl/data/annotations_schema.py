@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qwenvl.data.record_forms import LISTS_OF_TURNS, TURN_FIELDS, find_forms, missing_turns
 from qwenvl.utilities.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_TURNS = ("conversations", "messages")
 _MEDIA = ("image", "images", "video", "videos")
 _ANYTHING = ("null", "extension<arrow.json")  # every row null; JSON, where rows are of several types
 _OF_MEDIA = ("string", "large_string", "binary", "large_binary", "struct", "dictionary", *_ANYTHING)
@@ -28,7 +28,7 @@ def to_fields(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, A
         columns: the column of each field that is called otherwise.
     """
     fields = _rename(record, columns) if columns else record
-    for field in _TURNS:
+    for field in (*TURN_FIELDS, *LISTS_OF_TURNS):
         turns = fields.get(field)
         if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
             # The datasets library can store a list of {"from": ..., "value": ...} as {"from": [...], "value": [...]}.
@@ -64,12 +64,12 @@ def check_columns(schema: pyarrow.Schema, columns: Mapping[str, str]) -> None:
             hint = nearest(column, schema.names)
             raise UserError(f"has no column {column!r}, which 'columns' gives for {field!r}.{hint} {known}")
     types = _rename({name: schema.field(name).type for name in schema.names}, columns)
-    if not any(field in types for field in _TURNS):
+    if not any(field in types for field in TURN_FIELDS) and not find_forms(types):
         raise UserError(
             f"has no column 'conversations' or 'messages'. {known} If one of them holds the turns, say so in the "
-            'registry entry: "columns": {"conversations": NAME}.'
+            f'registry entry: "columns": {{"conversations": NAME}}. {missing_turns(types)}'
         )
-    for field in _TURNS:
+    for field in TURN_FIELDS:
         if field in types and not (_is_list(types[field]) or _is_one_of(types[field], _OF_TURNS)):
             raise UserError(_wrong_type(field, types[field], columns, "a list of turns"))
     for field in _MEDIA:

@@ -10,7 +10,7 @@ from qwenvl.data.boxes import convert_boxes
 from qwenvl.data.collation import EncodedSample, Event, Medium
 from qwenvl.data.measures import Measures, measure_sample
 from qwenvl.data.media import MediaReader
-from qwenvl.data.messages import build_conversation
+from qwenvl.data.messages import build_conversation, examine
 from qwenvl.data.pixels import read_resized
 from qwenvl.data.rendering import ChatTemplate, Rendering
 from qwenvl.data.sizes import MediaPlan, VisionSettings, plan_image, plan_video
@@ -76,6 +76,13 @@ def plan_item(item: ImageItem | VideoItem, reader: MediaReader, settings: Vision
         raise reader.named(error, item) from error.__cause__
 
 
+def _unread_keys(conversation: Conversation, sample: Sample) -> tuple[Event, ...]:
+    name = sample.origin.dataset
+    return tuple(
+        Event("unread_key", name, f"dataset {name!r}: nothing reads {key}") for key in conversation.unread_keys
+    )
+
+
 @dataclass(frozen=True)
 class SampleEncoder:
     """Everything that turns samples of one run into model inputs. Safe to send to DataLoader workers.
@@ -109,6 +116,11 @@ class SampleEncoder:
         """Whether samples are rendered as questions, without the answer at their end."""
         return self.targets is not None and self.targets.prompts
 
+    @property
+    def task_fields(self) -> tuple[str, ...]:
+        """Fields of a record that the task reads."""
+        return () if self.targets is None else self.targets.fields
+
     def plan(self, sample: Sample, reader: MediaReader | None = None) -> Plan:
         """Tokenize without decoding media.
 
@@ -130,10 +142,13 @@ class SampleEncoder:
             events.append(Event("thinking_mismatch", sample.origin.dataset, str(sample.origin)))
         tokens = self.tokenizer.expand(kept.encoding)
         self._require_positions(tokens, sample)
-        for key in kept.conversation.unread_keys:
-            message = f"dataset {sample.origin.dataset!r}: turns have {key!r}, which nothing reads"
-            events.append(Event("unread_key", sample.origin.dataset, message))
+        events += _unread_keys(kept.conversation, sample)
         return Plan(kept.conversation, kept.rendering, kept.media, tokens, tuple(events))
+
+    def unread_keys(self, sample: Sample) -> tuple[Event, ...]:
+        """Return the events of the keys that nothing reads in a record, usable or not; its media stay closed."""
+        examined = examine(sample, self.reserved_tokens, task_fields=self.task_fields)
+        return _unread_keys(examined.conversation, sample)
 
     def measure(self, sample: Sample) -> Stages[Measures]:
         """Count what :meth:`plan` would make of a sample, without making it, in stages.
@@ -223,7 +238,9 @@ class SampleEncoder:
     def _fit(self, sample: Sample, reader: MediaReader) -> Stages[tuple[_Draft, _Draft]]:
         """Return the whole sample and what the over-length policy keeps of it: mostly the same."""
         try:
-            conversation = build_conversation(sample, self.reserved_tokens, answered=not self.prompts)
+            conversation = build_conversation(
+                sample, self.reserved_tokens, answered=not self.prompts, task_fields=self.task_fields
+            )
             if self.prompts:
                 conversation = as_question(conversation)
             if self.targets is not None:

@@ -45,6 +45,11 @@ class LabelReader:
     prompts: bool = True
     optional: bool = False
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The field of labels."""
+        return ("label",)
+
     def label(self, sample: Sample) -> Label | None:
         """Return the label of a sample; None where it may have none.
 

@@ -1,8 +1,10 @@
 """From a record of an annotation file to turns of text and media, each tag bound to one image or video.
 
-Two forms are read. ShareGPT: ``conversations``, turns of ``from`` and ``value``, media in ``image``/``images`` and
-``video``/``videos``, bound in order to the ``<image>`` and ``<video>`` tags of user and tool turns. OpenAI and Qwen:
-``messages``, turns of ``role`` and ``content``, where content is text (with tags, as above) or a list of typed parts.
+Two forms are read, and those of :mod:`qwenvl.data.record_forms` as the second. ShareGPT: ``conversations``, turns of
+``from`` and ``value``, media in ``image``/``images`` and ``video``/``videos``, bound in order to the ``<image>`` and
+``<video>`` tags of user and tool turns. OpenAI and Qwen: ``messages``, turns of ``role`` and ``content``, where content
+is text (with tags, as above) or a list of typed parts. ``<img>a.jpg</img>`` (Qwen-VL) is a tag that says itself which
+image it stands for, and a turn may have media of its own: bound to its tags, or put before its text where it has none.
 A field that is null counts as absent. In the arguments of tool calls and in tools it does not: there null is a value,
 as their author wrote it. (Of rows in Arrow and Parquet nobody can tell; see :mod:`qwenvl.data.annotations_nulls`.)
 """
@@ -16,8 +18,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from qwenvl.data.messages_media import KINDS, MediaPool, typed_media
-from qwenvl.data.messages_turns import read_extra, read_trained, unread_keys
+from qwenvl.data.messages_keys import NO_AUDIO, check_keys, unread_keys
+from qwenvl.data.messages_limits import with_limits
+from qwenvl.data.messages_media import IMG_TAG, KINDS, MediaPool, turn_pool, typed_media
+from qwenvl.data.messages_turns import read_extra, read_trained
+from qwenvl.data.record_forms import TURN_FIELDS, as_messages, form_of, missing_turns
 from qwenvl.data.types import Conversation, ImageItem, Message, Part, Role, Sample, TextPart, VideoItem
 from qwenvl.utilities.errors import SampleError, nearest
 
@@ -33,11 +38,13 @@ ROLES: dict[str, Role] = {
 }
 MEDIA_ROLES = ("user", "tool")
 
-_TAGS = re.compile("(<image>|<video>)")
+_TAGS = re.compile(f"(<image>|<video>|{IMG_TAG})")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def build_conversation(sample: Sample, reserved_tokens: Collection[str], *, answered: bool = True) -> Conversation:
+def build_conversation(
+    sample: Sample, reserved_tokens: Collection[str], *, answered: bool = True, task_fields: Collection[str] = ()
+) -> Conversation:
     """Read a sample's turns and bind its media to them.
 
     White space that touches a bound tag goes; all other text stays as written. In answers, system turns and typed
@@ -47,12 +54,13 @@ def build_conversation(sample: Sample, reserved_tokens: Collection[str], *, answ
         sample: the record and where it stands.
         reserved_tokens: tokens that only the template may write, such as ``<|image_pad|>``.
         answered: a sample without an assistant turn is an error.
+        task_fields: Fields of the record that a task reads.
 
     Raises:
         SampleError: the record cannot be used; ``category`` is one of ``bad_record``, ``bad_role``, ``no_answer``,
             ``reserved_token``, ``too_many_tags`` and ``too_few_tags``.
     """
-    examined = examine(sample, reserved_tokens, answered=answered)
+    examined = examine(sample, reserved_tokens, answered=answered, task_fields=task_fields)
     if examined.problems:
         raise examined.problems[0]
     return examined.conversation
@@ -75,11 +83,15 @@ class Examined:
     problems: tuple[SampleError, ...]
 
 
-def examine(sample: Sample, reserved_tokens: Collection[str], *, answered: bool = True) -> Examined:
+def examine(
+    sample: Sample, reserved_tokens: Collection[str], *, answered: bool = True, task_fields: Collection[str] = ()
+) -> Examined:
     """Do what :func:`build_conversation` does, and go on after a problem."""
     problems = _Problems(sample, answered)
     pool = problems.attempt(_read_pool, sample.record)
-    conversation = problems.attempt(_build, sample.record, pool, reserved_tokens, problems) or Conversation(())
+    conversation = problems.attempt(
+        _build, sample.record, pool, reserved_tokens, task_fields, problems
+    ) or Conversation(())
     media = conversation.media()
     if problems.found:
         named = (*(pool.items() if pool is not None else ()), *media)
@@ -116,12 +128,18 @@ def _read_pool(record: Any) -> MediaPool:
 
 
 def _build(
-    record: Any, read_pool: MediaPool | None, reserved_tokens: Collection[str], problems: _Problems
+    record: Any,
+    read_pool: MediaPool | None,
+    reserved_tokens: Collection[str],
+    task_fields: Collection[str],
+    problems: _Problems,
 ) -> Conversation:
     if not isinstance(record, Mapping):
         return Conversation(())
     pool = MediaPool({}) if read_pool is None else read_pool
-    written = _turns(record)
+    form = form_of(record)
+    written = _turns(as_messages(record))
+    problems.attempt(check_keys, record, written, task_fields)
     turns = [problems.attempt(_message, turn, number, pool) for number, turn in enumerate(written, start=1)]
     messages = [message for message in turns if message is not None]
     for number, message in enumerate(turns, start=1):
@@ -132,13 +150,15 @@ def _build(
             problems.attempt(pool.check_bound, kind)
         if problems.wants_answer:
             problems.attempt(_check_answered, messages)
+    messages, limits = problems.attempt(with_limits, record, messages) or (messages, [])
     system = problems.attempt(_system, record, messages)
     tools = problems.attempt(_tools, record) or ()
     if system is not None:
         problems.attempt(_check_texts, "the system text", [system.text], reserved_tokens)
     if tools:
         problems.attempt(_check_texts, "tools", _strings(tools), reserved_tokens)
-    return Conversation(tuple([system, *messages] if system else messages), tools, unread_keys(written))
+    unread = unread_keys(record, written, [*(form.fields if form else ()), *limits, *task_fields])
+    return Conversation(tuple([system, *messages] if system else messages), tools, unread)
 
 
 def _check_answered(messages: list[Message]) -> None:
@@ -149,11 +169,13 @@ def _check_answered(messages: list[Message]) -> None:
 
 
 def _turns(record: Mapping[str, Any]) -> list[Any]:
-    given = [key for key in ("conversations", "messages") if record.get(key) is not None]
-    if len(given) != 1:
+    given = [key for key in TURN_FIELDS if record.get(key) is not None]
+    if len(given) > 1:
+        raise SampleError("bad_record", "the sample has both 'conversations' and 'messages'. Keep one of the two.")
+    if not given:
         keys = ", ".join(sorted(map(str, record)))[:300] or "none"
-        problem = "both 'conversations' and 'messages'" if given else f"no 'conversations' or 'messages' (keys: {keys})"
-        raise SampleError("bad_record", f"the sample has {problem}; it needs one of the two.")
+        hint = missing_turns([key for key in record if record[key] is not None])
+        raise SampleError("bad_record", f"the sample has no 'conversations' or 'messages' (keys: {keys}). {hint}")
     turns = record[given[0]]
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else type(turns).__name__
@@ -168,17 +190,32 @@ def _message(turn: Any, number: int, pool: MediaPool) -> Message:
     extra, trained = read_extra(turn, number), read_trained(turn, role, number)
     content = _either(turn, "value", "content", number)
     where = f"turn {number} ({role})"
-    if content is None:
-        parts: tuple[Part, ...] = ()
-    elif isinstance(content, str):
-        parts = _bind_tags(content, pool) if role in MEDIA_ROLES else _text(content)
-    elif isinstance(content, list):
-        parts = tuple(part for item in content for part in _typed_part(item, role, where, pool))
-    else:
-        raise SampleError("bad_record", f"{where}: its text must be a string, not {type(content).__name__}.")
+    own = turn_pool(turn, where, pool)
+    parts = _parts(content, role, where, own)
+    parts = parts if own is pool else _with_own_media(parts, own, role, where)
     if not parts and not (role == "assistant" and (extra.get("tool_calls") or extra.get("reasoning_content"))):
         raise SampleError("bad_record", f"{where} has neither text nor media. Write it, or take the turn out.")
     return Message(role, parts, extra, trained)
+
+
+def _parts(content: Any, role: Role, where: str, pool: MediaPool) -> tuple[Part, ...]:
+    if content is None:
+        return ()
+    if isinstance(content, str):
+        return _bind_tags(content, pool, where) if role in MEDIA_ROLES else _text(content)
+    if isinstance(content, list):
+        return tuple(part for item in content for part in _typed_part(item, role, where, pool))
+    raise SampleError("bad_record", f"{where}: its text must be a string, not {type(content).__name__}.")
+
+
+def _with_own_media(parts: tuple[Part, ...], own: MediaPool, role: Role, where: str) -> tuple[Part, ...]:
+    """Put the media of a turn that has no tags before its text; where it has tags, check that all are bound."""
+    if own.untouched() and all(isinstance(part, TextPart) for part in parts):
+        if role not in MEDIA_ROLES:
+            raise SampleError("bad_record", f"{where} holds an image or video; only user and tool turns can.")
+        return (*own.items(), *parts)
+    own.check_bound_in(where)
+    return parts
 
 
 def _either(turn: Mapping[str, Any], first: str, second: str, number: int) -> Any:
@@ -187,6 +224,12 @@ def _either(turn: Mapping[str, Any], first: str, second: str, number: int) -> An
     if len(given) == 2 and given[0] != given[1]:
         raise SampleError("bad_record", f"turn {number} has {first!r} and {second!r}, which differ. Keep one.")
     return given[0] if given else None
+
+
+def speaker_role(turn: Mapping[str, Any]) -> Role | None:
+    """Return the role of who speaks in a turn; None where nobody knows it."""
+    speaker = turn.get("from") if turn.get("from") is not None else turn.get("role")
+    return ROLES.get(speaker) if isinstance(speaker, str) else None
 
 
 def _role(speaker: Any, number: int) -> Role:
@@ -201,13 +244,16 @@ def _text(text: str) -> tuple[Part, ...]:
     return (TextPart(text),) if text else ()
 
 
-def _bind_tags(content: str, pool: MediaPool) -> tuple[Part, ...]:
+def _bind_tags(content: str, pool: MediaPool, where: str) -> tuple[Part, ...]:
     """Split text at its media tags; pieces at odd places are the tags."""
+    if "<audio>" in content:
+        words = 'Where <audio> is meant as words, write the turn as parts: [{"type": "text", "text": ...}].'
+        raise SampleError("bad_record", f"{where} holds <audio>. {NO_AUDIO} {words}")
     pieces = _TAGS.split(content)
     parts: list[Part] = []
     for place, piece in enumerate(pieces):
         if place % 2:
-            parts.append(pool.take("image" if piece == "<image>" else "video"))
+            parts.append(pool.bind(piece))
             continue
         piece = piece.lstrip() if place > 0 else piece
         piece = piece.rstrip() if place < len(pieces) - 1 else piece
@@ -221,6 +267,8 @@ def _typed_part(item: Any, role: Role, where: str, pool: MediaPool) -> tuple[Par
         if not isinstance(item.get("text"), str):
             raise SampleError("bad_record", f"{where}: a text part needs a string as its 'text'.")
         return _text(item["text"])
+    if isinstance(kind, str) and "audio" in kind:
+        raise SampleError("bad_record", f"{where} has a part of type {reprlib.repr(kind)}. {NO_AUDIO}")
     if kind not in ("image", "image_url", "video", "video_url"):
         found = f"of type {reprlib.repr(kind)}" if isinstance(item, Mapping) else reprlib.repr(item)
         known = "text, image, image_url, video or video_url"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ from qwenvl.utilities.errors import SampleError, nearest
 
 Kind = Literal["image", "video"]
 KINDS: tuple[Kind, ...] = ("image", "video")
+MEDIA_FIELDS = ("image", "images", "video", "videos")
 
 SOURCE_KEYS: dict[Kind, tuple[str, ...]] = {
     "image": ("image", "image_url", "path", "url"),
@@ -21,27 +23,46 @@ SOURCE_KEYS: dict[Kind, tuple[str, ...]] = {
 _IGNORED_KEYS = ("type", "detail")  # "detail" is a hint to OpenAI's own service
 _LARGEST = 2**53  # of the numbers taken: all are exact as floats
 _FRAME_RATES = ("sample_fps", "fps", "raw_fps")  # of a list of frames, the first one given counts
+IMG_TAG = r"<img>[^<>\n]*</img>"
+"""Pattern of Qwen-VL's tag, which says itself where its image is."""
+_OTHER_NAMES = re.compile(r"(image|video)_(?:paths?|files?|([0-9]+))")
 
 
 class MediaPool:
-    """The images and videos of a record, handed out in order to its tags.
+    """The images and videos of a record or of one turn, handed out in order to its tags.
 
     Args:
-        record: the sample's fields.
+        fields: Fields of the sample or turn; see :func:`media_keys`.
+        outer: Pool of the sample, for the tags of a turn without media of that kind of its own.
 
     Raises:
         SampleError: an item is not written in a form that can be read (``bad_record``).
     """
 
-    def __init__(self, record: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], outer: MediaPool | None = None) -> None:
         self._items: dict[Kind, list[Any]] = {
-            "image": [image_item(value) for value in _listed(record, "image", "images")],
-            "video": [video_item(value) for value in _listed(record, "video", "videos")],
+            "image": [image_item(value) for value in _listed(fields, "image")],
+            "video": [video_item(value) for value in _listed(fields, "video")],
         }
         self._tags: dict[Kind, int] = {"image": 0, "video": 0}
+        self._outer = outer
+        self._stands_in = False
+
+    def bind(self, tag: str) -> ImageItem | VideoItem:
+        """Return what ``<image>``, ``<video>`` or ``<img>a.jpg</img>`` stands for."""
+        if tag.startswith("<img>"):
+            return image_item(img_source(tag))
+        return self.take("image" if tag == "<image>" else "video")
 
     def take(self, kind: Kind) -> ImageItem | VideoItem:
-        """Return the next item for a tag; a stand-in past the last one, which :meth:`check_bound` reports."""
+        """Return the next item for a tag; a stand-in past the last one, which :meth:`check_bound` reports.
+
+        Where there are videos and no image, ``<image>`` is the tag of a video, as in LLaVA-NeXT.
+        """
+        if kind == "image" and not self._holds("image") and self._holds("video"):
+            kind, self._stands_in = "video", True
+        if self._outer is not None and not self._items[kind]:
+            return self._outer.take(kind)
         number = self._tags[kind]
         self._tags[kind] += 1
         items = self._items[kind]
@@ -49,15 +70,23 @@ class MediaPool:
         item: ImageItem | VideoItem = items[number] if number < len(items) else stand_in
         return item
 
+    def _holds(self, kind: Kind) -> bool:
+        return bool(self._items[kind]) or (self._outer is not None and self._outer._holds(kind))
+
     def items(self) -> tuple[ImageItem | VideoItem, ...]:
         """All images, then all videos."""
         return tuple(item for kind in KINDS for item in self._items[kind])
+
+    def untouched(self) -> bool:
+        """Whether there are items, and no tag has asked for any."""
+        return any(self._items.values()) and not any(self._tags.values())
 
     def check_bound(self, kind: Kind) -> None:
         """Raise a SampleError (``too_many_tags``, ``too_few_tags``) where tags and items are not equally many."""
         items, tags, tag = self._items[kind], self._tags[kind], f"<{kind}>"
         media = f"{len(items)} {kind}{'s' * (len(items) != 1)}"
-        counts = f"{tags} {tag} tag{'s' * (tags != 1)} in user and tool turns, {media}"
+        note = " (where no image is given, <image> stands for a video)" if self._stands_in else ""
+        counts = f"{tags} {tag} tag{'s' * (tags != 1)} in user and tool turns{note}, {media}"
         if tags > len(items):
             raise SampleError(
                 "too_many_tags",
@@ -66,6 +95,14 @@ class MediaPool:
             )
         if tags < len(items):
             raise SampleError("too_few_tags", f"{counts}. {self._too_few_hint(kind)}")
+
+    def check_bound_in(self, where: str) -> None:
+        """Do what :meth:`check_bound` does for all kinds, for the media of a turn."""
+        try:
+            for kind in KINDS:
+                self.check_bound(kind)
+        except SampleError as error:
+            raise SampleError(error.category, f"{where}: {error.reason}") from error
 
     def _too_few_hint(self, kind: Kind) -> str:
         items, tag = self._items[kind], f"<{kind}>"
@@ -79,10 +116,25 @@ class MediaPool:
         return f"Add {tag} where each of the others belongs, or take them out of '{kind}'."
 
 
+def img_source(tag: str) -> str:
+    """Return where the image of ``<img>a.jpg</img>`` is."""
+    return tag.removeprefix("<img>").removesuffix("</img>").strip()
+
+
+def turn_pool(turn: Mapping[str, Any], where: str, outer: MediaPool) -> MediaPool:
+    """Return the pool of a turn with media of its own, inside that of its sample; that of its sample without any."""
+    if not media_keys(turn):
+        return outer
+    try:
+        return MediaPool(turn, outer)
+    except SampleError as error:
+        raise SampleError(error.category, f"{where}: {error.reason}") from error
+
+
 def image_item(value: Any) -> ImageItem:
     """Read one image: a string or bytes, or an object with its source and its own ``min_pixels`` and ``max_pixels``."""
     if isinstance(value, Mapping):
-        source, limits = _source(value, "image"), _limits(value, "image")
+        source, limits = _source(value, "image"), read_settings(value, "image")
     else:
         source, limits = value, {}
     if source == b"":
@@ -96,7 +148,7 @@ def video_item(value: Any) -> VideoItem:
     """Read one video: a string, a list of frames, or an object with either and its own settings."""
     if isinstance(value, Mapping):
         source = _source(value, "video")
-        limits = _limits(value, "video", of_frames=isinstance(source, list | tuple))
+        limits = read_settings(value, "video", of_frames=isinstance(source, list | tuple))
     else:
         source, limits = value, {}
     if isinstance(source, list | tuple) and source:
@@ -114,19 +166,40 @@ def typed_media(part: Mapping[str, Any], kind: Kind, where: str, pool: MediaPool
     try:
         if _source(part, kind) is None:
             item = pool.take(kind)
-            return replace(item, **_limits(part, kind, isinstance(item.source, tuple)))
+            return replace(item, **read_settings(part, kind, isinstance(item.source, tuple)))
         return image_item(part) if kind == "image" else video_item(part)
     except SampleError as error:
         raise SampleError(error.category, f"{where}: {error.reason}") from error
 
 
-def _listed(record: Mapping[str, Any], singular: str, plural: str) -> list[Any]:
-    given = [key for key in (singular, plural) if record.get(key) is not None and record[key] not in ("", [])]
-    if len(given) == 2:
-        raise SampleError("bad_record", f"the sample has both {singular!r} and {plural!r}. Keep one of them.")
-    if not given:
-        return []
-    value = record[given[0]]
+def media_keys(fields: Mapping[str, Any]) -> dict[Kind, list[str]]:
+    """Return the keys of a record or turn that hold its media, in order; kinds that it has none of are missing.
+
+    ``image`` or ``images``; without them, the keys that others use: ``image_path``, ``image_file`` and their plurals,
+    or ``image_1``, ``image_2`` and so on (MMMU). The same for videos. Null and empty ones count as absent.
+    """
+    found: dict[Kind, list[str]] = {}
+    given = [key for key in fields if str(key).startswith(KINDS) and _is_given(fields[key])]
+    for kind in KINDS if given else ():
+        plain = [key for key in (kind, f"{kind}s") if key in given]
+        others = [one for one in map(_OTHER_NAMES.fullmatch, given) if one and one[1] == kind]
+        if plain or others:
+            found[kind] = plain or [one[0] for one in sorted(others, key=lambda one: int(one[2] or 0))]
+    return found
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value not in ("", [])
+
+
+def _listed(fields: Mapping[str, Any], kind: Kind) -> list[Any]:
+    keys = media_keys(fields).get(kind, [])
+    numbered = all(key[-1].isdigit() for key in keys)
+    if len(keys) > 1 and not numbered:
+        raise SampleError("bad_record", f"it has both {keys[0]!r} and {keys[1]!r}. Keep one of them.")
+    if numbered:
+        return [fields[key] for key in keys]
+    value = fields[keys[0]]
     return list(value) if isinstance(value, list) else [value]
 
 
@@ -148,14 +221,23 @@ def _source(fields: Mapping[str, Any], kind: Kind) -> Any:
     value = fields[given[0]] if given else None
     if not isinstance(value, Mapping):
         return value
-    if _limits(value, kind) or any(isinstance(inner, Mapping) for inner in value.values()):
+    if read_settings(value, kind) or any(isinstance(inner, Mapping) for inner in value.values()):
         raise SampleError("bad_record", f"{given[0]!r} holds more than its source, such as its 'url'.")
     inner = _source(value, kind)
     return "" if inner is None else inner
 
 
-def _limits(fields: Mapping[str, Any], kind: Kind, of_frames: bool = False) -> dict[str, Any]:
-    """Return an item's own settings, checked."""
+def read_settings(fields: Mapping[str, Any], kind: Kind, of_frames: bool = False) -> dict[str, Any]:
+    """Return an item's own settings, checked.
+
+    Args:
+        fields: Keys of the item; those that say where it is are passed over.
+        kind: Kind of the item.
+        of_frames: The item is a list of frames.
+
+    Raises:
+        SampleError: a key is no setting, or has a wrong value (``bad_record``).
+    """
     readers = _IMAGE_SETTINGS if kind == "image" else _VIDEO_SETTINGS
     rates = _FRAME_RATES if of_frames else ()
     limits = {}
@@ -169,11 +251,16 @@ def _limits(fields: Mapping[str, Any], kind: Kind, of_frames: bool = False) -> d
         limits[key] = readers.get(key, _positive)(key, value)
     for rate in [limits.pop(key) for key in reversed(rates) if key in limits]:
         limits["fps"] = rate
-    _check_order(limits, of_frames)
+    check_order(limits, of_frames)
     return limits
 
 
-def _check_order(limits: Mapping[str, Any], of_frames: bool) -> None:
+def check_order(limits: Mapping[str, Any], of_frames: bool) -> None:
+    """Refuse settings of an item that contradict each other.
+
+    Raises:
+        SampleError: they do (``bad_record``).
+    """
     for low, high in (("min_pixels", "max_pixels"), ("min_frames", "max_frames"), ("video_start", "video_end")):
         if low in limits and high in limits and limits[low] > limits[high]:
             raise SampleError("bad_record", f"{low!r} {limits[low]} is above {high!r} {limits[high]}.")

@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qwenvl.data.messages_media import MEDIA_FIELDS, media_keys
 from qwenvl.data.tool_calls import parse_calls
 from qwenvl.data.types import Role
 from qwenvl.utilities.errors import SampleError
@@ -13,8 +14,10 @@ from qwenvl.utilities.errors import SampleError
 TURN_EXTRAS: dict[str, type] = {"tool_calls": list, "reasoning_content": str, "name": str, "tool_call_id": str}
 TRAIN_KEYS = ("loss", "weight", "train", "loss_mask")
 """Of ms-swift, OpenAI, axolotl and UI-TARS: whether an answer is trained."""
+AUDIO_FIELDS = ("audio", "audios")
+"""Refused where they hold something; see :mod:`qwenvl.data.messages_keys`."""
 
-_READ = frozenset(("from", "value", "role", "content", *TURN_EXTRAS, *TRAIN_KEYS))
+_READ = frozenset(("from", "value", "role", "content", *TURN_EXTRAS, *TRAIN_KEYS, *MEDIA_FIELDS, *AUDIO_FIELDS))
 
 
 def read_extra(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -69,7 +72,20 @@ def _flag(key: str, value: Any, number: int) -> bool:
     )
 
 
-def unread_keys(turns: Iterable[Any]) -> tuple[str, ...]:
-    """Return the keys of turns that nothing reads, in alphabetical order; those that are null are none."""
-    found = {str(key) for turn in turns if isinstance(turn, Mapping) for key in turn if turn[key] is not None}
-    return tuple(sorted(found - _READ))
+def unread_keys_of_turns(turns: Iterable[Any]) -> list[str]:
+    """Return the keys of turns and of their text parts that nothing reads, for messages; those that are null are none.
+
+    Keys of media parts are read or refused.
+    """
+    known = [turn for turn in turns if isinstance(turn, Mapping)]
+    lists = [turn[key] for turn in known for key in ("value", "content") if isinstance(turn.get(key), list)]
+    texts = [part for parts in lists for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    media = {key for turn in known for keys in media_keys(turn).values() for key in keys}
+    found = sorted(_given(known) - _READ - media), sorted(_given(texts) - {"type", "text"})
+    return [
+        f"{key[:80]!r} of {what}" for keys, what in zip(found, ("turns", "text parts"), strict=True) for key in keys
+    ]
+
+
+def _given(objects: Iterable[Mapping[Any, Any]]) -> set[str]:
+    return {str(key) for one in objects for key in one if one[key] is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.media_sources import absolute_source
-from qwenvl.data.messages_media import SOURCE_KEYS
+from qwenvl.data.messages import MEDIA_ROLES, speaker_role
+from qwenvl.data.messages_media import IMG_TAG, SOURCE_KEYS, img_source, media_keys
+from qwenvl.data.record_forms import TURN_FIELDS, as_messages
 from qwenvl.data.types import Sample
 from qwenvl.utilities.cache import replacing
 from qwenvl.utilities.errors import UserError
@@ -62,28 +65,35 @@ def _as_json(sample: Sample, *, in_full: bool) -> str:
 
 
 def with_sources(record: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Return a record with the path or URI of each of its images and videos changed.
+    """Return a record with the path or URI of each of its images and videos changed; one of another form as turns.
 
     Args:
-        record: in ShareGPT or OpenAI form; see :mod:`qwenvl.data.messages`.
+        record: in any form; see :mod:`qwenvl.data.messages`.
         change: a source to another.
     """
-    changed = dict(record)
-    for kind in SOURCE_KEYS:
-        for key in (kind, f"{kind}s"):
-            if key in changed:
-                changed[key] = _with_sources(changed[key], kind, change)
-    for key in ("conversations", "messages"):
+    changed = _media_with_sources(as_messages(record), change)
+    for key in TURN_FIELDS:
         if isinstance(changed.get(key), list):
             changed[key] = [_turn_with_sources(turn, change) for turn in changed[key]]
     return changed
 
 
+def _media_with_sources(fields: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Change the media fields of a record or of a turn."""
+    changed = dict(fields)
+    for kind, keys in media_keys(fields).items():
+        for key in keys:
+            changed[key] = _with_sources(changed[key], kind, change)
+    return changed
+
+
 def _turn_with_sources(turn: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    changed = dict(turn)
+    changed = _media_with_sources(turn, change)
     for key in ("value", "content"):
         if isinstance(changed.get(key), list):
             changed[key] = [_part_with_sources(part, change) for part in changed[key]]
+        elif isinstance(changed.get(key), str) and speaker_role(turn) in MEDIA_ROLES:
+            changed[key] = re.sub(IMG_TAG, lambda tag: f"<img>{change(img_source(tag[0]))}</img>", changed[key])
     return changed
 
 

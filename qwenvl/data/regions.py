@@ -105,6 +105,11 @@ class MaskReader:
     resolutions: tuple[int, ...] = ()
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """The field of masks."""
+        return ("masks",)
+
+    @property
     def prompts(self) -> bool:
         """Samples keep their answers: their words are what looks at the picture."""
         return False

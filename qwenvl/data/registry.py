@@ -34,6 +34,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from qwenvl.data.record_forms import FORM_FIELDS
 from qwenvl.data.registry_paths import annotation_paths, data_folder
 from qwenvl.data.types import DatasetSpec, HuggingFaceDataset
 from qwenvl.utilities.errors import UserError, nearest
@@ -43,6 +44,7 @@ SOURCE_KEYS = ("annotation_path", "hf_dataset")  # an entry has one of them
 RECORD_FIELDS = (
     *("conversations", "messages", "image", "images", "video", "videos"),
     *("system", "tools", "id", "bbox_format", "label", "masks"),
+    *FORM_FIELDS,
 )  # that "columns" can name
 
 _OWN_KEYS = (*SOURCE_KEYS, "data_path", "columns", "split", "config", "revision")

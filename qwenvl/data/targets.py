@@ -30,9 +30,15 @@ class TargetReader(Protocol):
     """Reads the target of each sample. Safe to send to other processes.
 
     Attributes:
+        fields: Fields of a record that are read.
         prompts: samples are rendered as questions: without the answer at their end, if they have one, and with the
             header of the one to come. Otherwise as in language modelling, with answers.
     """
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields of a record that are read."""
+        ...
 
     @property
     def prompts(self) -> bool:

@@ -182,7 +182,8 @@ class Conversation:
     Args:
         messages: the turns.
         tools: what they may call, as the record has it.
-        unread_keys: keys of the record's turns that nothing reads, in alphabetical order.
+        unread_keys: Keys of the record, of its turns and of their text parts that nothing reads, as messages name them:
+            ``'mood' of turns``.
     """
 
     messages: tuple[Message, ...]

@@ -25,19 +25,20 @@ from qwenvl.train.data_setup import RunData
 from qwenvl.train.measured import flops_of
 from qwenvl.train.model_setup import open_model, weight_types
 from qwenvl.train.preflight_report import NOT_COUNTED, describe_memory, describe_work, gib
-from qwenvl.train.report import SAID_ONCE
 from qwenvl.train.schedule import plan_schedule, slowest_over_mean
 from qwenvl.train.state_memory import StateMemory, estimate_states, read_sharing
 from qwenvl.train.summary import describe_budget, describe_data, describe_model
 from qwenvl.utilities.cache import cache_folder
 from qwenvl.utilities.distributed import world_size
-from qwenvl.utilities.errors import UserError
+from qwenvl.utilities.errors import SampleError, UserError
 from qwenvl.utilities.tables import as_text
 
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 20
 """Rows of a dataset of which one has to be decodable."""
+_READ = 1000
+"""Rows of a dataset whose keys are looked at."""
 
 
 def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) -> None:
@@ -53,6 +54,7 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
     measures = data.train.add_up(lengths.measures)
     for dataset in filter(None, (rows, data.evaluation)):
         decode_one_of_each(dataset)
+        name_unread_keys(dataset)
     unset_hf_deepspeed_config()  # or the weights would be shared out over ranks that are not there
     model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective, on_meta=True)
     flops, sharing = flops_of(model), read_sharing(args, ranks)
@@ -87,15 +89,28 @@ def decode_one_of_each(dataset: ConversationDataset) -> None:
             if item.error is not None:
                 raise item.error
             if item.samples:
-                for event in item.events:
-                    if event.kind == SAID_ONCE:
-                        logger.warning("%s.", event.message)
                 break
             reasons += [event.message for event in item.events]
         else:
             raise UserError(
                 f"None of the first {_LOOKED_AT} rows of {table.table.spec.name!r} can be used: {reasons[0]}"
             )
+
+
+def name_unread_keys(dataset: ConversationDataset) -> None:
+    """Say which keys of the records nothing reads; of large datasets, in rows spread evenly over them."""
+    for table in dataset.tables:
+        rows = np.unique(table.rows)
+        chosen = rows[np.unique(np.linspace(0, len(rows) - 1, _READ).astype(int))]
+        messages = dict[str, None]()
+        for row in chosen.tolist():
+            try:
+                samples = table.table[row]
+            except SampleError:  # which training leaves out, or which has stopped the run before
+                continue
+            messages |= dict.fromkeys(event.message for one in samples for event in dataset.encoder.unread_keys(one))
+        for message in messages:
+            logger.warning("%s.", message)
 
 
 def require_room_on_disk(args: TrainingArguments, states: StateMemory) -> None:

@@ -98,3 +98,23 @@ def test_mistakes_are_explained(tmp_path: Path, case: str) -> None:
         open_folder(tmp_path / "d", **arguments)
     for words in ["'things'", str(tmp_path / "d"), *expected]:
         assert words in str(caught.value)
+
+
+def test_columns_of_other_forms_are_turns(tmp_path: Path) -> None:
+    """Also under other names, and with lists of structs stored as structs of lists."""
+    turn = {"role": ["user"], "content": ["?"]}
+    for columns, row in (
+        ({}, {"query": "?", "response": "yes"}),
+        ({"query": "question", "response": "answer"}, {"question": "?", "answer": "yes"}),
+        ({}, {"prompt": turn, "completion": {"role": ["assistant"], "content": ["yes"]}}),
+        ({}, {"prompt": [{"role": "user", "content": "?"}], "completion": [{"role": "assistant", "content": "yes"}]}),
+    ):
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+        (sample,) = open_file(tmp_path / "a.parquet", columns)[0]
+        assert [message.text for message in build_conversation(sample, ()).messages] == ["?", "yes"]
+    pq.write_table(pa.Table.from_pylist([{"question": "?", "answers": ["yes"]}]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match='Its columns: question, answers.*Write "conversations"'):
+        open_file(tmp_path / "a.parquet")
+    pq.write_table(pa.Table.from_pylist([{"query": "?", "label": ["yes"]}]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="'query' goes with 'response', which is missing"):
+        open_file(tmp_path / "a.parquet")

@@ -161,6 +161,8 @@ def test_thoughts_that_the_template_does_not_open_are_reported(encoder: SampleEn
 class Notes:
     """Reads the field ``note`` of samples."""
 
+    fields = ("note",)
+
     def __init__(self, prompts: bool = False, version: int = 0) -> None:
         self.prompts = prompts
         self.version = version

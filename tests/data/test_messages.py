@@ -81,7 +81,7 @@ def test_tools_calls_and_reasoning_are_kept() -> None:
     for tools in ([tool], json.dumps([tool])):
         conversation = build({"messages": turns, "tools": tools, "system": "be brief", "image": "a.jpg"})
         assert conversation.tools == (tool,)
-        assert conversation.unread_keys == ("timestamp",)
+        assert conversation.unread_keys == ("'timestamp' of turns",)
         assert conversation.messages == (
             Message("system", (TextPart("be brief"),)),
             Message("user", (TextPart("look"),)),
@@ -231,6 +231,8 @@ known_words = st.sampled_from(
     ["conversations", "messages", "from", "value", "role", "content", "human", "gpt", "user", "assistant", "system"]
     + ["type", "text", "image", "images", "image_url", "url", "path", "bytes", "video", "videos", "frames", "fps"]
     + ["nframes", "max_pixels", "video_start", "tool", "tools", "tool_calls", "<image>", "<video>", "a.jpg"]
+    + ["query", "response", "history", "prompt", "completion", "conversation", "instruction", "input", "output"]
+    + ["image_path", "image_1", "image_", "start", "end", "audio", "label", "<img>a.jpg</img>", "<audio>"]
 )
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | known_words | st.text(max_size=5)
 values = st.recursive(
@@ -241,12 +243,15 @@ values = st.recursive(
 turns = st.fixed_dictionaries({"from": st.just("gpt") | values}, optional={"value": values, "tool_calls": values})
 samples = st.fixed_dictionaries(
     {"conversations": st.lists(turns, max_size=4) | values},
-    optional=dict.fromkeys(("image", "images", "video", "videos", "system", "tools"), values),
+    optional=dict.fromkeys(("image", "images", "video", "videos", "system", "tools", "start", "image_path"), values),
+)
+other_forms = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(("query", "response", "history", "prompt", "completion", "conversation"), values)
 )
 
 
 @settings(max_examples=300)
-@given(record=values | samples)
+@given(record=values | samples | other_forms)
 def test_any_record_gives_a_conversation_or_a_sample_error(record: Any) -> None:
     try:
         conversation = build(record)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qwenvl.data.types import ImageItem, TextPart, VideoItem
-from tests.data.records import ask, reason_of_question
+from tests.data.records import ANSWER, ask, build, reason_of, reason_of_question
 
 
 def test_images_and_videos_are_bound_in_order() -> None:
@@ -141,3 +141,100 @@ def test_counts_of_tags_and_media_are_told() -> None:
     nested = reason_of_question("<video>", "too_few_tags", video=["a.jpg", "b.jpg"])
     assert '[["a.jpg", "b.jpg"]]' in nested and '"frames"' in nested
     assert "frames" not in reason_of_question("<video>", "too_few_tags", video=[["a", "b"], ["c"]])
+
+
+def test_the_tag_of_qwen_vl_says_itself_which_image_it_is() -> None:
+    message = ask("Picture 1: <img>a.jpg</img>\nPicture 2: <img> b c.png </img>\nSame?")
+    images = ImageItem("a.jpg"), ImageItem("b c.png")
+    assert message.parts == (TextPart("Picture 1:"), images[0], TextPart("Picture 2:"), images[1], TextPart("Same?"))
+    assert ask("<image><img>b</img>", image="a").parts == (ImageItem("a"), ImageItem("b"))
+    for words in ("<img>", '<img src="a.jpg">', "<img>a\n</img>", "<img><b></img>"):
+        assert ask(words).parts == (TextPart(words),)
+    conversation = build({"conversations": [{"from": "system", "value": "<img>a</img>"}, ANSWER]})
+    assert conversation.media() == ()
+    assert "an image must be" in reason_of_question("<img></img>", "bad_record")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sources"),
+    [
+        ({"image_path": "a"}, ["a"]),
+        ({"image_paths": ["a", "b"]}, ["a", "b"]),
+        ({"image_file": "a", "images": []}, ["a"]),
+        ({"image_2": "b", "image_10": "c", "image_1": "a", "image_3": None}, ["a", "b", "c"]),
+        ({"image_1": {"path": "a", "max_pixels": None}}, ["a"]),
+        ({"video_path": "v"}, ["v"]),
+        ({"video_1": ["f1", "f2"], "image_1": "a"}, [("f1", "f2"), "a"]),
+    ],
+)
+def test_keys_of_others_hold_media(fields: dict[str, Any], sources: list[Any]) -> None:
+    tags = "".join("<video>" if isinstance(one, tuple) or one == "v" else "<image>" for one in sources)
+    conversation = build({**fields, "conversations": [{"from": "human", "value": tags + "?"}, ANSWER]})
+    assert [item.source for item in conversation.media()] == sources
+    assert conversation.unread_keys == ()
+
+
+def test_keys_of_others_beside_the_plain_one_are_named() -> None:
+    turns = [{"from": "human", "value": "<image>"}, ANSWER]
+    conversation = build({"image": "a", "image_path": "b", "image_1": "c", "conversations": turns})
+    assert conversation.media() == (ImageItem("a"),)
+    assert conversation.unread_keys == ("'image_1'", "'image_path'")
+    for other in ({"image_1": "b"}, {"image_file": "b"}):
+        reason = reason_of({"image_path": "a", **other, "conversations": turns}, "bad_record")
+        assert "has both 'image_" in reason and "Keep one of them" in reason
+
+
+def test_a_video_without_images_may_be_called_image() -> None:
+    """As in LLaVA-NeXT, whose only tag is ``<image>``."""
+    assert ask("<image>\nWhere?", video="v").parts == (VideoItem("v"), TextPart("Where?"))
+    assert ask("<image><video>?", videos=["v", "w"]).parts == (VideoItem("v"), VideoItem("w"), TextPart("?"))
+    assert ask("<video><image>?", video="v", image="a").parts == (VideoItem("v"), ImageItem("a"), TextPart("?"))
+    reason = reason_of_question("<image><image>?", "too_many_tags", video="v")
+    assert (
+        "2 <video> tags in user and tool turns (where no image is given, <image> stands for a video), 1 video" in reason
+    )
+
+
+TURNS_WITH_MEDIA: list[tuple[dict[str, Any], Any]] = [
+    ({"content": " Who? ", "images": ["a", "b"]}, (ImageItem("a"), ImageItem("b"), TextPart(" Who? "))),
+    ({"content": "", "images": ["a"]}, (ImageItem("a"),)),
+    ({"content": "Who is <image>?", "image": "a"}, (TextPart("Who is"), ImageItem("a"), TextPart("?"))),
+    ({"content": "<image>?", "video": "v"}, (VideoItem("v"), TextPart("?"))),
+    ({"content": [{"type": "text", "text": "Who?"}], "images": ["a"]}, (ImageItem("a"), TextPart("Who?"))),
+    (
+        {"content": [{"type": "text", "text": "Who?"}, {"type": "image"}], "image_path": "a"},
+        (TextPart("Who?"), ImageItem("a")),
+    ),
+]
+
+
+@pytest.mark.parametrize(("turn", "parts"), TURNS_WITH_MEDIA)
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_media_of_a_turn(role: str, turn: dict[str, Any], parts: Any) -> None:
+    others = [{"role": "user", "content": "Look: <video>"}, {"role": "assistant", "content": "So?"}]
+    conversation = build({"video": "z", "messages": [*others, {"role": role, **turn}, ANSWER]})
+    assert conversation.messages[0].parts == (TextPart("Look:"), VideoItem("z"))
+    assert conversation.messages[2].parts == parts
+    assert conversation.unread_keys == ()
+
+
+def test_a_tag_that_a_turn_has_no_media_for_is_one_of_the_sample() -> None:
+    turn = {"role": "user", "content": "<video><image>?", "video": "v"}
+    conversation = build({"image": "z", "messages": [turn, ANSWER]})
+    assert conversation.media() == (VideoItem("v"), ImageItem("z"))
+
+
+@pytest.mark.parametrize(
+    ("turn", "category", "said"),
+    [
+        ({"role": "user", "content": "<image>", "images": ["a", "b"]}, "too_few_tags", "turn 1 (user): 1 <image> tag"),
+        ({"role": "user", "content": "<image>" * 2, "images": ["a"]}, "too_many_tags", "turn 1 (user): 2 <image> tags"),
+        ({"role": "user", "content": [{"type": "image", "image": "a"}], "images": ["b"]}, "too_few_tags", "turn 1"),
+        ({"role": "user", "content": "?", "images": [3]}, "bad_record", "turn 1 (user): an image must be"),
+        ({"role": "user", "content": "?", "images": ["a"], "image": "b"}, "bad_record", "turn 1 (user): it has both"),
+        ({"role": "assistant", "content": "?", "images": ["a"]}, "bad_record", "only user and tool turns can"),
+        ({"role": "system", "content": "?", "images": ["a"]}, "bad_record", "only user and tool turns can"),
+    ],
+)  # fmt: skip
+def test_media_of_a_turn_that_cannot_be_shown(turn: dict[str, Any], category: str, said: str) -> None:
+    assert said in reason_of({"messages": [turn, ANSWER]}, category)

@@ -230,11 +230,33 @@ def test_a_dataset_without_rows(check: Check, tmp_path: Path) -> None:
     assert "has no rows" in messages
 
 
-def test_keys_of_turns_that_nothing_reads_are_named(check: Check, tmp_path: Path) -> None:
+def test_keys_that_nothing_reads_are_named(check: Check, tmp_path: Path) -> None:
     record = sample("odd", image="a.jpg")
     record["conversations"][1] |= {"score": 3, "loss": False, "empty": None}
     record["conversations"] += [{"from": "human", "value": "So?"}, {"from": "gpt", "value": "Yes.", "mood": "calm"}]
     write_lines(tmp_path / "set.jsonl", [*GOOD, record])
     code, output, _ = check("--dataset_use", "set")
     assert code == 0
-    assert "Dataset 'set': turns have 'mood', 'score', which nothing reads." in output
+    assert "Dataset 'set': nothing reads 'mood' of turns, 'score', 'score' of turns." in output
+
+
+def test_duplicates_of_other_forms(check: Check, tmp_path: Path) -> None:
+    """The same question and answer, of the same clip; other keys may differ."""
+    asked = {"query": "<video>?", "response": "Yes.", "video_path": "clip.mp4"}
+    clips = [
+        {**asked, "start": 0},
+        {**asked, "start": 0.2},
+        {**asked, "response": "No."},
+        {**asked, "start": 0, "id": 1},
+    ]
+    write_lines(tmp_path / "set.jsonl", [*clips, {"text": "a"}, {"text": "b"}])
+    check("--dataset_use", "set")
+    found = [(record["line"], record["category"]) for record in read_lines(tmp_path / "out" / "set_problems.jsonl")]
+    assert found == [(5, "bad_record"), (6, "bad_record"), (4, "duplicate")]
+
+
+def test_a_false_label_is_a_bad_answer_except_for_a_task_that_reads_it(check: Check, tmp_path: Path) -> None:
+    write_lines(tmp_path / "set.jsonl", [{**sample("one"), "image": "a.jpg", "label": False}])
+    code, output, _ = check("--dataset_use", "set")
+    assert code == 1 and "'label' false, which in KTO marks a bad answer" in output
+    assert check("--dataset_use", "set", "--task", "classification")[0] == 0

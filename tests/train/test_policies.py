@@ -17,6 +17,7 @@ from qwenvl.train.report import DataReport
 from qwenvl.train.train_qwen import main
 from tests.train.runs import history, largest_difference, torchrun, weights
 from tests.train.test_errors import GOOD, Place, sample
+from tools.show_sample import main as show_sample
 
 OTHER = {**GOOD, "id": "other", "conversations": [GOOD["conversations"][0], {"from": "gpt", "value": "Grey and loud."}]}
 BAD = sample("<image>", image="no.jpg")
@@ -145,21 +146,28 @@ def test_thinking_that_does_not_fit_is_said_once_and_counted(place: Place, capsy
     ]
 
 
-def test_keys_of_turns_that_nothing_reads_are_named_once(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    """In training, in the dry run, and by check_image; keys that are read, or null, are none of them."""
+def test_keys_that_nothing_reads_are_named_once(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """In training, in the dry run, and by show_sample; keys that are read, null or of no meaning are none of them."""
     turns = [
-        {"from": "human", "value": "Hi", "mood": "calm", "loss": None},
-        {"from": "gpt", "value": "Hello.", "loss": True, "score": 3, "note": None},
+        {"from": "human", "value": [{"type": "text", "text": "Hi", "cached": True}], "mood": "calm", "loss": None},
+        {"from": "gpt", "value": "Hello.", "loss": True, "note": None},
     ]
-    place.write(*[{"id": str(n), "conversations": turns} for n in range(3)], GOOD)
+    place.write(GOOD, *[{"id": str(n), "source": "web", "conversations": turns, "score": 3} for n in range(3)])
+    keys = ("'score'", "'mood' of turns", "'cached' of text parts")
+    named = [f"dataset 'set': nothing reads {key}." for key in keys]
+
+    def said() -> list[str]:
+        lines = capsys.readouterr().err.splitlines()
+        return [line.partition("warning: ")[2] for line in lines if "nothing reads" in line]
+
     assert main(place.flags(max_steps=4)) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "which nothing reads" in line]
-    texts = [line.partition("warning: ")[2] for line in said]
-    during = [f"dataset 'set': turns have {key!r}, which nothing reads." for key in ("mood", "score")]
-    assert texts == during + [text.replace("dataset", "Dataset") for text in during]
+    assert said() == named + sorted(text.replace("dataset", "Dataset") for text in named)
     assert main([*place.flags(max_steps=4), "--dry_run", "True"]) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "which nothing reads" in line]
-    assert [line.partition("warning: ")[2] for line in said] == during
+    assert said() == named
+    file, folder = str(place.annotations), str(place.folder)
+    flags = ["--annotation_path", file, "--data_path", folder, "--model_name_or_path", str(place.model), "--all"]
+    assert show_sample(flags) == 0
+    assert said() == [text.replace("'set'", repr(place.annotations.stem)) for text in named]
 
 
 def test_two_ranks_leave_out_what_either_finds(place: Place) -> None:

@@ -34,7 +34,7 @@ class Summary:
         digests: content hashes of all samples.
         media: images and videos.
         bad: (row, member) of all with a problem.
-        unread_keys: keys of turns that nothing reads.
+        unread_keys: Keys that nothing reads, as in messages.
     """
 
     table: AnnotationTable

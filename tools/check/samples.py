@@ -13,7 +13,10 @@ from qwenvl.data.boxes import convert_boxes
 from qwenvl.data.encoding import SampleEncoder, plan_item
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import Examined, examine
+from qwenvl.data.messages_limits import LIMIT_FIELDS
+from qwenvl.data.messages_media import media_keys
 from qwenvl.data.processor import vision_settings
+from qwenvl.data.record_forms import FORM_FIELDS
 from qwenvl.data.regions import MaskReader
 from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings
 from qwenvl.data.targets import TargetReader
@@ -46,7 +49,7 @@ class Finding:
     Args:
         problems: everything that is wrong with it, each once.
         media: number of its images and videos.
-        unread_keys: keys of its turns that nothing reads.
+        unread_keys: Its keys that nothing reads, as :class:`qwenvl.data.types.Conversation` has them.
     """
 
     problems: tuple[SampleError, ...]
@@ -93,7 +96,8 @@ class SampleChecker:
 
     def _check(self, sample: Sample) -> Finding:
         asked = self.labels is not None and self.labels.prompts
-        examined = examine(sample, self.reserved_tokens, answered=not asked)
+        fields = () if self.labels is None else self.labels.fields
+        examined = examine(sample, self.reserved_tokens, answered=not asked, task_fields=fields)
         problems = [
             *examined.problems,
             *tags_in_answers(examined.conversation),
@@ -140,9 +144,12 @@ def tags_in_answers(conversation: Conversation) -> Iterator[SampleError]:
 
 def content_digest(sample: Sample) -> bytes:
     """Return a hash of what a sample is trained on: equal where turns and names of media are the same."""
-    content = {key: sample.record[key] for key in CONTENT if sample.record.get(key) is not None}
+    record = sample.record
+    media = (key for keys in media_keys(record).values() for key in keys)
+    keys = {*CONTENT, *FORM_FIELDS, *LIMIT_FIELDS, *media}
+    content = {key: record[key] for key in record if key in keys and record[key] is not None}
     try:
-        text = _ENCODER.encode(content)
+        text = _ENCODER.encode(content) if content else str(sample.origin)
     except (TypeError, ValueError, RecursionError):  # a record that is bad for this reason; equal to none
         text = str(sample.origin)
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()

@@ -46,7 +46,7 @@ class CheckedRows:
         digests: content hashes of all samples, one after the other.
         problems: in the order of the rows.
         error: what must stop the check.
-        unread_keys: keys of turns that nothing reads.
+        unread_keys: Keys that nothing reads, as in messages.
     """
 
     samples: np.ndarray
