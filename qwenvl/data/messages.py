@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from qwenvl.data.messages_media import KINDS, MediaPool, typed_media
+from qwenvl.data.messages_objects import check_tags, read_objects
 from qwenvl.data.messages_turns import read_extra, read_trained, unread_keys
 from qwenvl.data.types import Conversation, ImageItem, Message, Part, Role, Sample, TextPart, VideoItem
 from qwenvl.utilities.errors import SampleError, nearest
@@ -138,7 +139,10 @@ def _build(
         problems.attempt(_check_texts, "the system text", [system.text], reserved_tokens)
     if tools:
         problems.attempt(_check_texts, "tools", _strings(tools), reserved_tokens)
-    return Conversation(tuple([system, *messages] if system else messages), tools, unread_keys(written))
+    spoken = [system, *messages] if system else messages
+    if len(messages) == len(turns):
+        problems.attempt(_check_objects, record, written, spoken, reserved_tokens)
+    return Conversation(tuple(spoken), tools, unread_keys(written))
 
 
 def _check_answered(messages: list[Message]) -> None:
@@ -255,6 +259,14 @@ def _tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise SampleError("bad_record", "'tools' must be a list of objects, or a JSON string of one.")
     return tuple(tools)
+
+
+def _check_objects(
+    record: Mapping[str, Any], written: list[Any], spoken: list[Message], reserved_tokens: Collection[str]
+) -> None:
+    check_tags(record, written, spoken)
+    if objects := read_objects(record):
+        _check_texts("'ref' of 'objects'", objects.refs, reserved_tokens)
 
 
 def _check_turn_texts(message: Message, number: int, reserved_tokens: Collection[str]) -> None:

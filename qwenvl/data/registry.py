@@ -42,7 +42,7 @@ DEFAULT_REGISTRY = Path(__file__).resolve().parents[2] / "data"
 SOURCE_KEYS = ("annotation_path", "hf_dataset")  # an entry has one of them
 RECORD_FIELDS = (
     *("conversations", "messages", "image", "images", "video", "videos"),
-    *("system", "tools", "id", "bbox_format", "label", "masks"),
+    *("system", "tools", "id", "bbox_format", "objects", "label", "masks"),
 )  # that "columns" can name
 
 _OWN_KEYS = (*SOURCE_KEYS, "data_path", "columns", "split", "config", "revision")

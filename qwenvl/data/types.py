@@ -183,11 +183,13 @@ class Conversation:
         messages: the turns.
         tools: what they may call, as the record has it.
         unread_keys: keys of the record's turns that nothing reads, in alphabetical order.
+        unconverted: The record says what its coordinates count, it has numbers, and no box or point was found.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     unread_keys: tuple[str, ...] = ()
+    unconverted: bool = False
 
     def media(self) -> tuple[ImageItem | VideoItem, ...]:
         """All media in the order they are rendered."""

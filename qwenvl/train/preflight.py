@@ -88,8 +88,8 @@ def decode_one_of_each(dataset: ConversationDataset) -> None:
                 raise item.error
             if item.samples:
                 for event in item.events:
-                    if event.kind == SAID_ONCE:
-                        logger.warning("%s.", event.message)
+                    if event.kind in (SAID_ONCE, "unconverted"):
+                        logger.warning("%s.", event.message.rstrip("."))
                 break
             reasons += [event.message for event in item.events]
         else:

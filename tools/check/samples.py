@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenvl.arguments import DataArguments
-from qwenvl.data.boxes import convert_boxes
 from qwenvl.data.encoding import SampleEncoder, plan_item
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import Examined, examine
+from qwenvl.data.objects import write_boxes
 from qwenvl.data.processor import vision_settings
 from qwenvl.data.regions import MaskReader
 from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings
@@ -24,7 +24,10 @@ from qwenvl.utilities.lockstep import finish
 
 DIGEST_BYTES = 16
 # What a sample is trained on; all else, such as its id, may differ between samples of the same content.
-CONTENT = ("conversations", "messages", "image", "images", "video", "videos", "system", "tools", "bbox_format")
+CONTENT = (
+    *("conversations", "messages", "image", "images", "video", "videos", "system", "tools"),
+    *("bbox_format", "objects"),
+)
 TAGS = ("<image>", "<video>")
 TAG_IN_ANSWER = "tag_in_answer"  # a problem here alone: training takes such samples
 # Where no model is named: the tokens of pictures have these names in all families, and which pictures and videos are
@@ -47,11 +50,13 @@ class Finding:
         problems: everything that is wrong with it, each once.
         media: number of its images and videos.
         unread_keys: keys of its turns that nothing reads.
+        unconverted: It says what its coordinates count, and none was converted.
     """
 
     problems: tuple[SampleError, ...]
     media: int
     unread_keys: tuple[str, ...] = ()
+    unconverted: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class SampleChecker:
             *self._label_problems(sample, examined),
         ]
         reader = MediaReader(sample.data_path, self.allow_remote, sample.allow_absolute)
-        plans: list[MediaPlan] = []
+        plans, written = list[MediaPlan](), examined.conversation
         for item in examined.media:
             try:
                 plans.append(plan_item(item, reader, self.settings))
@@ -110,11 +115,12 @@ class SampleChecker:
                 problems.append(error)
         if tuple(plan.item for plan in plans) == examined.conversation.media():
             try:
-                convert_boxes(examined.conversation, plans, sample, self.settings.family, problems)
+                written = write_boxes(examined.conversation, plans, sample, self.settings.family, problems)
             except SampleError as error:
                 problems.append(error)
+        unconverted = not problems and written.unconverted
         once = {(problem.category, problem.reason): problem for problem in problems}
-        return Finding(tuple(once.values()), len(examined.media), examined.conversation.unread_keys)
+        return Finding(tuple(once.values()), len(examined.media), written.unread_keys, unconverted)
 
     def _label_problems(self, sample: Sample, examined: Examined) -> Iterator[SampleError]:
         if self.labels is not None:
