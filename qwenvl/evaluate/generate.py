@@ -23,6 +23,7 @@ from qwenvl.evaluate.prompts import Prompt
 from qwenvl.models.adapter_files import CONFIG_FILE, read_base, read_config
 from qwenvl.models.merging import open_adapted
 from qwenvl.models.precision import read_dtype
+from qwenvl.models.quantization import quantization_method
 from qwenvl.utilities.distributed import local_rank
 from qwenvl.utilities.errors import UserError
 
@@ -102,6 +103,8 @@ def open_answerer(folder: str, *, device: str | None = None, dtype: torch.dtype 
     device = device or default_device()
     processor = open_processor(processor_folder(folder))
     base = base_of(folder)
+    if base == folder and device.startswith("cpu"):
+        _refuse_quantized_without_gpu(folder)
     try:
         model: Any = (
             AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
@@ -110,10 +113,19 @@ def open_answerer(folder: str, *, device: str | None = None, dtype: torch.dtype 
         )
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last: a library of quantized weights
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} cannot be opened as a model with its processor: {first_line}") from error
     return Answerer(model.to(device).eval(), processor)
+
+
+def _refuse_quantized_without_gpu(folder: str) -> None:
+    method = quantization_method(AutoConfig.from_pretrained(folder).to_dict())
+    if method:
+        raise UserError(
+            f"{folder}: its weights are quantized ({method}), which takes a GPU. Ask the unquantized checkpoint, or a "
+            "server such as vLLM."
+        )
 
 
 def generate(

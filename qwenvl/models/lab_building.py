@@ -31,6 +31,7 @@ from qwenvl.lab.encoder import TOWERS, WHOLE_PICTURES
 from qwenvl.lab.model import LabForConditionalGeneration
 from qwenvl.lab.processor import END, MEDIA_TOKENS, START, LabProcessor, with_pictures
 from qwenvl.lab.registration import register
+from qwenvl.models.quantization import refuse_quantized
 from qwenvl.models.vocabulary import make_room
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.permissions import follow_umask
@@ -197,10 +198,12 @@ def _as_causal_lm(lab: Any) -> Any:
 
 def _read_config(name: str, part: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{part} {name}: its config cannot be opened: {first}") from error
+    refuse_quantized(config.to_dict(), f"{part} {name}")
+    return config
 
 
 def _processor(config: LabVisionConfig, part: _Encoder, tokenizer: Any) -> LabProcessor:
