@@ -152,7 +152,8 @@ def _read_config(model_name_or_path: str, cache_dir: str | None) -> dict[str, An
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"--model_name_or_path {model_name_or_path}: the folder holds adapters. Merge them first: python "
-            f"tools/merge_lora.py --adapter {model_name_or_path} --output DIR; or resume their run by its own command."
+            f"tools/merge_lora.py --adapter {model_name_or_path} --output DIR (--base names their checkpoint, where it "
+            "has moved); or resume their run by its own command."
         )
     if looks_local and not (folder / "config.json").is_file():
         raise UserError(

@@ -61,6 +61,6 @@ def refuse_quantized(config: Mapping[str, Any], named: str) -> None:
     if method:
         raise UserError(
             f"{named}: its weights are quantized ({method}, says quantization_config of its config.json), and can "
-            "neither be trained nor merged into. Name the unquantized checkpoint of the same model (of adapters by --base); with "
-            "--lora_enable True --quantization_bit 4 its frozen weights take 4 bits in training (QLoRA)."
+            "neither be trained nor merged into. Name the unquantized checkpoint of the same model (below adapters, by "
+            "--base); with --lora_enable True --quantization_bit 4 its frozen weights take 4 bits in training (QLoRA)."
         )
