@@ -121,7 +121,7 @@ def _open_encoder(name: str, drop_layers: int | None) -> _Encoder:
     Raises:
         UserError: it has none that the lab knows.
     """
-    whole = _read_config(name, "encoder")
+    whole = read_part_config(name, "encoder")
     vision = getattr(whole, "vision_config", whole)
     config = copy.deepcopy(getattr(vision, "encoder_config", vision))
     if config.model_type not in (*WHOLE_PICTURES, *TOWERS):
@@ -165,7 +165,7 @@ def _open_language_model(name: str) -> tuple[Any, Any]:
     Raises:
         UserError: it has no chat template, or not the form that the trainer takes.
     """
-    whole = _read_config(name, "language_model")
+    whole = read_part_config(name, "language_model")
     tokenizer = AutoTokenizer.from_pretrained(name)
     if whole.model_type == MODEL_TYPE:
         text = _as_causal_lm(AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32))
@@ -196,7 +196,16 @@ def _as_causal_lm(lab: Any) -> Any:
     return text
 
 
-def _read_config(name: str, part: str) -> Any:
+def read_part_config(name: str, part: str) -> Any:
+    """Return the config of a checkpoint that is a part of a model of the lab.
+
+    Args:
+        name: Folder or Hugging Face id.
+        part: ``encoder`` or ``language_model``, for messages.
+
+    Raises:
+        UserError: It cannot be opened, or its weights are quantized.
+    """
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qwenvl.models.lab_building import read_part_config
 from qwenvl.models.quantization import quantization_method, refuse_quantized
 from qwenvl.utilities.errors import UserError
 
@@ -32,3 +35,10 @@ def test_the_method(config: dict[str, Any], method: str) -> None:
         return
     with pytest.raises(UserError, match=rf"^--model_name_or_path x: its weights are quantized \({method}, says"):
         refuse_quantized(config, "--model_name_or_path x")
+
+
+def test_parts_of_the_lab(tmp_path: Path) -> None:
+    config = {"model_type": "qwen3", "quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"^language_model {tmp_path}: its weights are quantized \(awq"):
+        read_part_config(str(tmp_path), "language_model")

@@ -44,6 +44,7 @@ def test_training_refuses_them(
     fail: Fail,
 ) -> None:
     base = quantized(tiny_checkpoint("qwen3_vl"), tmp_path / "base", method)
+    settings = {**settings, "dataset_use": "nothing"}  # which is found out later
     message = fail(flags(base, tmp_path / "out", registry, **settings))
     assert f"--model_name_or_path {base}: its weights are quantized ({method}, says quantization_config" in message
     assert "Name the unquantized checkpoint" in message and "--quantization_bit 4" in message
