@@ -28,7 +28,7 @@ from tools.view_data import main as view_data
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
-TOOL_FLAGS = ("all", "help", "decode", "format", "image", "prompt", "metric")
+TOOL_FLAGS = ("all", "base", "help", "decode", "format", "image", "prompt", "metric")
 
 
 def blocks(language: str) -> list[str]:

@@ -39,6 +39,7 @@ from qwenvl.data.video import backend_name
 from qwenvl.evaluate.serving import NOT_COMPARED, Serving, template_inputs, training_inputs, utils_inputs
 from qwenvl.evaluate.serving_commands import Adapter, Served, notes, sglang_command, vllm_command
 from qwenvl.evaluate.serving_differences import Comparison, Finding, State, Way, causes_of
+from qwenvl.models.adapter_files import find_base
 from qwenvl.models.context import context_length
 from qwenvl.utilities.errors import SampleError, UserError
 from qwenvl.utilities.logging import setup_logging
@@ -149,9 +150,9 @@ def open_serving(arguments: ServingArguments) -> tuple[Serving, Adapter | None]:
     Raises:
         UserError: it holds no processor, or its model's family is unknown.
     """
-    adapter = read_adapter(Path(arguments.model_name_or_path))
+    adapter = read_adapter(Path(arguments.model_name_or_path), arguments.base)
     processor = open_processor(arguments.model_name_or_path)
-    whole = replace(arguments, model_name_or_path=adapter.base) if adapter else arguments
+    whole = replace(arguments, model_name_or_path=adapter.base, base=None) if adapter else arguments
     family, config = family_and_config(whole, processor)
     trained = open_trained(arguments, processor)
     encoder = build_encoder(trained, config, family, arguments, arguments.model_max_length or context_length(config))
@@ -159,18 +160,19 @@ def open_serving(arguments: ServingArguments) -> tuple[Serving, Adapter | None]:
     return Serving(processor, config, encoder, trained, kwargs), adapter
 
 
-def read_adapter(folder: Path) -> Adapter | None:
+def read_adapter(folder: Path, base: str | None = None) -> Adapter | None:
     """Return what a folder's ``adapter_config.json`` says; None where there is none.
 
+    Args:
+        folder: Folder to be served.
+        base: Base model of its adapters, where it is not where they say.
+
     Raises:
-        UserError: it names no base model.
+        UserError: it names no base model, or one that is not there.
     """
     if not (folder / "adapter_config.json").is_file():
         return None
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{folder}/adapter_config.json names no base model (base_model_name_or_path). Write it there.")
     reasons = ["DoRA"] if config.get("use_dora") else []
     reasons += ["weights that were trained whole (modules_to_save)"] if config.get("modules_to_save") else []
     if (folder / "adapter_model.safetensors").is_file():
@@ -179,7 +181,7 @@ def read_adapter(folder: Path) -> Adapter | None:
         reasons += ["adapters of the vision tower"] if any(".visual." in name for name in names) else []
     ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
     obstacle = f"Not every server loads {' or '.join(reasons)}" if reasons else ""
-    return Adapter(str(base), max(ranks), obstacle)
+    return Adapter(find_base(folder, base), max(ranks), obstacle)
 
 
 def select_samples(arguments: ServingArguments) -> Iterator[Sample | SampleError]:

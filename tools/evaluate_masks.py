@@ -75,7 +75,7 @@ def evaluate_masks(arguments: MaskArguments) -> dict[str, list[MaskRecord]]:
     """
     encoder = open_asking_encoder(arguments)
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    grounder = open_grounder(arguments.model_name_or_path, device=arguments.device, dtype=dtype)
+    grounder = open_grounder(arguments.model_name_or_path, base=arguments.base, device=arguments.device, dtype=dtype)
     if grounder.readout is None:
         raise UserError(f"{arguments.model_name_or_path} has not learned masks: train it by --task grounding.")
     reader = grounder.mask_reader(encoder)

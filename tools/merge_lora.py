@@ -25,7 +25,7 @@ if __package__ in (None, ""):  # run as a script: make the repository's packages
 from qwenvl.arguments.command_line import HelpPage
 from qwenvl.arguments.parsing import parse_class
 from qwenvl.data.processor import open_processor
-from qwenvl.models.adapter_files import read_base
+from qwenvl.models.adapter_files import find_base
 from qwenvl.models.fingerprints import differing, fingerprints, listed
 from qwenvl.models.merging import TOLERANCE, distance, logits_of, merge, open_adapted, sample_inputs
 from qwenvl.models.precision import read_dtype
@@ -86,7 +86,7 @@ def run(arguments: MergeArguments) -> None:
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output {output} already holds files. Choose another folder, or empty it.")
     origin: dict[str, Any] = {"cache_dir": arguments.cache_dir, "trust_remote_code": arguments.trust_remote_code}
-    base = arguments.base or read_base(arguments.adapter)
+    base = find_base(arguments.adapter, arguments.base, arguments.cache_dir)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(arguments.dtype) or read_dtype(base, **origin)
     adapted = open_adapted(base, arguments.adapter, dtype, **origin).to(arguments.device)
     own = (Path(arguments.adapter) / "processor_config.json").exists()

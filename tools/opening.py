@@ -13,7 +13,7 @@ from qwenvl.data.encoding import SampleEncoder
 from qwenvl.data.processor import add_tokens, build_encoder, open_processor
 from qwenvl.data.registry import load_registry, parse_dataset_use
 from qwenvl.data.types import DatasetSpec
-from qwenvl.models.adapter_files import CONFIG_FILE, read_base, read_config
+from qwenvl.models.adapter_files import CONFIG_FILE, find_base, read_config
 from qwenvl.models.loading import read_model_type
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import FAMILIES, Family, get_family
@@ -24,6 +24,12 @@ class ToolArguments(DataArguments):
     """Flags of the tools that read data, besides those of the data."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Checkpoint, or a folder with its processor."})
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint below the adapters of model_name_or_path. Default: what adapter_config.json names."
+        },
+    )
     model_type: str | None = field(
         default=None, metadata={"help": "Model family, for a folder without config.json. Default: by its processor."}
     )
@@ -69,8 +75,10 @@ def family_and_config(arguments: ToolArguments, processor: Any) -> tuple[Family,
     """
     folder = Path(arguments.model_name_or_path)
     if (folder / CONFIG_FILE).exists():
-        adapted = read_config(folder, read_base(folder))
+        adapted = read_config(folder, find_base(folder, arguments.base))
         return get_family(adapted.model_type), adapted
+    if arguments.base is not None:
+        raise UserError(f"--base {arguments.base} has no effect: {folder} holds no adapters. Leave it out.")
     if arguments.model_type is None and ((folder / "config.json").exists() or not folder.is_dir()):
         family = get_family(read_model_type(arguments.model_name_or_path))
         return family, AutoConfig.from_pretrained(arguments.model_name_or_path)

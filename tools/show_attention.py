@@ -85,7 +85,7 @@ def write_page(arguments: AttentionArguments) -> None:
     """
     encoder = open_asking_encoder(arguments)
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    grounder = open_grounder(arguments.model_name_or_path, device=arguments.device, dtype=dtype)
+    grounder = open_grounder(arguments.model_name_or_path, base=arguments.base, device=arguments.device, dtype=dtype)
     layers, heads = chosen_maps(arguments, grounder)
     shown = [
         show(sample, arguments, encoder, grounder, (layers, heads))

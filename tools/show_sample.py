@@ -176,6 +176,8 @@ def show(sample: Sample | SampleError, encoder: SampleEncoder, tokenizer: Any) -
         f"positions up to temporal {last[0]}, height {last[1]}, width {last[2]}",
         style="bold",
     )
+    for event in plan.events:
+        console.print(Text(event.message, style="yellow"))
     for media in plan.media:
         kind = "video" if isinstance(media, VideoPlan) else "image"
         source = media.item.source

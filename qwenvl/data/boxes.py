@@ -6,12 +6,8 @@ and cookbooks/think_with_images.ipynb of QwenLM/Qwen3-VL); Qwen2.5-VL writes pix
 annotations hold pixels of the picture as it is shown, and are converted when the sample is read: after its EXIF
 orientation, for the family in use, and at the size the picture is resized to.
 
-Written forms that are found in the text of all turns, and in tool calls and reasoning:
-
-- ``"bbox_2d": [x1, y1, x2, y2]`` and ``"point_2d": [x, y]``, in any JSON, fenced or not, on one line or many;
-- ``<|box_start|>(x1,y1),(x2,y2)<|box_end|>`` and the four points of ``<|quad_start|>...<|quad_end|>``.
-
-Only their numbers change. A list without any number, such as ``[x1, y1, x2, y2]`` in an instruction, is left alone.
+The written forms that are found in the text of all turns, and in tool calls and reasoning, are those of
+:mod:`qwenvl.data.box_forms`. Only their numbers change.
 
 Rounding: to the nearest whole number, halves to the even one, from exact fractions. A coordinate less than one unit
 outside the picture, as rounded annotations have it, counts as its edge. The right and bottom edges are 1000, or the
@@ -29,6 +25,7 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
+from qwenvl.data.box_forms import COUNTS, KEYS, STROKES, as_number, rewrite, rewrite_value
 from qwenvl.data.media_sources import describe
 from qwenvl.data.sizes import ImagePlan, MediaPlan
 from qwenvl.data.types import Conversation, Message, Sample, TextPart
@@ -41,17 +38,10 @@ Box = tuple[float, float, float, float]
 Size = tuple[int, int]
 
 _RELATIVE = (1000, 1000)
-_COUNTS = {"bbox_2d": 4, "point_2d": 2, "box": 4, "quad": 8}
-_KEYS = ("bbox_2d", "point_2d")
-# JSON inside a JSON string has its quotes escaped, once or more. Repetitions have an end, since each start of one would
-# otherwise be followed to the end of the text.
-_WRITTEN = re.compile(
-    r"""["'](?P<key>bbox_2d|point_2d)\\{0,99}["']\s{0,99}:\s{0,99}\[(?P<list>[^\]]{0,999})"""
-    r"""|<\|(?P<token>box|quad)_start\|>(?P<points>.{0,999}?)<\|(?P=token)_end\|>""",
-    re.DOTALL,
-)
-_ITEM = re.compile(r"[^\s,()]+")
-_NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][-+]?\d+)?")
+_SIZES = {"relative_1000": _RELATIVE, "norm1": (1, 1)}
+_SLACK = {"norm1": 0.001}
+"""How far outside its image a coordinate may lie, as rounded annotations have it, where that is not one unit."""
+_DIGITS = re.compile(r"\d+")
 _CONVERT_YOURSELF = (
     "Convert such boxes beforehand (tools/process_bbox.ipynb shows how), and take bbox_format away from the sample."
 )
@@ -178,11 +168,20 @@ def convert_boxes(
     if written is None:
         return conversation
     pictures = _pictures(conversation, media)
+    found: list[str] = []
     turns = zip(conversation.messages, pictures, strict=True)
-    messages = [
-        _converted(message, _Converter(written, picture, family, message.role, problems)) for message, picture in turns
-    ]
-    return replace(conversation, messages=tuple(messages))
+    messages = tuple(
+        _converted(message, _Converter(written, picture, family, message.role, found, problems))
+        for message, picture in turns
+    )
+    differs = written == "pixel" or family.boxes != "relative_1000"
+    unconverted = differs and not found and _holds_numbers(conversation)
+    return replace(conversation, messages=messages, unconverted=unconverted)
+
+
+def _holds_numbers(conversation: Conversation) -> bool:
+    """Return whether anything in a conversation may be coordinates: a turn has two numbers."""
+    return any(len(_DIGITS.findall(f"{turn.text} {turn.extra}")) > 1 for turn in conversation.messages)
 
 
 def _pictures(conversation: Conversation, media: Sequence[MediaPlan]) -> list[ImagePlan | str]:
@@ -220,6 +219,7 @@ class _Converter:
         picture: that they lie in, or why there is none.
         family: of the model.
         role: whose turn it is, for messages.
+        found: takes the kind of each box that was found.
         problems: see :func:`convert_boxes`.
     """
 
@@ -227,11 +227,12 @@ class _Converter:
     picture: ImagePlan | str
     family: Family
     role: str
+    found: list[str]
     problems: list[SampleError] | None
 
     def text(self, text: str) -> str:
         """Convert all boxes and points of a text; nothing else of it changes."""
-        return _WRITTEN.sub(self._match, text)
+        return rewrite(text, self._write)
 
     def value(self, value: Any) -> Any:
         """Convert those of tool calls and reasoning: nested values, whose strings are texts."""
@@ -243,48 +244,67 @@ class _Converter:
             return [self.value(item) for item in value]
         return value
 
-    def _match(self, match: re.Match[str]) -> str:
-        group = "list" if match["key"] else "points"
-        items = _ITEM.findall(match[group])
-        numbers = [float(item) for item in items if _NUMBER.fullmatch(item)]
-        if not numbers:
-            return match[0]
-        shown = match[0] + ("]" if match["key"] else "")
-        converted = iter(self._convert(numbers, len(items), match["key"] or match["token"], shown))
-        start, end = match.start(group) - match.start(), match.end(group) - match.start()
-        return match[0][:start] + _ITEM.sub(lambda _: str(next(converted)), match[group]) + match[0][end:]
+    def _write(self, items: Sequence[str], kind: str, shown: str) -> Sequence[str]:
+        return [str(value) for value in self._convert([as_number(item) for item in items], kind, shown)]
 
     def _entry(self, kind: Any, value: Any) -> Any:
-        items = value if kind in _KEYS and isinstance(value, list | tuple) else ()
-        numbers = [item for item in items if isinstance(item, int | float)]
-        return self._convert(numbers, len(items), kind, f"{kind!r}: {value}") if numbers else self.value(value)
+        if kind not in KEYS or not isinstance(value, str | list | tuple):
+            return self.value(value)
+        if isinstance(value, str):
+            return rewrite_value(value, kind, self._write)
+        if any(isinstance(item, list | tuple) for item in value):
+            return [self._entry(kind, item) for item in value]
+        numbers = [item if isinstance(item, int | float) else None for item in value]
+        return (
+            self._convert(numbers, kind, f"{kind!r}: {value}")
+            if any(one is not None for one in numbers)
+            else self.value(value)
+        )
 
-    def _convert(self, values: Sequence[float], items: int, kind: str, shown: str) -> list[Any]:
-        """Return the numbers of a box or point converted, after checks; ``items`` are the numbers and all else."""
+    def _convert(self, values: Sequence[float | None], kind: str, shown: str) -> Sequence[Any]:
+        """Return the numbers of a box or point converted, after checks; None stands for what is no number."""
+        self.found.append(kind)
         try:
-            return self._checked(values, items, kind, shown)
+            return self._checked(values, kind, f"{shown[:200]} in a turn of the {self.role}")
         except SampleError as error:
             if self.problems is None:
                 raise
             self.problems.append(error)
-            return [""] * items  # of a conversation that nobody uses
+            return [""] * len(values)  # of a conversation that nobody uses
 
-    def _checked(self, values: Sequence[float], items: int, kind: str, shown: str) -> list[int]:
-        where = f"{shown[:200]} in a turn of the {self.role}"
-        if len(values) < items or items != _COUNTS[kind]:
-            raise SampleError("bad_boxes", f"{where}: {_COUNTS[kind]} numbers are needed.")
+    def _checked(self, values: Sequence[float | None], kind: str, where: str) -> list[int]:
+        numbers = [value for value in values if value is not None]
+        if len(numbers) < len(values) or len(values) not in COUNTS[kind]:
+            raise SampleError("bad_boxes", f"{where}: {' or '.join(map(str, COUNTS[kind]))} numbers are needed.")
         if isinstance(self.picture, str):
             raise SampleError("bad_boxes", f"{where}: {self.picture}")
-        size = self.picture.size if self.written == "pixel" else _RELATIVE
-        if not all(-1 < value < size[axis] + 1 for value, axis in zip(values, _axes(values), strict=True)):
-            raise SampleError("bad_boxes", f"{where} lies outside {self._extent(self.picture)}.")
-        if items == 4 and not (values[0] < values[2] and values[1] < values[3]):
-            raise SampleError("bad_boxes", f"{where}: x1 < x2 and y1 < y2 must hold (left, top, right, bottom).")
-        return to_family(values, size, self.picture.resized, self.family)
+        boxes = (numbers[:2], numbers[2:]) if kind in STROKES else (numbers,)
+        return [one for box in boxes for one in convert_values(box, self.written, self.picture, self.family, where)]
 
-    def _extent(self, picture: ImagePlan) -> str:
-        if self.written != "pixel":
-            return f"0 to 1000, as bbox_format {self.written!r} has it"
-        height, width = picture.size
-        name = describe(picture.item.source)[:200]
-        return f"the picture {name}, which is shown {width} pixels wide and {height} high"
+
+def convert_values(values: Sequence[float], counted: str, image: ImagePlan, family: Family, where: str) -> list[int]:
+    """Convert the coordinates of a box or point, after checks.
+
+    Args:
+        values: Coordinates, x and y by turns.
+        counted: What they count: one of :data:`BBOX_FORMATS`, or ``norm1``, 0 to 1.
+        image: Image that they lie in.
+        family: Family of the model.
+        where: What is converted, for messages.
+
+    Raises:
+        SampleError: They lie outside the image, or are not left, top, right, bottom (``bad_boxes``).
+    """
+    size, slack = _SIZES.get(counted, image.size), _SLACK.get(counted, 1)
+    if not all(-slack < value < size[axis] + slack for value, axis in zip(values, _axes(values), strict=True)):
+        raise SampleError("bad_boxes", f"{where} lies outside {_extent(counted, image)}.")
+    if len(values) == 4 and not (values[0] < values[2] and values[1] < values[3]):
+        raise SampleError("bad_boxes", f"{where}: x1 < x2 and y1 < y2 must hold (left, top, right, bottom).")
+    return to_family(values, size, image.resized, family)
+
+
+def _extent(counted: str, image: ImagePlan) -> str:
+    if counted in _SIZES:
+        return f"0 to {_SIZES[counted][0]}, as {counted!r} has it"
+    height, width = image.size
+    return f"the picture {describe(image.item.source)[:200]}, which is shown {width} pixels wide and {height} high"

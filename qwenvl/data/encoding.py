@@ -6,11 +6,11 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from qwenvl.data.boxes import convert_boxes
 from qwenvl.data.collation import EncodedSample, Event, Medium
 from qwenvl.data.measures import Measures, measure_sample
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import build_conversation, examine
+from qwenvl.data.objects import NOTHING_CONVERTED, write_boxes
 from qwenvl.data.pixels import read_resized
 from qwenvl.data.rendering import ChatTemplate, Rendering
 from qwenvl.data.sizes import MediaPlan, VisionSettings, plan_image, plan_video
@@ -140,6 +140,8 @@ class SampleEncoder:
             events.append(Event("truncated", sample.origin.dataset, message))
         if not self.prompts and self.template.thinking_mismatch(kept.conversation):
             events.append(Event("thinking_mismatch", sample.origin.dataset, str(sample.origin)))
+        if kept.conversation.unconverted:
+            events.append(Event("unconverted", sample.origin.dataset, f"{sample.origin}: {NOTHING_CONVERTED}"))
         tokens = self.tokenizer.expand(kept.encoding)
         self._require_positions(tokens, sample)
         events += _unread_keys(kept.conversation, sample)
@@ -247,7 +249,7 @@ class SampleEncoder:
                 self.targets.check(sample, conversation)
             yield
             media = tuple(plan_item(item, reader, self.settings) for item in conversation.media())
-            conversation = convert_boxes(conversation, media, sample, self.settings.family)
+            conversation = write_boxes(conversation, media, sample, self.settings.family)
             yield
             whole = yield from self._tokenize(conversation, media)
             if whole.encoding.length <= self.max_length or self.overlength != "truncate_turns":

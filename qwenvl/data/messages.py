@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from qwenvl.data.messages_keys import NO_AUDIO, check_keys, unread_keys
 from qwenvl.data.messages_limits import with_limits
 from qwenvl.data.messages_media import IMG_TAG, KINDS, MediaPool, turn_pool, typed_media
+from qwenvl.data.messages_objects import check_tags, read_objects
 from qwenvl.data.messages_turns import read_extra, read_trained
 from qwenvl.data.record_forms import TURN_FIELDS, as_messages, form_of, missing_turns
 from qwenvl.data.types import Conversation, ImageItem, Message, Part, Role, Sample, TextPart, VideoItem
@@ -157,8 +158,12 @@ def _build(
         problems.attempt(_check_texts, "the system text", [system.text], reserved_tokens)
     if tools:
         problems.attempt(_check_texts, "tools", _strings(tools), reserved_tokens)
-    unread = unread_keys(record, written, [*(form.fields if form else ()), *limits, *task_fields])
-    return Conversation(tuple([system, *messages] if system else messages), tools, unread)
+    spoken = [system, *messages] if system else messages
+    if len(messages) == len(turns):
+        problems.attempt(_check_objects, record, written, spoken, reserved_tokens)
+    objects = ["objects"] if read_objects(record) is not None else []
+    unread = unread_keys(record, written, [*(form.fields if form else ()), *limits, *task_fields, *objects])
+    return Conversation(tuple(spoken), tools, unread)
 
 
 def _check_answered(messages: list[Message]) -> None:
@@ -303,6 +308,14 @@ def _tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise SampleError("bad_record", "'tools' must be a list of objects, or a JSON string of one.")
     return tuple(tools)
+
+
+def _check_objects(
+    record: Mapping[str, Any], written: list[Any], spoken: list[Message], reserved_tokens: Collection[str]
+) -> None:
+    check_tags(record, written, spoken)
+    if objects := read_objects(record):
+        _check_texts("'ref' of 'objects'", objects.refs, reserved_tokens)
 
 
 def _check_turn_texts(message: Message, number: int, reserved_tokens: Collection[str]) -> None:

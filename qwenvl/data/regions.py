@@ -26,6 +26,7 @@ import numpy as np
 
 from qwenvl.data.boxes import bbox_format
 from qwenvl.data.masks import Mask, read_mask, shares
+from qwenvl.data.messages_objects import read_objects
 from qwenvl.data.sizes import ImagePlan, MediaPlan
 from qwenvl.data.tokenization import IGNORE_INDEX, Tokenizer
 from qwenvl.data.types import Conversation, Sample
@@ -289,8 +290,10 @@ def _by_phrase(phrase: Any, answer: int | None, texts: Sequence[str]) -> _Span:
 
 
 def _by_span(span: Any, answer: int | None, texts: Sequence[str], sample: Sample) -> _Span:
-    if bbox_format(sample) is not None:
-        raise _bad("'span' with bbox_format: coordinates are written anew, which moves characters. Give 'phrase'.")
+    if bbox_format(sample) is not None or read_objects(sample.record) is not None:
+        raise _bad(
+            "'span' with bbox_format or objects: coordinates are written anew, which moves characters. Give 'phrase'."
+        )
     if answer is None and len(texts) > 1:
         raise _bad("'span' needs 'answer', the number of the assistant's turn from 0: there are several.")
     text = texts[answer or 0]

@@ -43,7 +43,7 @@ DEFAULT_REGISTRY = Path(__file__).resolve().parents[2] / "data"
 SOURCE_KEYS = ("annotation_path", "hf_dataset")  # an entry has one of them
 RECORD_FIELDS = (
     *("conversations", "messages", "image", "images", "video", "videos"),
-    *("system", "tools", "id", "bbox_format", "label", "masks"),
+    *("system", "tools", "id", "bbox_format", "objects", "label", "masks"),
     *FORM_FIELDS,
 )  # that "columns" can name
 

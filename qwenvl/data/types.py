@@ -184,11 +184,13 @@ class Conversation:
         tools: what they may call, as the record has it.
         unread_keys: Keys of the record, of its turns and of their text parts that nothing reads, as messages name them:
             ``'mood' of turns``.
+        unconverted: The record says what its coordinates count, it has numbers, and no box or point was found.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     unread_keys: tuple[str, ...] = ()
+    unconverted: bool = False
 
     def media(self) -> tuple[ImageItem | VideoItem, ...]:
         """All media in the order they are rendered."""

@@ -21,17 +21,22 @@ MIN_OVERLAP = 0.5
 """Intersection over union from which a box counts as found (PASCAL VOC, Everingham et al. 2010)."""
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-_JSON = re.compile(rf"[\"']bbox_2d[\"']\s*:\s*\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+_JSON = re.compile(rf"[\"']bbox(?:_2d)?[\"']\s*:\s*\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+_LIST = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _TOKENS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)")
 
 
-def read_boxes(text: str) -> list[Box]:
+def read_boxes(text: str, *, bare: bool = False) -> list[Box]:
     """Return the boxes of an answer in the forms that Qwen writes, in order; nothing where there are none.
 
-    ``{"bbox_2d": [x1, y1, x2, y2], ...}`` alone, in lists or fenced, also where the JSON around it is cut short; or
-    ``<|box_start|>(x1,y1),(x2,y2)<|box_end|>``, also without its tokens, which decoding leaves out.
+    ``{"bbox_2d": [x1, y1, x2, y2], ...}`` (or ``"bbox"``) alone, in lists or fenced, also where the JSON around it is
+    cut short; or ``<|box_start|>(x1,y1),(x2,y2)<|box_end|>``, also without its tokens, which decoding leaves out.
+
+    Args:
+        text: Answer.
+        bare: Also read ``[x1, y1, x2, y2]`` by itself, which may be anything where boxes are not asked for.
     """
-    found = _JSON.findall(text) or _TOKENS.findall(text)
+    found = _JSON.findall(text) or _TOKENS.findall(text) or (_LIST.findall(text) if bare else [])
     return [(float(a), float(b), float(c), float(d)) for a, b, c, d in found]
 
 
@@ -56,8 +61,8 @@ def matched_overlaps(found: Sequence[Box], wanted: Sequence[Box]) -> list[float]
 
 
 def _best_overlaps(case: Case) -> tuple[list[float], bool]:
-    found = read_boxes(case.prediction)
-    choices = [matched_overlaps(found, read_boxes(expected)) for expected in case.expected]
+    found = read_boxes(case.prediction, bare=True)
+    choices = [matched_overlaps(found, read_boxes(expected, bare=True)) for expected in case.expected]
     return max(choices, key=lambda overlaps: sum(overlaps) / max(len(overlaps), 1)), bool(found)
 
 

@@ -20,9 +20,10 @@ from qwenvl.data.processor import open_processor
 from qwenvl.data.sizes import MediaPlan, VideoPlan
 from qwenvl.data.types import ImageItem, Message, TextPart, VideoItem
 from qwenvl.evaluate.prompts import Prompt
-from qwenvl.models.adapter_files import CONFIG_FILE, read_base, read_config
+from qwenvl.models.adapter_files import CONFIG_FILE, find_base, read_config
 from qwenvl.models.merging import open_adapted
 from qwenvl.models.precision import read_dtype
+from qwenvl.models.quantization import quantization_method
 from qwenvl.utilities.distributed import local_rank
 from qwenvl.utilities.errors import UserError
 
@@ -63,36 +64,52 @@ class Answerer:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def base_of(folder: str) -> str:
+def base_of(folder: str, base: str | None = None) -> str:
     """Return the folder or name of the base model of an adapter folder; any other folder as it is.
 
+    Args:
+        folder: Model folder, adapter folder, or a Hugging Face id.
+        base: Base model of the adapters, where it is not where their folder says.
+
     Raises:
-        UserError: ``adapter_config.json`` cannot be read, or does not name a base.
+        UserError: ``adapter_config.json`` cannot be read or does not name a base, or the base is not there; or a base
+            is given of what are no adapters.
     """
-    return read_base(folder) if (Path(folder) / CONFIG_FILE).is_file() else folder
+    if (Path(folder) / CONFIG_FILE).is_file():
+        return find_base(folder, base)
+    if base is not None:
+        raise UserError(f"--base {base} has no effect: {folder} holds no adapters. Leave it out.")
+    return folder
 
 
-def config_of(folder: str) -> PretrainedConfig:
+def config_of(folder: str, base: str | None = None) -> PretrainedConfig:
     """Return the config of a model; of adapters, that of their folder, where it has one, or of their base.
 
+    Args:
+        folder: See :func:`base_of`.
+        base: See :func:`base_of`.
+
     Raises:
-        UserError: the base of adapters is not named.
+        UserError: See :func:`base_of`.
     """
-    base = base_of(folder)
-    return AutoConfig.from_pretrained(folder) if base == folder else read_config(folder, base)
+    below = base_of(folder, base)
+    return AutoConfig.from_pretrained(folder) if below == folder else read_config(folder, below)
 
 
-def processor_folder(folder: str) -> str:
+def processor_folder(folder: str, base: str | None = None) -> str:
     """Return where the processor is: an adapter folder may have none, and its base has one."""
     has_own = any((Path(folder) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
-    return folder if has_own else base_of(folder)
+    return folder if has_own else base_of(folder, base)
 
 
-def open_answerer(folder: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> Answerer:
+def open_answerer(
+    folder: str, *, base: str | None = None, device: str | None = None, dtype: torch.dtype | None = None
+) -> Answerer:
     """Open a folder of a whole model with the stock classes, or of adapters, on their base, with PEFT.
 
     Args:
         folder: model folder, adapter folder, or a Hugging Face id.
+        base: See :func:`base_of`.
         device: such as ``cpu`` or ``cuda:1``; None for the accelerator where there is one.
         dtype: of the weights; None for the one they are saved in.
 
@@ -100,20 +117,31 @@ def open_answerer(folder: str, *, device: str | None = None, dtype: torch.dtype 
         UserError: the folder cannot be opened.
     """
     device = device or default_device()
-    processor = open_processor(processor_folder(folder))
-    base = base_of(folder)
+    processor = open_processor(processor_folder(folder, base))
+    below = base_of(folder, base)
+    if below == folder and device.startswith("cpu"):
+        _refuse_quantized_without_gpu(folder)
     try:
         model: Any = (
             AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
-            if base == folder
-            else open_adapted(base, folder, dtype or read_dtype(base))
+            if below == folder
+            else open_adapted(below, folder, dtype or read_dtype(below))
         )
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last: a library of quantized weights
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} cannot be opened as a model with its processor: {first_line}") from error
     return Answerer(model.to(device).eval(), processor)
+
+
+def _refuse_quantized_without_gpu(folder: str) -> None:
+    method = quantization_method(AutoConfig.from_pretrained(folder).to_dict())
+    if method:
+        raise UserError(
+            f"{folder}: its weights are quantized ({method}), which takes a GPU. Ask the unquantized checkpoint, or a "
+            "server such as vLLM."
+        )
 
 
 def generate(

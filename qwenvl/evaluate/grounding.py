@@ -105,18 +105,21 @@ class Grounder:
             return run_model(model, send_to_device(batch, model.device))
 
 
-def open_grounder(folder: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> Grounder:
+def open_grounder(
+    folder: str, *, base: str | None = None, device: str | None = None, dtype: torch.dtype | None = None
+) -> Grounder:
     """Open a model folder, and what ``--task grounding`` left in it.
 
     Args:
         folder: model folder or Hugging Face id.
+        base: Base model of adapters, where it is not where their folder says.
         device: such as ``cpu`` or ``cuda:1``; None for the accelerator where there is one.
         dtype: of the model's weights; None for the one they are saved in.
 
     Raises:
         UserError: the folder cannot be opened.
     """
-    answerer = open_answerer(folder, device=device, dtype=dtype)
+    answerer = open_answerer(folder, base=base, device=device, dtype=dtype)
     model: Any = answerer.model
     readout = None
     if task_files.is_task_folder(folder) and task_files.read_record(folder).get("task") == "grounding":

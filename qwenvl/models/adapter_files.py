@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from qwenvl.models.adapters import is_adapter, trains_whole
+from qwenvl.models.loading import read_model_type
 from qwenvl.models.readout import is_readout
 from qwenvl.models.shared_out import gathered
 from qwenvl.models.token_rows import is_row, row_layers
@@ -33,6 +35,13 @@ TRAINED_CONFIG = "trained_config.json"
 Under its usual name, transformers would take the folder for one of a whole model.
 """
 
+OLDER_NAMES = {
+    r"^model\.(?=layers\.|embed_tokens\.|norm\.)": "model.language_model.",
+    r"^visual\.": "model.visual.",
+}
+"""How transformers before 4.52 named the layers of Qwen2-VL and Qwen2.5-VL: patterns, and what is there now."""
+
+_PREFIX = "base_model.model."
 _LISTED = 6
 
 
@@ -141,6 +150,14 @@ def load(model: PreTrainedModel, folder: str | Path) -> None:
             parameter.copy_(value)
 
 
+def newer_name(name: str) -> str:
+    """Return the present name of a tensor of adapters that may be named as in older transformers."""
+    own = name.removeprefix(_PREFIX)
+    for pattern, replacement in OLDER_NAMES.items():
+        own = re.sub(pattern, replacement, own)
+    return _PREFIX + own if name.startswith(_PREFIX) else name
+
+
 def require_same_names(path: Path, saved: Set[str], wanted: Set[str]) -> None:
     """Refuse a file of adapters that are not those of the model.
 
@@ -170,6 +187,31 @@ def read_config(folder: str | Path, base: str, **origin: Any) -> PretrainedConfi
     return AutoConfig.from_pretrained(base, **origin)
 
 
+def find_base(folder: str | Path, base: str | None = None, cache_dir: str | None = None) -> str:
+    """Return the checkpoint below a folder of adapters, which is there.
+
+    Args:
+        folder: Folder of adapters.
+        base: Where the checkpoint is, from ``--base``; None where the folder says it.
+        cache_dir: Where downloads are kept.
+
+    Raises:
+        UserError: The folder holds no adapters or does not name their checkpoint, or it is not there.
+    """
+    named = base or read_base(folder)
+    try:
+        read_model_type(named, cache_dir)
+    except UserError as error:
+        if base is not None:
+            raise UserError(str(error).replace("--model_name_or_path", "--base", 1)) from error
+        why = str(error).removeprefix(f"--model_name_or_path {named}: ")
+        raise UserError(
+            f"{folder} holds adapters on {named} (base_model_name_or_path of its {CONFIG_FILE}), which cannot be "
+            f"opened: {why} Name that checkpoint where it is now: --base FOLDER."
+        ) from error
+    return named
+
+
 def read_base(folder: str | Path) -> str:
     """Return the checkpoint that a folder of adapters belongs to.
 
@@ -182,5 +224,7 @@ def read_base(folder: str | Path) -> str:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder} holds no adapters: {path.name} cannot be read ({error}).") from error
     if not isinstance(base, str) or not base:
-        raise UserError(f"{path} does not name the checkpoint it belongs to (base_model_name_or_path): add it there.")
+        raise UserError(
+            f"{path} does not name the checkpoint it belongs to (base_model_name_or_path): name it by --base FOLDER."
+        )
     return base

@@ -31,6 +31,7 @@ from qwenvl.lab.encoder import TOWERS, WHOLE_PICTURES
 from qwenvl.lab.model import LabForConditionalGeneration
 from qwenvl.lab.processor import END, MEDIA_TOKENS, START, LabProcessor, with_pictures
 from qwenvl.lab.registration import register
+from qwenvl.models.quantization import refuse_quantized
 from qwenvl.models.vocabulary import make_room
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.permissions import follow_umask
@@ -120,7 +121,7 @@ def _open_encoder(name: str, drop_layers: int | None) -> _Encoder:
     Raises:
         UserError: it has none that the lab knows.
     """
-    whole = _read_config(name, "encoder")
+    whole = read_part_config(name, "encoder")
     vision = getattr(whole, "vision_config", whole)
     config = copy.deepcopy(getattr(vision, "encoder_config", vision))
     if config.model_type not in (*WHOLE_PICTURES, *TOWERS):
@@ -164,7 +165,7 @@ def _open_language_model(name: str) -> tuple[Any, Any]:
     Raises:
         UserError: it has no chat template, or not the form that the trainer takes.
     """
-    whole = _read_config(name, "language_model")
+    whole = read_part_config(name, "language_model")
     tokenizer = AutoTokenizer.from_pretrained(name)
     if whole.model_type == MODEL_TYPE:
         text = _as_causal_lm(AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32))
@@ -195,12 +196,23 @@ def _as_causal_lm(lab: Any) -> Any:
     return text
 
 
-def _read_config(name: str, part: str) -> Any:
+def read_part_config(name: str, part: str) -> Any:
+    """Return the config of a checkpoint that is a part of a model of the lab.
+
+    Args:
+        name: Folder or Hugging Face id.
+        part: ``encoder`` or ``language_model``, for messages.
+
+    Raises:
+        UserError: It cannot be opened, or its weights are quantized.
+    """
     try:
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{part} {name}: its config cannot be opened: {first}") from error
+    refuse_quantized(config.to_dict(), f"{part} {name}")
+    return config
 
 
 def _processor(config: LabVisionConfig, part: _Encoder, tokenizer: Any) -> LabProcessor:

@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from qwenvl.lab.registration import register
 from qwenvl.models.expert_layout import experts_read_as_stored
+from qwenvl.models.quantization import refuse_quantized
 from qwenvl.models.readout import is_readout
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.families import LAB, Family, get_family
@@ -63,11 +64,11 @@ def load_model(
         The model, in evaluation mode, with its config as saved.
 
     Raises:
-        UserError: no checkpoint, an unknown model type, weights that are not safetensors, or weights that are
-            missing, unexpected or of another shape.
+        UserError: no checkpoint, an unknown model type, quantized weights, weights that are not safetensors, or
+            weights that are missing, unexpected or of another shape.
     """
     origin = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    family = get_family(read_model_type(model_name_or_path, cache_dir=cache_dir))
+    family = get_family(read_trainable_type(model_name_or_path, cache_dir=cache_dir))
     try:
         with experts_read_as_stored(model_name_or_path, family.model_type, **origin):
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -128,6 +129,22 @@ def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> st
     Raises:
         UserError: the folder or its ``config.json`` is missing, or names no model type.
     """
+    return str(_read_config(model_name_or_path, cache_dir)["model_type"])
+
+
+def read_trainable_type(model_name_or_path: str, cache_dir: str | None = None) -> str:
+    """Do what :func:`read_model_type` does, for a checkpoint that is trained or merged into.
+
+    Raises:
+        UserError: as there, or its weights are quantized.
+    """
+    config = _read_config(model_name_or_path, cache_dir)
+    refuse_quantized(config, f"--model_name_or_path {model_name_or_path}")
+    return str(config["model_type"])
+
+
+def _read_config(model_name_or_path: str, cache_dir: str | None) -> dict[str, Any]:
+    """Return the checkpoint's ``config.json``, which names a model type."""
     folder = Path(model_name_or_path)
     looks_local = folder.is_absolute() or model_name_or_path.startswith((".", "~")) or folder.exists()
     if looks_local and not folder.is_dir():
@@ -135,7 +152,8 @@ def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> st
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"--model_name_or_path {model_name_or_path}: the folder holds adapters. Merge them first: python "
-            f"tools/merge_lora.py --adapter {model_name_or_path} --output DIR; or resume their run by its own command."
+            f"tools/merge_lora.py --adapter {model_name_or_path} --output DIR (--base names their checkpoint, where it "
+            "has moved); or resume their run by its own command."
         )
     if looks_local and not (folder / "config.json").is_file():
         raise UserError(
@@ -155,7 +173,7 @@ def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> st
         raise UserError(f"--model_name_or_path {model_name_or_path}: its config.json has no model_type.")
     if config["model_type"] == LAB.model_type:
         register()
-    return str(config["model_type"])
+    return dict(config)
 
 
 def _explain_missing_weights(path: str, error: Exception) -> str:

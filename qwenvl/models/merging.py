@@ -15,7 +15,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qwenvl.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_config, require_same_names
+from qwenvl.models.adapter_files import (
+    CONFIG_FILE,
+    OLDER_NAMES,
+    WEIGHTS_FILE,
+    newer_name,
+    read_config,
+    require_same_names,
+)
 from qwenvl.models.fingerprints import checksum
 from qwenvl.models.float32 import computing_in_float32
 from qwenvl.models.loading import load_model
@@ -56,6 +63,8 @@ def open_adapted(
 ) -> Any:
     """Open a checkpoint with a folder of adapters on it, by PEFT; every tensor of the folder finds its place.
 
+    Names of older transformers (:data:`~qwenvl.models.adapter_files.OLDER_NAMES`) are read too.
+
     Args:
         base: checkpoint that the adapters were trained on.
         adapter: folder that PEFT or this trainer wrote.
@@ -77,14 +86,17 @@ def open_adapted(
     origin: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     config = read_config(adapter, base, **origin)
     model = load_model(base, dtype=dtype, attn_implementation="sdpa", config=config, **origin)
+    with safe_open(path, "pt") as file:
+        saved = {name: newer_name(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+    renamed = any(name != newer for name, newer in saved.items())
     try:
-        adapted = PeftModel.from_pretrained(model, adapter)
+        adapted = PeftModel.from_pretrained(model, adapter, key_mapping=OLDER_NAMES if renamed else None)
     except (RuntimeError, ValueError, KeyError) as error:  # shapes that differ, layers or tensors that are not there
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{adapter} does not fit {base}: {first} Was it trained on another checkpoint?") from error
-    with safe_open(path, "pt") as file:
-        saved = set(file.keys())
-    require_same_names(path, saved, get_peft_model_state_dict(adapted, save_embedding_layers=False).keys())
+    require_same_names(
+        path, set(saved.values()), get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    )
     return adapted.eval()
 
 

@@ -89,6 +89,9 @@ def decode_one_of_each(dataset: ConversationDataset) -> None:
             if item.error is not None:
                 raise item.error
             if item.samples:
+                for event in item.events:
+                    if event.kind == "unconverted":
+                        logger.warning("%s.", event.message.rstrip("."))
                 break
             reasons += [event.message for event in item.events]
         else:

@@ -20,6 +20,7 @@ MEANING = {
     "bad": f"left out: cannot be used (see {BAD_SAMPLES})",
     "overlength": f"left out: longer than --model_max_length (see {BAD_SAMPLES})",
     "truncated": "shortened by whole turns to --model_max_length",
+    "unconverted": "with a bbox_format and numbers, but no box or point in a form that is converted",
     "thinking_mismatch": "with a <think> block where the chat template opens none, or without the one it opens",
 }
 SAID_ONCE = "unread_key"

@@ -19,7 +19,7 @@ from qwenvl.data.processor import (
 )
 from qwenvl.models import task_files
 from qwenvl.models.context import require_same_context
-from qwenvl.models.loading import read_model_type, refuse_flattening
+from qwenvl.models.loading import read_trainable_type, refuse_flattening
 from qwenvl.models.readout import readout_of
 from qwenvl.train import interruption
 from qwenvl.train.checkpoints import Engine, find_checkpoint, read_step, require_state_dict, require_writable
@@ -58,7 +58,7 @@ def run(parsed: ParsedArguments) -> int:
 def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     args = parsed.training
     engine = _engine(args)
-    family = get_family(read_model_type(parsed.model.model_name_or_path, cache_dir=args.cache_dir))
+    family = get_family(read_trainable_type(parsed.model.model_name_or_path, cache_dir=args.cache_dir))
     if engine != "plain":
         _require_launcher(engine, args.dry_run)
         _refuse_engine(engine, family)

@@ -25,6 +25,8 @@ class Family:
         plain_positions: the language model counts tokens one by one, those of pictures too, rather than by M-RoPE.
         boxes: how coordinates of boxes and points are written. ``relative_1000``: whole numbers from 0 to 1000, the
             left or top edge to the right or bottom one; ``resized_pixels``: pixels of the picture after resizing.
+        box_text: Written form of a box that stands alone. ``tokens``: between special tokens, as Qwen2-VL was trained
+            (its model card); ``list``: numbers in square brackets, as the JSON of the newer cookbooks has it.
     """
 
     model_type: str
@@ -35,12 +37,13 @@ class Family:
     gated_vision: bool = False
     plain_positions: bool = False
     boxes: Literal["relative_1000", "resized_pixels"] = "relative_1000"
+    box_text: Literal["tokens", "list"] = "list"
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("qwen2_vl", video_layout="clip"),
+        Family("qwen2_vl", video_layout="clip", box_text="tokens"),
         Family("qwen2_5_vl", video_layout="clip", timed_positions=True, gated_vision=True, boxes="resized_pixels"),
         Family("qwen3_vl", video_layout="frames"),
         Family("qwen3_vl_moe", video_layout="frames", moe=True),

@@ -139,6 +139,7 @@ BOX = [64, 48, 320, 240]
             "<|quad_start|>(64,48),(320,48),(320,240),(64,240)<|quad_end|>",
             "<|quad_start|>(100,100),(500,100),(500,500),(100,500)<|quad_end|>",
         ),
+        ("swipe(320, 240, 64, 48)", "swipe(500, 500, 100, 100)"),  # two points, and no corners
         ("{'bbox_2d': [64, 48, 320, 240]}", "{'bbox_2d': [100, 100, 500, 500]}"),
         (r'"{\"bbox_2d\": [64, 48, 320, 240]}"', r'"{\"bbox_2d\": [100, 100, 500, 500]}"'),
         ('{"bbox_2d": [-0.5, 0, 640.01, 480]}', '{"bbox_2d": [0, 0, 1000, 1000]}'),
@@ -197,6 +198,47 @@ def test_tool_calls_and_reasoning() -> None:
     assert found == "a tool call is nested too deeply to be read."
 
 
+def test_coordinates_of_calls() -> None:
+    """As objects and as JSON strings, in the forms of the families' own agents."""
+    arguments = {"action": "swipe", "coordinate": [64, 48], "coordinate2": (320, 240), "x": 64, "time": 48}
+    calls = [
+        {"name": "computer_use", "arguments": arguments},
+        {"name": "computer_use", "arguments": json.dumps(arguments)},
+        {"name": "click", "arguments": {"start_box": "(64,48)", "point": "[64, 48]", "label": "(64,48)"}},
+        {"name": "zoom", "arguments": {"bbox_2d": [[64, 48, 320, 240], [0, 0, 64, 48]], "point": ["x", "y"]}},
+    ]
+    turn = {"role": "assistant", "tool_calls": calls}
+    record = {"messages": [{"role": "user", "content": "<image>?"}, turn], "image": "a", "bbox_format": "pixel"}
+    found = [
+        call["arguments"] for call in convert(Sample(Origin("d", "f", 1), record)).messages[-1].extra["tool_calls"]
+    ]
+    converted = {**arguments, "coordinate": [100, 100], "coordinate2": [500, 500]}
+    assert found[:2] == [converted, converted]
+    assert found[2] == {"start_box": "(100,100)", "point": "[100, 100]", "label": "(64,48)"}
+    assert found[3] == {"bbox_2d": [[100, 100, 500, 500], [0, 0, 100, 100]], "point": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "family", "expected"),
+    [
+        ("Tap 64 by 48.", {}, RELATIVE, True),
+        ('{"x": 64, "y": 48}', {}, RELATIVE, True),
+        ("No cup, 1 plate.", {}, RELATIVE, False),
+        ('{"point": [64, 48]} of 640 x 480', {}, RELATIVE, False),
+        ("Tap 64 by 48.", {"bbox_format": None}, RELATIVE, False),
+        ("Tap 64 by 48.", {"bbox_format": "relative_1000"}, RELATIVE, False),
+        ("Tap 64 by 48.", {"bbox_format": "relative_1000"}, RESIZED, True),
+    ],
+)
+def test_numbers_of_which_none_is_converted(text: str, fields: dict[str, Any], family: Any, expected: bool) -> None:
+    sample = sample_of("<image>Where?", text, image="a.jpg", **fields)
+    assert convert(sample, family=family).unconverted is expected
+    call = {"role": "assistant", "tool_calls": [{"name": "tap", "arguments": {"text": text}}]}
+    turns = [{"role": "user", "content": "<image>?"}, call]
+    record = {"messages": turns, "image": "a.jpg", "bbox_format": "pixel", **fields}
+    assert convert(Sample(Origin("d", "f", 1), record), family=family).unconverted is expected
+
+
 def nested(depth: int) -> list[Any]:
     """Return a list in a list in a list, deeper than Python calls functions."""
     value: list[Any] = []
@@ -217,9 +259,12 @@ def nested(depth: int) -> list[Any]:
         ('{"bbox_2d": [64, 48, 320]}', ["4 numbers"]),
         ('{"point_2d": [64, 48, 320]}', ["2 numbers"]),
         ('{"bbox_2d": [64, 48, 32O, 240]}', ["4 numbers"]),
-        ('{"bbox_2d": [[64, 48, 320, 240]]}', ["4 numbers"]),
+        ('{"bbox_2d": [[64, 48, 320, 240], [1, 2]]}', ["4 numbers", "[1, 2]"]),
         ('{"bbox_2d": [64, 48, ', ["4 numbers"]),
-        ("<|box_start|>(64,48)<|box_end|>", ["4 numbers", "<|box_start|>(64,48)<|box_end|>"]),
+        ("<|box_start|>(64,48),(1)<|box_end|>", ["2 or 4 numbers", "<|box_start|>(64,48),(1)<|box_end|>"]),
+        ('{"coordinate": [64, 481]}', ["[64, 481]", "480 high"]),
+        ("<point>64 48 12</point>", ["2 numbers"]),
+        ("click(641, 48)", ["click(641, 48", "640 pixels wide"]),
     ],
 )
 def test_boxes_that_cannot_be_converted(written: str, parts: list[str]) -> None:

@@ -199,6 +199,8 @@ def test_samples_without_masks_and_spans_that_move_are_refused(qwen3, folder) ->
     mask = {"span": [0, 5], "segmentation": ALL}
     with pytest.raises(SampleError, match="'span' with bbox_format"):
         qwen3[0].plan(_sample(folder, "a cat.", mask, bbox_format="pixel"))
+    with pytest.raises(SampleError, match="'span' with bbox_format or objects"):
+        qwen3[0].plan(_sample(folder, "a cat <bbox>.", mask, objects={"bbox": [[1, 1]]}))
     assert len(replace(qwen3[0], targets=None).plan(_sample(folder, "a cat.", "nonsense")).tokens)
 
 

@@ -164,13 +164,18 @@ def test_boxes_survive_every_form_of_writing(found: list[Box]) -> None:
     )
     listed = json.dumps(objects)
     forms = [listed, f"```json\n{json.dumps(objects, indent=1)}\n```", tokens, tokens.replace("<|box_start|>", "")]
+    forms += [listed.replace("bbox_2d", "bbox")]
     assert all(read_boxes(form) == found for form in forms)
+    bare = " ".join(str(list(box)) for box in found)  # of ms-swift's <bbox> alone
+    assert read_boxes(bare, bare=True) == found
+    assert read_boxes(bare) == []
     assert read_boxes(listed[:-3]) == found  # cut short
     assert read_boxes(as_answer(found[0])) == found[:1]
 
 
 @pytest.mark.parametrize(
-    "answer", ["", "7", "{", "[1, 2, 3, 4]", '{"bbox_2d": [1, 2, 3]}', '{"bbox_2d": [1, 2, 3, "4"]}', '{"box": 1}']
+    "answer",
+    ["", "7", "{", "[1, 2, 3]", "1, 2, 3, 4", '{"bbox_2d": [1, 2, 3]}', '{"bbox_2d": [1, 2, 3, "4"]}', '{"box": 1}'],
 )
 def test_what_is_no_box_is_wrong_and_counted(answer: str) -> None:
     assert read_boxes(answer) == []

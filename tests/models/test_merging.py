@@ -186,10 +186,41 @@ def test_half_a_folder_is_refused(missing, folders):
 def test_a_tensor_that_finds_no_place_is_refused(folders):
     base, folder = folders
     tensors = load_file(folder / "adapter_model.safetensors")
-    tensors["base_model.model.model.layers.9.lora_A.weight"] = torch.zeros(2, 2)
+    tensors["base_model.model.model.blocks.9.lora_A.weight"] = torch.zeros(2, 2)
     save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"1 fit nothing \(base_model.model.model.layers.9"):
+    with pytest.raises(UserError, match=r"1 fit nothing \(base_model.model.model.blocks.9"):
         open_adapted(str(base), str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_names_of_older_transformers_are_read(family, tiny_checkpoint, tmp_path):
+    """``visual.`` and ``model.layers.`` at the top, as before 4.52: the same adapters, merged to the same weights."""
+    base = tiny_checkpoint(family)
+    torch.manual_seed(0)
+    targets = r".*language_model.*q_proj|.*visual.*qkv"
+    wrapped = get_peft_model(AutoModelForImageTextToText.from_pretrained(base), LoraConfig(r=4, target_modules=targets))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    wrapped.save_pretrained(tmp_path)
+    merged = []
+    for rename in (False, True):
+        if rename:
+            file = tmp_path / "adapter_model.safetensors"
+            older = {
+                name.replace(".model.model.visual.", ".model.visual.").replace(
+                    "language_model.layers", "layers"
+                ): tensor
+                for name, tensor in load_file(file).items()
+            }
+            assert not any("language_model" in name or ".model.model.visual" in name for name in older)
+            save_file(older, file, metadata={"format": "pt"})
+        opened = open_adapted(str(base), str(tmp_path), torch.float32)
+        merged.append(merge(opened, AutoProcessor.from_pretrained(base))[0].state_dict())
+    plain = AutoModelForImageTextToText.from_pretrained(base).state_dict()
+    assert all(torch.equal(tensor, merged[1][name]) for name, tensor in merged[0].items())
+    changed = {name for name, tensor in plain.items() if not torch.equal(tensor, merged[1][name])}
+    assert any("visual" in name for name in changed) and any("language_model" in name for name in changed)
 
 
 def test_weights_have_the_type_that_is_asked_for(folders):

@@ -136,6 +136,21 @@ def test_a_hugging_face_dataset_with_columns_of_other_names(check: Check, tmp_pa
     assert [record["id"] for record in read_lines(tmp_path / "again.jsonl")] == ["b.jpg"]
 
 
+def test_objects_that_fill_tags(check: Check, tmp_path: Path) -> None:
+    """ms-swift's grounding format: filled, or refused by name; other objects make another sample."""
+
+    def objects(answer: str, *boxes: list[int]) -> dict[str, Any]:
+        return sample(answer, answer=answer, image="a.jpg", objects={"bbox": list(boxes)})
+
+    good = [objects("<bbox>", [1, 2, 3, 4]), {**objects("<bbox>", [1, 2, 3, 5]), "id": "other"}]
+    bad = [objects("<bbox><bbox>", [1, 2, 3, 4]), objects("At <bbox>", [1, 2, 401, 4])]
+    bad += [sample("none", answer="No <bbox>", image="a.jpg")]
+    write_lines(tmp_path / "set.jsonl", [*good, *bad])
+    assert check()[0] == 1
+    found = [["bad_record"], ["bad_boxes"], ["bad_record"]]
+    assert problems(tmp_path) == {record["id"]: one for record, one in zip(bad, found, strict=True)}
+
+
 def test_packed_rows_lose_their_bad_members_alone(check: Check, tmp_path: Path) -> None:
     rows = [[GOOD[0], BAD[0][1], GOOD[1]], [BAD[1][1]], GOOD[2:4], GOOD[4]]
     write_lines(tmp_path / "set.jsonl", rows)

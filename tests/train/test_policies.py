@@ -17,6 +17,7 @@ from qwenvl.train.report import DataReport
 from qwenvl.train.train_qwen import main
 from tests.train.runs import history, largest_difference, torchrun, weights
 from tests.train.test_errors import GOOD, Place, sample
+from tools import check_image
 from tools.show_sample import main as show_sample
 
 OTHER = {**GOOD, "id": "other", "conversations": [GOOD["conversations"][0], {"from": "gpt", "value": "Grey and loud."}]}
@@ -168,6 +169,31 @@ def test_keys_that_nothing_reads_are_named_once(place: Place, capsys: pytest.Cap
     flags = ["--annotation_path", file, "--data_path", folder, "--model_name_or_path", str(place.model), "--all"]
     assert show_sample(flags) == 0
     assert said() == [text.replace("'set'", repr(place.annotations.stem)) for text in named]
+
+
+def test_coordinates_that_are_not_converted_are_said(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, with the count of samples, in training; and by the dry run, show_sample and check_image alike."""
+    point, words = '{"x": 3, "y": 4}', "Nothing to click."
+    answers = [point, '{"point": [3, 4]}', f"{point}.", words]
+    turns = [[{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": text}] for text in answers]
+    fields = {"image": "good.jpg", "bbox_format": "pixel"}
+    place.write(*[{"id": str(number), "conversations": one, **fields} for number, one in enumerate(turns)])
+    assert main(place.flags(max_steps=2)) == 0
+    error = capsys.readouterr().err
+    assert error.count("no box or point in a form that is converted (docs/data.md, Boxes).") == 1
+    assert summary(error) == [
+        "Dataset 'set': 2 samples with a bbox_format and numbers, but no box or point in a form that is converted."
+    ]
+    assert main([*place.flags(max_steps=2), "--dry_run", "True"]) == 0
+    assert f"{place.annotations}:1 (id '0'): it has a bbox_format and numbers, and no box" in capsys.readouterr().err
+    flags = ["--annotation_path", str(place.annotations), "--data_path", str(place.folder)]
+    assert show_sample([*flags, "--model_name_or_path", str(place.model), "--all"]) == 0
+    assert capsys.readouterr().out.count("it has a bbox_format and numbers, and no box or point") == 2
+    check_image.main([*flags, "--output", str(place.folder), "--workers", "0"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "bbox_format" in line]
+    assert len(said) == 1
+    assert "2 samples with a bbox_format and numbers, but no box or point in a form that is converted; the" in said[0]
+    assert f"{place.annotations}:1 (id '0')" in said[0]
 
 
 def test_two_ranks_leave_out_what_either_finds(place: Place) -> None:

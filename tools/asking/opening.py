@@ -85,9 +85,10 @@ def open_asking_encoder(arguments: AskArguments) -> SampleEncoder:
     Raises:
         UserError: the folder has no config or processor that can be used.
     """
-    family = get_family(read_model_type(base_of(arguments.model_name_or_path)))
-    processor: Any = open_processor(processor_folder(arguments.model_name_or_path))
-    config = config_of(arguments.model_name_or_path)
+    folder, base = arguments.model_name_or_path, arguments.base
+    family = get_family(read_model_type(base_of(folder, base)))
+    processor: Any = open_processor(processor_folder(folder, base))
+    config = config_of(folder, base)
     own = limits_as_flags(processor, family)
     missing = {name: value for name, value in own.items() if getattr(arguments, name) is None}
     values = {one.name: getattr(arguments, one.name) for one in fields(DataArguments)} | missing
@@ -143,7 +144,7 @@ def open_model(arguments: AskArguments, encoder: SampleEncoder) -> Answerer:
         UserError: it cannot be opened.
     """
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    opened = open_answerer(arguments.model_name_or_path, device=arguments.device, dtype=dtype)
+    opened = open_answerer(arguments.model_name_or_path, base=arguments.base, device=arguments.device, dtype=dtype)
     return replace(opened, template_kwargs=encoder.template.kwargs)
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenvl.arguments import DataArguments
-from qwenvl.data.boxes import convert_boxes
 from qwenvl.data.encoding import SampleEncoder, plan_item
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import Examined, examine
 from qwenvl.data.messages_limits import LIMIT_FIELDS
 from qwenvl.data.messages_media import media_keys
+from qwenvl.data.objects import write_boxes
 from qwenvl.data.processor import vision_settings
 from qwenvl.data.record_forms import FORM_FIELDS
 from qwenvl.data.regions import MaskReader
@@ -27,7 +27,10 @@ from qwenvl.utilities.lockstep import finish
 
 DIGEST_BYTES = 16
 # What a sample is trained on; all else, such as its id, may differ between samples of the same content.
-CONTENT = ("conversations", "messages", "image", "images", "video", "videos", "system", "tools", "bbox_format")
+CONTENT = (
+    *("conversations", "messages", "image", "images", "video", "videos", "system", "tools"),
+    *("bbox_format", "objects"),
+)
 TAGS = ("<image>", "<video>")
 TAG_IN_ANSWER = "tag_in_answer"  # a problem here alone: training takes such samples
 # Where no model is named: the tokens of pictures have these names in all families, and which pictures and videos are
@@ -50,11 +53,13 @@ class Finding:
         problems: everything that is wrong with it, each once.
         media: number of its images and videos.
         unread_keys: Its keys that nothing reads, as :class:`qwenvl.data.types.Conversation` has them.
+        unconverted: It says what its coordinates count, and none was converted.
     """
 
     problems: tuple[SampleError, ...]
     media: int
     unread_keys: tuple[str, ...] = ()
+    unconverted: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class SampleChecker:
             *self._label_problems(sample, examined),
         ]
         reader = MediaReader(sample.data_path, self.allow_remote, sample.allow_absolute)
-        plans: list[MediaPlan] = []
+        plans, written = list[MediaPlan](), examined.conversation
         for item in examined.media:
             try:
                 plans.append(plan_item(item, reader, self.settings))
@@ -114,11 +119,12 @@ class SampleChecker:
                 problems.append(error)
         if tuple(plan.item for plan in plans) == examined.conversation.media():
             try:
-                convert_boxes(examined.conversation, plans, sample, self.settings.family, problems)
+                written = write_boxes(examined.conversation, plans, sample, self.settings.family, problems)
             except SampleError as error:
                 problems.append(error)
+        unconverted = not problems and written.unconverted
         once = {(problem.category, problem.reason): problem for problem in problems}
-        return Finding(tuple(once.values()), len(examined.media), examined.conversation.unread_keys)
+        return Finding(tuple(once.values()), len(examined.media), written.unread_keys, unconverted)
 
     def _label_problems(self, sample: Sample, examined: Examined) -> Iterator[SampleError]:
         if self.labels is not None:
