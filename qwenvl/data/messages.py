@@ -13,11 +13,14 @@ import json
 import re
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from qwenvl.data.call_turns import CALL_ROLES, is_call_turn, join_calls, read_call_turn
 from qwenvl.data.messages_media import KINDS, MediaPool, typed_media
 from qwenvl.data.messages_turns import read_extra, read_trained, unread_keys
+from qwenvl.data.thoughts import without_repeated_thought
+from qwenvl.data.tool_calls import as_function_tool
 from qwenvl.data.types import Conversation, ImageItem, Message, Part, Role, Sample, TextPart, VideoItem
 from qwenvl.utilities.errors import SampleError, nearest
 
@@ -28,10 +31,19 @@ ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    **dict.fromkeys(CALL_ROLES, "assistant"),
     "tool": "tool",
     "observation": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
+    "function": "tool",
+    "function_response": "tool",
 }
+"""Speakers of ShareGPT, OpenAI, LLaMA-Factory and ms-swift, in small letters."""
 MEDIA_ROLES = ("user", "tool")
+
+_PEOPLE = [name for name, role in ROLES.items() if role != "tool" and name not in CALL_ROLES]
+"""Speakers that a hint may name: one that turned a call into a tool's answer, or back, would change what is trained."""
 
 _TAGS = re.compile("(<image>|<video>)")
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -128,6 +140,7 @@ def _build(
         if message is not None:
             problems.attempt(_check_turn_texts, message, number, reserved_tokens)
     if len(messages) == len(turns):
+        messages = join_calls(messages, [is_call_turn(_speaker(turn)) for turn in written])
         for kind in KINDS if read_pool is not None else ():
             problems.attempt(pool.check_bound, kind)
         if problems.wants_answer:
@@ -164,21 +177,31 @@ def _turns(record: Mapping[str, Any]) -> list[Any]:
 def _message(turn: Any, number: int, pool: MediaPool) -> Message:
     if not isinstance(turn, Mapping):
         raise SampleError("bad_record", f"turn {number} must be an object, not {type(turn).__name__}.")
-    role = _role(_either(turn, "from", "role", number), number)
-    extra, trained = read_extra(turn, number), read_trained(turn, role, number)
+    speaker = _either(turn, "from", "role", number)
+    role = _role(speaker, number)
+    extra, trained = read_extra(turn, role, number), read_trained(turn, role, number)
     content = _either(turn, "value", "content", number)
     where = f"turn {number} ({role})"
-    if content is None:
-        parts: tuple[Part, ...] = ()
-    elif isinstance(content, str):
-        parts = _bind_tags(content, pool) if role in MEDIA_ROLES else _text(content)
-    elif isinstance(content, list):
-        parts = tuple(part for item in content for part in _typed_part(item, role, where, pool))
-    else:
-        raise SampleError("bad_record", f"{where}: its text must be a string, not {type(content).__name__}.")
+    if is_call_turn(speaker):
+        return replace(read_call_turn(content, extra, f"turn {number} ({speaker})"), trained=trained)
+    parts = _parts(content, role, where, pool)
     if not parts and not (role == "assistant" and (extra.get("tool_calls") or extra.get("reasoning_content"))):
         raise SampleError("bad_record", f"{where} has neither text nor media. Write it, or take the turn out.")
-    return Message(role, parts, extra, trained)
+    return without_repeated_thought(Message(role, parts, extra, trained), where)
+
+
+def _parts(content: Any, role: Role, where: str, pool: MediaPool) -> tuple[Part, ...]:
+    if content is None:
+        return ()
+    if isinstance(content, str):
+        return _bind_tags(content, pool) if role in MEDIA_ROLES else _text(content)
+    if isinstance(content, list):
+        return tuple(part for item in content for part in _typed_part(item, role, where, pool))
+    raise SampleError("bad_record", f"{where}: its text must be a string, not {type(content).__name__}.")
+
+
+def _speaker(turn: Mapping[str, Any]) -> Any:
+    return turn.get("from") if turn.get("from") is not None else turn.get("role")
 
 
 def _either(turn: Mapping[str, Any], first: str, second: str, number: int) -> Any:
@@ -190,11 +213,12 @@ def _either(turn: Mapping[str, Any], first: str, second: str, number: int) -> An
 
 
 def _role(speaker: Any, number: int) -> Role:
-    if not isinstance(speaker, str) or speaker not in ROLES:
-        hint = nearest(speaker[:80], ROLES) if isinstance(speaker, str) else ""
+    if not isinstance(speaker, str) or speaker.lower() not in ROLES:
+        of_tools = isinstance(speaker, str) and any(word in speaker.lower() for word in ("tool", "func", "call"))
+        hint = nearest(speaker[:80].lower(), _PEOPLE) if isinstance(speaker, str) and not of_tools else ""
         known = ", ".join(ROLES)
         raise SampleError("bad_role", f"turn {number} is from {reprlib.repr(speaker)}, which is none of {known}.{hint}")
-    return ROLES[speaker]
+    return ROLES[speaker.lower()]
 
 
 def _text(text: str) -> tuple[Part, ...]:
@@ -254,7 +278,7 @@ def _tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise SampleError("bad_record", "'tools' must be a list of objects, or a JSON string of one.")
-    return tuple(tools)
+    return tuple(map(as_function_tool, tools))
 
 
 def _check_turn_texts(message: Message, number: int, reserved_tokens: Collection[str]) -> None:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import transformers
 
 from qwenvl.data.template_texts import HOLE, writes_texts_as_they_are
+from qwenvl.data.thoughts import with_thought_apart
 from qwenvl.data.tool_calls import stand_ins
 from qwenvl.data.turn_marks import as_template_message, ends_of_turns, function_call, has_call_mark, unused_character
 from qwenvl.data.types import Conversation, Message, Part, Role, TextPart
@@ -102,6 +104,7 @@ class ChatTemplate:
         Raises:
             SampleError: the template refuses the conversation, or changes it so that its turns cannot be told apart.
         """
+        conversation = self._with_thoughts_apart(conversation)
         frame = self._frame(conversation)
         text, ends = _fill_in(frame, conversation)
         if not frame.certain:
@@ -116,6 +119,7 @@ class ChatTemplate:
         Raises:
             SampleError: the template refuses the conversation.
         """
+        conversation = self._with_thoughts_apart(conversation)
         return Rendering(self._render_whole(conversation, add_generation_prompt=True), ())
 
     def identity(self) -> list[Any]:
@@ -129,6 +133,23 @@ class ChatTemplate:
         answer = next(message for message in reversed(conversation.messages) if message.role == "assistant")
         thinks = "<think>" in answer.text or bool(answer.extra.get("reasoning_content"))
         return thinks != self.opens_thinking
+
+    @cached_property
+    def _doubles_thoughts(self) -> bool:
+        """Whether the template reads thoughts from ``reasoning_content`` alone, and takes ``<think>`` for words."""
+        question = {"role": "user", "content": "Q"}
+        inside = {"role": "assistant", "content": "<think>\nR\n</think>\n\nA"}
+        apart = {"role": "assistant", "content": "A", "reasoning_content": "R"}
+        written = self._render([question, apart])
+        return "R" in written.removeprefix(self._render([question])) and written != self._render([question, inside])
+
+    def _with_thoughts_apart(self, conversation: Conversation) -> Conversation:
+        """Return a conversation with the thoughts in front of its answers where the template reads them."""
+        if not any(message.role == "assistant" and "<think>" in message.text for message in conversation.messages):
+            return conversation
+        if not self._doubles_thoughts:
+            return conversation
+        return replace(conversation, messages=tuple(map(with_thought_apart, conversation.messages)))
 
     def _frame(self, conversation: Conversation) -> _Frame:
         """Return what the template writes around the texts of conversations of this form."""

@@ -125,7 +125,7 @@ def test_a_conversation_needs_an_answer() -> None:
     reason_of({"conversations": [{"from": "human", "value": "hello?"}]}, "no_answer")
 
 
-@pytest.mark.parametrize("role", ["Human", "bot", "", None, 3, ["user"], {"a": 1}])
+@pytest.mark.parametrize("role", ["Humano", "bot", "", None, 3, ["user"], {"a": 1}])
 def test_unknown_roles_are_named(role: Any) -> None:
     reason = reason_of({"conversations": [{"from": role, "value": "x"}, ANSWER]}, "bad_role")
     assert "turn 1" in reason and "human, user, gpt" in reason
