@@ -141,6 +141,7 @@ def _build(
             problems.attempt(_check_turn_texts, message, number, reserved_tokens)
     if len(messages) == len(turns):
         messages = join_calls(messages, [is_call_turn(_speaker(turn)) for turn in written])
+        messages = [message for message in messages if not _is_empty_system(message)]
         for kind in KINDS if read_pool is not None else ():
             problems.attempt(pool.check_bound, kind)
         if problems.wants_answer:
@@ -185,7 +186,8 @@ def _message(turn: Any, number: int, pool: MediaPool) -> Message:
     if is_call_turn(speaker):
         return replace(read_call_turn(content, extra, f"turn {number} ({speaker})"), trained=trained)
     parts = _parts(content, role, where, pool)
-    if not parts and not (role == "assistant" and (extra.get("tool_calls") or extra.get("reasoning_content"))):
+    may_be_empty = role == "system" or extra.get("tool_calls") or extra.get("reasoning_content")
+    if not parts and not may_be_empty:
         raise SampleError("bad_record", f"{where} has neither text nor media. Write it, or take the turn out.")
     return without_repeated_thought(Message(role, parts, extra, trained), where)
 
@@ -198,6 +200,10 @@ def _parts(content: Any, role: Role, where: str, pool: MediaPool) -> tuple[Part,
     if isinstance(content, list):
         return tuple(part for item in content for part in _typed_part(item, role, where, pool))
     raise SampleError("bad_record", f"{where}: its text must be a string, not {type(content).__name__}.")
+
+
+def _is_empty_system(message: Message) -> bool:
+    return message.role == "system" and not message.text.strip()
 
 
 def _speaker(turn: Mapping[str, Any]) -> Any:
@@ -257,7 +263,7 @@ def _typed_part(item: Any, role: Role, where: str, pool: MediaPool) -> tuple[Par
 def _system(record: Mapping[str, Any], messages: list[Message]) -> Message | None:
     """Return the turn that the sample's own ``system`` field stands for; None without one."""
     text = record.get("system")
-    if text is None or text == "":
+    if text is None or (isinstance(text, str) and not text.strip()):
         return None
     if not isinstance(text, str):
         raise SampleError("bad_record", f"'system' must be a string, not {type(text).__name__}.")

@@ -11,6 +11,7 @@ the markers are taken out. Words that users type (``assistant``, ``<|im_end|>``,
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ import transformers
 
 from qwenvl.data.template_texts import HOLE, writes_texts_as_they_are
 from qwenvl.data.thoughts import with_thought_apart
-from qwenvl.data.tool_calls import stand_ins
+from qwenvl.data.tool_calls import advice_on_calls, stand_ins
 from qwenvl.data.turn_marks import as_template_message, ends_of_turns, function_call, has_call_mark, unused_character
 from qwenvl.data.types import Conversation, Message, Part, Role, TextPart
 from qwenvl.utilities.errors import SampleError, UserError
@@ -184,13 +185,35 @@ class ChatTemplate:
         return _Frame(literals, writes_texts_as_they_are(template, messages, variables, written))
 
     def _render_whole(self, conversation: Conversation, **kwargs: Any) -> str:
-        """Render a conversation, and see to it that its tools, calls and thoughts are written."""
+        """Render a conversation, and see to it that its system turns, tools, calls and thoughts are written."""
+        if any(message.role == "system" for message in conversation.messages[1:]):
+            self._require_system_turns(conversation, **kwargs)
         rendered = self._render_messages(conversation, None, **kwargs)
         if conversation.tools or any(message.extra for message in conversation.messages):
             changed = stand_ins(conversation, rendered)
             if changed.wanted:
                 changed.require_written(self._render_messages(changed.conversation, None, **kwargs))
         return rendered
+
+    def _require_system_turns(self, conversation: Conversation, **kwargs: Any) -> None:
+        """Check that the template takes and writes the system turns that are not first.
+
+        Raises:
+            SampleError: it does not.
+        """
+        first, *others = conversation.messages
+        mark = TextPart(unused_character(conversation))
+        for place, late in enumerate(others):
+            if late.role != "system":
+                continue
+            marked = [first, *others[:place], replace(late, parts=(mark,)), *others[place + 1 :]]
+            try:
+                written = self._render_messages(replace(conversation, messages=tuple(marked)), None, **kwargs)
+            except SampleError:
+                self._render_messages(_without_late_system_turns(conversation), None, **kwargs)  # another reason
+                raise SampleError("template", _late_system_turn(late, "refuses")) from None
+            if mark.text not in written:
+                raise SampleError("template", _late_system_turn(late, "leaves out"))
 
     def _ends_by_markers(self, text: str, conversation: Conversation) -> list[int | None]:
         """Return where what each turn says ends, white space behind it left out; None where that is nothing."""
@@ -250,7 +273,11 @@ class ChatTemplate:
         try:
             return self._render(messages, tools=tools, **kwargs)
         except Exception as error:  # templates raise whatever their author chose (jinja2, TypeError, ...)
-            raise SampleError("template", f"the checkpoint's chat template refuses this sample: {error}") from error
+            said = str(error).strip().rstrip(".") or type(error).__name__
+            advice = advice_on_calls(conversation)
+            raise SampleError(
+                "template", f"the checkpoint's chat template refuses this sample: {said}.{advice}"
+            ) from error
 
     def _render(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         try:
@@ -281,6 +308,19 @@ def _fill_in(frame: _Frame, conversation: Conversation) -> tuple[str, list[int |
                 place = end + len(written[-1])
         ends.append(end)
     return "".join(written), ends
+
+
+def _without_late_system_turns(conversation: Conversation) -> Conversation:
+    first, *others = conversation.messages
+    return replace(conversation, messages=(first, *(message for message in others if message.role != "system")))
+
+
+def _late_system_turn(turn: Message, verb: str) -> str:
+    """Return what there is to say of a system turn that is not first."""
+    return (
+        f"the checkpoint's chat template {verb} the system turn {reprlib.repr(turn.text)}, which is not the first "
+        "turn. Put all that the system says into one system turn at the start, or write it into a user turn."
+    )
 
 
 def _kind(part: Part) -> type | str:

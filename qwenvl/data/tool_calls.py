@@ -83,6 +83,14 @@ def _with_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
     return call
 
 
+def advice_on_calls(conversation: Conversation) -> str:
+    """Return a sentence for a sample that a template refuses: that arguments are no object, where that is so."""
+    calls = [call for message in conversation.messages for call in message.extra.get("tool_calls", ())]
+    functions = [call.get("function", call) for call in calls]
+    other = [one for one in functions if isinstance(one, Mapping) and not isinstance(one.get("arguments"), Mapping)]
+    return f" Write the 'arguments' of {str(other[0].get('name'))[:80]!r} as an object." if other else ""
+
+
 @dataclass(frozen=True, slots=True)
 class StandIns:
     """A conversation in which numbers stand for names and values, to see which of them a template writes.
