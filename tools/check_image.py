@@ -35,6 +35,7 @@ from qwenvl.arguments.tasks import Pooling, TaskArguments, TaskName
 from qwenvl.data.annotations import AnnotationTable, open_annotations
 from qwenvl.data.label_counts import label_reader
 from qwenvl.data.labels import LabelReader
+from qwenvl.data.measures import describe_remark
 from qwenvl.data.regions import MaskReader
 from qwenvl.data.targets import TargetReader
 from qwenvl.data.video import prepare_backend
@@ -195,6 +196,7 @@ def _notes(arguments: CheckArguments, summaries: list[Summary], seconds: float) 
     for summary in summaries:
         keys = ", ".join(map(repr, sorted(summary.unread_keys)))
         notes += [f"Dataset {summary.table.spec.name!r}: turns have {keys}, which nothing reads."] if keys else []
+        notes += [describe_remark(summary.table.spec.name, kind, summary.remarks[kind]) for kind in summary.remarks]
     return notes + [
         f"{_path(summary.table, arguments, 'problems')}: every problem of every sample." for summary in summaries
     ]

@@ -31,6 +31,7 @@ from qwenvl.arguments.parsing import parse_class
 from qwenvl.data.collation import EncodedSample
 from qwenvl.data.dataset import open_tables
 from qwenvl.data.encoding import Plan, SampleEncoder
+from qwenvl.data.measures import REMARKS
 from qwenvl.data.media_sources import describe
 from qwenvl.data.sizes import VideoPlan
 from qwenvl.data.tokenization import IGNORE_INDEX
@@ -173,6 +174,9 @@ def show(sample: Sample | SampleError, encoder: SampleEncoder, tokenizer: Any) -
         f"positions up to temporal {last[0]}, height {last[1]}, width {last[2]}",
         style="bold",
     )
+    for event in plan.events:
+        said = f"A sample {REMARKS[event.kind]}." if event.kind in REMARKS else event.message
+        console.print(Text(said, style="yellow"))
     for media in plan.media:
         kind = "video" if isinstance(media, VideoPlan) else "image"
         source = media.item.source

@@ -186,7 +186,8 @@ def _message(turn: Any, number: int, pool: MediaPool) -> Message:
     if is_call_turn(speaker):
         return replace(read_call_turn(content, extra, f"turn {number} ({speaker})"), trained=trained)
     parts = _parts(content, role, where, pool)
-    may_be_empty = role == "system" or extra.get("tool_calls") or extra.get("reasoning_content")
+    answers = role in ("assistant", "tool") and content is not None
+    may_be_empty = role == "system" or answers or extra.get("tool_calls") or extra.get("reasoning_content")
     if not parts and not may_be_empty:
         raise SampleError("bad_record", f"{where} has neither text nor media. Write it, or take the turn out.")
     return without_repeated_thought(Message(role, parts, extra, trained), where)

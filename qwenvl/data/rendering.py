@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import transformers
 
 from qwenvl.data.template_texts import HOLE, writes_texts_as_they_are
-from qwenvl.data.thoughts import with_thought_apart
+from qwenvl.data.thoughts import with_thought_apart, writes_thought
 from qwenvl.data.tool_calls import advice_on_calls, stand_ins
 from qwenvl.data.turn_marks import as_template_message, ends_of_turns, function_call, has_call_mark, unused_character
 from qwenvl.data.types import Conversation, Message, Part, Role, TextPart
@@ -47,10 +47,12 @@ class Rendering:
         text: what the chat template makes of it; one placeholder token a picture or video.
         spans: (start, stop) in characters of what is trained: the text and calls of every assistant turn that is,
             its end-of-turn token and the newline after it.
+        thoughts_left_out: which trained answers, counted from 1, have a thought that the template leaves out.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    thoughts_left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,12 @@ class ChatTemplate:
             rendered = self._render_whole(conversation)
             if rendered != text:
                 text, ends = rendered, self._ends_by_markers(rendered, conversation)
-        return Rendering(text, self._spans(text, conversation.messages, ends))
+        spans = self._spans(text, conversation.messages, ends)
+        answers = [message for message in conversation.messages if message.role == "assistant"]
+        written = iter(text[start:stop] for start, stop in spans)
+        trained = [(number, one, next(written)) for number, one in enumerate(answers, start=1) if one.trained]
+        left_out = (number for number, one, words in trained if not writes_thought(one, words))
+        return Rendering(text, spans, tuple(left_out))
 
     def render_prompt(self, conversation: Conversation) -> Rendering:
         """Render a conversation with the header of the answer that is to come; nothing in it is trained.

@@ -24,6 +24,18 @@ def thought_of(message: Message) -> str:
     return thought.strip() or (inside[0] if inside is not None else "")
 
 
+def writes_thought(message: Message, written: str) -> bool:
+    """Return whether an answer's thought is in what a template has written of it; also where it has none."""
+    thought = thought_of(message)
+    return not thought or ("<think>" in written and thought in written)
+
+
+def is_empty_answer(message: Message) -> bool:
+    """Return whether a turn is an answer that is trained and says nothing: no words, no thought, no call."""
+    says = message.text.strip() or message.extra.get("tool_calls") or thought_of(message)
+    return message.role == "assistant" and message.trained and not says
+
+
 def with_thought_apart(message: Message) -> Message:
     """Return an answer with the thought in front of its text as its ``reasoning_content``; other turns as they are."""
     found = split_thought(message.text) if message.role == "assistant" else None

@@ -28,7 +28,7 @@ from qwenvl.train.preflight_report import NOT_COUNTED, describe_memory, describe
 from qwenvl.train.report import SAID_ONCE
 from qwenvl.train.schedule import plan_schedule, slowest_over_mean
 from qwenvl.train.state_memory import StateMemory, estimate_states, read_sharing
-from qwenvl.train.summary import describe_budget, describe_data, describe_model
+from qwenvl.train.summary import describe_budget, describe_data, describe_model, describe_remarks
 from qwenvl.utilities.cache import cache_folder
 from qwenvl.utilities.distributed import world_size
 from qwenvl.utilities.errors import UserError
@@ -51,6 +51,8 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
     rows = ConversationDataset(data.train.tables, data.encoder, data.train.skips_bad_samples)
     lengths = measure_lengths(rows, cache_folder(parsed.data.data_cache_dir))
     measures = data.train.add_up(lengths.measures)
+    for remark in describe_remarks(rows.tables, lengths.measures):
+        logger.warning("%s", remark)
     for dataset in filter(None, (rows, data.evaluation)):
         decode_one_of_each(dataset)
     unset_hf_deepspeed_config()  # or the weights would be shared out over ranks that are not there

@@ -142,7 +142,7 @@ BAD_RECORDS: dict[str, tuple[Any, str]] = {
     "no text": ({"conversations": [{"from": "human", "value": None}, ANSWER]}, "neither text nor media"),
     "empty text": ({"conversations": [{"from": "human", "value": ""}, ANSWER]}, "neither text nor media"),
     "no parts": ({"conversations": [{"from": "human", "value": []}, ANSWER]}, "neither text nor media"),
-    "empty answer": ({"conversations": [{"from": "gpt", "value": ""}]}, "neither text nor media"),
+    "no answer": ({"conversations": [{"from": "gpt", "value": None}]}, "neither text nor media"),
     "from and role": ({"conversations": [{**ANSWER, "role": "user"}]}, "which differ"),
     "unknown part": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "of type 'audio'"),
     "part without type": ({"messages": [{"role": "user", "content": [{"image": "x"}]}]}, "of type None"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class Summary:
         media: images and videos.
         bad: (row, member) of all with a problem.
         unread_keys: keys of turns that nothing reads.
+        remarks: number of samples of each kind of :data:`qwenvl.data.measures.REMARKS`.
     """
 
     table: AnnotationTable
@@ -45,6 +47,7 @@ class Summary:
     media: int = 0
     bad: set[tuple[int, int]] = field(default_factory=set)
     unread_keys: set[str] = field(default_factory=set)
+    remarks: Counter[str] = field(default_factory=Counter)
     _seen: tuple[int, int, frozenset[str]] = (-1, -1, frozenset())
 
     def add(self, checked: CheckedRows) -> None:
@@ -53,6 +56,7 @@ class Summary:
         self.digests.append(checked.digests)
         self.media += int(checked.media.sum())
         self.unread_keys |= checked.unread_keys
+        self.remarks.update(checked.remarks)
 
     def note(self, problem: Problem) -> None:
         """Count a problem; those of one sample follow one another."""
