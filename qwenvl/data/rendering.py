@@ -107,7 +107,7 @@ class ChatTemplate:
         Raises:
             SampleError: the template refuses the conversation, or changes it so that its turns cannot be told apart.
         """
-        conversation = self._with_thoughts_apart(conversation)
+        conversation = self.with_thoughts_apart(conversation)
         frame = self._frame(conversation)
         text, ends = _fill_in(frame, conversation)
         if not frame.certain:
@@ -127,7 +127,7 @@ class ChatTemplate:
         Raises:
             SampleError: the template refuses the conversation.
         """
-        conversation = self._with_thoughts_apart(conversation)
+        conversation = self.with_thoughts_apart(conversation)
         return Rendering(self._render_whole(conversation, add_generation_prompt=True), ())
 
     def identity(self) -> list[Any]:
@@ -151,7 +151,7 @@ class ChatTemplate:
         written = self._render([question, apart])
         return "R" in written.removeprefix(self._render([question])) and written != self._render([question, inside])
 
-    def _with_thoughts_apart(self, conversation: Conversation) -> Conversation:
+    def with_thoughts_apart(self, conversation: Conversation) -> Conversation:
         """Return a conversation with the thoughts in front of its answers where the template reads them."""
         if not any(message.role == "assistant" and "<think>" in message.text for message in conversation.messages):
             return conversation

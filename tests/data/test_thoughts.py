@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,24 @@ CALL = {"type": "function", "function": {"name": "search", "arguments": {"a": 1}
 QUESTION = {"role": "user", "content": "q"}
 
 
-@pytest.fixture(scope="module", params=[("qwen3_vl", "thinking"), ("qwen3_5", None), *PUBLISHED], ids=str)
-def template(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> ChatTemplate:
+def blind_to_think(checkpoint: Path, folder: Path) -> Path:
+    """Copy a checkpoint, and let its template read thoughts from ``reasoning_content`` alone, as Qwen3.8's does."""
+    shutil.copytree(checkpoint, folder)
+    file = folder / "chat_template.jinja"
+    template, looks = file.read_text(), "elif '</think>' in content"
+    assert looks in template
+    file.write_text(template.replace(looks, "elif false"))
+    return folder
+
+
+@pytest.fixture(scope="module", params=[("qwen3_vl", "thinking"), ("qwen3_5", None), "blind", *PUBLISHED], ids=str)
+def template(
+    request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> ChatTemplate:
     """Return a template that writes thoughts; the published ones where the machine has them."""
+    if request.param == "blind":
+        folder = blind_to_think(tiny_checkpoint("qwen3_vl", "thinking"), tmp_path_factory.mktemp("blind") / "model")
+        return ChatTemplate(AutoProcessor.from_pretrained(folder))
     if isinstance(request.param, tuple):
         return ChatTemplate(AutoProcessor.from_pretrained(tiny_checkpoint(*request.param)))
     folder: Path = request.getfixturevalue("shared_folder")
