@@ -50,7 +50,7 @@ NOTHING = Measures()
 REMARKS = {
     "thinking_mismatch": "with a <think> block where the chat template opens none, or without the one it opens",
     "thoughts_left_out": "with thoughts in earlier answers that the chat template leaves out: these answers are "
-    "trained without the <think> block that every answer of a served model begins with",
+    "trained without them, where a served thinking model begins each of its answers with a thought",
     "empty_answers": "with an empty answer, which is trained as its end of turn",
 }
 """What is said of samples that are trained as they are: what they are samples of, by the measure that counts them."""

@@ -184,7 +184,9 @@ def _message(turn: Any, number: int, pool: MediaPool) -> Message:
     content = _either(turn, "value", "content", number)
     where = f"turn {number} ({role})"
     if is_call_turn(speaker):
-        return replace(read_call_turn(content, extra, f"turn {number} ({speaker})"), trained=trained)
+        where = f"turn {number} ({speaker})"
+        call = replace(read_call_turn(content, extra, where), trained=trained)
+        return without_repeated_thought(call, where)
     parts = _parts(content, role, where, pool)
     answers = role in ("assistant", "tool") and content is not None
     may_be_empty = role == "system" or answers or extra.get("tool_calls") or extra.get("reasoning_content")

@@ -90,6 +90,8 @@ def test_content_may_be_an_object_or_parts() -> None:
 def test_a_thought_in_front_of_a_call_stays() -> None:
     found = chat(call_turn("<think>\nhm\n</think>\n\n" + json.dumps(CROP)))
     assert found == chat(assistant(CROP, text="<think>\nhm\n</think>"))
+    apart = chat(call_turn("<think>\nhm\n</think>\n\n" + json.dumps(CROP), reasoning="hm"))
+    assert apart == chat(assistant(CROP, reasoning_content="hm"))
 
 
 def test_the_older_function_call_of_openai_is_a_call() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from qwenvl.data.collation import Event
 from qwenvl.data.measures import REMARKS
+from qwenvl.train.report import DataReport
 from qwenvl.train.train_qwen import main as train
 from tests.train.test_errors import Place
 from tools.check_image import main as check_image
@@ -60,7 +62,7 @@ def test_every_command_says_the_same(
     flags = place.flags(max_steps=4)
     assert train([*flags, "--dry_run", "True"]) == 0
     assert said(capsys.readouterr().err) == wanted
-    assert train([*flags, "--dry_run", "True"]) == 0  # from the cache
+    assert train([*place.flags(dataset_use="set%200"), "--dry_run", "True"]) == 0  # from the cache, each counted once
     assert said(capsys.readouterr().err) == wanted
     assert train(flags) == 0
     assert said(capsys.readouterr().err) == wanted
@@ -72,3 +74,10 @@ def test_every_command_says_the_same(
     shown = capsys.readouterr().out
     for kind, count in counts.items():
         assert shown.count(f"A sample {REMARKS[kind]}.") == count, kind
+
+
+def test_each_dataset_has_its_first_one_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    report = DataReport(str(tmp_path))
+    report.add([Event("empty_answers", name, f"{name} {number}") for number in range(3) for name in ("a", "b")])
+    assert [record.args for record in caplog.records] == [("a 0",), ("b 0",)]
+    assert report.summary() == [f"Dataset {name!r}: 3 samples {REMARKS['empty_answers']}." for name in ("a", "b")]
