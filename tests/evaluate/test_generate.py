@@ -208,8 +208,8 @@ def test_an_answer_that_is_a_call_is_expected_as_the_template_writes_it(
 ) -> None:
     expected = '<tool_call>\n{"name": "look", "arguments": {"at": "left"}}\n</tool_call>'
     assert open_exercise(agent(), opened("qwen3_vl")[1]).expected == expected
-    more = ({"role": "user", "content": "Again."}, {"role": "assistant", "tool_calls": [CALL], "loss": trained})
-    assert open_exercise(agent(*more), opened("qwen3_vl")[1]).expected == expected
+    more = ({"role": "user", "content": "Again."}, {"role": "assistant", "tool_calls": [CALL, CALL], "loss": trained})
+    assert open_exercise(agent(*more), opened("qwen3_vl")[1]).expected == f"{expected}\n{expected}"
 
 
 def test_answers_are_text_alone(samples: list[Sample], opened: Callable[[str], Opened]) -> None:

@@ -26,7 +26,7 @@ def answer(text: str, **turn: Any) -> dict[str, Any]:
 THOUGHT = "<think>\nhm\n</think>\n\nA"
 RECORDS = [
     [QUESTION, answer(THOUGHT), QUESTION, answer(THOUGHT)],
-    [QUESTION, answer("A", reasoning="hm"), QUESTION, answer("A", reasoning="hm")],
+    [QUESTION, answer("A1", reasoning="A"), QUESTION, answer("A2", reasoning="A")],  # words of the answer
     [QUESTION, answer(THOUGHT, loss=False), QUESTION, answer(THOUGHT)],  # the context of a server
     [QUESTION, answer("A"), QUESTION, answer(THOUGHT)],  # nothing to leave out
     [QUESTION, answer(""), QUESTION, answer(THOUGHT)],
