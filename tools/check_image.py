@@ -35,10 +35,10 @@ from qwenvl.arguments.tasks import Pooling, TaskArguments, TaskName
 from qwenvl.data.annotations import AnnotationTable, open_annotations
 from qwenvl.data.label_counts import label_reader
 from qwenvl.data.labels import LabelReader
+from qwenvl.data.measures import describe_remark
 from qwenvl.data.regions import MaskReader
 from qwenvl.data.targets import TargetReader
 from qwenvl.data.video import prepare_backend
-from qwenvl.train.report import MEANING
 from qwenvl.utilities.cache import replacing
 from qwenvl.utilities.cores import available_cores
 from qwenvl.utilities.errors import UserError
@@ -196,18 +196,10 @@ def _notes(arguments: CheckArguments, summaries: list[Summary], seconds: float) 
     for summary in summaries:
         keys = ", ".join(sorted(summary.unread_keys))
         notes += [f"Dataset {summary.table.spec.name!r}: nothing reads {keys}."] if keys else []
-        notes += _unconverted(summary)
+        notes += [describe_remark(summary.table.spec.name, kind, summary.remarks[kind]) for kind in summary.remarks]
     return notes + [
         f"{_path(summary.table, arguments, 'problems')}: every problem of every sample." for summary in summaries
     ]
-
-
-def _unconverted(summary: Summary) -> list[str]:
-    first, name = summary.first_unconverted, summary.table.spec.name
-    if first is None:
-        return []
-    samples = f"{summary.unconverted:,} sample{'s' * (summary.unconverted != 1)}"
-    return [f"Dataset {name!r}: {samples} {MEANING['unconverted']}; the first one: {first}."]
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from qwenvl.utilities.distributed import is_first_to_say, is_main_process, run_p
 from qwenvl.utilities.errors import UserError
 from qwenvl.utilities.logging import setup_logging
 from tools.asking.opening import AskArguments, answer_all, open_job, open_model, progress_bar
-from tools.evaluation.page import OtherAnswers, build_evaluation_page, percent
+from tools.evaluation.page import OtherAnswers, build_evaluation_page, number, percent
 
 logger = logging.getLogger("qwenvl.evaluate")
 
@@ -175,15 +175,19 @@ def _label_metrics(scores: Sequence[Scores]) -> dict[str, dict[str, float]]:
 def show(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Sequence[Blindness]) -> None:
     """Print the table and the verdicts."""
     table = Table(title="Scores")
-    for name in ("dataset", "score", "95% CI", "samples", "metric", "unreadable", "not asked"):
+    for name in ("dataset", "score", "95% CI", "samples", "metric", "unreadable", "cut", "not asked"):
         table.add_column(name, justify="left" if name in ("dataset", "metric") else "right")
     for one in scores:
-        counts = (f"{one.unreadable:,}", f"{len(one.not_asked):,}")
+        counts = (f"{one.unreadable:,}", number(one.cut), f"{len(one.not_asked):,}")
         table.add_row(one.dataset, *percent(one.interval()), f"{len(one.lines):,}", one.metric.title, *counts)
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=160)
     console.print(table)
+    if cut := sum(one.cut or 0 for one in scores):
+        console.print(
+            f"{cut:,} answers were cut at --max_new_tokens and are scored as they are. Raise it.", markup=False
+        )
     for name, metrics in _label_metrics(scores).items():
         told = ", ".join(f"{metric.replace('_', ' ')} {value:.4g}" for metric, value in metrics.items())
         console.print(f"{name}: {told}", markup=False)

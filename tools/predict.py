@@ -7,7 +7,8 @@ r"""Ask a model: the samples of datasets, one question, or a chat.
     python tools/predict.py --model_name_or_path MODEL
 
 MODEL is a folder of a whole model or of adapters. The first two write one JSON line a sample, in the order of the data:
-dataset, file, line, id, question, expected, prediction; or error, for a sample that cannot be asked. Stopped and
+dataset, file, line, id, question, expected, prediction, finish_reason (``length`` where ``--max_new_tokens`` cut the
+answer, else ``stop``); or error, for a sample that cannot be asked. Stopped and
 started again, with as many processes as you like, they answer what is missing. ``--image`` and ``--video`` may be given
 several times over. With nothing but a model, it is a chat.
 
@@ -135,7 +136,9 @@ def summarize(lines: list[Prediction], output: str) -> int:
     for name, value in label_metrics(lines).items():
         print(f"{name.replace('_', ' ')}: {value:.4g}")
     bad = [line for line in lines if line.error is not None]
-    print(f"{output}: {len(lines) - len(bad):,} answers, {len(bad):,} samples that could not be asked.")
+    cut = sum(line.finish_reason == "length" for line in lines)
+    told = f' ({cut:,} of them cut at --max_new_tokens: "finish_reason": "length")' if cut else ""
+    print(f"{output}: {len(lines) - len(bad):,} answers{told}, {len(bad):,} samples that could not be asked.")
     for reason, count in Counter((line.error or "").partition(":")[0] for line in bad).most_common():
         first = next(line for line in bad if (line.error or "").startswith(reason))
         print(f"  {count:,} x {reason}, first: {first.file}:{first.line}: {first.error}")

@@ -31,6 +31,7 @@ from qwenvl.arguments.parsing import parse_class
 from qwenvl.data.collation import EncodedSample
 from qwenvl.data.dataset import open_tables
 from qwenvl.data.encoding import Plan, SampleEncoder
+from qwenvl.data.measures import REMARKS
 from qwenvl.data.media_sources import describe
 from qwenvl.data.sizes import VideoPlan
 from qwenvl.data.tokenization import IGNORE_INDEX
@@ -177,7 +178,8 @@ def show(sample: Sample | SampleError, encoder: SampleEncoder, tokenizer: Any) -
         style="bold",
     )
     for event in plan.events:
-        console.print(Text(event.message, style="yellow"))
+        said = f"A sample {REMARKS[event.kind]}." if event.kind in REMARKS else event.message
+        console.print(Text(said, style="yellow"))
     for media in plan.media:
         kind = "video" if isinstance(media, VideoPlan) else "image"
         source = media.item.source

@@ -54,8 +54,8 @@ class Event:
     """Something about a sample that the run has to count or say.
 
     Args:
-        kind: ``bad`` (left out), ``overlength`` (left out), ``truncated``, ``thinking_mismatch``, ``unconverted``
-            (boxes) or ``unread_key`` (once a dataset and key).
+        kind: ``bad`` (left out), ``overlength`` (left out), ``truncated``, ``unread_key`` (once a dataset and key), or
+            one of :data:`qwenvl.data.measures.REMARKS`.
         dataset: registry name of its dataset.
         message: origin and reason, for a person.
         record: what ``bad_samples.jsonl`` says of it.

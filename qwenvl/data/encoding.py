@@ -15,6 +15,7 @@ from qwenvl.data.pixels import read_resized
 from qwenvl.data.rendering import ChatTemplate, Rendering
 from qwenvl.data.sizes import MediaPlan, VisionSettings, plan_image, plan_video
 from qwenvl.data.targets import TargetReader, as_question
+from qwenvl.data.thoughts import is_empty_answer
 from qwenvl.data.tokenization import Encoding, Tokenizer, Tokens
 from qwenvl.data.types import Conversation, ImageItem, Sample, VideoItem
 from qwenvl.data.video import backend_name
@@ -138,10 +139,8 @@ class SampleEncoder:
             removed = len(whole.conversation.messages) - len(kept.conversation.messages)
             message = f"{sample.origin}: {whole.encoding.length} tokens; the last {removed} turns left out"
             events.append(Event("truncated", sample.origin.dataset, message))
-        if not self.prompts and self.template.thinking_mismatch(kept.conversation):
-            events.append(Event("thinking_mismatch", sample.origin.dataset, str(sample.origin)))
-        if kept.conversation.unconverted:
-            events.append(Event("unconverted", sample.origin.dataset, f"{sample.origin}: {NOTHING_CONVERTED}"))
+        for kind, words in self._remarks(kept).items():
+            events.append(Event(kind, sample.origin.dataset, f"{sample.origin}{words}"))
         tokens = self.tokenizer.expand(kept.encoding)
         self._require_positions(tokens, sample)
         events += _unread_keys(kept.conversation, sample)
@@ -162,7 +161,22 @@ class SampleEncoder:
             SampleError: the sample cannot be used, whatever the limit.
         """
         _, kept = yield from self._fit(sample, self.reader(sample))
-        return measure_sample(kept.encoding.length, kept.encoding.trained, kept.media)
+        measures = measure_sample(kept.encoding.length, kept.encoding.trained, kept.media)
+        return measures._replace(**dict.fromkeys(self._remarks(kept), 1))
+
+    def _remarks(self, draft: _Draft) -> dict[str, str]:
+        """Return the kinds of :data:`~qwenvl.data.measures.REMARKS` that a sample is of, each with words on it."""
+        if self.prompts:
+            return {}
+        found = {"thinking_mismatch": ""} if self.template.thinking_mismatch(draft.conversation) else {}
+        if draft.rendering.thoughts_left_out:
+            numbers = ", ".join(map(str, draft.rendering.thoughts_left_out))
+            found["thoughts_left_out"] = f": the chat template leaves out the thought of answer {numbers}"
+        if any(map(is_empty_answer, draft.conversation.messages)):
+            found["empty_answers"] = ": an answer is empty, and trained as its end of turn"
+        if draft.conversation.unconverted:
+            found["unconverted"] = f": {NOTHING_CONVERTED}"
+        return found
 
     def require_length(self, tokens: int, sample: Sample, used: int = 0) -> None:
         """Check that a sample is no longer than ``max_length``, nor with the rest of its packed row.

@@ -15,15 +15,18 @@ import json
 import re
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from qwenvl.data.call_turns import CALL_ROLES, is_call_turn, join_calls, read_call_turn
 from qwenvl.data.messages_keys import NO_AUDIO, check_keys, unread_keys
 from qwenvl.data.messages_limits import with_limits
 from qwenvl.data.messages_media import IMG_TAG, KINDS, MediaPool, turn_pool, typed_media
 from qwenvl.data.messages_objects import check_tags, read_objects
 from qwenvl.data.messages_turns import read_extra, read_trained
 from qwenvl.data.record_forms import TURN_FIELDS, as_messages, form_of, missing_turns
+from qwenvl.data.thoughts import without_repeated_thought
+from qwenvl.data.tool_calls import as_function_tool
 from qwenvl.data.types import Conversation, ImageItem, Message, Part, Role, Sample, TextPart, VideoItem
 from qwenvl.utilities.errors import SampleError, nearest
 
@@ -34,10 +37,19 @@ ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    **dict.fromkeys(CALL_ROLES, "assistant"),
     "tool": "tool",
     "observation": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
+    "function": "tool",
+    "function_response": "tool",
 }
+"""Speakers of ShareGPT, OpenAI, LLaMA-Factory and ms-swift, in small letters."""
 MEDIA_ROLES = ("user", "tool")
+
+_PEOPLE = [name for name, role in ROLES.items() if role != "tool" and name not in CALL_ROLES]
+"""Speakers that a hint may name: one that turned a call into a tool's answer, or back, would change what is trained."""
 
 _TAGS = re.compile(f"(<image>|<video>|{IMG_TAG})")
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -147,6 +159,8 @@ def _build(
         if message is not None:
             problems.attempt(_check_turn_texts, message, number, reserved_tokens)
     if len(messages) == len(turns):
+        messages = join_calls(messages, [is_call_turn(_speaker(turn)) for turn in written])
+        messages = [message for message in messages if not _is_empty_system(message)]
         for kind in KINDS if read_pool is not None else ():
             problems.attempt(pool.check_bound, kind)
         if problems.wants_answer:
@@ -191,16 +205,31 @@ def _turns(record: Mapping[str, Any]) -> list[Any]:
 def _message(turn: Any, number: int, pool: MediaPool) -> Message:
     if not isinstance(turn, Mapping):
         raise SampleError("bad_record", f"turn {number} must be an object, not {type(turn).__name__}.")
-    role = _role(_either(turn, "from", "role", number), number)
-    extra, trained = read_extra(turn, number), read_trained(turn, role, number)
+    speaker = _either(turn, "from", "role", number)
+    role = _role(speaker, number)
+    extra, trained = read_extra(turn, role, number), read_trained(turn, role, number)
     content = _either(turn, "value", "content", number)
     where = f"turn {number} ({role})"
     own = turn_pool(turn, where, pool)
+    if is_call_turn(speaker):
+        where = f"turn {number} ({speaker})"
+        call = replace(read_call_turn(content, extra, where), trained=trained)
+        return without_repeated_thought(call, where)
     parts = _parts(content, role, where, own)
     parts = parts if own is pool else _with_own_media(parts, own, role, where)
-    if not parts and not (role == "assistant" and (extra.get("tool_calls") or extra.get("reasoning_content"))):
+    answers = role in ("assistant", "tool") and content is not None
+    may_be_empty = role == "system" or answers or extra.get("tool_calls") or extra.get("reasoning_content")
+    if not parts and not may_be_empty:
         raise SampleError("bad_record", f"{where} has neither text nor media. Write it, or take the turn out.")
-    return Message(role, parts, extra, trained)
+    return without_repeated_thought(Message(role, parts, extra, trained), where)
+
+
+def _is_empty_system(message: Message) -> bool:
+    return message.role == "system" and not message.text.strip()
+
+
+def _speaker(turn: Mapping[str, Any]) -> Any:
+    return turn.get("from") if turn.get("from") is not None else turn.get("role")
 
 
 def _parts(content: Any, role: Role, where: str, pool: MediaPool) -> tuple[Part, ...]:
@@ -233,16 +262,17 @@ def _either(turn: Mapping[str, Any], first: str, second: str, number: int) -> An
 
 def speaker_role(turn: Mapping[str, Any]) -> Role | None:
     """Return the role of who speaks in a turn; None where nobody knows it."""
-    speaker = turn.get("from") if turn.get("from") is not None else turn.get("role")
-    return ROLES.get(speaker) if isinstance(speaker, str) else None
+    speaker = _speaker(turn)
+    return ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
 
 
 def _role(speaker: Any, number: int) -> Role:
-    if not isinstance(speaker, str) or speaker not in ROLES:
-        hint = nearest(speaker[:80], ROLES) if isinstance(speaker, str) else ""
+    if not isinstance(speaker, str) or speaker.lower() not in ROLES:
+        of_tools = isinstance(speaker, str) and any(word in speaker.lower() for word in ("tool", "func", "call"))
+        hint = nearest(speaker[:80].lower(), _PEOPLE) if isinstance(speaker, str) and not of_tools else ""
         known = ", ".join(ROLES)
         raise SampleError("bad_role", f"turn {number} is from {reprlib.repr(speaker)}, which is none of {known}.{hint}")
-    return ROLES[speaker]
+    return ROLES[speaker.lower()]
 
 
 def _text(text: str) -> tuple[Part, ...]:
@@ -286,7 +316,7 @@ def _typed_part(item: Any, role: Role, where: str, pool: MediaPool) -> tuple[Par
 def _system(record: Mapping[str, Any], messages: list[Message]) -> Message | None:
     """Return the turn that the sample's own ``system`` field stands for; None without one."""
     text = record.get("system")
-    if text is None or text == "":
+    if text is None or (isinstance(text, str) and not text.strip()):
         return None
     if not isinstance(text, str):
         raise SampleError("bad_record", f"'system' must be a string, not {type(text).__name__}.")
@@ -307,7 +337,7 @@ def _tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise SampleError("bad_record", "'tools' must be a list of objects, or a JSON string of one.")
-    return tuple(tools)
+    return tuple(map(as_function_tool, tools))
 
 
 def _check_objects(

@@ -11,26 +11,43 @@ from qwenvl.data.tool_calls import parse_calls
 from qwenvl.data.types import Role
 from qwenvl.utilities.errors import SampleError
 
-TURN_EXTRAS: dict[str, type] = {"tool_calls": list, "reasoning_content": str, "name": str, "tool_call_id": str}
+TURN_EXTRAS: dict[str, Any] = {
+    "tool_calls": list,
+    "function_call": Mapping,
+    "reasoning_content": str,
+    "reasoning": str,
+    "name": str,
+    "tool_call_id": str,
+}
+"""Keys that chat templates know, and those of the same meaning: ``reasoning`` of vLLM, the older ``function_call``."""
 TRAIN_KEYS = ("loss", "weight", "train", "loss_mask")
 """Of ms-swift, OpenAI, axolotl and UI-TARS: whether an answer is trained."""
 AUDIO_FIELDS = ("audio", "audios")
 """Refused where they hold something; see :mod:`qwenvl.data.messages_keys`."""
 
+_TYPE_NAMES: dict[Any, str] = {list: "a list", Mapping: "an object", str: "a string"}
 _READ = frozenset(("from", "value", "role", "content", *TURN_EXTRAS, *TRAIN_KEYS, *MEDIA_FIELDS, *AUDIO_FIELDS))
 
 
-def read_extra(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Return the keys of a turn that chat templates know.
+def read_extra(turn: Mapping[str, Any], role: Role, number: int) -> dict[str, Any]:
+    """Return the keys of a turn that chat templates know, by the names that they know.
 
     Raises:
-        SampleError: one is of another type (``bad_record``).
+        SampleError: one is of another type, belongs to an answer and not to this turn, or differs from another one of
+            the same meaning (``bad_record``).
     """
     extra = {key: turn[key] for key in TURN_EXTRAS if turn.get(key) is not None}
     for key, value in extra.items():
-        if not isinstance(value, TURN_EXTRAS[key]):
-            expected = "a list" if TURN_EXTRAS[key] is list else "a string"
-            raise SampleError("bad_record", f"turn {number}: {key!r} must be {expected}, not {type(value).__name__}.")
+        kind = TURN_EXTRAS[key]
+        if not isinstance(value, kind):
+            found = type(value).__name__
+            raise SampleError("bad_record", f"turn {number}: {key!r} must be {_TYPE_NAMES[kind]}, not {found}.")
+        if key not in ("name", "tool_call_id") and value and role != "assistant":
+            raise SampleError("bad_record", f"turn {number} ({role}) has {key!r}, which only assistant turns can have.")
+    _rename(extra, "reasoning", "reasoning_content", number)
+    if "function_call" in extra:
+        extra["function_call"] = [extra["function_call"]]
+        _rename(extra, "function_call", "tool_calls", number)
     if not all(isinstance(call, Mapping) for call in extra.get("tool_calls", ())):
         raise SampleError("bad_record", f"turn {number}: 'tool_calls' must be a list of objects.")
     if "tool_calls" in extra:
@@ -39,6 +56,15 @@ def read_extra(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
         except SampleError as error:
             raise SampleError(error.category, f"turn {number}: {error.reason}") from error
     return extra
+
+
+def _rename(extra: dict[str, Any], other: str, name: str, number: int) -> None:
+    """Give a value the name that templates know; both names may be there where they say the same."""
+    value = extra.pop(other, None)
+    if value and extra.get(name) and extra[name] != value:
+        raise SampleError("bad_record", f"turn {number} has {name!r} and {other!r}, which differ. Keep one.")
+    if value and not extra.get(name):
+        extra[name] = value
 
 
 def read_trained(turn: Mapping[str, Any], role: Role, number: int) -> bool:

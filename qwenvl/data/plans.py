@@ -24,7 +24,7 @@ from qwenvl.data.packing import Packs, pack
 from qwenvl.utilities.cache import array_hash, fingerprint, replacing
 from qwenvl.utilities.errors import UserError
 
-_VERSION = 2
+_VERSION = 3
 _METADATA_KEY = b"qwenvl_plan"
 _MEANING = {
     "model_max_length": "--model_max_length",

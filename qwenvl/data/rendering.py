@@ -11,14 +11,17 @@ the markers are taken out. Words that users type (``assistant``, ``<|im_end|>``,
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import transformers
 
 from qwenvl.data.template_texts import HOLE, writes_texts_as_they_are
-from qwenvl.data.tool_calls import stand_ins
+from qwenvl.data.thoughts import with_thought_apart, writes_thought
+from qwenvl.data.tool_calls import advice_on_calls, stand_ins
 from qwenvl.data.turn_marks import as_template_message, ends_of_turns, function_call, has_call_mark, unused_character
 from qwenvl.data.types import Conversation, Message, Part, Role, TextPart
 from qwenvl.utilities.errors import SampleError, UserError
@@ -44,10 +47,12 @@ class Rendering:
         text: what the chat template makes of it; one placeholder token a picture or video.
         spans: (start, stop) in characters of what is trained: the text and calls of every assistant turn that is,
             its end-of-turn token and the newline after it.
+        thoughts_left_out: which trained answers, counted from 1, have a thought that the template leaves out.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    thoughts_left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +107,19 @@ class ChatTemplate:
         Raises:
             SampleError: the template refuses the conversation, or changes it so that its turns cannot be told apart.
         """
+        conversation = self.with_thoughts_apart(conversation)
         frame = self._frame(conversation)
         text, ends = _fill_in(frame, conversation)
         if not frame.certain:
             rendered = self._render_whole(conversation)
             if rendered != text:
                 text, ends = rendered, self._ends_by_markers(rendered, conversation)
-        return Rendering(text, self._spans(text, conversation.messages, ends))
+        spans = self._spans(text, conversation.messages, ends)
+        answers = [message for message in conversation.messages if message.role == "assistant"]
+        written = iter(text[start:stop] for start, stop in spans)
+        trained = [(number, one, next(written)) for number, one in enumerate(answers, start=1) if one.trained]
+        left_out = (number for number, one, words in trained if not writes_thought(one, words))
+        return Rendering(text, spans, tuple(left_out))
 
     def render_prompt(self, conversation: Conversation) -> Rendering:
         """Render a conversation with the header of the answer that is to come; nothing in it is trained.
@@ -116,6 +127,7 @@ class ChatTemplate:
         Raises:
             SampleError: the template refuses the conversation.
         """
+        conversation = self.with_thoughts_apart(conversation)
         return Rendering(self._render_whole(conversation, add_generation_prompt=True), ())
 
     def identity(self) -> list[Any]:
@@ -129,6 +141,23 @@ class ChatTemplate:
         answer = next(message for message in reversed(conversation.messages) if message.role == "assistant")
         thinks = "<think>" in answer.text or bool(answer.extra.get("reasoning_content"))
         return thinks != self.opens_thinking
+
+    @cached_property
+    def _doubles_thoughts(self) -> bool:
+        """Whether the template reads thoughts from ``reasoning_content`` alone, and takes ``<think>`` for words."""
+        question = {"role": "user", "content": "Q"}
+        inside = {"role": "assistant", "content": "<think>\nR\n</think>\n\nA"}
+        apart = {"role": "assistant", "content": "A", "reasoning_content": "R"}
+        written = self._render([question, apart])
+        return "R" in written.removeprefix(self._render([question])) and written != self._render([question, inside])
+
+    def with_thoughts_apart(self, conversation: Conversation) -> Conversation:
+        """Return a conversation with the thoughts in front of its answers where the template reads them."""
+        if not any(message.role == "assistant" and "<think>" in message.text for message in conversation.messages):
+            return conversation
+        if not self._doubles_thoughts:
+            return conversation
+        return replace(conversation, messages=tuple(map(with_thought_apart, conversation.messages)))
 
     def _frame(self, conversation: Conversation) -> _Frame:
         """Return what the template writes around the texts of conversations of this form."""
@@ -163,13 +192,35 @@ class ChatTemplate:
         return _Frame(literals, writes_texts_as_they_are(template, messages, variables, written))
 
     def _render_whole(self, conversation: Conversation, **kwargs: Any) -> str:
-        """Render a conversation, and see to it that its tools, calls and thoughts are written."""
+        """Render a conversation, and see to it that its system turns, tools, calls and thoughts are written."""
+        if any(message.role == "system" for message in conversation.messages[1:]):
+            self._require_system_turns(conversation, **kwargs)
         rendered = self._render_messages(conversation, None, **kwargs)
         if conversation.tools or any(message.extra for message in conversation.messages):
             changed = stand_ins(conversation, rendered)
             if changed.wanted:
                 changed.require_written(self._render_messages(changed.conversation, None, **kwargs))
         return rendered
+
+    def _require_system_turns(self, conversation: Conversation, **kwargs: Any) -> None:
+        """Check that the template takes and writes the system turns that are not first.
+
+        Raises:
+            SampleError: it does not.
+        """
+        first, *others = conversation.messages
+        mark = TextPart(unused_character(conversation))
+        for place, late in enumerate(others):
+            if late.role != "system":
+                continue
+            marked = [first, *others[:place], replace(late, parts=(mark,)), *others[place + 1 :]]
+            try:
+                written = self._render_messages(replace(conversation, messages=tuple(marked)), None, **kwargs)
+            except SampleError:
+                self._render_messages(_without_late_system_turns(conversation), None, **kwargs)  # another reason
+                raise SampleError("template", _late_system_turn(late, "refuses")) from None
+            if mark.text not in written:
+                raise SampleError("template", _late_system_turn(late, "leaves out"))
 
     def _ends_by_markers(self, text: str, conversation: Conversation) -> list[int | None]:
         """Return where what each turn says ends, white space behind it left out; None where that is nothing."""
@@ -229,7 +280,11 @@ class ChatTemplate:
         try:
             return self._render(messages, tools=tools, **kwargs)
         except Exception as error:  # templates raise whatever their author chose (jinja2, TypeError, ...)
-            raise SampleError("template", f"the checkpoint's chat template refuses this sample: {error}") from error
+            said = str(error).strip().rstrip(".") or type(error).__name__
+            advice = advice_on_calls(conversation)
+            raise SampleError(
+                "template", f"the checkpoint's chat template refuses this sample: {said}.{advice}"
+            ) from error
 
     def _render(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         try:
@@ -260,6 +315,19 @@ def _fill_in(frame: _Frame, conversation: Conversation) -> tuple[str, list[int |
                 place = end + len(written[-1])
         ends.append(end)
     return "".join(written), ends
+
+
+def _without_late_system_turns(conversation: Conversation) -> Conversation:
+    first, *others = conversation.messages
+    return replace(conversation, messages=(first, *(message for message in others if message.role != "system")))
+
+
+def _late_system_turn(turn: Message, verb: str) -> str:
+    """Return what there is to say of a system turn that is not first."""
+    return (
+        f"the checkpoint's chat template {verb} the system turn {reprlib.repr(turn.text)}, which is not the first "
+        "turn. Put all that the system says into one system turn at the start, or write it into a user turn."
+    )
 
 
 def _kind(part: Part) -> type | str:

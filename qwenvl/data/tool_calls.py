@@ -22,6 +22,7 @@ _WAY_OUT = (
     "the model is to read and write (calls and thoughts into the answer, tools into the system turn); or put a chat "
     "template that writes it into the checkpoint's folder."
 )
+_CALL_KEYS = ("name", "id", "type", "index")
 
 
 def parse_calls(calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -36,12 +37,24 @@ def parse_calls(calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [_parse_call(call) for call in calls]
 
 
+def as_function_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a tool in the form in which servers hand it to chat templates: its description under ``function``.
+
+    LLaMA-Factory and OpenAI's responses have the description alone; other kinds of tools stay as they are.
+    """
+    described = {key: value for key, value in tool.items() if key != "type"}
+    is_function = tool.get("type") in (None, "function") and "function" not in tool
+    return {"type": "function", "function": described} if is_function and isinstance(tool.get("name"), str) else tool
+
+
 def _parse_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
     function = call.get("function")
     if isinstance(function, Mapping):
         return {**call, "function": _parse_call(function)}
     if not isinstance(call.get("name"), str) or not call["name"]:
         raise SampleError("bad_record", "a tool call needs the 'name' of its function.")
+    if "arguments" not in call:
+        call = _with_arguments(call)
     given = call.get("arguments")
     if given is None or (isinstance(given, str) and not given.strip()):
         return {**call, "arguments": {}}
@@ -50,6 +63,32 @@ def _parse_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
     except ValueError:
         return call
     return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+
+def _with_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a call that has its arguments by another name, or none.
+
+    Raises:
+        SampleError: a key may hold them, and its meaning is not known (``bad_record``).
+    """
+    other = [key for key in call if key not in _CALL_KEYS and call[key] not in (None, "", {})]
+    if other == ["parameters"]:
+        return {**{key: value for key, value in call.items() if key != "parameters"}, "arguments": call["parameters"]}
+    if other:
+        raise SampleError(
+            "bad_record",
+            f"the tool call of {call['name'][:80]!r} has no 'arguments', but {', '.join(map(repr, map(str, other)))}, "
+            "which nothing reads. Name its arguments 'arguments'.",
+        )
+    return call
+
+
+def advice_on_calls(conversation: Conversation) -> str:
+    """Return a sentence for a sample that a template refuses: that arguments are no object, where that is so."""
+    calls = [call for message in conversation.messages for call in message.extra.get("tool_calls", ())]
+    functions = [call.get("function", call) for call in calls]
+    other = [one for one in functions if isinstance(one, Mapping) and not isinstance(one.get("arguments"), Mapping)]
+    return f" Write the 'arguments' of {str(other[0].get('name'))[:80]!r} as an object." if other else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,11 @@ from qwenvl.data.sizes import VisionSettings
 from qwenvl.data.types import ImageItem, Sample, Source, VideoItem
 from qwenvl.evaluate.blindness import Key, View, blank, fitted, key_of
 from qwenvl.evaluate.box_answers import read_boxes
-from qwenvl.evaluate.generate import Answerer, Decoding, generate
+from qwenvl.evaluate.generate import Answer, Answerer, Decoding, generate
 from qwenvl.evaluate.losses import exercise_loss
 from qwenvl.evaluate.predictions import EMBEDDED, Prediction, PredictionStore
 from qwenvl.evaluate.prompts import Exercise, Prompt, open_exercise
+from qwenvl.evaluate.texts import final_answer
 from qwenvl.utilities.cache import array_hash, fingerprint
 from qwenvl.utilities.distributed import from_main_process, rank, wait_for_all, world_size
 from qwenvl.utilities.errors import SampleError
@@ -150,9 +151,15 @@ def answer(
         told(len(chunk))
 
 
-def _answered(job: Job, answerer: Answerer, line: Prediction, exercise: Exercise, answer: str) -> Prediction:
+def _answered(job: Job, answerer: Answerer, line: Prediction, exercise: Exercise, answer: Answer) -> Prediction:
     loss, tokens = exercise_loss(answerer, exercise) if job.with_loss else (None, None)
-    return replace(line, prediction=answer, loss=loss, trained_tokens=tokens)
+    return replace(with_answer(line, answer), loss=loss, trained_tokens=tokens)
+
+
+def with_answer(line: Prediction, answer: Answer) -> Prediction:
+    """Return a line with an answer."""
+    thought = "unfinished" if answer.thinking else None
+    return replace(line, prediction=answer.text, finish_reason=answer.finish_reason, thought=thought)
 
 
 def _viewed(job: Job, line: Prediction, exercise: Exercise | None) -> tuple[Prediction, Exercise | None]:
@@ -187,7 +194,7 @@ def exchanged(prompt: Prompt, other: Prompt) -> Iterator[torch.Tensor]:
 
 def _canvas(exercise: Exercise, settings: VisionSettings) -> tuple[int, int] | None:
     """Return what boxes count, (width, height) of the picture, where there is one picture and boxes are expected."""
-    if len(exercise.prompt.plans) != 1 or not read_boxes(exercise.expected):
+    if len(exercise.prompt.plans) != 1 or not read_boxes(final_answer(exercise.expected)):
         return None
     height, width = exercise.prompt.plans[0].resized
     return (1000, 1000) if settings.family.boxes == "relative_1000" else (width, height)

@@ -17,7 +17,13 @@ def _bleu(case: Case) -> Scored:
     """Score a sentence by BLEU with effective order; what BLEU of all sentences needs are counts, which are kept."""
     score = sacrebleu.BLEU(effective_order=True).sentence_score(case.prediction.strip(), list(case.expected))
     counts = (*score.counts, *score.totals, score.sys_len, score.ref_len)
-    return Scored(score.score / 100, statistics=tuple(map(float, counts)))
+    value = 1.0 if _is_rightly_empty(case) else score.score / 100
+    return Scored(value, statistics=tuple(map(float, counts)))
+
+
+def _is_rightly_empty(case: Case) -> bool:
+    """Return whether nothing is said where nothing is to be said, as of a blank page; both measures call that 0."""
+    return not case.prediction.strip() and not all(expected.strip() for expected in case.expected)
 
 
 def _total_bleu(sums: np.ndarray, count: int) -> float:
@@ -30,6 +36,8 @@ def _total_bleu(sums: np.ndarray, count: int) -> float:
 
 
 def _chrf(case: Case) -> Scored:
+    if _is_rightly_empty(case):
+        return Scored(1.0)
     return Scored(sacrebleu.CHRF().sentence_score(case.prediction.strip(), list(case.expected)).score / 100)
 
 

@@ -38,6 +38,12 @@ class Scores:
         """Answers that do not have the form that the metric reads, and count as wrong."""
         return sum(not one.readable for one in self.scored)
 
+    @property
+    def cut(self) -> int | None:
+        """Answers that ``--max_new_tokens`` cut, which are scored as they are; None where no line says so or not."""
+        reasons = [line.finish_reason for line in self.lines if line.finish_reason is not None]
+        return sum(reason == "length" for reason in reasons) if reasons else None
+
     def interval(self, seed: int = 0) -> Interval | None:
         """Return the score with its interval; None where nothing could be asked."""
         if not self.scored:
@@ -61,6 +67,7 @@ class Scores:
             "count": len(self.lines),
             "score": interval.as_dict() if interval is not None else None,
             "unreadable": self.unreadable,
+            "cut": self.cut,
             "not_asked": len(self.not_asked),
         }
 

@@ -6,10 +6,11 @@ Nothing here knows of training. Prompts are rendered by the folder's own chat te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -17,8 +18,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 from transformers.video_utils import VideoMetadata
 
 from qwenvl.data.processor import open_processor
+from qwenvl.data.rendering import ChatTemplate
 from qwenvl.data.sizes import MediaPlan, VideoPlan
-from qwenvl.data.types import ImageItem, Message, TextPart, VideoItem
+from qwenvl.data.types import Conversation
 from qwenvl.evaluate.prompts import Prompt
 from qwenvl.models.adapter_files import CONFIG_FILE, find_base, read_config
 from qwenvl.models.merging import open_adapted
@@ -62,6 +64,26 @@ class Answerer:
     model: Any
     processor: Any
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """Its chat template, with the checks that training has."""
+        return ChatTemplate(self.processor, self.template_kwargs)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote.
+
+    Args:
+        text: the answer, without special tokens.
+        finish_reason: ``stop`` where the model ended it, ``length`` where ``max_new_tokens`` cut it.
+        thinking: it was cut inside the thought that the prompt had opened.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    thinking: bool = False
 
 
 def base_of(folder: str, base: str | None = None) -> str:
@@ -151,7 +173,7 @@ def generate(
     decoding: Decoding | None = None,
     batch_size: int = 16,
     **options: Any,
-) -> list[str]:
+) -> list[Answer]:
     """Return the answer to every prompt, in order.
 
     Args:
@@ -160,18 +182,36 @@ def generate(
         decoding: how tokens are chosen; None for the likeliest, up to 128.
         batch_size: prompts answered at once.
         options: further ones of ``generate``.
+
+    Raises:
+        SampleError: the chat template cannot write a prompt.
     """
     options = {**(decoding or Decoding()).options(), **options}
-    answers: list[str] = []
+    answers: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
         inputs = encode_prompts(answerer, prompts[start : start + batch_size]).to(answerer.model.device)
         with torch.no_grad():  # no inference tensors: a model in training has to go on
             output = answerer.model.generate(**inputs, **options)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
-        answers += answerer.processor.batch_decode(
+        texts = answerer.processor.batch_decode(
             new_tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        ended = _ended(answerer, new_tokens)
+        answers += [_answer(answerer, *pair) for pair in zip(texts, ended, strict=True)]
     return answers
+
+
+def _ended(answerer: Answerer, new_tokens: torch.Tensor) -> list[bool]:
+    """Return which rows of new tokens, [B, T], hold one that ends an answer."""
+    ends = answerer.model.generation_config.eos_token_id
+    if ends is None:
+        return [False] * len(new_tokens)
+    return torch.isin(new_tokens, torch.as_tensor(ends, device=new_tokens.device)).any(dim=1).tolist()
+
+
+def _answer(answerer: Answerer, text: str, ended: bool) -> Answer:
+    thinking = not ended and answerer.template.opens_thinking and "</think>" not in text
+    return Answer(text, "stop" if ended else "length", thinking)
 
 
 def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt], *, answered: bool = False) -> Any:
@@ -205,28 +245,9 @@ def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt], *, answered: b
 
 
 def _render(answerer: Answerer, prompt: Prompt, answered: bool) -> str:
-    text: str = answerer.processor.apply_chat_template(
-        template_messages(prompt.messages),
-        tools=[dict(tool) for tool in prompt.tools] or None,
-        tokenize=False,
-        add_generation_prompt=not answered,
-        **answerer.template_kwargs,
-    )
-    return text
-
-
-def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Return turns in the form that chat templates take."""
-    return [
-        {"role": message.role, "content": [_template_part(part) for part in message.parts], **message.extra}
-        for message in messages
-    ]
-
-
-def _template_part(part: TextPart | ImageItem | VideoItem) -> dict[str, Any]:
-    if isinstance(part, TextPart):
-        return {"type": "text", "text": part.text}
-    return {"type": "image" if isinstance(part, ImageItem) else "video"}
+    conversation = Conversation(prompt.messages, prompt.tools)
+    template = answerer.template
+    return (template.render(conversation) if answered else template.render_prompt(conversation)).text
 
 
 def _metadata(plan: MediaPlan) -> VideoMetadata:

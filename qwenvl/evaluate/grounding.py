@@ -56,7 +56,7 @@ class Grounder:
             (answer,) = generate(self.answerer, [prompt], decoding=decoding)
         finally:
             attend_by_segments(model)
-        return answer
+        return answer.text
 
     def mask_reader(self, encoder: SampleEncoder) -> MaskReader:
         """Return what finds phrases in samples of an encoder, and reads their masks as training did."""

@@ -11,7 +11,7 @@ from qwenvl.evaluate.cases import Case, Metric, Scored
 from qwenvl.evaluate.choices import CHOICE, is_choice, read_options
 from qwenvl.evaluate.json_answers import JSON_EQUAL, JSON_VALID, read_json
 from qwenvl.evaluate.predictions import Prediction
-from qwenvl.evaluate.texts import ANLS, EXACT, RELAXED
+from qwenvl.evaluate.texts import ANLS, EXACT, RELAXED, final_answer
 from qwenvl.utilities.errors import UserError, nearest
 
 METRICS: dict[str, Metric] = {
@@ -20,8 +20,6 @@ METRICS: dict[str, Metric] = {
 }
 LONG_ANSWER = 12
 """Words from which an answer counts as a text, in the median of a dataset."""
-
-_END_OF_THINKING = "</think>"
 
 
 def find_metric(name: str) -> Metric:
@@ -55,9 +53,9 @@ def choose_metric(cases: Sequence[Case]) -> Metric:
 
 
 def to_case(line: Prediction) -> Case:
-    """Return what metrics take: of an answer that begins by thinking, what comes after it."""
-    answer = (line.prediction or "").rpartition(_END_OF_THINKING)[2]
-    return Case(line.question, (line.expected, *line.accepted), answer)
+    """Return what metrics take: of the answer and of the right ones, what comes after their thoughts."""
+    accepted = tuple(map(final_answer, (line.expected, *line.accepted)))
+    return Case(line.question, accepted, "" if line.thought else final_answer(line.prediction or ""))
 
 
 def score_lines(lines: Sequence[Prediction], metric: Metric) -> list[Scored]:

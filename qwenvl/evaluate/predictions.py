@@ -46,6 +46,9 @@ class Prediction:
         accepted: other answers that are right too: the sample's field ``answers``.
         prediction: what the model wrote; None with ``error``.
         error: why the sample could not be asked.
+        finish_reason: ``stop`` where the model ended its answer, ``length`` where ``--max_new_tokens`` cut it, as
+            servers name it; None where that is not known.
+        thought: ``unfinished`` where the model was still thinking when it was cut: there is no answer.
         metric: what the sample or its dataset wants to be measured by.
         canvas: (width, height) of the picture in what boxes count, where boxes are expected.
         loss: cross entropy of the trained tokens, summed, in nats; where it was asked for.
@@ -67,6 +70,8 @@ class Prediction:
     accepted: tuple[str, ...] = ()
     prediction: str | None = None
     error: str | None = None
+    finish_reason: str | None = None
+    thought: str | None = None
     metric: str | None = None
     canvas: tuple[int, int] | None = None
     loss: float | None = None

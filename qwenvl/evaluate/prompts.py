@@ -17,8 +17,9 @@ from qwenvl.data.collation import EncodedSample, Medium
 from qwenvl.data.encoding import Plan, SampleEncoder, plan_item
 from qwenvl.data.media import MediaReader
 from qwenvl.data.pixels import read_resized
+from qwenvl.data.rendering import ChatTemplate
 from qwenvl.data.sizes import MediaPlan, VisionSettings
-from qwenvl.data.types import Message, Sample, TextPart
+from qwenvl.data.types import Conversation, Message, Sample, TextPart
 from qwenvl.utilities.errors import SampleError
 
 
@@ -81,11 +82,24 @@ def open_exercise(sample: Sample, encoder: SampleEncoder) -> Exercise:
         return _open_labelled(sample, encoder, plan, reader)
     if messages[-1].role != "assistant" or len(messages) < 2:
         raise SampleError("no_answer", "the sample does not end in an answer to a question.", sample.origin)
+    try:
+        encoder.template.render_prompt(replace(plan.conversation, messages=messages[:-1]))
+        expected = _expected(plan.conversation, encoder.template)
+    except SampleError as error:
+        raise error.at(sample.origin) from error.__cause__
     encoded = encoder.encode(plan, sample, reader)
     frames = tuple(medium.frames for medium in encoded.media)
-    return Exercise(
-        Prompt(messages[:-1], plan.media, frames, plan.conversation.tools), messages[-1].text.strip(), encoded
-    )
+    return Exercise(Prompt(messages[:-1], plan.media, frames, plan.conversation.tools), expected, encoded)
+
+
+def _expected(conversation: Conversation, template: ChatTemplate) -> str:
+    """Return the last answer; one with tool calls as the template writes it."""
+    *before, answer = conversation.messages
+    if not answer.extra.get("tool_calls"):
+        return answer.text.strip()
+    rendering = template.render(replace(conversation, messages=(*before, replace(answer, trained=True))))
+    start, stop = rendering.spans[-1]
+    return rendering.text[start:stop].removesuffix(template.turn_end).strip()
 
 
 def _open_labelled(sample: Sample, encoder: SampleEncoder, plan: Plan, reader: MediaReader) -> Exercise:

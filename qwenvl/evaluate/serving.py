@@ -135,7 +135,7 @@ def template_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs
         options |= {"video_metadata": [metadata for _, metadata in videos], "do_sample_frames": False}
     try:
         outputs = serving.processor.apply_chat_template(
-            _messages(plan.conversation.messages, element),
+            _messages(serving.encoder.template.with_thoughts_apart(plan.conversation).messages, element),
             tools=[dict(tool) for tool in plan.conversation.tools] or None,
             tokenize=True,
             return_dict=True,
@@ -160,7 +160,8 @@ def utils_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs:
     elements = [_utils_element(medium, sources, serving.encoder) for medium in plan.media]
     if obstacle := reader_obstacle([element["video"] for element in elements if "video" in element]):
         raise SampleError(NOT_COMPARED, obstacle, sample.origin)
-    messages = _messages(plan.conversation.messages, lambda number, item: elements[number])
+    turns = serving.encoder.template.with_thoughts_apart(plan.conversation).messages
+    messages = _messages(turns, lambda number, item: elements[number])
     try:
         images, videos, options = process_vision_info(
             messages,

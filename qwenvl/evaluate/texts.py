@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from qwenvl.evaluate.cases import Case, Metric, Scored, best
 
+_THOUGHT_END = "</think>"
+_THOUGHT_START = "<think>"
 RELATIVE_CHANGE = 0.05
 ANLS_THRESHOLD = 0.5
+
+
+def final_answer(text: str) -> str:
+    """Return what comes after the thought of an answer; nothing where a thought is opened and not closed."""
+    _, end, answer = text.rpartition(_THOUGHT_END)
+    if end:
+        return answer.lstrip()
+    return "" if text.lstrip().startswith(_THOUGHT_START) else text
 
 
 def exact(prediction: str, expected: str) -> float:

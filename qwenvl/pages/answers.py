@@ -14,6 +14,7 @@ from qwenvl.evaluate.answer_log import FILE_NAME, Answered
 from qwenvl.evaluate.blindness import Key, key_of
 from qwenvl.evaluate.box_answers import read_boxes
 from qwenvl.evaluate.predictions import Prediction
+from qwenvl.evaluate.texts import final_answer
 from qwenvl.pages.pictures import SHOWN_FRAMES, image_tag, with_boxes
 
 SAMPLES = 8
@@ -96,7 +97,8 @@ def _card(number: int, line: Prediction, answers: Sequence[Answered | None], ope
         drawing = ""
         if boxed:
             assert line.canvas is not None and not isinstance(media, str)
-            boxes = read_boxes(line.expected), read_boxes(answered.line.prediction or "")
+            answer = answered.line.prediction or ""
+            boxes = read_boxes(final_answer(line.expected)), read_boxes(final_answer(answer))
             drawing = with_boxes(media[0].frames[0], line.canvas, *boxes, name=f"picture-{number}", again=bool(columns))
         columns.append(_column(answered, drawing))
     pictures = "" if boxed else f'<div class="media">{_pictures(media)}</div>' if media else ""
@@ -113,6 +115,8 @@ def _column(answered: Answered, drawing: str) -> str:
         answered.score, ("", f"{answered.score:.0%}")
     )
     said = escape(_cut(short_answer(answered.line.prediction or ""))) or "(nothing)"
+    if answered.line.finish_reason == "length":
+        verdict += ", cut"
     return (
         f'<li class="{kind}"><span class="note">step {answered.step:,}</span>{drawing}'
         f'<p class="said">{said}</p><p class="verdict">{verdict}</p></li>'
@@ -143,7 +147,7 @@ def _frames(medium: Medium, number: int, most: int) -> list[tuple[str, Image.Ima
 
 def short_answer(answer: str) -> str:
     """Return boxes as four numbers each, other answers as they are."""
-    boxes = read_boxes(answer)
+    boxes = read_boxes(final_answer(answer))
     return "; ".join(", ".join(f"{edge:g}" for edge in box) for box in boxes) if boxes else answer.strip()
 
 

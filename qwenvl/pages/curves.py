@@ -60,7 +60,7 @@ RATE = "learning_rate"
 PART_RATE = f"{RATE}_"
 """Begins the names of the learning rates of single parts."""
 
-_UNSHOWN = {"step", "epoch", "total_flos", RATE, "eval_answered_samples", "skipped_steps"}
+_UNSHOWN = {"step", "epoch", "total_flos", RATE, "eval_answered_samples", "eval_cut_answers", "skipped_steps"}
 _UNSHOWN_ENDS = ("_per_device", "_runtime")
 _MOST_OTHERS = 12
 

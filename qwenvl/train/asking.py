@@ -17,7 +17,7 @@ from qwenvl.data.collation import Item
 from qwenvl.evaluate.answer_log import AnswerLog
 from qwenvl.evaluate.blindness import VIEWS, View
 from qwenvl.evaluate.evaluation import evaluate
-from qwenvl.evaluate.generate import Decoding, generate
+from qwenvl.evaluate.generate import Answer, Decoding, generate
 from qwenvl.evaluate.predictions import Prediction
 from qwenvl.models import attention
 from qwenvl.models.loss import causal_loss, tell_host
@@ -68,7 +68,7 @@ class AskingTrainer(QwenVLTrainer):
         decoding = Decoding(self.args.eval_generate_tokens)
         batch, rank, ranks = self.args.eval_batch_size, self.args.process_index, self.args.world_size
         sharded = ranks > 1 and (self.is_fsdp_enabled or self._is_zero3())
-        mine: list[tuple[int, str]] = []
+        mine: list[tuple[int, Answer]] = []
         for one in questions.rounds(batch, rank, ranks):
             self._watchdog.watch(f"evaluation after step {self.state.global_step}, answering")
             prompts = [questions.open(number).prompt for number in one.asked]
@@ -116,11 +116,12 @@ def _usual_attention(model: Any) -> Iterator[None]:
 
 
 def _metrics(lines: list[Prediction]) -> dict[str, float]:
-    """Return the score of each metric over the samples of all datasets that call for it, and their number."""
+    """Return the score of each metric over the samples of all datasets that call for it, their number, and the cut."""
     groups: dict[str, list[Any]] = {}
     for scores in evaluate(lines):
         groups.setdefault(scores.metric.name, []).append(scores)
-    found: dict[str, float] = {"answered_samples": len(lines)}
+    cut = sum(line.finish_reason == "length" for line in lines)
+    found: dict[str, float] = {"answered_samples": len(lines), "cut_answers": cut}
     for name, group in groups.items():
         metric = group[0].metric
         statistics = np.array([metric.statistics(one) for scores in group for one in scores.scored])

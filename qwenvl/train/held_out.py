@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ from PIL import Image
 
 from qwenvl.data.collation import EncodedSample
 from qwenvl.data.dataset import ConversationDataset
-from qwenvl.evaluate.answering import describe, exchanged
+from qwenvl.evaluate.answering import describe, exchanged, with_answer
 from qwenvl.evaluate.blindness import Key, View, blank, find_partners, key_of
 from qwenvl.evaluate.evaluation import evaluate
-from qwenvl.evaluate.generate import Answerer
+from qwenvl.evaluate.generate import Answer, Answerer
 from qwenvl.evaluate.predictions import Prediction
 from qwenvl.evaluate.prompts import Exercise, open_exercise
 from qwenvl.pages.answers import Medium
@@ -137,6 +137,7 @@ class HeldOutQuestions:
             exercise = exercise.showing(exchanged(exercise.prompt, self.open(self._partners[number]).prompt))
         return exercise.encoded
 
-    def answered(self, answers: Sequence[tuple[int, str]]) -> list[Prediction]:
+    def answered(self, answers: Sequence[tuple[int, Answer]]) -> list[Prediction]:
         """Return the lines with their answers, in order: (number, answer) in any order."""
-        return [replace(self.lines[number], prediction=answer) for number, answer in sorted(answers)]
+        ordered = sorted(answers, key=lambda pair: pair[0])
+        return [with_answer(self.lines[number], answer) for number, answer in ordered]

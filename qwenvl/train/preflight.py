@@ -27,7 +27,7 @@ from qwenvl.train.model_setup import open_model, weight_types
 from qwenvl.train.preflight_report import NOT_COUNTED, describe_memory, describe_work, gib
 from qwenvl.train.schedule import plan_schedule, slowest_over_mean
 from qwenvl.train.state_memory import StateMemory, estimate_states, read_sharing
-from qwenvl.train.summary import describe_budget, describe_data, describe_model
+from qwenvl.train.summary import describe_budget, describe_data, describe_model, describe_remarks
 from qwenvl.utilities.cache import cache_folder
 from qwenvl.utilities.distributed import world_size
 from qwenvl.utilities.errors import SampleError, UserError
@@ -52,6 +52,8 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
     rows = ConversationDataset(data.train.tables, data.encoder, data.train.skips_bad_samples)
     lengths = measure_lengths(rows, cache_folder(parsed.data.data_cache_dir))
     measures = data.train.add_up(lengths.measures)
+    for remark in describe_remarks(rows.tables, lengths.measures):
+        logger.warning("%s", remark)
     for dataset in filter(None, (rows, data.evaluation)):
         decode_one_of_each(dataset)
         name_unread_keys(dataset)
@@ -89,9 +91,6 @@ def decode_one_of_each(dataset: ConversationDataset) -> None:
             if item.error is not None:
                 raise item.error
             if item.samples:
-                for event in item.events:
-                    if event.kind == "unconverted":
-                        logger.warning("%s.", event.message.rstrip("."))
                 break
             reasons += [event.message for event in item.events]
         else:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qwenvl.data.collation import Event
+from qwenvl.data.measures import REMARKS
 from qwenvl.data.types import Origin
 from qwenvl.utilities.distributed import gather_objects, is_main_process
 from qwenvl.utilities.errors import SampleError
@@ -20,14 +21,14 @@ MEANING = {
     "bad": f"left out: cannot be used (see {BAD_SAMPLES})",
     "overlength": f"left out: longer than --model_max_length (see {BAD_SAMPLES})",
     "truncated": "shortened by whole turns to --model_max_length",
-    "unconverted": "with a bbox_format and numbers, but no box or point in a form that is converted",
-    "thinking_mismatch": "with a <think> block where the chat template opens none, or without the one it opens",
+    **REMARKS,
 }
 SAID_ONCE = "unread_key"
 """Kind of the events that count no samples: their message says all, once."""
 _THINKING_ADVICE = (
     "The answer of %s does not fit the checkpoint's chat template: it has a <think> block where the template opens "
-    "none, or none where it opens one. It is trained as the template renders it; this is said once, and counted."
+    "none, or none where it opens one. It is trained as the template renders it; this is said once a dataset, and "
+    "counted."
 )
 
 
@@ -42,6 +43,7 @@ class DataReport:
         self._file = Path(output_dir) / BAD_SAMPLES
         self._events: dict[tuple[str, str], Event] = {}
         self._news: dict[tuple[str, str], Event] = {}  # those of them that other ranks may not know yet
+        self._said: set[tuple[str, str]] = set()
         self._gathered: dict[tuple[str, str], Event] = {}
 
     def start_over(self) -> None:
@@ -72,9 +74,10 @@ class DataReport:
             key = (event.kind, event.message)
             if key in self._events:
                 continue
-            first = event.kind == SAID_ONCE or not any(kind == event.kind for kind, _ in self._events)
-            if speaks and first:
+            group = (event.kind, event.dataset if event.kind in REMARKS else "")
+            if speaks and (event.kind == SAID_ONCE or group not in self._said):
                 self._say(event)
+            self._said.add(group)
             self._events[key] = event
             (self._gathered if common else self._news)[key] = event
             if speaks and event.record:

@@ -16,6 +16,7 @@ from qwenvl.arguments import ParsedArguments, TrainingArguments
 from qwenvl.arguments.adapters import Part
 from qwenvl.data.collation import Event
 from qwenvl.data.dataset import SampledTable
+from qwenvl.data.measures import count_remarks
 from qwenvl.data.processor import describe_limits
 from qwenvl.models.adapters import adapter_sizes, count_adapted_layers, count_experts
 from qwenvl.models.context import describe_context
@@ -184,6 +185,19 @@ def _measured_table(tables: Sequence[SampledTable], measures: np.ndarray, events
         rows.append([name, *(f"{count:,}" for count in _sums(part)), missing])
     headings = ["dataset", "samples", "tokens", "trained", "patches", "longest", "left out"]
     return table("Samples to train on", headings, rows, words=(0, 6))
+
+
+def describe_remarks(tables: Sequence[SampledTable], measures: np.ndarray) -> Iterator[str]:
+    """Yield what is to be said of samples that are trained as they are, each counted once.
+
+    Args:
+        tables: the datasets.
+        measures: of every row, in their order.
+    """
+    borders = np.cumsum([0, *(len(one.rows) for one in tables)])
+    for number, one in enumerate(tables):
+        _, once = np.unique(one.rows, return_index=True)
+        yield from count_remarks(one.table.spec.name, measures[borders[number] + once])
 
 
 def _sums(part: np.ndarray) -> list[int]:

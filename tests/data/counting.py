@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qwenvl.data.annotations import AnnotationTable
 from qwenvl.data.collation import Item
 from qwenvl.data.dataset import ConversationDataset, SampledTable
 from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.measures import REMARKS
 from qwenvl.data.processor import build_encoder
 from qwenvl.data.types import DatasetSpec
 from qwenvl.utilities.cache import fingerprint
@@ -98,7 +100,8 @@ def counted_when_decoded(item: Item) -> tuple[int, ...]:
     grids = [medium.grid for sample in item.samples for medium in sample.media]
     patches = sum(t * h * w for t, h, w in grids)
     squares = sum(length * length for length in lengths), sum(t * (h * w) ** 2 for t, h, w in grids)
-    return len(lengths), sum(lengths), sum(trained), patches, *squares
+    remarks = Counter(event.kind for event in item.events)
+    return len(lengths), sum(lengths), sum(trained), patches, *squares, *(remarks[kind] for kind in REMARKS)
 
 
 def left_out_when_decoded(dataset: ConversationDataset) -> list[str]:

@@ -190,7 +190,7 @@ def test_tool_calls_and_reasoning() -> None:
     assert extra["tool_calls"][0]["arguments"] == call["arguments"] | {"bbox_2d": [100, 100, 500, 500]}
     assert extra["tool_calls"][1]["function"]["arguments"] == {"point_2d": [100, 100]}
     assert extra["reasoning_content"] == '"bbox_2d": [100, 100, 500, 500]'
-    turn["tool_calls"] = [{"name": "zoom", "bbox_2d": [1, 2, "3", 4]}]
+    turn["tool_calls"] = [{"name": "zoom", "arguments": {"bbox_2d": [1, 2, "3", 4]}}]
     assert "4 numbers are needed" in reason(lambda: convert(Sample(Origin("d", "f", 1), record)))
     conversation = Conversation((Message("assistant", (), {"tool_calls": nested(100_000)}),))
     sample = Sample(Origin("d", "f", 1), record)

@@ -225,7 +225,7 @@ def test_damage_is_found_said_and_counted_anew(
 
 def test_rows_that_are_written_leave_the_others_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Also those between them, and those that are not counted yet, which are no damage."""
-    path, measures = tmp_path / "counts", np.array([(1, row, row, row, row, row) for row in range(9)], MEASURES)
+    path, measures = tmp_path / "counts", np.array([(1, *[row] * (len(MEASURES) - 1)) for row in range(9)], MEASURES)
     for rows in ([2, 3], [0, 1, 5, 7], [4]):
         LengthCache(path, 9).write(np.array(rows), measures[rows])
     found = LengthCache(path, 9).read()
@@ -279,7 +279,7 @@ def test_of_a_write_that_was_cut_off_whole_records_are_kept_and_no_others(
     """A crash may lose any bytes of what was written, and leave zeros there."""
     path, rows = tmp_path / "counts", np.array(sorted(written), np.int64)
     path.unlink(missing_ok=True)
-    measures = np.array([(1, *written[row]) for row in rows.tolist()], MEASURES)
+    measures = np.array([(1, *written[row], 0, 0, 1) for row in rows.tolist()], MEASURES)
     LengthCache(path, 31).write(rows, measures)
     whole = LengthCache(path, 31).read()
     assert whole[rows].tolist() == measures.tolist()
@@ -289,7 +289,7 @@ def test_of_a_write_that_was_cut_off_whole_records_are_kept_and_no_others(
     content[start : start + lost] = bytes(len(content[start : start + lost]))
     path.write_bytes(content)
     for row, found in enumerate(LengthCache(path, 31).read().tolist()):
-        assert found == ((0,) * 6 if row in harmed else whole[row].item())
+        assert found == ((0,) * len(MEASURES) if row in harmed else whole[row].item())
 
 
 def test_nothing_is_written_without_a_folder(opened: Open, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_conversation_needs_an_answer() -> None:
     reason_of({"conversations": [{"from": "human", "value": "hello?"}]}, "no_answer")
 
 
-@pytest.mark.parametrize("role", ["Human", "bot", "", None, 3, ["user"], {"a": 1}])
+@pytest.mark.parametrize("role", ["Humano", "bot", "", None, 3, ["user"], {"a": 1}])
 def test_unknown_roles_are_named(role: Any) -> None:
     reason = reason_of({"conversations": [{"from": role, "value": "x"}, ANSWER]}, "bad_role")
     assert "turn 1" in reason and "human, user, gpt" in reason
@@ -142,7 +142,7 @@ BAD_RECORDS: dict[str, tuple[Any, str]] = {
     "no text": ({"conversations": [{"from": "human", "value": None}, ANSWER]}, "neither text nor media"),
     "empty text": ({"conversations": [{"from": "human", "value": ""}, ANSWER]}, "neither text nor media"),
     "no parts": ({"conversations": [{"from": "human", "value": []}, ANSWER]}, "neither text nor media"),
-    "empty answer": ({"conversations": [{"from": "gpt", "value": ""}]}, "neither text nor media"),
+    "no answer": ({"conversations": [{"from": "gpt", "value": None}]}, "neither text nor media"),
     "from and role": ({"conversations": [{**ANSWER, "role": "user"}]}, "which differ"),
     "unknown part": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "of type 'audio'"),
     "part without type": ({"messages": [{"role": "user", "content": [{"image": "x"}]}]}, "of type None"),

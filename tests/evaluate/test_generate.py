@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from PIL import Image
 from qwenvl.arguments import DataArguments
 from qwenvl.data.annotations import open_annotations
 from qwenvl.data.encoding import SampleEncoder
+from qwenvl.data.messages import build_conversation
 from qwenvl.data.processor import build_encoder, limits_as_flags
-from qwenvl.data.types import DatasetSpec, ImageItem, Origin, Sample, VideoItem
+from qwenvl.data.types import DatasetSpec, ImageItem, Message, Origin, Sample, TextPart, VideoItem
 from qwenvl.data.video import choose_backend
 from qwenvl.evaluate.generate import Answerer, Decoding, encode_prompts, generate, open_answerer
-from qwenvl.evaluate.prompts import open_exercise
+from qwenvl.evaluate.prompts import Prompt, open_exercise
 from qwenvl.utilities.errors import SampleError, UserError
 from qwenvl.utilities.families import get_family
 from tools.make_demo_data import make_demo_data
@@ -147,10 +149,73 @@ def test_a_missing_folder_is_one_message(tmp_path: Path) -> None:
         open_answerer(str(tmp_path / "none"), device="cpu")
 
 
+def test_what_ended_an_answer_is_known(
+    samples: list[Sample], opened: Callable[[str], Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each row of a batch alone: one ends at its first token, which is made one that ends answers."""
+    answerer, encoder = opened("qwen3_vl")
+    prompts = [open_exercise(sample, encoder).prompt for sample in samples]
+    short = Decoding(max_new_tokens=3)
+    cut = generate(answerer, prompts, decoding=short)
+    assert {answer.finish_reason for answer in cut} == {"length"} and not any(answer.thinking for answer in cut)
+    inputs = encode_prompts(answerer, prompts)
+    first = answerer.model.generate(**inputs, max_new_tokens=1)[:, -1].tolist()
+    for ends in ([first[0]], first[0]):
+        monkeypatch.setattr(answerer.model.generation_config, "eos_token_id", ends)
+        ended = [answer.finish_reason == "stop" for answer in generate(answerer, prompts, decoding=short)]
+        assert ended[0] and not all(ended)
+        assert all(stopped for stopped, token in zip(ended, first, strict=True) if token == first[0])
+
+
+def test_a_cut_thought_is_known(tiny_checkpoint: Callable[..., Path]) -> None:
+    answerer = open_answerer(str(tiny_checkpoint("qwen3_vl", "thinking")), device="cpu")
+    prompt = Prompt((Message("user", (TextPart("Which?"),)),))
+    (answer,) = generate(answerer, [prompt], decoding=Decoding(max_new_tokens=3))
+    assert (answer.finish_reason, answer.thinking) == ("length", True)
+    closed = replace(answerer, template_kwargs={"enable_thinking": False})
+    assert not generate(closed, [prompt], decoding=Decoding(max_new_tokens=3))[0].thinking
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "left"}}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+
+def agent(*last: dict[str, object]) -> Sample:
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    return Sample(Origin("d", "f.jsonl", 3), {"messages": [*turns, *last], "tools": [TOOL]})
+
+
+def test_a_template_without_tools_is_refused_as_in_training(opened: Callable[[str], Opened]) -> None:
+    conversation = build_conversation(agent(), ())
+    prompt = Prompt(conversation.messages[:-1], tools=conversation.tools)
+    with pytest.raises(SampleError, match="leaves out the tool 'look'"):
+        generate(opened("qwen2_5_vl")[0], [prompt])
+
+
+def test_prompts_are_written_as_in_training(opened: Callable[[str], Opened]) -> None:
+    answerer, encoder = opened("qwen3_vl")
+    sample = agent({"role": "tool", "content": "a cat"}, {"role": "assistant", "content": "Left."})
+    exercise = open_exercise(sample, encoder)
+    ids = encode_prompts(answerer, [exercise.prompt])["input_ids"][0].tolist()
+    tokens = exercise.encoded.tokens
+    assert tokens.input_ids[: len(ids)].tolist() == ids
+    assert answerer.processor.decode(tokens.input_ids[len(ids) :]) == "Left.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_answer_that_is_a_call_is_expected_as_the_template_writes_it(
+    trained: bool, opened: Callable[[str], Opened]
+) -> None:
+    expected = '<tool_call>\n{"name": "look", "arguments": {"at": "left"}}\n</tool_call>'
+    assert open_exercise(agent(), opened("qwen3_vl")[1]).expected == expected
+    more = ({"role": "user", "content": "Again."}, {"role": "assistant", "tool_calls": [CALL, CALL], "loss": trained})
+    assert open_exercise(agent(*more), opened("qwen3_vl")[1]).expected == f"{expected}\n{expected}"
+
+
 def test_answers_are_text_alone(samples: list[Sample], opened: Callable[[str], Opened]) -> None:
     """No special token is left in an answer."""
     answerer, encoder = opened("qwen3_vl")
     prompts = [open_exercise(sample, encoder).prompt for sample in samples[:3]]
     answers = generate(answerer, prompts, decoding=Decoding(max_new_tokens=4))
     for answer, token in itertools.product(answers, answerer.processor.tokenizer.all_special_tokens):
-        assert token not in answer
+        assert token not in answer.text

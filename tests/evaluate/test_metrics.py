@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenvl.evaluate.box_answers import Box, matched_overlaps, overlap, read_boxes
-from qwenvl.evaluate.cases import Case
+from qwenvl.evaluate.cases import Case, Scored
 from qwenvl.evaluate.choices import read_choice, read_options
-from qwenvl.evaluate.metrics import METRICS, choose_metric, find_metric, to_case
+from qwenvl.evaluate.evaluation import evaluate
+from qwenvl.evaluate.metrics import METRICS, choose_metric, find_metric, score_lines, to_case
 from qwenvl.evaluate.predictions import Prediction
-from qwenvl.evaluate.texts import edit_distance
+from qwenvl.evaluate.texts import edit_distance, final_answer
 from qwenvl.utilities.errors import UserError
 
 edges = st.integers(0, 1000)
@@ -257,7 +259,68 @@ def test_the_metric_is_chosen_by_the_expected_answers(question: str, expected: l
 
 def test_what_was_thought_is_no_part_of_an_answer() -> None:
     line = Prediction(0, "d", "f", 1, expected="7", accepted=("seven",), prediction="<think>\nIs it 8?\n</think>\n\n7")
-    assert to_case(line) == Case("", ("7", "seven"), "\n\n7")
+    assert to_case(line) == Case("", ("7", "seven"), "7")
+
+
+RIGHT: list[tuple[str, str, str, tuple[str, ...]]] = [
+    ("exact_match", "?", "green", ()),
+    ("exact_match", "?", "red", ("green", "red")),
+    ("relaxed_match", "?", "12", ()),
+    ("anls", "?", "green", ()),
+    ("multiple_choice", OPTIONS, "B", ()),
+    ("box_accuracy", "?", as_answer((1, 2, 30, 40)), ()),
+    ("box_iou", "?", as_answer((1, 2, 30, 40)), ()),
+    ("json_equal", "?", '{"a": 1}', ()),
+    ("json_valid", "?", '{"a": 1}', ()),
+    ("bleu", "?", "a dog runs over the grass", ()),
+    ("chrf", "?", "a dog runs over the grass " * 3, ()),
+]
+"""Metric, question, answer, accepted answers."""
+THOUGHT = f"<think>\nIs it A, or {as_answer((9, 9, 99, 99))}? No.\n</think>\n\n"
+
+
+@pytest.mark.parametrize(("name", "question", "answer", "accepted"), RIGHT)
+def test_a_thought_is_taken_off_both_sides(name: str, question: str, answer: str, accepted: tuple[str, ...]) -> None:
+    """The expected answer as it is trained; the model's without the tag that the prompt has opened."""
+    right = {"expected": THOUGHT + answer, "accepted": tuple(THOUGHT + one for one in accepted)}
+    for prediction in (THOUGHT + answer, THOUGHT.removeprefix("<think>\n") + answer, answer):
+        line = Prediction(0, "d", "f", 1, question=question, prediction=prediction, **right)
+        (scored,) = score_lines([line], METRICS[name])
+        assert METRICS[name].total(np.array(METRICS[name].statistics(scored)), 1) == pytest.approx(1)
+    wrong = Prediction(0, "d", "f", 1, question=question, prediction=THOUGHT + "nothing of it", **right)
+    assert score_lines([wrong], METRICS[name])[0].value < 0.5
+
+
+def test_the_metric_is_chosen_by_what_stands_behind_the_thought() -> None:
+    lines = [Prediction(0, "d", "f", 1, expected=f"<think>{'word ' * 30}</think>7", prediction="7")]
+    (scores,) = evaluate(lines)
+    assert (scores.metric.name, scores.scored[0].value) == ("exact_match", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("7", "7"),
+        (" 7 ", " 7 "),
+        ("<think>x</think>\n\n7", "7"),
+        ("x</think>7", "7"),
+        ("<think>x</think>y</think>7", "7"),
+        ("<think>\nIs it B?", ""),
+        ("<think></think>", ""),
+        ("", ""),
+    ],
+)
+def test_what_comes_after_a_thought(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+def test_a_thought_that_was_cut_holds_no_answer() -> None:
+    """Its last words would pass for one."""
+    cut = Prediction(0, "d", "f", 1, question=OPTIONS, expected="B", prediction="The answer is B")
+    assert score_lines([cut], METRICS["multiple_choice"])[0].value == 1
+    unfinished = replace(cut, finish_reason="length", thought="unfinished")
+    assert score_lines([unfinished], METRICS["multiple_choice"])[0] == Scored(0.0, readable=False)
+    assert Prediction.from_json(unfinished.to_json()) == unfinished
 
 
 def test_an_unknown_metric_is_one_message() -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from qwenvl.data.video import TorchcodecBackend, backend_name
+from tests.data.test_thoughts import blind_to_think
 from tests.data.test_video import make_video
 from tests.train.runs import train
 from tools.check_serving import main
@@ -54,6 +55,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         "own": [_record("own", "<image>", image=[{"image": "large.jpg", "max_pixels": 64 * 32}])],
         "turned": [_record("turned", "<image>", image="turned.jpg")],
+        "thought": [_record("thought", "", answer="<think>\nhm\n</think>\n\nYes.")],
         "newline": [_record("newline", "", answer="\n\nYes.")],
         "bytes": [_record("bytes", "<video>", video=f"data:video/mp4;base64,{encoded}")],
         "many": [_record("many", "<video>", video=[{"video": "clip.mp4", "nframes": 3, "video_end": 0.3}])],
@@ -251,3 +253,13 @@ def test_an_adapter_is_served_beside_its_base(saved: Path, check: Check, tmp_pat
 def test_mistakes_are_one_message(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_thought_in_the_text_is_served_apart_where_the_template_reads_it_so(
+    check: Check, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = blind_to_think(tiny_checkpoint("qwen3_vl", "thinking"), tmp_path / "model")
+    for model in (tiny_checkpoint("qwen3_vl", "thinking"), folder):
+        _, printed = check(model, "thought")  # limits of pictures differ, of which there are none
+        for way in ("apply_chat_template", "qwen-vl-utils"):
+            assert _states(printed, way, "input ids") == ["equal"], printed

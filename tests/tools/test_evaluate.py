@@ -47,6 +47,7 @@ def write_predictions(folder: Path) -> str:
     records[8]["media"] = [["image", str(folder / "gone.png")]]
     records[9]["media"] = [["image", "embedded:12"], ["video", ["embedded:1", "embedded:2"]]]
     boxes = {"dataset": "boxes", "question": "Where?", "expected": BOX, "media": picture, "canvas": [1000, 1000]}
+    records[0]["finish_reason"], records[9]["finish_reason"] = "stop", "length"
     records.append({**boxes, "prediction": "nowhere", "index": 10})
     records.append({**boxes, "prediction": BOX.replace("300", "200"), "index": 11})
     bad = {"dataset": "boxes", "question": "", "expected": "", "prediction": None, "error": "missing_file: gone"}
@@ -65,6 +66,8 @@ def test_predictions_are_scored_by_dataset(evaluate: Evaluate, tmp_path: Path) -
     assert digits["score"]["value"] == 0.7 and 0.3 < digits["score"]["low"] < 0.6 < 0.8 < digits["score"]["high"] <= 1
     assert (boxes["metric"], boxes["count"], boxes["unreadable"], boxes["not_asked"]) == ("box_accuracy", 2, 1, 1)
     assert boxes["score"]["value"] == 0.5
+    assert digits["cut"] == 1 and boxes["cut"] is None  # of boxes nobody said
+    assert "1 answers were cut at --max_new_tokens" in printed
     for text in ("digits", "70.0%", "box accuracy at 0.5", "50.0%", "evaluation.html"):
         assert text in printed
 
@@ -80,6 +83,9 @@ def test_the_page_shows_the_worst_and_loads_nothing(evaluate: Evaluate, tmp_path
     assert "<i>7</i>" in page.text and "<i>8</i>" in page.text and "<i>9</i>" not in page.text
     assert "gone.png does not exist" in page.text
     assert "0.00, unreadable" in page.text
+    assert "Cut" in page.text and "0.00, cut" not in page.text
+    evaluate("--predictions", write_predictions(tmp_path), "--worst", "3")
+    assert "0.00, cut" in Page((tmp_path / "out" / "evaluation.html").read_text()).text
     assert "missing_file: gone" in page.text and "f.jsonl:3" in page.text
     assert 'x="100" y="133.333" width="200" height="133.333"' in source  # of a picture of 3 : 2
     evaluate("--predictions", write_predictions(tmp_path))
@@ -98,6 +104,18 @@ def test_metrics_may_be_named_by_flag_or_sample(evaluate: Evaluate, tmp_path: Pa
     evaluate("--predictions", str(path))
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["datasets"]
     assert [(one["metric"], one["count"]) for one in found] == [("exact_match", 9), ("anls", 1), ("box_accuracy", 2)]
+
+
+def test_held_out_rows_with_thoughts_are_scored_by_their_answers(evaluate: Evaluate, tmp_path: Path) -> None:
+    """As they are trained, ``<think>`` and an answer; the model's begins behind the tag that the prompt opened."""
+    known = {"dataset": "think", "question": "Colour?", "expected": "<think>\nlook\n</think>\n\ngreen"}
+    said = ["look\n</think>\n\ngreen", "<think>\nred?\n</think>\n\ngreen", "green\n</think>\n\nred", "green"]
+    records = [{**known, "prediction": text, "index": n} for n, text in enumerate(said)]
+    records[3] |= {"finish_reason": "length", "thought": "unfinished"}
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert evaluate("--predictions", "answers.jsonl")[0] == 0
+    (found,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["datasets"]
+    assert (found["metric"], found["score"]["value"], found["cut"]) == ("exact_match", 0.5, 1)
 
 
 @pytest.mark.parametrize(

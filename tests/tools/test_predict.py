@@ -110,7 +110,9 @@ def test_every_sample_has_a_line_in_the_order_of_the_data(predict: Predict, tmp_
     assert {line["dataset"] for line in found} == {"set"} and {line["file"] for line in found} == {
         str(tmp_path / "set.jsonl")
     }
-    assert "7 answers, 2 samples that could not be asked" in printed
+    cut = sum(line["finish_reason"] == "length" for line in good)
+    assert cut > 0 and all("finish_reason" not in line for line in bad)
+    assert f'7 answers ({cut} of them cut at --max_new_tokens: "finish_reason": "length"), 2 samples' in printed
     assert "1 x missing_file" in printed
     assert {path.name for path in output.parent.iterdir()} == {"answers.jsonl", "answers.jsonl.settings.json"}
     assert messages == ""  # no progress bar, no warning

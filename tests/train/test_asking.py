@@ -71,6 +71,9 @@ def test_evaluation_of_the_folder_says_the_same_as_training(
     (scores,), (blind,) = found["datasets"], found["blind"]
     trained = figures(folder)
     assert trained["eval_answered_samples"] == [11] and scores["count"] == 11
+    answers = [json.loads(line) for line in (folder / "eval_answers.jsonl").read_text().splitlines()]
+    assert history(folder, "eval_cut_answers") == [sum(one["finish_reason"] == "length" for one in answers)]
+    assert history(folder, "eval_cut_answers") == [scores["cut"]] and scores["cut"] > 0
     assert trained["eval_chrf"] == [pytest.approx(scores["score"]["value"])]
     assert trained["eval_chrf"] > [0]
     lines = [json.loads(line) for line in (tmp_path / "evaluation" / "predictions.jsonl").read_text().splitlines()]

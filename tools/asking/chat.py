@@ -101,4 +101,8 @@ class Chat:
 def answer_aloud(answerer: Answerer, prompt: Prompt, decoding: Decoding) -> str:
     """Answer one prompt, and print the answer while it is written."""
     streamer = TextStreamer(answerer.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    return generate(answerer, [prompt], decoding=decoding, streamer=streamer)[0]
+    (answer,) = generate(answerer, [prompt], decoding=decoding, streamer=streamer)
+    if answer.finish_reason == "length":
+        console = Console(stderr=True, highlight=False)
+        console.print(f"The answer was cut at --max_new_tokens {decoding.max_new_tokens}.", style="yellow")
+    return answer.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,6 @@ from rich.console import Console
 from rich.text import Text
 
 from qwenvl.data.annotations import AnnotationTable
-from qwenvl.data.types import Origin
 from tools.check.tables import CheckedRows, Problem
 
 HEADINGS = ("dataset", "problem", "samples", "first at", "reason")
@@ -36,8 +36,7 @@ class Summary:
         media: images and videos.
         bad: (row, member) of all with a problem.
         unread_keys: Keys that nothing reads, as in messages.
-        unconverted: Number of samples that say what their coordinates count, and of which none was converted.
-        first_unconverted: Origin of the first of them.
+        remarks: number of samples of each kind of :data:`qwenvl.data.measures.REMARKS`.
     """
 
     table: AnnotationTable
@@ -48,8 +47,7 @@ class Summary:
     media: int = 0
     bad: set[tuple[int, int]] = field(default_factory=set)
     unread_keys: set[str] = field(default_factory=set)
-    unconverted: int = 0
-    first_unconverted: Origin | None = None
+    remarks: Counter[str] = field(default_factory=Counter)
     _seen: tuple[int, int, frozenset[str]] = (-1, -1, frozenset())
 
     def add(self, checked: CheckedRows) -> None:
@@ -58,8 +56,7 @@ class Summary:
         self.digests.append(checked.digests)
         self.media += int(checked.media.sum())
         self.unread_keys |= checked.unread_keys
-        self.unconverted += len(checked.unconverted)
-        self.first_unconverted = self.first_unconverted or next(iter(checked.unconverted), None)
+        self.remarks.update(checked.remarks)
 
     def note(self, problem: Problem) -> None:
         """Count a problem; those of one sample follow one another."""

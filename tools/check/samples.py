@@ -10,6 +10,7 @@ from typing import Any
 
 from qwenvl.arguments import DataArguments
 from qwenvl.data.encoding import SampleEncoder, plan_item
+from qwenvl.data.measures import REMARKS
 from qwenvl.data.media import MediaReader
 from qwenvl.data.messages import Examined, examine
 from qwenvl.data.messages_limits import LIMIT_FIELDS
@@ -20,6 +21,7 @@ from qwenvl.data.record_forms import FORM_FIELDS
 from qwenvl.data.regions import MaskReader
 from qwenvl.data.sizes import ImagePlan, MediaPlan, VisionSettings
 from qwenvl.data.targets import TargetReader
+from qwenvl.data.thoughts import is_empty_answer
 from qwenvl.data.types import Conversation, Sample
 from qwenvl.utilities.errors import SampleError
 from qwenvl.utilities.families import get_family
@@ -53,13 +55,13 @@ class Finding:
         problems: everything that is wrong with it, each once.
         media: number of its images and videos.
         unread_keys: Its keys that nothing reads, as :class:`qwenvl.data.types.Conversation` has them.
-        unconverted: It says what its coordinates count, and none was converted.
+        remarks: kinds of :data:`qwenvl.data.measures.REMARKS` that it is of.
     """
 
     problems: tuple[SampleError, ...]
     media: int
     unread_keys: tuple[str, ...] = ()
-    unconverted: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ class SampleChecker:
             finding = self._check(sample)
             if self.encoder is not None and all(one.category == TAG_IN_ANSWER for one in finding.problems):
                 try:
-                    tokens = finish(self.encoder.measure(sample)).tokens
-                    self.encoder.require_length(tokens, sample, used)
-                    used += tokens
+                    measures = finish(self.encoder.measure(sample))
+                    self.encoder.require_length(measures.tokens, sample, used)
+                    used += measures.tokens
+                    finding = replace(finding, remarks=tuple(kind for kind in REMARKS if getattr(measures, kind)))
                     if isinstance(self.labels, MaskReader):  # masks are read beside sizes of pictures, and tokens
                         self.labels.read(sample, self.encoder.plan(sample))
                 except SampleError as error:
@@ -117,14 +120,17 @@ class SampleChecker:
                     _decode(plans[-1], reader)
             except SampleError as error:
                 problems.append(error)
+        unconverted = False
         if tuple(plan.item for plan in plans) == examined.conversation.media():
             try:
                 written = write_boxes(examined.conversation, plans, sample, self.settings.family, problems)
+                unconverted = not problems and written.unconverted
             except SampleError as error:
                 problems.append(error)
-        unconverted = not problems and written.unconverted
         once = {(problem.category, problem.reason): problem for problem in problems}
-        return Finding(tuple(once.values()), len(examined.media), written.unread_keys, unconverted)
+        empty = not asked and any(map(is_empty_answer, examined.conversation.messages))
+        remarks = ("empty_answers",) * empty + ("unconverted",) * unconverted  # the others need a template
+        return Finding(tuple(once.values()), len(examined.media), examined.conversation.unread_keys, remarks)
 
     def _label_problems(self, sample: Sample, examined: Examined) -> Iterator[SampleError]:
         if self.labels is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -47,7 +48,7 @@ class CheckedRows:
         problems: in the order of the rows.
         error: what must stop the check.
         unread_keys: Keys that nothing reads, as in messages.
-        unconverted: Origins of the samples that say what their coordinates count, and of which none was converted.
+        remarks: number of samples of each kind of :data:`qwenvl.data.measures.REMARKS`.
     """
 
     samples: np.ndarray
@@ -56,7 +57,7 @@ class CheckedRows:
     problems: list[Problem] = field(default_factory=list)
     error: UserError | None = None
     unread_keys: set[str] = field(default_factory=set)
-    unconverted: list[Origin] = field(default_factory=list)
+    remarks: Counter[str] = field(default_factory=Counter)
 
 
 class _Tasks(Dataset[CheckedRows]):
@@ -90,9 +91,8 @@ class _Tasks(Dataset[CheckedRows]):
         checked.samples[place] = len(samples)
         checked.media[place] = sum(finding.media for finding in findings)
         checked.unread_keys.update(key for finding in findings for key in finding.unread_keys)
+        checked.remarks.update(kind for finding in findings for kind in finding.remarks)
         for member, (sample, finding) in enumerate(zip(samples, findings, strict=True)):
-            if finding.unconverted:
-                checked.unconverted.append(sample.origin)
             for problem in finding.problems:
                 checked.problems.append(Problem(row, member, sample.origin, problem.category, problem.reason))
         return [content_digest(sample) for sample in samples]

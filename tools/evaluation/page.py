@@ -14,6 +14,7 @@ from qwenvl.evaluate.box_answers import read_boxes
 from qwenvl.evaluate.cases import Scored
 from qwenvl.evaluate.evaluation import Scores
 from qwenvl.evaluate.predictions import EMBEDDED, Prediction
+from qwenvl.evaluate.texts import final_answer
 from qwenvl.pages.parts import build_page, table
 from qwenvl.pages.pictures import image_tag, video_frames, with_boxes
 from qwenvl.utilities.errors import SampleError
@@ -65,7 +66,7 @@ def _samples(count: int) -> str:
 
 
 def _score_table(scores: Sequence[Scores]) -> str:
-    names = ("Dataset", "Score", "95% CI", "Samples", "Metric", "Unreadable", "Not asked")
+    names = ("Dataset", "Score", "95% CI", "Samples", "Metric", "Unreadable", "Cut", "Not asked")
     rows = [
         (
             one.dataset,
@@ -73,11 +74,17 @@ def _score_table(scores: Sequence[Scores]) -> str:
             f"{len(one.lines):,}",
             one.metric.title,
             f"{one.unreadable:,}",
+            number(one.cut),
             f"{len(one.not_asked):,}",
         )
         for one in scores
     ]
     return table(names, rows)
+
+
+def number(count: int | None) -> str:
+    """Return a number of answers; a dash where it is not known."""
+    return "-" if count is None else f"{count:,}"
 
 
 def percent(interval: Interval | None) -> tuple[str, str]:
@@ -149,7 +156,7 @@ def _card(line: Prediction, scored: Scored, others: OtherAnswers) -> str:
     ]
     listed = "".join(f"<dt>{name}</dt><dd>{escape(_cut(text)) or '(nothing)'}</dd>" for name, text in answers)
     label = f"#{line.line}" if line.id is None else line.id
-    note = "" if scored.readable else ", unreadable"
+    note = ("" if scored.readable else ", unreadable") + (", cut" if line.finish_reason == "length" else "")
     return (
         f'<div class="card"><div class="media">{_pictures(line)}</div>'
         f'<p class="question">{escape(_cut(line.question))}</p><dl>{listed}</dl>'
@@ -179,7 +186,8 @@ def _medium(line: Prediction, kind: str, source: str | tuple[str, ...]) -> str:
     except SampleError as error:
         return f'<p class="missing">{escape(error.reason)}</p>'
     if line.canvas is not None:
-        return with_boxes(picture, line.canvas, read_boxes(line.expected), read_boxes(line.prediction or ""))
+        texts = final_answer(line.expected), final_answer(line.prediction or "")
+        return with_boxes(picture, line.canvas, *map(read_boxes, texts))
     return image_tag(picture, "picture")
 
 
