@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from qwenvl.data.messages import build_conversation, examine
 from qwenvl.data.types import Sample
 from tests.data.records import ANSWER, ORIGIN, RESERVED, build, reason_of
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 ASKED = {"from": "human", "value": "Who?"}
 
 
@@ -32,8 +35,12 @@ def test_every_key_that_nothing_reads_is_named() -> None:
 
 
 def test_keys_of_no_meaning_are_not_named() -> None:
-    known = {"id": 1, "data_source": "web", "metadata": {"a": 1}, "width": 3, "height_list": [3], "bbox_format": None}
-    of_tasks = {"label": "cat", "masks": [], "answers": ["a"], "metric": "anls", "kto_tag": True}
+    """Those that docs/data.md lists, and those that other parts read."""
+    listed = PAGE.read_text(encoding="utf-8").split("**Of no meaning**")[1].split("\n\n")[0]
+    known = dict.fromkeys(re.findall("`(.*?)`", listed), "x")
+    assert len(known) > 30
+    of_tasks = {"id": 1, "bbox_format": "pixel", "label": "cat", "masks": [], "answers": ["a"], "metric": "anls"}
+    of_tasks |= {"kto_tag": True}
     empty = {"image": "", "images": [], "audios": [], "video": None, "tools": None, "system": ""}
     assert unread(**known, **of_tasks, **empty) == ()
     assert unread(conversations=[{**ASKED, "images": [], "audios": []}, ANSWER]) == ()
