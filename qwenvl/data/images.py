@@ -21,6 +21,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.io import decode_jpeg
 
+from qwenvl.data.image_depths import refuse_unscaled, to_eight_bits
 from qwenvl.data.image_headers import HEADER_BYTES, jpeg_size
 from qwenvl.data.types import Source
 from qwenvl.utilities.errors import SampleError
@@ -151,7 +152,7 @@ def _open_image(stream: IO[bytes]) -> Image.Image:
     """Read an image's header.
 
     Raises:
-        SampleError: it is not an image, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        SampleError: it is not an image, has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, or values without a range.
     """
     try:
         image = Image.open(stream, formats=_known_formats())
@@ -166,6 +167,7 @@ def _open_image(stream: IO[bytes]) -> Image.Image:
         raise SampleError("decompression_bomb", f"{reason} Make it smaller.")
     if not image.width * image.height:
         raise SampleError("unreadable_file", f"the image has no pixels ({image.width} x {image.height}).")
+    refuse_unscaled(image)
     return image
 
 
@@ -207,9 +209,10 @@ def _chunk_heads(stream: IO[bytes]) -> Callable[[int], bytes]:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation, and convert to RGB, transparency laid on white, as newer transformers do."""
+    """Apply the EXIF orientation, and convert to RGB, transparency laid on white."""
     image.load()  # while its file is open
     ImageOps.exif_transpose(image, in_place=True)
+    image = to_eight_bits(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if "A" in image.getbands() or image.info.get("transparency") is not None:
