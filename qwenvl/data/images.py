@@ -21,6 +21,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.io import decode_jpeg
 
+from qwenvl.data.file_kinds import START_BYTES, foreign_file
 from qwenvl.data.image_depths import refuse_unscaled, to_eight_bits
 from qwenvl.data.image_headers import HEADER_BYTES, jpeg_size
 from qwenvl.data.types import Source
@@ -158,10 +159,10 @@ def _open_image(stream: IO[bytes]) -> Image.Image:
         image = Image.open(stream, formats=_known_formats())
     except UnidentifiedImageError as error:
         stream.seek(0)
-        start = stream.read(16)
+        start = stream.read(START_BYTES)
         if start.startswith(_IMAGE_STARTS):
             raise SampleError("truncated", "the image is cut off or damaged within its header.") from error
-        raise SampleError("wrong_type", f"it is not an image that can be read; it starts with {start!r}.") from error
+        raise foreign_file(start, "image") from error
     if is_bomb(image.height, image.width):  # Pillow itself only warns up to twice this number
         reason = f"the image has {image.width * image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}."
         raise SampleError("decompression_bomb", f"{reason} Make it smaller.")
