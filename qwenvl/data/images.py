@@ -45,14 +45,14 @@ def image_size(located: Source) -> tuple[int, int]:
     size = jpeg_size(_first_bytes(located))
     if size is not None and not is_bomb(*size):
         return size
-    with _opened(located) as image:
+    with opened_image(located) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in _SWAPPING_ORIENTATIONS else (height, width)
 
 
 def read_image(located: Source) -> Image.Image:
     """Decode to RGB, EXIF orientation applied, transparency laid on white."""
-    with _opened(located) as image:
+    with opened_image(located) as image:
         return _upright_rgb(image)
 
 
@@ -63,7 +63,7 @@ def read_pixels(located: Source) -> torch.Tensor:
     pixels = None if size is None or is_bomb(*size) else _decode_jpeg(content, size)
     if pixels is not None:
         return pixels
-    with _opened(content) as image:
+    with opened_image(content) as image:
         if image.format == "JPEG" and _orientation(image) == 1:
             pixels = _decode_jpeg(content, (image.height, image.width))
         return torch.from_numpy(np.array(_upright_rgb(image))).permute(2, 0, 1) if pixels is None else pixels
@@ -113,7 +113,7 @@ def _stream(located: Source) -> IO[bytes]:
 
 
 @contextmanager
-def _opened(located: Source) -> Iterator[Image.Image]:
+def opened_image(located: Source) -> Iterator[Image.Image]:
     """Open an image; what goes wrong while it is in use becomes a SampleError."""
     try:
         with _stream(located) as stream, _open_image(stream) as image:
@@ -213,7 +213,11 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation, and convert to RGB, transparency laid on white."""
     image.load()  # while its file is open
     ImageOps.exif_transpose(image, in_place=True)
-    image = to_eight_bits(image)
+    return on_white(to_eight_bits(image))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Convert a loaded image to RGB, transparency laid on white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if "A" in image.getbands() or image.info.get("transparency") is not None:

@@ -27,7 +27,7 @@ from qwenvl.utilities.lockstep import in_lockstep
 from qwenvl.utilities.logging import shows_bars
 from qwenvl.utilities.processes import in_processes
 
-_COUNTING = 2  # to be raised when what is counted of a sample changes, so that older caches are not read
+_COUNTING = 3  # to be raised when what is counted of a sample changes, so that older caches are not read
 _ROWS_A_TASK = 64  # done together (see lockstep), and counted again if the run is killed meanwhile
 
 logger = logging.getLogger(__name__)

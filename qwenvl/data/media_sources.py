@@ -167,7 +167,9 @@ def _check_file(path: str) -> None:
     except OSError as error:
         raise SampleError("unreadable_file", f"{describe(path)} cannot be read: {error.strerror}.") from error
     if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "not an ordinary file"
-        raise SampleError("wrong_type", f"{describe(path)} is {what}.")
+        what = "not an ordinary file."
+        if stat.S_ISDIR(status.st_mode):
+            what = 'a folder. Name a file; of a video as frames, all of them, in order: {"frames": [...], "fps": 2}.'
+        raise SampleError("wrong_type", f"{describe(path)} is {what}")
     if status.st_size == 0:
         raise SampleError("zero_byte", f"{describe(path)} is empty (0 bytes).")

@@ -48,6 +48,17 @@ def opened_video(source: Source) -> Iterator[str]:
         yield f"/dev/fd/{file.fileno()}"
 
 
+def first_bytes(source: Source) -> bytes:
+    """Return the first bytes of a video; none where it cannot be read, which opening it will explain."""
+    if isinstance(source, bytes):
+        return source[:START_BYTES]
+    try:
+        with open(source, "rb") as file:
+            return file.read(START_BYTES)
+    except OSError:
+        return b""
+
+
 def _stream(source: Source) -> IO[bytes]:
     try:
         if isinstance(source, str):
@@ -64,5 +75,5 @@ def _holds_its_video(start: bytes) -> bool:
     if start.startswith(_STARTS) or start[4:8] in _BOXES:
         return start[8:12] not in STILL_BRANDS
     if start.startswith(b"RIFF"):
-        return start[8:12] == b"AVI "
+        return start[8:12] in (b"AVI ", b"WEBP")
     return any(start[first : first + 5 * size : size] == b"\x47" * 5 for first, size in _PACKETS)

@@ -110,7 +110,7 @@ def training_inputs(serving: Serving, plan: Plan, encoded: EncodedSample) -> Mod
         {kind: [list(plan.media[number].grid) for number in numbers] for kind, numbers in chosen.items()},
         {kind: torch.cat([patches[n] for n in numbers]) if numbers else None for kind, numbers in chosen.items()},
         tuple(tuple(video.indices.tolist()) for video in videos),
-        tuple(tuple((video.indices / video.fps).tolist()) for video in videos),
+        tuple(tuple(video.seconds.tolist()) for video in videos),
     )
 
 

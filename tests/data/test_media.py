@@ -145,7 +145,7 @@ def noise(kind: str) -> bytes:
 
 UNREADABLE: dict[str, tuple[bytes, str, str]] = {
     "zero bytes": (b"", "zero_byte", "0 bytes"),
-    "a web page": (b"<html>404</html>", "wrong_type", "<html>"),
+    "a web page": (b"<html>404</html>", "wrong_type", "an HTML page"),
     "JPEG cut in its header": (noise("JPEG")[:30], "truncated", "cut off"),
     "PNG cut in its header": (noise("PNG")[:20], "truncated", "cut off"),
     "BMP cut in its header": (b"BM123", "truncated", "header"),

@@ -19,7 +19,8 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 
-from qwenvl.data.video import TorchcodecBackend, backend_name
+from qwenvl.data.video import TorchcodecBackend
+from qwenvl.evaluate.serving_readers import working_reader
 from tests.data.test_video import make_video
 from tests.train.runs import train
 from tools.check_serving import main
@@ -70,7 +71,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Check:
     """Function of a folder, a dataset and flags that returns the exit code and what was printed."""
     monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setenv("FORCE_QWENVL_VIDEO_READER", str(backend_name()))  # as the tool does in a process of its own;
+    monkeypatch.setenv("FORCE_QWENVL_VIDEO_READER", str(working_reader()))  # as the tool does in a process of its own;
     for name in [name for name in sys.modules if name.partition(".")[0] == "qwen_vl_utils"]:  # read at import
         monkeypatch.delitem(sys.modules, name)
 
