@@ -35,10 +35,10 @@ from qwenvl.arguments.parsing import parse_class
 from qwenvl.data.dataset import open_tables
 from qwenvl.data.processor import build_encoder, open_processor, processor_limits, with_training_limits
 from qwenvl.data.types import ImageItem, Sample
-from qwenvl.data.video import backend_name
 from qwenvl.evaluate.serving import NOT_COMPARED, Serving, template_inputs, training_inputs, utils_inputs
 from qwenvl.evaluate.serving_commands import Adapter, Served, notes, sglang_command, vllm_command
 from qwenvl.evaluate.serving_differences import Comparison, Finding, State, Way, causes_of
+from qwenvl.evaluate.serving_readers import working_reader
 from qwenvl.models.adapter_files import find_base
 from qwenvl.models.context import context_length
 from qwenvl.utilities.errors import SampleError, UserError
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = read_arguments(sys.argv[1:] if argv is None else argv)
         serving, adapter = open_serving(arguments)
         rows = list(select_samples(arguments))
-        if name := backend_name():  # qwen-vl-utils would try torchcodec, whether or not it works
+        if name := working_reader():  # qwen-vl-utils would try torchcodec, whether or not it works
             os.environ.setdefault("FORCE_QWENVL_VIDEO_READER", name)
         console = Console(soft_wrap=True, highlight=False)
         limits = compare_limits(serving)

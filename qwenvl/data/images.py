@@ -21,6 +21,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.io import decode_jpeg
 
+from qwenvl.data.file_kinds import START_BYTES, foreign_file
+from qwenvl.data.image_depths import refuse_unscaled, to_eight_bits
 from qwenvl.data.image_headers import HEADER_BYTES, jpeg_size
 from qwenvl.data.types import Source
 from qwenvl.utilities.errors import SampleError
@@ -43,14 +45,14 @@ def image_size(located: Source) -> tuple[int, int]:
     size = jpeg_size(_first_bytes(located))
     if size is not None and not is_bomb(*size):
         return size
-    with _opened(located) as image:
+    with opened_image(located) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in _SWAPPING_ORIENTATIONS else (height, width)
 
 
 def read_image(located: Source) -> Image.Image:
     """Decode to RGB, EXIF orientation applied, transparency laid on white."""
-    with _opened(located) as image:
+    with opened_image(located) as image:
         return _upright_rgb(image)
 
 
@@ -61,7 +63,7 @@ def read_pixels(located: Source) -> torch.Tensor:
     pixels = None if size is None or is_bomb(*size) else _decode_jpeg(content, size)
     if pixels is not None:
         return pixels
-    with _opened(content) as image:
+    with opened_image(content) as image:
         if image.format == "JPEG" and _orientation(image) == 1:
             pixels = _decode_jpeg(content, (image.height, image.width))
         return torch.from_numpy(np.array(_upright_rgb(image))).permute(2, 0, 1) if pixels is None else pixels
@@ -111,7 +113,7 @@ def _stream(located: Source) -> IO[bytes]:
 
 
 @contextmanager
-def _opened(located: Source) -> Iterator[Image.Image]:
+def opened_image(located: Source) -> Iterator[Image.Image]:
     """Open an image; what goes wrong while it is in use becomes a SampleError."""
     try:
         with _stream(located) as stream, _open_image(stream) as image:
@@ -151,21 +153,22 @@ def _open_image(stream: IO[bytes]) -> Image.Image:
     """Read an image's header.
 
     Raises:
-        SampleError: it is not an image, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        SampleError: it is not an image, has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, or values without a range.
     """
     try:
         image = Image.open(stream, formats=_known_formats())
     except UnidentifiedImageError as error:
         stream.seek(0)
-        start = stream.read(16)
+        start = stream.read(START_BYTES)
         if start.startswith(_IMAGE_STARTS):
             raise SampleError("truncated", "the image is cut off or damaged within its header.") from error
-        raise SampleError("wrong_type", f"it is not an image that can be read; it starts with {start!r}.") from error
+        raise foreign_file(start, "image") from error
     if is_bomb(image.height, image.width):  # Pillow itself only warns up to twice this number
         reason = f"the image has {image.width * image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}."
         raise SampleError("decompression_bomb", f"{reason} Make it smaller.")
     if not image.width * image.height:
         raise SampleError("unreadable_file", f"the image has no pixels ({image.width} x {image.height}).")
+    refuse_unscaled(image)
     return image
 
 
@@ -207,9 +210,14 @@ def _chunk_heads(stream: IO[bytes]) -> Callable[[int], bytes]:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation, and convert to RGB, transparency laid on white, as newer transformers do."""
+    """Apply the EXIF orientation, and convert to RGB, transparency laid on white."""
     image.load()  # while its file is open
     ImageOps.exif_transpose(image, in_place=True)
+    return on_white(to_eight_bits(image))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Convert a loaded image to RGB, transparency laid on white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if "A" in image.getbands() or image.info.get("transparency") is not None:

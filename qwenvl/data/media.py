@@ -13,7 +13,8 @@ from PIL import Image
 from qwenvl.data import images
 from qwenvl.data.media_sources import MediaSources, describe
 from qwenvl.data.types import ImageItem, Source, VideoItem
-from qwenvl.data.video import Shrink, VideoBackend, VideoHeader, as_they_are, choose_backend
+from qwenvl.data.video import FallbackBackend, choose_backend
+from qwenvl.data.video_backend import Shrink, VideoBackend, VideoHeader, as_they_are
 from qwenvl.utilities.deadline import call_within
 from qwenvl.utilities.errors import SampleError
 
@@ -83,7 +84,7 @@ class MediaReader:
 
     def _decoding(self, source: Source, decode: Callable[[VideoBackend, Source], Decoded]) -> Decoded:
         with self._naming(source):
-            backend, located = choose_backend(), self._sources.locate(source)
+            backend, located = FallbackBackend(choose_backend()), self._sources.locate(source)
             try:
                 return call_within(self._video_timeout, lambda: decode(backend, located))
             except TimeoutError as error:

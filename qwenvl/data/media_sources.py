@@ -12,6 +12,7 @@ import urllib.parse
 import urllib.request
 from http.client import HTTPException
 
+from qwenvl.data.near_names import below, beside
 from qwenvl.data.types import Source
 from qwenvl.utilities.errors import SampleError
 
@@ -56,11 +57,20 @@ class MediaSources:
         try:
             path = self._path(source)
             _check_file(path)
+        except SampleError as error:
+            raise self._with_hint(error, _without_scheme(source)) from error.__cause__
         except ValueError as error:
-            if isinstance(error, SampleError):
-                raise
             raise SampleError("missing_file", f"{describe(source)} cannot be a path: {error}.") from error
         return path
+
+    def _with_hint(self, error: SampleError, source: str) -> SampleError:
+        """Add the file that a path was probably meant for to the error of one that leads to none."""
+        if error.category not in ("missing_file", "outside_data_path") or len(source) > LONGEST_PATH:
+            return error
+        hint = below(source, self.data_path)
+        if not hint and error.category == "missing_file":  # no folder outside data_path is looked into
+            hint = beside(os.path.join(self.data_path, source))
+        return SampleError(error.category, error.reason + hint)
 
     def describe(self, source: Source) -> str:
         """Name a source in a message: files by their path, data URIs and other long ones cut."""
@@ -157,7 +167,9 @@ def _check_file(path: str) -> None:
     except OSError as error:
         raise SampleError("unreadable_file", f"{describe(path)} cannot be read: {error.strerror}.") from error
     if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "not an ordinary file"
-        raise SampleError("wrong_type", f"{describe(path)} is {what}.")
+        what = "not an ordinary file."
+        if stat.S_ISDIR(status.st_mode):
+            what = 'a folder. Name a file; of a video as frames, all of them, in order: {"frames": [...], "fps": 2}.'
+        raise SampleError("wrong_type", f"{describe(path)} is {what}")
     if status.st_size == 0:
         raise SampleError("zero_byte", f"{describe(path)} is empty (0 bytes).")

@@ -248,6 +248,8 @@ def read_settings(fields: Mapping[str, Any], kind: Kind, of_frames: bool = False
             known = dict.fromkeys((*readers, *rates))
             hint = nearest(str(key)[:80], known)
             raise SampleError("bad_record", f"{_short(key)} is not a setting of {kind}s: {', '.join(known)}.{hint}")
+        if key in rates and isinstance(value, str):  # "sample_fps": "1", as the examples of Qwen write it
+            value = _number(value)
         limits[key] = readers.get(key, _positive)(key, value)
     for rate in [limits.pop(key) for key in reversed(rates) if key in limits]:
         limits["fps"] = rate
@@ -266,6 +268,14 @@ def check_order(limits: Mapping[str, Any], of_frames: bool) -> None:
             raise SampleError("bad_record", f"{low!r} {limits[low]} is above {high!r} {limits[high]}.")
     if not of_frames and "fps" in limits and "nframes" in limits:
         raise SampleError("bad_record", "a video has 'fps' and 'nframes', which contradict each other. Keep one.")
+
+
+def _number(text: str) -> float | str:
+    """Return the number that a text is, else the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _positive(key: str, value: Any) -> float:

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from qwenvl.data.sizes import ImagePlan, MediaPlan
 from qwenvl.data.types import ImageItem, VideoItem
-from qwenvl.data.video import Shrink
+from qwenvl.data.video_backend import Shrink
 
 
 class PixelReader(Protocol):

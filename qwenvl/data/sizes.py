@@ -6,6 +6,7 @@ The rules are those of the checkpoints' own processors in transformers (``smart_
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -88,6 +89,10 @@ class VideoFacts(Protocol):
     def width(self) -> int:
         """Pixels."""
 
+    @property
+    def times(self) -> tuple[float, ...] | None:
+        """Seconds of every frame, ascending; None where frame ``n`` is shown at ``n / fps``."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImagePlan:
@@ -113,11 +118,12 @@ class VideoPlan:
     Args:
         item: the video.
         num_frames: frames of the source, within ``video_start`` and ``video_end``.
-        fps: frames a second of the source.
+        fps: frames a second of the source, on average within ``video_start`` and ``video_end``.
         indices: source index of every sampled frame, int64 [n].
         resized: (height, width) of a frame in pixels after resizing.
         grid: (temporal, height, width) in patches.
         timestamps: seconds in the source of every temporal patch: the mean of its first and last frame.
+        times: seconds of every sampled frame, float64 [n], where the source has no constant rate; None where it has.
     """
 
     item: VideoItem
@@ -127,6 +133,12 @@ class VideoPlan:
     resized: tuple[int, int]
     grid: tuple[int, int, int]
     timestamps: tuple[float, ...]
+    times: np.ndarray | None = None
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """Seconds in the source of every sampled frame, float64 [n]."""
+        return self.indices / self.fps if self.times is None else self.times
 
     @property
     def sampled_fps(self) -> float:
@@ -191,35 +203,50 @@ def plan_video(item: VideoItem, facts: VideoFacts, settings: VisionSettings) -> 
             f"the video has {available} frame(s) in the range used, and at least {settings.temporal_patch_size} are "
             "needed. Give a still picture as `image`, or remove the sample.",
         )
-    indices = first + sample_frames(item, available, facts.fps, settings)
+    fps = _mean_rate(facts, first, last)
+    indices = first + sample_frames(item, available, fps, settings)
     resized = _frame_size(item, len(indices), facts, settings)
     temporal = math.ceil(len(indices) / settings.temporal_patch_size)
     grid = (temporal, resized[0] // settings.patch_size, resized[1] // settings.patch_size)
-    timestamps = _timestamps(indices, facts.fps, settings.temporal_patch_size)
-    return VideoPlan(item, available, facts.fps, indices, resized, grid, timestamps)
+    times = None if facts.times is None else np.asarray(facts.times)[indices]
+    timestamps = _timestamps(indices / fps if times is None else times, settings.temporal_patch_size)
+    return VideoPlan(item, available, fps, indices, resized, grid, timestamps, times)
 
 
 def frame_range(item: VideoItem, facts: VideoFacts) -> tuple[int, int]:
     """Return the first and last source frame between ``video_start`` and ``video_end``, both included.
 
-    Same rule as ``calculate_video_frame_range`` of qwen-vl-utils.
+    Same rule as ``calculate_video_frame_range`` of qwen-vl-utils, which knows no times but those of a constant rate;
+    of other videos, the frames whose own times lie in the range.
 
     Raises:
         SampleError: no frame lies in the range.
     """
     duration = facts.num_frames / facts.fps
+    start, end = item.video_start, item.video_end
     first, last = 0, facts.num_frames - 1
-    if item.video_start is not None:
-        first = math.ceil(min(max(item.video_start, 0.0), duration) * facts.fps)
-    if item.video_end is not None:
-        last = min(math.floor(min(max(item.video_end, 0.0), duration) * facts.fps), last)
-    if first > last or (first == last and (item.video_start is not None or item.video_end is not None)):
+    if start is not None:
+        first = math.ceil(min(max(start, 0.0), duration) * facts.fps)
+    if end is not None:
+        last = min(math.floor(min(max(end, 0.0), duration) * facts.fps), last)
+    if facts.times is not None:
+        first = 0 if start is None else bisect.bisect_left(facts.times, start)
+        last = facts.num_frames - 1 if end is None else bisect.bisect_right(facts.times, end) - 1
+    if first > last or (first == last and (start is not None or end is not None)):
         raise SampleError(
             "empty_range",
-            f"video_start={item.video_start} and video_end={item.video_end} leave no frames of a video of "
+            f"video_start={start} and video_end={end} leave no frames of a video of "
             f"{duration:.2f} s ({facts.num_frames} frames at {facts.fps:.3f} fps). Change them or remove them.",
         )
     return first, last
+
+
+def _mean_rate(facts: VideoFacts, first: int, last: int) -> float:
+    """Return the frames a second between two frames of a video, as a file of these frames alone would have them."""
+    if facts.times is None or last - first + 1 == facts.num_frames:
+        return facts.fps
+    seconds = facts.times[last] - facts.times[first]
+    return (last - first) / seconds if seconds > 0 else facts.fps
 
 
 def sample_frames(item: VideoItem, available: int, fps: float, settings: VisionSettings) -> np.ndarray:
@@ -280,11 +307,10 @@ def _frame_size(item: VideoItem, frames: int, facts: VideoFacts, settings: Visio
     return fit(facts.height, facts.width, factor, lower, upper)
 
 
-def _timestamps(indices: np.ndarray, fps: float, step: int) -> tuple[float, ...]:
+def _timestamps(seconds: np.ndarray, step: int) -> tuple[float, ...]:
     """Return the seconds of every temporal patch; the last frame is repeated to fill its patch."""
-    padded = np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % step)])
-    seconds = (padded / fps).reshape(-1, step)
-    return tuple(((seconds[:, 0] + seconds[:, -1]) / 2).tolist())
+    padded = np.concatenate([seconds, np.repeat(seconds[-1:], -len(seconds) % step)]).reshape(-1, step)
+    return tuple(((padded[:, 0] + padded[:, -1]) / 2).tolist())
 
 
 def _image_limits(item: ImageItem, settings: VisionSettings) -> tuple[int, int]:

@@ -217,5 +217,7 @@ class Tokenizer:
             return [((1, height, width), 1.0)] * temporal
         if self._vision.tokens_per_second is None:
             return [((temporal, height, width), 1.0)]
+        # One step for all patches of a video, as the processor and get_rope_index have it, even where the frames have
+        # no constant rate: the model was trained so, and a server can send nothing else.
         seconds = self._settings.temporal_patch_size / plan.sampled_fps
         return [((temporal, height, width), self._vision.tokens_per_second * seconds)]

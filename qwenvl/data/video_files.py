@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO
 
+from qwenvl.data.file_kinds import START_BYTES, STILL_BRANDS, foreign_file
 from qwenvl.data.types import Source
 from qwenvl.utilities.errors import SampleError
 
@@ -28,7 +29,6 @@ _STARTS = (
 )
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp")  # of MP4 and QuickTime
 _PACKETS = ((0, 188), (4, 192))  # MPEG transport streams: place of the first sync byte, bytes of a packet
-_START_BYTES = 1024
 
 
 @contextlib.contextmanager
@@ -42,10 +42,21 @@ def opened_video(source: Source) -> Iterator[str]:
         SampleError: it does not begin as a video does (``wrong_type``), or cannot be read (``unreadable_file``).
     """
     with _stream(source) as file:
-        start = file.read(_START_BYTES)
+        start = file.read(START_BYTES)
         if not _holds_its_video(start):
-            raise SampleError("wrong_type", f"it is not a video that can be read; it starts with {start[:16]!r}.")
+            raise foreign_file(start, "video")
         yield f"/dev/fd/{file.fileno()}"
+
+
+def first_bytes(source: Source) -> bytes:
+    """Return the first bytes of a video; none where it cannot be read, which opening it will explain."""
+    if isinstance(source, bytes):
+        return source[:START_BYTES]
+    try:
+        with open(source, "rb") as file:
+            return file.read(START_BYTES)
+    except OSError:
+        return b""
 
 
 def _stream(source: Source) -> IO[bytes]:
@@ -62,7 +73,7 @@ def _stream(source: Source) -> IO[bytes]:
 
 def _holds_its_video(start: bytes) -> bool:
     if start.startswith(_STARTS) or start[4:8] in _BOXES:
-        return True
+        return start[8:12] not in STILL_BRANDS
     if start.startswith(b"RIFF"):
-        return start[8:12] == b"AVI "
+        return start[8:12] in (b"AVI ", b"WEBP")
     return any(start[first : first + 5 * size : size] == b"\x47" * 5 for first, size in _PACKETS)

@@ -260,7 +260,8 @@ def _metadata(plan: MediaPlan) -> VideoMetadata:
         width=plan.resized[1],
         duration=plan.num_frames / plan.fps,
     )
-    metadata.frames_indices = plan.indices
+    # The processor divides them by the rate: that gives the times of training, also where they have no constant rate.
+    metadata.frames_indices = plan.indices if plan.times is None else plan.times * plan.fps
     return metadata
 
 

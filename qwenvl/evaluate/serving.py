@@ -110,7 +110,7 @@ def training_inputs(serving: Serving, plan: Plan, encoded: EncodedSample) -> Mod
         {kind: [list(plan.media[number].grid) for number in numbers] for kind, numbers in chosen.items()},
         {kind: torch.cat([patches[n] for n in numbers]) if numbers else None for kind, numbers in chosen.items()},
         tuple(tuple(video.indices.tolist()) for video in videos),
-        tuple(tuple((video.indices / video.fps).tolist()) for video in videos),
+        tuple(tuple(video.seconds.tolist()) for video in videos),
     )
 
 
@@ -187,11 +187,36 @@ def utils_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs:
     return _read(serving, outputs, metadata)
 
 
-def is_turned(serving: Serving, sample: Sample, item: ImageItem) -> bool:
-    """Return whether an image is to be shown otherwise than its pixels lie in the file (EXIF orientation)."""
+@dataclass(frozen=True)
+class ImageFacts:
+    """What of an image file is read in different ways.
+
+    Args:
+        from_file: it is given to processors as a path, not opened.
+        turned: it is to be shown otherwise than its pixels lie in the file (EXIF orientation).
+        transparent: it has transparency.
+        mode: Pillow's mode.
+        sixteen_bits: it has 16 bits a value.
+    """
+
+    from_file: bool
+    turned: bool
+    transparent: bool
+    mode: str
+    sixteen_bits: bool
+
+
+def image_facts(serving: Serving, sample: Sample, item: ImageItem) -> ImageFacts:
+    """Read what of an image may be read otherwise in serving than in training."""
     located = serving.sources(sample).locate(item.source)
     with Image.open(located if isinstance(located, str) else BytesIO(located)) as image:
-        return bool(image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
+        return ImageFacts(
+            isinstance(located, str),
+            image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
+            "A" in image.getbands() or image.info.get("transparency") is not None,
+            image.mode,
+            image.mode.startswith("I;16") or any(";16" in str(tile.args) for tile in image.tile),
+        )
 
 
 def _read_video(processor: Any, reader: MediaReader, item: VideoItem) -> tuple[Tensor, VideoMetadata]:

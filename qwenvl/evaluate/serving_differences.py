@@ -6,7 +6,7 @@ A difference is known only where a fact of the sample or the inputs proves its r
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from qwenvl.data.encoding import Plan
 from qwenvl.data.sizes import ImagePlan, VideoPlan
 from qwenvl.data.types import ImageItem, Sample, VideoItem
-from qwenvl.evaluate.serving import ModelInputs, Serving, is_turned
+from qwenvl.evaluate.serving import ImageFacts, ModelInputs, Serving, image_facts
 
 State = Literal["equal", "known", "different", "not compared"]
 Way = Literal["apply_chat_template", "qwen-vl-utils"]
@@ -25,6 +25,9 @@ Way = Literal["apply_chat_template", "qwen-vl-utils"]
 MAX_LEVELS = 3.0
 """Of 255: how far PIL's bicubic resize, which rounds after each of its two passes, is from torchvision's at most."""
 
+_CLIPPED = (
+    "Pillow clips values of 16 bits at 255, which makes an image white; training scales them, so serve a copy of 8 bits"
+)
 _TIMESTAMP = re.compile(r"<\d+\.\d seconds>")
 _CONTEXT = 3  # tokens shown after the first one that differs
 
@@ -109,6 +112,8 @@ class Comparison:
         if any(one.state != "equal" for one in grids):
             state: State = "different" if any(one.state == "different" for one in grids) else "known"
             return Finding("positions", state, "other grids, so other positions")
+        if self.causes.get("video") and self.frames().state == "known":
+            return Finding("positions", "known", "other times of frames, so other positions")
         place = int((ours != theirs).any(dim=0).nonzero()[0])
         detail = f"first at token {place}: {ours[:, place].tolist()} in training, {theirs[:, place].tolist()} here"
         return Finding("positions", "different", detail)
@@ -177,26 +182,59 @@ class Comparison:
 
 def causes_of(way: Way, serving: Serving, plan: Plan, sample: Sample, served: ModelInputs) -> dict[str, str]:
     """Return what explains differences of a sample's images and videos, by kind: facts of the sample and its media."""
-    causes: dict[str, str] = {}
-    if way == "apply_chat_template":
-        for kind, media in (("image", ImageItem), ("video", VideoItem)):
-            named = sorted(
-                {name for item in plan.conversation.media() if isinstance(item, media) for name in _own(item)}
-            )
-            if named:
-                causes[kind] = f"the sample has {', '.join(named)} of its own, which apply_chat_template does not read"
-        return causes
-    if any(is_turned(serving, sample, item) for item in plan.conversation.media() if isinstance(item, ImageItem)):
-        causes["image"] = "qwen-vl-utils does not turn pictures as their EXIF orientation says"
+    items = plan.conversation.media()
+    facts = [image_facts(serving, sample, item) for item in items if isinstance(item, ImageItem)]
     videos = [medium for medium in plan.media if isinstance(medium, VideoPlan)]
+    of_images, of_videos = (
+        ([_transformers_reads(fact) for fact in facts], [])
+        if way == "apply_chat_template"
+        else ([_utils_reads(fact) for fact in facts], _utils_samples(videos, served))
+    )
+    if any(video.times is not None for video in videos):
+        of_videos.append(
+            f"the frames have no constant rate: training writes their real times, {way} their numbers over the mean "
+            "rate; give both a copy of constant rate (ffmpeg -fps_mode cfr)"
+        )
+    if way == "apply_chat_template":
+        of_images += _own_settings(items, ImageItem)
+        of_videos += _own_settings(items, VideoItem)
+    found = {"image": of_images, "video": of_videos}
+    return {kind: "; ".join(dict.fromkeys(filter(None, causes))) for kind, causes in found.items() if any(causes)}
+
+
+def _transformers_reads(image: ImageFacts) -> str:
+    if image.transparent and image.from_file:
+        return (
+            "transformers drops the transparency of an image file, and shows the colours beneath, where training has "
+            "white; serve it opened by Pillow, or train and serve a copy without transparency"
+        )
+    if image.sixteen_bits and image.from_file and not image.mode.startswith("I;16"):
+        return "transformers rounds colours of 16 bits, and Pillow, which training reads them with, cuts them"
+    return _CLIPPED if image.mode.startswith("I;16") and not image.from_file else ""
+
+
+def _utils_reads(image: ImageFacts) -> str:
+    if image.turned:
+        return "qwen-vl-utils does not turn pictures as their EXIF orientation says"
+    if image.transparent and image.mode != "RGBA":
+        return f"of transparent images, qwen-vl-utils lays those of mode RGBA alone on white, and this has {image.mode}"
+    return _CLIPPED if image.mode.startswith("I;16") else ""
+
+
+def _utils_samples(videos: Sequence[VideoPlan], served: ModelInputs) -> list[str]:
     if any(isinstance(video.item.source, tuple) for video in videos):
-        causes["video"] = "qwen-vl-utils resizes the frames of a list one by one, by a rule of its own"
-    elif served.frames and all(_is_spread(frames) for frames in served.frames):
-        causes["video"] = (
+        return ["qwen-vl-utils resizes the frames of a list one by one, by a rule of its own"]
+    if served.frames and all(_is_spread(frames) for frames in served.frames):
+        return [
             "qwen-vl-utils takes an even number of frames, spread from the first to the last; training takes them as "
             "the model's own processor does"
-        )
-    return causes
+        ]
+    return []
+
+
+def _own_settings(items: Sequence[ImageItem | VideoItem], kind: type) -> list[str]:
+    named = sorted({name for item in items if isinstance(item, kind) for name in _own(item)})
+    return [f"the sample has {', '.join(named)} of its own, which apply_chat_template does not read"] if named else []
 
 
 def _own(item: ImageItem | VideoItem) -> list[str]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qwenvl.data.video import DecordBackend, TorchcodecBackend
+from qwenvl.data.video import TorchcodecBackend
 
-_READERS: Mapping[str, Callable[[], object]] = {"torchcodec": TorchcodecBackend, "decord": DecordBackend}
+
+def working_reader() -> str | None:
+    """Return the name of the first of its readers that works here, None where none does."""
+    for name, open_reader in _READERS.items():
+        with contextlib.suppress(ImportError):
+            open_reader()
+            return name
+    return None
 
 
 def reader_obstacle(videos: Sequence[Any]) -> str:
@@ -36,3 +44,22 @@ def reader_obstacle(videos: Sequence[Any]) -> str:
 def _import_torchvision_reader() -> None:
     """Import the reader that qwen-vl-utils has besides; new releases of torchvision have none."""
     from torchvision.io import read_video  # noqa: F401
+
+
+def _import_decord() -> None:
+    """Import decord.
+
+    Raises:
+        ImportError: it is not installed, or its library does not load.
+    """
+    # Loaded before torchcodec, decord's libraries take the place of torchcodec's zlib, and transformers, which opens
+    # images with torchcodec, can no longer read a PNG in this process.
+    with contextlib.suppress(ImportError, RuntimeError, OSError):
+        import torchcodec.decoders  # noqa: F401
+    try:
+        import decord  # noqa: F401
+    except (RuntimeError, OSError) as error:
+        raise ImportError(f"decord is installed but cannot load its library: {error}") from error
+
+
+_READERS: Mapping[str, Callable[[], object]] = {"torchcodec": TorchcodecBackend, "decord": _import_decord}

@@ -56,7 +56,7 @@ def test_files_larger_than_any_picture_are_not_read(tmp_path: Path) -> None:
         assert f"the file has {IMAGE_BYTES + 1} bytes, more than a picture may have (512 MiB)" in reason
     with open(tmp_path / "a", "wb") as file:
         file.truncate(IMAGE_BYTES)
-    assert "it starts with b'\\x00" in reason_of(lambda: image_size(str(tmp_path / "a")), "wrong_type")
+    assert "a file of zeros" in reason_of(lambda: image_size(str(tmp_path / "a")), "wrong_type")
 
 
 def test_a_file_that_is_not_there_cannot_be_read(tmp_path: Path) -> None:

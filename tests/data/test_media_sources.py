@@ -15,7 +15,7 @@ import pytest
 
 from qwenvl.data.media import MediaReader
 from qwenvl.data.types import ImageItem, VideoItem
-from qwenvl.data.video import VideoHeader
+from qwenvl.data.video_backend import VideoHeader
 from qwenvl.utilities.errors import SampleError
 from tests.data.pictures import both, encoded, picture, reason_of
 

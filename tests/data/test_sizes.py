@@ -30,6 +30,7 @@ class Facts:
     fps: float
     height: int = 240
     width: int = 320
+    times: tuple[float, ...] | None = None
 
 
 def settings_for(model_type: str, **changes: object) -> VisionSettings:
@@ -211,3 +212,48 @@ def test_frames_given_as_pictures_are_used_as_they_are() -> None:
     assert plan.indices.tolist() == [0, 1, 2]
     assert plan.timestamps == (0.5, 2.0)  # (0 + 1) / 2, and the last frame repeated: (2 + 2) / 2
     assert len(plan_video(item, Facts(30, 1.0), settings).indices) == 8
+
+
+UNEVEN = Facts(24, 2.0, times=(*(number / 10 for number in range(20)), 5.9, 9.9, 13.9, 17.9))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "frames"),
+    [
+        (None, None, (0, 23)),
+        (12, 18, (22, 23)),
+        (9.9, 13.9, (21, 22)),
+        (1.85, None, (19, 23)),
+        (None, 0.5, (0, 5)),
+        (0, 99, (0, 23)),
+    ],
+)
+def test_a_range_counts_in_the_real_times_of_frames(
+    start: float | None, end: float | None, frames: tuple[int, int]
+) -> None:
+    assert frame_range(VideoItem("a", video_start=start, video_end=end), UNEVEN) == frames
+
+
+@pytest.mark.parametrize(("start", "end"), [(2, 5), (10, 13.8), (14, 99), (18, None)])
+def test_a_range_between_frames_is_refused(start: float, end: float | None) -> None:
+    with pytest.raises(SampleError, match="leave no frames"):
+        frame_range(VideoItem("a", video_start=start, video_end=end), UNEVEN)
+
+
+def test_timestamps_are_the_real_times_of_frames() -> None:
+    plan = plan_video(VideoItem("a", nframes=8), UNEVEN, settings_for("qwen3_vl"))
+    assert plan.indices.tolist() == [0, 3, 7, 10, 13, 16, 20, 23]
+    assert plan.seconds.tolist() == pytest.approx([0, 0.3, 0.7, 1.0, 1.3, 1.6, 5.9, 17.9])
+    assert plan.timestamps == pytest.approx((0.15, 0.85, 1.45, 11.9))
+    assert plan.fps == 2.0  # which frames are taken is the processor's rule
+
+
+def test_a_range_of_uneven_frames_has_their_own_rate() -> None:
+    """As a file of these frames alone would have: 5 frames, 4 seconds apart, are sampled as 20 seconds."""
+    facts = Facts(7, 3.0, times=(0.0, 0.1, 4.1, 8.1, 12.1, 16.1, 16.2))
+    plan = plan_video(VideoItem("a", fps=1, video_start=0.05, video_end=16.15), facts, settings_for("qwen2_5_vl"))
+    assert plan.fps == pytest.approx(0.25)
+    assert plan.indices.tolist() == [1, 2, 3, 4]  # an even number of them
+    assert plan.times is not None and plan.times.tolist() == [0.1, 4.1, 8.1, 12.1]
+    assert plan.sampled_fps == pytest.approx(4 / 5 * 0.25)
+    assert plan_video(VideoItem("a"), replace(facts, times=(0.0,) * 7), settings_for("qwen3_vl")).fps == 3.0

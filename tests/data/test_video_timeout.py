@@ -14,7 +14,8 @@ import torch
 
 from qwenvl.data.media import MediaReader
 from qwenvl.data.types import VideoItem
-from qwenvl.data.video import DecordBackend, Shrink, TorchcodecBackend, VideoHeader
+from qwenvl.data.video import PyAvBackend, TorchcodecBackend
+from qwenvl.data.video_backend import Shrink, VideoHeader
 from qwenvl.utilities.deadline import call_within
 from qwenvl.utilities.errors import SampleError
 from tests.data.pictures import reason_of
@@ -64,10 +65,8 @@ def test_errors_come_through() -> None:
         call_within(60, fail)
 
 
-@pytest.mark.parametrize("backend", [TorchcodecBackend, DecordBackend])
-def test_the_decoders_can_be_left_waiting(
-    tmp_path: Path, backend: type[TorchcodecBackend] | type[DecordBackend]
-) -> None:
+@pytest.mark.parametrize("backend", [TorchcodecBackend, PyAvBackend])
+def test_the_decoders_can_be_left_waiting(tmp_path: Path, backend: type[TorchcodecBackend] | type[PyAvBackend]) -> None:
     """For a file whose content never comes. The interpreter goes on meanwhile, and ends without them."""
     try:
         backend()

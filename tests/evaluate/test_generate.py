@@ -108,7 +108,7 @@ def test_inputs_are_those_of_the_processor_alone(
 
 
 def stock_part(part: object, sample: Sample) -> dict[str, object]:
-    if isinstance(part, ImageItem):  # opened here: where decord is loaded too, torchcodec fails on PNG files
+    if isinstance(part, ImageItem):
         return {"type": "image", "image": Image.open(f"{sample.data_path}/{part.source}")}
     if isinstance(part, VideoItem):
         return {"type": "video", "path": f"{sample.data_path}/{part.source}"}

@@ -15,7 +15,8 @@ from PIL import Image
 
 from qwenvl.data.media import MediaReader
 from qwenvl.data.types import ImageItem, VideoItem
-from qwenvl.data.video import DecordBackend, TorchcodecBackend, VideoBackend
+from qwenvl.data.video import PyAvBackend, TorchcodecBackend
+from qwenvl.data.video_backend import VideoBackend
 from qwenvl.utilities.errors import SampleError
 from tests.data.pictures import encoded, picture
 from tests.hostile.doors import LONGEST_MESSAGE
@@ -173,7 +174,7 @@ VIDEOS = {
 }
 
 
-@pytest.fixture(params=[TorchcodecBackend, DecordBackend])
+@pytest.fixture(params=[TorchcodecBackend, PyAvBackend])
 def reader(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MediaReader:
     """Return a reader of ``tmp_path`` with each of the backends that work here."""
     try:
@@ -196,7 +197,7 @@ def read_video(reader: MediaReader, source: str | bytes) -> str | int:
     return header.num_frames
 
 
-@pytest.mark.parametrize("kind", ["mp4", "mov", "webm", "mkv", "avi", "flv", "wmv"])
+@pytest.mark.parametrize("kind", ["mp4", "mov", "webm", "mkv", "avi", "flv", "wmv", "mpg", "gif", "ts"])
 def test_containers_that_are_read(reader: MediaReader, tmp_path: Path, kind: str) -> None:
     (tmp_path / "a.mp4").write_bytes(VIDEOS[kind])
     for source in ("a.mp4", VIDEOS[kind]):

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from qwenvl.data.media import MediaReader
 from qwenvl.data.types import ImageItem, VideoItem
-from qwenvl.data.video import DecordBackend, TorchcodecBackend, VideoBackend
+from qwenvl.data.video import PyAvBackend, TorchcodecBackend
+from qwenvl.data.video_backend import VideoBackend
 from qwenvl.utilities.errors import SampleError
 from tests.data.pictures import encoded, picture
 from tests.hostile.fuzz import EFFORTS, fuzz
@@ -160,7 +161,7 @@ def test_paths_of_any_parts(world: World, effort: int) -> None:
     fuzz(check, sources, 300, effort)
 
 
-@pytest.fixture(params=[TorchcodecBackend, DecordBackend])
+@pytest.fixture(params=[TorchcodecBackend, PyAvBackend])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> VideoBackend:
     try:
         backend: VideoBackend = request.param()
@@ -231,7 +232,8 @@ def test_names_that_stand_for_other_files(world: World, backend: VideoBackend, m
         (world.media / name).write_bytes(VIDEOS["mp4"])
         assert world.open(name) == "wrong_type", "it is no picture"
         assert world.untouched(), name
-    monkeypatch.setattr("qwenvl.data.video.opened_video", contextlib.nullcontext)  # gives the name itself to FFmpeg
+    for module in ("video", "video_pyav"):  # to give the name itself to FFmpeg
+        monkeypatch.setattr(f"qwenvl.data.{module}.opened_video", contextlib.nullcontext)
     for name in names:
         world.open(name)
         assert not world.untouched(), f"{name} leads nowhere, and shows nothing"

@@ -19,7 +19,9 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 
-from qwenvl.data.video import TorchcodecBackend, backend_name
+from qwenvl.data.video import TorchcodecBackend
+from qwenvl.evaluate.serving_readers import working_reader
+from tests.data.clips import UNEVEN, encode
 from tests.data.test_thoughts import blind_to_think
 from tests.data.test_video import make_video
 from tests.train.runs import train
@@ -27,12 +29,23 @@ from tools.check_serving import main
 
 LIMITS = ["--max_pixels", "64*64", "--min_pixels", "32*32", "--video_max_pixels", "4*64*64", "--video_min_pixels"]
 LIMITS += ["4*32*32", "--video_max_frames", "4", "--video_min_frames", "2"]
+ODD_IMAGES = ("alpha", "gray_alpha", "deep")
 Check = Callable[..., tuple[int, str]]
 
 
 def _record(name: str, tag: str, answer: str = "A thing.", **media: Any) -> dict[str, Any]:
     turns = [{"from": "human", "value": f"{tag}What is it?"}, {"from": "gpt", "value": answer}]
     return {"id": name, "conversations": turns, **media}
+
+
+def _draw_odd_images(folder: Path) -> None:
+    """Write images of 64 x 64 pixels that processors read in different ways; of transparent ones, half is red."""
+    colours = np.zeros((64, 64, 4), dtype=np.uint8)
+    colours[...] = (200, 30, 40, 255)
+    colours[:32] = (10, 20, 30, 0)
+    Image.fromarray(colours).save(folder / "alpha.png")
+    Image.fromarray(colours).convert("LA").save(folder / "gray_alpha.png")
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16).save(folder / "deep.png")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +59,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.jpg", quality=95, exif=exif)
     make_video(folder / "clip.mp4")
+    encode(folder / "uneven.mp4", "libx264", UNEVEN)
+    _draw_odd_images(folder)
     encoded = base64.b64encode((folder / "clip.mp4").read_bytes()).decode()
     sets = {
         "all": [
@@ -60,6 +75,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bytes": [_record("bytes", "<video>", video=f"data:video/mp4;base64,{encoded}")],
         "many": [_record("many", "<video>", video=[{"video": "clip.mp4", "nframes": 3, "video_end": 0.3}])],
         "bad": [_record("bad", "<image>", image="none.jpg")],
+        "uneven": [_record("uneven", "<video>", video="uneven.mp4")],
+        **{name: [_record(name, "<image>", image=f"{name}.png")] for name in ODD_IMAGES},
     }
     for name, records in sets.items():
         (folder / f"{name}.json").write_text(json.dumps(records))
@@ -72,7 +89,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(registry: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Check:
     """Function of a folder, a dataset and flags that returns the exit code and what was printed."""
     monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setenv("FORCE_QWENVL_VIDEO_READER", str(backend_name()))  # as the tool does in a process of its own;
+    monkeypatch.setenv("FORCE_QWENVL_VIDEO_READER", str(working_reader()))  # as the tool does in a process of its own;
     for name in [name for name in sys.modules if name.partition(".")[0] == "qwen_vl_utils"]:  # read at import
         monkeypatch.delitem(sys.modules, name)
 
@@ -216,6 +233,34 @@ def test_a_video_that_is_not_in_a_file_is_not_compared_with_qwen_vl_utils(saved:
     code, printed = check(saved, "bytes")
     assert code == 0, printed
     assert re.search(r"^  qwen-vl-utils +all +not compared +.*from files alone", printed, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "transformers", "utils"),
+    [
+        ("alpha", "transformers drops the transparency of an image file", None),
+        ("gray_alpha", "transformers drops the transparency of an image file", "RGBA alone on white, and this has LA"),
+        ("deep", None, "clips values of 16 bits at 255"),
+    ],
+)
+def test_images_that_are_read_in_other_ways_are_known_with_the_reason(
+    saved: Path, check: Check, dataset: str, transformers: str | None, utils: str | None
+) -> None:
+    code, printed = check(saved, dataset)
+    assert code == 0, printed
+    for way, reason in (("apply_chat_template", transformers), ("qwen-vl-utils", utils)):
+        (line,) = re.findall(rf"^  {way} +image pixels +.*", printed, flags=re.MULTILINE)
+        assert (" equal " in line) if reason is None else (" known " in line and reason in line), line
+
+
+def test_real_times_that_servers_do_not_know_are_known_with_the_reason(saved: Path, check: Check) -> None:
+    code, printed = check(saved, "uneven")
+    assert code == 0, printed
+    assert _states(printed, "apply_chat_template", "video frames") == ["known"]
+    assert "their times differ by up to" in printed
+    assert "the frames have no constant rate: training writes their real times" in printed
+    expected = "known" if saved.name == "qwen3_vl" else "equal"  # Qwen2.5-VL has one step for the whole video
+    assert _states(printed, "apply_chat_template", "input ids") == [expected]
 
 
 def test_a_refusal_of_qwen_vl_utils_is_given_with_its_reason(saved: Path, check: Check) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwenvl.data.video import DecordBackend
+from qwenvl.data.video import PyAvBackend
 from tools.demo.drawing import COLOURS
 from tools.make_demo_data import MANIFEST, make_demo_data
 
@@ -84,7 +84,7 @@ def test_boxes_are_relative_and_hold_exactly_the_named_shape(demo_data: Path) ->
 
 def test_clips_move_the_way_the_answer_says(demo_data: Path) -> None:
     for record in read(demo_data, "motion_train"):
-        video, path = DecordBackend(), str(demo_data / media(record)[0])
+        video, path = PyAvBackend(), str(demo_data / media(record)[0])
         header = video.header(path)
         frames = video.frames(path, np.arange(header.num_frames)).permute(0, 2, 3, 1).numpy().astype(int)
         assert header.num_frames == 8 and header.fps == pytest.approx(4.0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwenvl.data import video
-from qwenvl.data.video import Shrink, VideoHeader
+from qwenvl.data.video_backend import Shrink, VideoHeader
 from qwenvl.train.train_qwen import main
 from tests.data.test_video import make_video
 from tests.train.runs import history

@@ -116,7 +116,5 @@ def check_video() -> Iterator[Finding]:
         yield Finding("warning", "videos", "nothing decodes them", str(error))
         return
     name = backend_name() or ""
-    slow = (
-        "" if name == "torchcodec" else "install FFmpeg (apt install ffmpeg) for torchcodec, which reads turned videos"
-    )
+    slow = "" if name == "torchcodec" else "install FFmpeg (apt install ffmpeg) to decode as transformers does"
     yield Finding("note" if slow else "good", "videos", f"decoded by {name}", slow)

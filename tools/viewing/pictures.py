@@ -70,7 +70,7 @@ def medium_record(plan: MediaPlan, medium: Medium | None, files: PictureFiles | 
     else:
         record |= {"kind": "video", "fps": plan.fps, "stamps": [round(one, 2) for one in plan.timestamps]}
         record |= {"sampled": len(plan.indices), "source_frames": plan.num_frames}
-        times = [round(float(index) / plan.fps, 2) for index in plan.indices]
+        times = [round(second, 2) for second in plan.seconds.tolist()]
         count = min(SHOWN_FRAMES, len(times))
         shown = np.linspace(0, len(times) - 1, count).round().astype(np.int64)
     frames = []
