@@ -26,8 +26,8 @@ from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
 
-from qwenvl.utilities.cores import available_cores
-from tools.check_image import main as check_image
+from qwenvl.cli.check_image.command import main as check_image
+from qwenvl.utils.cores import available_cores
 
 ORIGINALS = 8
 BASELINE_FILES = 2000

@@ -43,12 +43,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from qwenvl.cli.data_args import ToolArguments, open_encoder
+from qwenvl.cli.make_tiny_checkpoint.command import build_tiny_checkpoint
 from qwenvl.data.dataset import ConversationDataset, open_tables
-from qwenvl.data.lengths import measure_lengths
+from qwenvl.data.packing.lengths import measure_lengths
 from qwenvl.data.types import DatasetSpec
-from qwenvl.utilities.cores import available_cores
-from tools.make_tiny_checkpoint import build_tiny_checkpoint
-from tools.opening import ToolArguments, open_encoder
+from qwenvl.utils.cores import available_cores
 
 MIN_PIXELS, MAX_PIXELS = 12544, 451584
 FILE_PIXELS = 900_000

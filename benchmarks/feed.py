@@ -43,14 +43,14 @@ from transformers.image_utils import load_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
 
-from qwenvl.arguments import DataArguments
-from qwenvl.data.collation import Collator
+from qwenvl.cli.make_tiny_checkpoint.command import build_tiny_checkpoint
+from qwenvl.config import DataArguments
+from qwenvl.data.collator import Collator
 from qwenvl.data.dataset import ConversationDataset, open_tables
-from qwenvl.data.processor import build_encoder, open_processor, with_training_limits
+from qwenvl.data.encoding.processor import build_encoder, open_processor, with_training_limits
 from qwenvl.data.types import DatasetSpec
-from qwenvl.utilities.allocator import keep_freed_memory
-from qwenvl.utilities.families import get_family
-from tools.make_tiny_checkpoint import build_tiny_checkpoint
+from qwenvl.families import get_family
+from qwenvl.utils.allocator import keep_freed_memory
 
 FAMILY = "qwen3_vl"
 ORIGINALS = 20
@@ -176,7 +176,9 @@ def run(images: int, runs: int, max_pixels: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     fresh = multiprocessing.get_context("forkserver")
-    fresh.set_forkserver_preload(["qwenvl.data.dataset", "qwenvl.data.processor", "tools.make_tiny_checkpoint"])
+    fresh.set_forkserver_preload(
+        ["qwenvl.data.dataset", "qwenvl.data.encoding.processor", "qwenvl.cli.make_tiny_checkpoint.command"]
+    )
     found: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as name:
         bench = build(Path(name), images, max_pixels)

@@ -4,9 +4,9 @@
 
 A Qwen3-VL of the size's shapes in bfloat16, packs of texts and pictures as in ``benchmarks/step.py``. The step of the
 fullest pack runs on torch's meta device, as ``--dry_run`` does it: within a tenth of what a real step allocates
-(``tests/train/test_preflight.py``). Prints a line of JSON a row: flags; GiB of activations with all temporary tensors,
-and their share of the first row's; GiB of weights, gradients and AdamW under DeepSpeed's bf16 on one device and with
-ZeRO-3 on eight.
+(``tests/train/dry_run/test_preflight.py``). Prints a line of JSON a row: flags; GiB of activations with all temporary
+tensors, and their share of the first row's; GiB of weights, gradients and AdamW under DeepSpeed's bf16 on one device
+and with ZeRO-3 on eight.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 
 from benchmarks.step import our_batches
 from benchmarks.step_samples import SIZES, make_config, make_samples
-from qwenvl.models.adapters import AdapterSettings, add_adapters
-from qwenvl.models.freezing import configure_checkpointing, set_model
-from qwenvl.models.patches import Patchify
-from qwenvl.models.step_memory import measure_step
-from qwenvl.models.vision import install
-from qwenvl.train.state_memory import Sharing, estimate_states
+from qwenvl.models.forward import install
+from qwenvl.models.lora.adapters import AdapterSettings, add_adapters
+from qwenvl.models.trainable.freezing import configure_checkpointing, set_model
+from qwenvl.models.vision.patchify import Patchify
+from qwenvl.profiling.activation_memory import measure_step
+from qwenvl.profiling.state_memory import Sharing, estimate_states
 
 ROWS: dict[str, dict[str, Any]] = {
     "all parts train": {},

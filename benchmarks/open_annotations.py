@@ -75,7 +75,7 @@ def open_by_datasets(path: Path, cache: Path) -> Sized:
 
 def open_by_us(path: Path, cache: Path) -> Sized:
     """Open a file as training does, its hash included."""
-    from qwenvl.data.annotations import open_annotations
+    from qwenvl.data.sources.table import open_annotations
     from qwenvl.data.types import DatasetSpec
 
     table = open_annotations(DatasetSpec("benchmark", (str(path),), ""), str(cache))

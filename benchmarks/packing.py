@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 
 from transformers import AutoConfig
 
-from qwenvl.data.measures import MEASURES
-from qwenvl.data.packing import Packs, lower_bound, pack
-from qwenvl.data.sampling import SampleOrder, Sharding, costs_of_ranks, deal, imbalance
-from qwenvl.models.flops import Flops, Trained, training_flops
-from qwenvl.utilities.families import get_family
+from qwenvl.data.bin_packing import Packs, lower_bound, pack
+from qwenvl.data.sample_stats import MEASURES
+from qwenvl.data.sampler import SampleOrder, Sharding, costs_of_ranks, deal, imbalance
+from qwenvl.families import get_family
+from qwenvl.profiling.flops import Flops, Trained, training_flops
 
 CAPACITY = 8192
 CHUNK = 1000

@@ -34,8 +34,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
 
 from benchmarks.step_samples import SIZES, make_config
-from tools.tiny.processor import build_processor
-from tools.tiny.tokenizer import build_tokenizer
+from qwenvl.cli.make_tiny_checkpoint.processor import build_processor
+from qwenvl.cli.make_tiny_checkpoint.tokenizer import build_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FAMILY = "qwen3_vl"

@@ -43,20 +43,21 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen3VLCo
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
 
 from benchmarks.step_samples import SIZES, make_config, make_samples
-from qwenvl.data.collation import Collator, EncodedSample, Item
-from qwenvl.data.measures import MEASURES, measure_sample
-from qwenvl.data.packing import pack
-from qwenvl.data.sizes import ImagePlan
+from qwenvl.data.bin_packing import pack
+from qwenvl.data.collator import Collator
+from qwenvl.data.encoding.encoded import EncodedSample, Item
+from qwenvl.data.media.resize import ImagePlan
+from qwenvl.data.sample_stats import MEASURES, measure_sample
 from qwenvl.data.types import ImageItem
-from qwenvl.models.adapters import AdapterSettings, adapter_sizes, add_adapters
-from qwenvl.models.attention import attend_by_segments
-from qwenvl.models.flops import Trained, training_flops
-from qwenvl.models.freezing import configure_checkpointing, set_model
+from qwenvl.families import get_family
+from qwenvl.models.attention.packed import attend_by_segments
+from qwenvl.models.forward import install
 from qwenvl.models.loading import choose_attention
-from qwenvl.models.loss import causal_loss, tell_host
-from qwenvl.models.patches import Patchify
-from qwenvl.models.vision import install
-from qwenvl.utilities.families import get_family
+from qwenvl.models.lora.adapters import AdapterSettings, adapter_sizes, add_adapters
+from qwenvl.models.loss.causal_lm import causal_loss, tell_host
+from qwenvl.models.trainable.freezing import configure_checkpointing, set_model
+from qwenvl.models.vision.patchify import Patchify
+from qwenvl.profiling.flops import Trained, training_flops
 
 FAMILY = "qwen3_vl"
 WAYS = ("ours", "plain", "sorted")

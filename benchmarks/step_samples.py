@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import Qwen3VLConfig
 
-from qwenvl.data.collation import EncodedSample, Medium
-from qwenvl.data.positions import VisionSpan, position_ids
-from qwenvl.data.tokenization import Tokens
+from qwenvl.data.encoding.encoded import EncodedSample, Medium
+from qwenvl.data.encoding.mrope import VisionSpan, position_ids
+from qwenvl.data.encoding.tokenization import Tokens
 
 VOCABULARY, TEXT = 151_936, 1000  # columns; ids that the random text stays below, and the next one is the picture's
 

@@ -16,7 +16,7 @@ which fields have another name in the rows, of files as well:
     {"hf_dataset": "owner/name", "split": "train", "config": "en", "columns": {"image": "picture"}}
 
 Boxes in its texts count as the model family writes them. Where they count pixels of the original pictures, add
-``"bbox_format": "pixel"``, and they are converted for the family in use (qwenvl/data/boxes.py).
+``"bbox_format": "pixel"``, and they are converted for the family in use (qwenvl/data/conversation/boxes/convert.py).
 
 Relative paths start from the folder that holds this package (the top of the repository), from wherever you train.
 """

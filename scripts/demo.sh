@@ -81,7 +81,7 @@ make_report() {
     local limit=()
     [[ -z "${DEMO_LIMIT:-}" ]] || limit=(--limit "$DEMO_LIMIT")
     say "asking the trained model about samples it has never seen"
-    python "$root/tools/demo_report.py" --model "$DEMO_DIR/model" --data "$DEMO_DIR/data" \
+    python "$root/examples/demo/report.py" --model "$DEMO_DIR/model" --data "$DEMO_DIR/data" \
         --output "$DEMO_DIR/report.html" "${limit[@]}"
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.pages import Figures
+from tests.cli.pages import Figures
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (

@@ -54,7 +54,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
     Tests must not write into the folder; copy it first.
     """
-    from tools.make_tiny_checkpoint import build_tiny_checkpoint
+    from qwenvl.cli.make_tiny_checkpoint.command import build_tiny_checkpoint
 
     built: dict[tuple[str, str | None], Path] = {}
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 
-from qwenvl.data.collation import Collator, EncodedSample, Item
-from qwenvl.models import vision
-from qwenvl.models.patches import Patchify
+from qwenvl.data.collator import Collator
+from qwenvl.data.encoding.encoded import EncodedSample, Item
+from qwenvl.models import forward as vision
+from qwenvl.models.vision.patchify import Patchify
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def has_docstring(node: ast.stmt) -> bool:
 
 
 def test_the_rules_see_the_sources() -> None:
-    assert ROOT / "qwenvl" / "utilities" / "errors.py" in PACKAGE
+    assert ROOT / "qwenvl" / "utils" / "errors.py" in PACKAGE
     assert len(PACKAGE) >= 10
 
 
@@ -92,6 +92,7 @@ def test_the_package_logs_and_does_not_print() -> None:
     prints = [
         place(path, node)
         for path in PACKAGE
+        if path.relative_to(ROOT).parts[1] != "cli"  # what a command says is its output
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "breakpoint")
     ]

@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from qwenvl.arguments import parse_arguments
-from qwenvl.data.messages import build_conversation
-from qwenvl.data.registry import load_registry, parse_dataset_use
-from qwenvl.data.types import Origin, Sample
-from tools.check_image import main as check_image
-from tools.evaluate import main as evaluate
-from tools.pack_data import main as pack_data
-from tools.predict import main as predict
-from tools.show_sample import main as show_sample
-from tools.view_data import main as view_data
+from qwenvl.cli.check_image.command import main as check_image
+from qwenvl.cli.evaluate.command import main as evaluate
+from qwenvl.cli.pack_data import main as pack_data
+from qwenvl.cli.predict.command import main as predict
+from qwenvl.cli.show_sample import main as show_sample
+from qwenvl.cli.view_data.command import main as view_data
+from qwenvl.config import parse_arguments
+from qwenvl.data.conversation.messages import build_conversation
+from qwenvl.data.sources.registry import load_registry, parse_dataset_use
+from qwenvl.data.types import Sample
+from qwenvl.utils.errors import Origin
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

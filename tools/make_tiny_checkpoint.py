@@ -1,104 +1,11 @@
-"""Make a random-weight checkpoint of any supported family, small enough for tests or for the demo.
+#!/usr/bin/env python
+"""Make a random-weight checkpoint of any supported family, small enough for tests or for the demo."""
 
-    python tools/make_tiny_checkpoint.py --family qwen3_vl --output DIR [--size demo] [--seed 0] [--template thinking]
-
-The folder holds what a real one holds (weights in safetensors, config, generation config, tokenizer, chat template,
-image and video processor), written by the real classes, so that stock ``AutoModelForImageTextToText`` and
-``AutoProcessor`` open it. The same seed gives the same bytes.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-if __package__ in (None, ""):  # run as a script: make the repository's packages importable from any directory
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from transformers import (
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-
-from qwenvl.utilities.families import FAMILIES
-from qwenvl.utilities.permissions import follow_umask
-from tools.tiny.processor import TEMPLATES, Template, build_processor, default_template
-from tools.tiny.shapes import Size, build_config
-from tools.tiny.tokenizer import build_tokenizer
-
-
-def build_tiny_checkpoint(
-    family: str, output: Path, *, size: Size = "tiny", seed: int = 0, template: Template | None = None
-) -> None:
-    """Write a random-weight checkpoint folder.
-
-    Args:
-        family: ``model_type``: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5 or qwen3_5_moe.
-        output: folder to write; made where it does not exist, files of the same names are replaced.
-        size: ``tiny`` (well under 1 M parameters, for tests) or ``demo`` (2 to 5 M, learns simple pictures).
-        seed: of the random weights; the caller's random state is left as it was.
-        template: kind of chat template; None for the family's own.
-
-    Raises:
-        UserError: unknown family.
-    """
-    tokenizer = build_tokenizer(family)
-    config = build_config(family, tokenizer, size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    if size == "demo":
-        _strengthen_positions(model)
-    model.generation_config = _generation_config(tokenizer)
-    output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(output)
-    build_processor(family, tokenizer, template or default_template(family)).save_pretrained(output)
-    follow_umask(output)
-
-
-def _strengthen_positions(model: PreTrainedModel) -> None:
-    """Let the learned position embeddings of the vision tower begin as large as what patches give.
-
-    Patches sum 1,536 products and come out near 1, position embeddings as small as any weight: a model that starts so
-    takes several times longer to learn where something is.
-    """
-    tower = model.model.visual
-    if hasattr(tower, "pos_embed"):  # the older families have rotary positions alone
-        with torch.no_grad():
-            tower.pos_embed.weight.div_(tower.pos_embed.weight.std())
-
-
-def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Return greedy decoding that ends at the end of a turn, as the tokenizer names it."""
-    end_of_text, end_of_turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    return GenerationConfig(
-        bos_token_id=end_of_text, pad_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], do_sample=False
-    )
-
-
-def main() -> None:
-    """Read the command line and write the folder."""
-    parser = argparse.ArgumentParser(description="Make a random-weight checkpoint of a family.")
-    parser.add_argument("--family", required=True, choices=list(FAMILIES))
-    parser.add_argument("--output", required=True, type=Path, help="folder to write")
-    parser.add_argument("--size", default="tiny", choices=["tiny", "demo"])
-    parser.add_argument("--seed", default=0, type=int)
-    parser.add_argument("--template", choices=TEMPLATES, help="kind of chat template; default: the family's own")
-    arguments = parser.parse_args()
-    build_tiny_checkpoint(
-        arguments.family,
-        arguments.output,
-        size=arguments.size,
-        seed=arguments.seed,
-        template=arguments.template,
-    )
-    print(f"{arguments.family} ({arguments.size}) written to {arguments.output}")
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
+from qwenvl.cli.make_tiny_checkpoint.command import main
 
 if __name__ == "__main__":
     main()

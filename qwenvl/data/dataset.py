@@ -9,16 +9,16 @@ from functools import cached_property
 import numpy as np
 from torch.utils.data import Dataset
 
-from qwenvl.data.annotations import AnnotationTable, open_annotations
-from qwenvl.data.collation import Event, Item
-from qwenvl.data.encoding import OverlengthError, SampleEncoder
-from qwenvl.data.measures import NOTHING, Measures
-from qwenvl.data.packing import Packs
-from qwenvl.data.sampling import FILLER, sample_rows, split_rows
+from qwenvl.data.bin_packing import Packs
+from qwenvl.data.encoding.encoded import Event, Item
+from qwenvl.data.encoding.encoder import OverlengthError, SampleEncoder
+from qwenvl.data.sample_stats import NOTHING, Measures
+from qwenvl.data.sampler import FILLER, sample_rows, split_rows
+from qwenvl.data.sources.table import AnnotationTable, open_annotations
 from qwenvl.data.types import DatasetSpec, Sample
-from qwenvl.utilities.cache import array_hash, fingerprint
-from qwenvl.utilities.errors import SampleError, UserError
-from qwenvl.utilities.lockstep import Stages
+from qwenvl.utils.cache import array_hash, fingerprint
+from qwenvl.utils.errors import SampleError, UserError
+from qwenvl.utils.lockstep import Stages
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ConversationDataset(Dataset[Item]):
         """Return the measures of every index: sums over the rows of each pack, or those of the rows themselves.
 
         Args:
-            measures: :data:`~qwenvl.data.measures.MEASURES` of every row.
+            measures: :data:`~qwenvl.data.sample_stats.MEASURES` of every row.
         """
         return measures if self._packs is None else self._packs.add_up(measures)
 
@@ -168,7 +168,7 @@ class ConversationDataset(Dataset[Item]):
         return self.tables[number].table[row]
 
     def __getitem__(self, index: int) -> Item:
-        """Return the encoded row; nothing for :data:`~qwenvl.data.sampling.FILLER`. Never raises a UserError.
+        """Return the encoded row; nothing for :data:`~qwenvl.data.sampler.FILLER`. Never raises a UserError.
 
         A DataLoader would wrap what its workers raise into a text with their traceback.
         """

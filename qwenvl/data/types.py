@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from qwenvl.utils.errors import Origin
 
 Role = Literal["system", "user", "assistant", "tool"]
 Source = str | bytes  # of a picture or video: where it is, or the file itself
@@ -51,34 +53,6 @@ class DatasetSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a sample comes from, for messages.
-
-    Args:
-        dataset: registry name.
-        file: annotation file, or name and split of a Hugging Face dataset.
-        line: line of a JSONL file, or item of a JSON array, Parquet table or dataset; counted from 1.
-        id: the sample's own ``id``, where it has one.
-        member: place inside a packed row, counted from 1; None in an ordinary row.
-    """
-
-    dataset: str
-    file: str
-    line: int
-    id: str | None = None
-    member: int | None = None
-
-    def record(self, category: str, reason: str) -> dict[str, Any]:
-        """Return a line of ``bad_samples.jsonl`` or ``*_problems.jsonl``: what is wrong here, and where this is."""
-        return {**asdict(self), "category": category, "reason": reason}
-
-    def __str__(self) -> str:
-        member = f", member {self.member}" if self.member is not None else ""
-        sample = f" (id {self.id[:200]!r})" if self.id is not None else ""
-        return f"dataset {self.dataset!r}, {self.file}:{self.line}{member}{sample}"
-
-
-@dataclass(frozen=True, slots=True)
 class Sample:
     """One conversation as it stands in the annotation file.
 
@@ -88,7 +62,7 @@ class Sample:
         data_path: folder that its relative media paths start from.
         allow_absolute: its absolute media paths may lie outside ``data_path``.
         bbox_format: what the coordinates in its texts count, where the record does not say; see
-            :mod:`qwenvl.data.boxes`.
+            :mod:`qwenvl.data.conversation.boxes.convert`.
     """
 
     origin: Origin

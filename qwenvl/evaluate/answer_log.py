@@ -1,6 +1,6 @@
 """Answers to the same questions at every evaluation of a run, kept beside its checkpoints.
 
-``eval_answers.jsonl``: a line for each step and sample, as :mod:`qwenvl.evaluate.predictions` writes it, with ``step``
+``eval_answers.jsonl``: a line for each step and sample, as :mod:`qwenvl.metrics.predictions` writes it, with ``step``
 and ``score``.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenvl.evaluate.evaluation import evaluate
-from qwenvl.evaluate.predictions import Prediction
-from qwenvl.utilities.cache import replacing
+from qwenvl.evaluate.scoring import evaluate
+from qwenvl.metrics.predictions import Prediction
+from qwenvl.utils.cache import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenvl.models.adapter_files import saved_names
-from qwenvl.models.adapters import has_adapters
-from qwenvl.models.shared_out import gathered, is_shared_out
+from qwenvl.models.lora.adapters import has_adapters
+from qwenvl.models.lora.files import saved_names
 from qwenvl.models.token_rows import row_layers
-from qwenvl.utilities.distributed import is_main_process
+from qwenvl.models.trainable.sharded_params import gathered, is_shared_out
+from qwenvl.utils.distributed import is_main_process
 
 Fingerprints = dict[str, dict[str, int]]
 """Checksums of each tensor by the types it may be held in."""

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from qwenvl.lab.registration import register
-from qwenvl.models.expert_layout import experts_read_as_stored
+from qwenvl.connector_lab.registration import register
+from qwenvl.families import LAB, Family, get_family
+from qwenvl.models.moe_checkpoint import experts_read_as_stored
 from qwenvl.models.quantization import refuse_quantized
-from qwenvl.models.readout import is_readout
-from qwenvl.utilities.errors import UserError
-from qwenvl.utilities.families import LAB, Family, get_family
+from qwenvl.models.task_module import is_readout
+from qwenvl.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

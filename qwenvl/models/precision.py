@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig
 
-from qwenvl.utilities.errors import UserError
+from qwenvl.utils.errors import UserError
 
 
 def resolve_dtype(model_dtype: str, *, bf16: bool, fp16: bool, masters: bool) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from qwenvl.utilities.errors import UserError
+from qwenvl.utils.errors import UserError
 
 _KEPT = ("model.visual", "lm_head")
 """Parts that stay as they are: the tower is small and sensitive, and the projection gives the loss."""

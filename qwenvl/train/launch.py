@@ -22,7 +22,7 @@ from torch.distributed.run import main as torchrun
 if __package__ in (None, ""):  # started as a file: the package lies two folders up
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from qwenvl.utilities.logging import setup_logging
+from qwenvl.utils.logging import setup_logging
 
 logger = logging.getLogger("qwenvl")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenvl.utilities.distributed import gather_objects, rank, world_size
+from qwenvl.utils.distributed import gather_objects, rank, world_size
 
 FILE_NAME = "running_loss.json"
 

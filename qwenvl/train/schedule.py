@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwenvl.arguments import TrainingArguments
-from qwenvl.data.sampling import SampleOrder, Sharding, costs_of_ranks, imbalance
+from qwenvl.config import TrainingArguments
+from qwenvl.data.sampler import SampleOrder, Sharding, costs_of_ranks, imbalance
 
 
 @dataclass(frozen=True, slots=True)

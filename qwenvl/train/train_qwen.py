@@ -18,10 +18,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the package lies two folders up
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from qwenvl.arguments import parse_arguments, wants_debug
-from qwenvl.utilities.distributed import is_first_to_say, lost_contact, run_program, shut_down
-from qwenvl.utilities.errors import UserError
-from qwenvl.utilities.logging import held_back, setup_logging
+from qwenvl.config import parse_arguments, wants_debug
+from qwenvl.utils.distributed import is_first_to_say, lost_contact, run_program, shut_down
+from qwenvl.utils.errors import UserError
+from qwenvl.utils.logging import held_back, setup_logging
 
 logger = logging.getLogger("qwenvl")
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = parsed.debug
         if parsed.training.use_cpu:  # or DeepSpeed, once imported, prints on every rank that it found no accelerator
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        from qwenvl.train.setup import run  # takes seconds, which --help and mistakes in flags need not wait for
+        from qwenvl.train.run import run  # takes seconds, which --help and mistakes in flags need not wait for
 
         setup_logging(*levels)  # after all imports: some libraries bring handlers of their own
         code = run(parsed)

@@ -1,6 +1,6 @@
 """The Hugging Face Trainer with our batches, our loss and our checkpoints. Subclassed; nothing of it is replaced.
 
-What is learned is up to an :class:`~qwenvl.models.objective.Objective`. Its loss is divided by its units of the whole
+What is learned is up to an :class:`~qwenvl.tasks.objective.Objective`. Its loss is divided by its units of the whole
 optimizer step: trained tokens, where language is modelled.
 """
 
@@ -21,22 +21,22 @@ from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 from transformers.trainer_utils import EvalLoopOutput
 
-from qwenvl.arguments import TrainingArguments
-from qwenvl.data.collation import Collator
-from qwenvl.data.sampling import SampleOrder
-from qwenvl.models.loss import Balance, count_tokens
-from qwenvl.models.objective import Objective, batch_loss
-from qwenvl.models.optimizer import parameter_groups
-from qwenvl.train.feeding import FeedingTrainer
-from qwenvl.train.interruption import StopRequest
-from qwenvl.train.report import DataReport
+from qwenvl.config import TrainingArguments
+from qwenvl.data.collator import Collator
+from qwenvl.data.sampler import SampleOrder
+from qwenvl.models.loss.causal_lm import Balance, count_tokens
+from qwenvl.models.trainable.param_groups import parameter_groups
+from qwenvl.tasks.objective import Objective, batch_loss
+from qwenvl.train.callbacks.freeze_unused_vision import UnusedVision
+from qwenvl.train.callbacks.nonfinite_guard import FirstStep, StepGuard
+from qwenvl.train.callbacks.preemption import StopRequest
+from qwenvl.train.callbacks.watchdog import Watchdog
+from qwenvl.train.dataloading_trainer import FeedingTrainer
+from qwenvl.train.records.skipped_samples import DataReport
 from qwenvl.train.running_loss import RunningLoss
-from qwenvl.train.saving import Records
-from qwenvl.train.step_guard import FirstStep, StepGuard
-from qwenvl.train.unused_parts import UnusedVision
-from qwenvl.train.watchdog import Watchdog
-from qwenvl.utilities.distributed import gather_objects
-from qwenvl.utilities.errors import UserError
+from qwenvl.train.saving_trainer import Records
+from qwenvl.utils.distributed import gather_objects
+from qwenvl.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenvl.data.media import MediaReader
+from qwenvl.data.media.reader import MediaReader
 
 
 @pytest.fixture

@@ -11,18 +11,18 @@ import numpy as np
 from PIL import ExifTags, Image
 from transformers import AutoConfig, AutoProcessor
 
-from qwenvl.arguments import DataArguments
-from qwenvl.data.annotations import AnnotationTable
-from qwenvl.data.collation import Item
+from qwenvl.config import DataArguments
 from qwenvl.data.dataset import ConversationDataset, SampledTable
-from qwenvl.data.encoding import SampleEncoder
-from qwenvl.data.measures import REMARKS
-from qwenvl.data.processor import build_encoder
+from qwenvl.data.encoding.encoded import Item
+from qwenvl.data.encoding.encoder import SampleEncoder
+from qwenvl.data.encoding.processor import build_encoder
+from qwenvl.data.sample_stats import REMARKS
+from qwenvl.data.sources.table import AnnotationTable
 from qwenvl.data.types import DatasetSpec
-from qwenvl.utilities.cache import fingerprint
-from qwenvl.utilities.families import get_family
-from tests.data.pictures import picture
-from tests.data.test_encoding import write_video
+from qwenvl.families import get_family
+from qwenvl.utils.cache import fingerprint
+from tests.data.encoding.test_encoder import write_video
+from tests.data.images import picture
 
 SMALL = {
     "min_pixels": 32 * 32,

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from qwenvl.data.messages import build_conversation
-from qwenvl.data.types import Conversation, Message, Origin, Sample
-from qwenvl.utilities.errors import SampleError
+from qwenvl.data.conversation.messages import build_conversation
+from qwenvl.data.types import Conversation, Message, Sample
+from qwenvl.utils.errors import Origin, SampleError
 
 ORIGIN = Origin("things", "things.jsonl", 5, "x")
 RESERVED = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>")

@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
-from qwenvl.arguments import DataArguments
-from qwenvl.data.collation import Item
+from qwenvl.config import DataArguments
 from qwenvl.data.dataset import ConversationDataset, SampledTable, open_tables, split_tables
-from qwenvl.data.encoding import SampleEncoder
-from qwenvl.data.media import MediaReader
-from qwenvl.data.processor import build_encoder, open_processor
-from qwenvl.data.sampling import FILLER
+from qwenvl.data.encoding.encoded import Item
+from qwenvl.data.encoding.encoder import SampleEncoder
+from qwenvl.data.encoding.processor import build_encoder, open_processor
+from qwenvl.data.media.reader import MediaReader
+from qwenvl.data.sampler import FILLER
 from qwenvl.data.types import DatasetSpec
-from qwenvl.utilities.errors import SampleError, UserError
-from qwenvl.utilities.families import get_family
+from qwenvl.families import get_family
+from qwenvl.utils.errors import SampleError, UserError
 
 MakeEncoder = Callable[..., SampleEncoder]
 Tables = Callable[..., list[SampledTable]]

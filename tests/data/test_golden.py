@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tools.show_sample import main as show_sample
+from qwenvl.cli.show_sample import main as show_sample
 
 SETTINGS = {
     "default": [],

@@ -10,9 +10,9 @@ import datasets
 import numpy as np
 import pytest
 
-from qwenvl.data.annotations import open_annotations
 from qwenvl.data.dataset import SampledTable
 from qwenvl.data.overlap import shared_rows
+from qwenvl.data.sources.table import open_annotations
 from qwenvl.data.types import DatasetSpec, HuggingFaceDataset
 
 ROW = '{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}\n'

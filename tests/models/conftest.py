@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from qwenvl.models.loss import tell_host
-from qwenvl.models.patches import MediumShape
-from qwenvl.utilities.families import FAMILIES, get_family
+from qwenvl.families import FAMILIES, get_family
+from qwenvl.models.loss.causal_lm import tell_host
+from qwenvl.models.vision.patchify import MediumShape
 from tests.patches import frames_of
 
 # what each sample of the mixture holds, in order

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from qwenvl.families import FAMILIES
 from qwenvl.models.float32 import computing_in_float32
 from qwenvl.models.merging import sample_inputs
-from qwenvl.utilities.families import FAMILIES
 
 
 @pytest.mark.parametrize("family", FAMILIES)

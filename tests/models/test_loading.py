@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from qwenvl.families import get_family
 from qwenvl.models.loading import (
     ATTENTION_PACKAGES,
     _has_kernels,
@@ -20,10 +21,9 @@ from qwenvl.models.loading import (
     load_model,
     refuse_flattening,
 )
-from qwenvl.models.loss import causal_loss
+from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.models.precision import resolve_dtype
-from qwenvl.utilities.errors import UserError
-from qwenvl.utilities.families import get_family
+from qwenvl.utils.errors import UserError
 from tests.patches import install
 
 

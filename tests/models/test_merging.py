@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from qwenvl.cli.make_tiny_checkpoint.command import build_tiny_checkpoint
 from qwenvl.models import merging
 from qwenvl.models.merging import TOLERANCE, MergeReport, distance, logits_of, merge, open_adapted, sample_inputs
-from qwenvl.utilities.errors import UserError
-from tools.make_tiny_checkpoint import build_tiny_checkpoint
+from qwenvl.utils.errors import UserError
 
 SOUND = MergeReport(changed=3, unchanged=(), effect=0.5, error=1e-6, rounding=1e-3)
 

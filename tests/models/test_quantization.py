@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qwenvl.models.lab_building import read_part_config
+from qwenvl.cli.connector_lab.build import read_part_config
 from qwenvl.models.quantization import quantization_method, refuse_quantized
-from qwenvl.utilities.errors import UserError
+from qwenvl.utils.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qwenvl.models.head import LossHead
+from qwenvl.models.loss.fused_lm_head import LossHead
 from qwenvl.models.token_rows import ROWS, RowsEmbedding, is_row, row_layers, with_rows
 
 ROW_IDS = [7, 3, 5]  # not in ascending order

@@ -2,10 +2,10 @@
 
     python -m tests.mutation [FILE ...] [--per-file 12] [--seed 0]
 
-FILE is one of the package (``qwenvl/data/sizes.py``); without any, the files of ``core.yaml`` are taken. The tests are
-those of the mirrored file (``tests/data/test_sizes.py``) and of others that ``core.yaml`` names. Prints each change
-that no test notices, and a table; ends with status 1 where less than 90% are noticed. Changes that make no difference
-stand in ``core.yaml`` with the reason, and do not count.
+FILE is one of the package (``qwenvl/data/media/resize.py``); without any, the files of ``core.yaml`` are taken. The
+tests are those of the mirrored file (``tests/data/media/test_resize.py``) and of others that ``core.yaml`` names.
+Prints each change that no test notices, and a table; ends with status 1 where less than 90% are noticed. Changes that
+make no difference stand in ``core.yaml`` with the reason, and do not count.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenvl.arguments import parse_arguments
+from qwenvl.config import parse_arguments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qwenvl.arguments import ParsedArguments, parse_arguments
+from qwenvl.config import ParsedArguments, parse_arguments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (REPOSITORY / "scripts").glob("sft_*.sh"))

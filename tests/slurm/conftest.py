@@ -1,5 +1,5 @@
 """The data of whole runs, as in tests/train."""
 
-from tests.train.conftest import registry
+from tests.e2e.conftest import registry
 
 __all__ = ["registry"]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.runs import REPOSITORY, equal_bits, flags, history
 from tests.slurm import cluster as slurm
-from tests.train.runs import REPOSITORY, equal_bits, flags, history
 
 SCRIPTS = REPOSITORY / "scripts" / "slurm"
 SETTINGS: dict[str, Any] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwenvl.train import trainer
 from qwenvl.train.running_loss import FILE_NAME, RunningLoss
-from tests.train.runs import history, train
+from tests.e2e.runs import history, train
 
 
 def same(value: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from qwenvl.arguments import TrainingArguments
-from qwenvl.data.sampling import SampleOrder
+from qwenvl.config import TrainingArguments
+from qwenvl.data.sampler import SampleOrder
 from qwenvl.train.schedule import Schedule, plan_schedule, slowest_over_mean
-from tests.train.runs import history, train
+from tests.e2e.runs import history, train
 
 
 def arguments(**settings: Any) -> TrainingArguments:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qwenvl.models.balance import sample_of_tokens, summed_balance
-from qwenvl.models.loss import causal_loss, run_model, tell_host
-from qwenvl.models.objective import Objective
-from qwenvl.train.measured import MeasuredTrainer
-from qwenvl.utilities.errors import SampleError, UserError
-from tests.train.runs import LORA
+from qwenvl.models.loss.causal_lm import causal_loss, run_model, tell_host
+from qwenvl.models.loss.moe_aux_loss import sample_of_tokens, summed_balance
+from qwenvl.tasks.objective import Objective
+from qwenvl.train.measured_trainer import MeasuredTrainer
+from qwenvl.utils.errors import SampleError, UserError
+from tests.e2e.runs import LORA
 
 Open = Callable[..., MeasuredTrainer]
 EVALUATION = {"eval_dataset_use": "held_out", "eval_strategy": "steps", "per_device_eval_batch_size": 3}

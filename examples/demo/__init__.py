@@ -1,0 +1,1 @@
+"""The demo: report of a short training on drawn images."""

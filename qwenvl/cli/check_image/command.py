@@ -1,0 +1,200 @@
+r"""Find every problem of every sample before training: files, texts, tags, boxes, lengths, duplicates.
+
+    python tools/check_image.py --dataset_use "a,b" [--decode] [--model_name_or_path MODEL] [--write_clean]
+    python tools/check_image.py --annotation_path FILE --data_path DIR
+
+Without ``--decode`` media are opened as far as their headers; with it they are read as training would. With a model,
+samples are rendered and counted as well, under training's own data flags (``--max_pixels``, ``--model_max_length``,
+...). All rows are checked, whatever percentage of them ``--dataset_use`` takes.
+
+For each dataset, ``NAME_problems.jsonl`` has a line a problem: dataset, file, line, member, id, category, reason. With
+``--write_clean``, ``NAME_valid.jsonl`` has the other samples, to take the place of the old files in the registry entry.
+A duplicate, and a tag in an answer, are problems here though training takes both.
+
+Exit code: 0 without a problem, 1 with problems, 2 where nothing could be checked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from qwenvl.cli.check_image.report import Summary, show, write_clean, write_problem
+from qwenvl.cli.check_image.samples import RESERVED_TOKENS, SampleChecker, default_settings
+from qwenvl.cli.check_image.tables import check_table, find_duplicates
+from qwenvl.cli.data_args import ToolArguments, chosen_datasets, open_encoder
+from qwenvl.config.parsing.command_line import HelpPage
+from qwenvl.config.parsing.parser import parse_class
+from qwenvl.config.tasks import Pooling, TaskArguments, TaskName
+from qwenvl.data.encoding.targets import TargetReader
+from qwenvl.data.media.video.decode import prepare_backend
+from qwenvl.data.sample_stats import describe_remark
+from qwenvl.data.sources.table import AnnotationTable, open_annotations
+from qwenvl.tasks.grounding.phrases import MaskReader
+from qwenvl.tasks.heads.label_counts import label_reader
+from qwenvl.tasks.heads.labels import LabelReader
+from qwenvl.utils.cache import replacing
+from qwenvl.utils.cores import available_cores
+from qwenvl.utils.errors import UserError
+from qwenvl.utils.logging import setup_logging
+
+logger = logging.getLogger("qwenvl.check_image")
+
+PAGE = HelpPage(
+    "check_image.py --dataset_use NAMES [--decode] [--write_clean] [--flag VALUE ...]",
+    "Find every problem of every sample: missing and damaged files, tags, roles, boxes, lengths, duplicates. Writes "
+    "NAME_problems.jsonl for each dataset. Exit code 1 where there are problems, 2 where nothing could be checked.",
+)
+
+
+@dataclass
+class CheckArguments(ToolArguments):
+    """Flags of this tool, besides those of all tools; those of tasks are training's own."""
+
+    decode: bool = field(default=False, metadata={"help": "Read media as training would, not their headers alone."})
+    write_clean: bool = field(
+        default=False,
+        metadata={"help": "Write NAME_valid.jsonl: the samples without a problem, all fields as they are."},
+    )
+    output: str = field(default=".", metadata={"help": "Folder of the files that are written."})
+    model_max_length: int = field(default=8192, metadata={"help": "Most tokens of a sample; needs a model."})
+    workers: int | None = field(default=None, metadata={"help": "Processes. Default: one for every core."})
+    task: TaskName | None = field(
+        default=None, metadata={"help": "Check the field 'label' (or 'masks') for this task."}
+    )
+    pooling: Pooling | None = field(default=None, metadata={"help": "Of the task: vision_mean needs pictures."})
+    class_names: str | None = field(default=None, metadata={"help": "File with the classes. Default: any name."})
+    keep_answer: bool = field(default=False, metadata={"help": "Of the task: a sample needs its answer."})
+
+    @property
+    def labels(self) -> LabelReader | None:
+        """What reads the labels of the task, if there is one.
+
+        Raises:
+            UserError: the file of class names cannot be used.
+        """
+        chosen = TaskArguments(
+            task=self.task, pooling=self.pooling, class_names=self.class_names, keep_answer=self.keep_answer
+        )
+        return None if self.task in (None, "grounding") else label_reader(chosen)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the datasets; return the exit code."""
+    setup_logging("warning")
+    try:
+        arguments = parse_class(CheckArguments, sys.argv[1:] if argv is None else argv, PAGE)
+        return check(arguments)
+    except UserError as error:
+        logger.error("%s", error)
+        return 2
+
+
+def check(arguments: CheckArguments) -> int:
+    """Check the datasets, write the files and print the table; return 1 if there are problems.
+
+    Raises:
+        UserError: wrong flags, or a dataset that cannot be opened.
+    """
+    specs = chosen_datasets(arguments)
+    checker = _checker(arguments)
+    tables = [open_annotations(spec, arguments.data_cache_dir, check_ends=False) for spec in specs]
+    for table, what in itertools.product(tables, ("problems", "valid")):
+        _path(table, arguments, what)
+    prepare_backend()
+    started = time.monotonic()
+    try:
+        summaries = [_check_dataset(table, checker, arguments) for table in tables]
+        seconds = time.monotonic() - started
+        written = [_write_clean(summary, arguments) for summary in summaries if arguments.write_clean]
+    except OSError as error:
+        raise UserError(f"--output {arguments.output}: {error}. Choose a folder that can be written.") from error
+    show(summaries, [*_notes(arguments, summaries, seconds), *written])
+    return int(any(summary.bad for summary in summaries))
+
+
+def _checker(arguments: CheckArguments) -> SampleChecker:
+    if not arguments.model_name_or_path:
+        if arguments.task == "grounding":
+            raise UserError("--task grounding needs --model_name_or_path: phrases are found among its tokens.")
+        settings = default_settings(arguments)
+        reserved, remote = RESERVED_TOKENS, arguments.allow_remote_media
+        return SampleChecker(settings, reserved, remote, arguments.decode, labels=arguments.labels)
+    encoder, _ = open_encoder(arguments, arguments.model_max_length)
+    targets: TargetReader | None = arguments.labels
+    if arguments.task == "grounding":
+        targets = MaskReader(encoder.tokenizer, encoder.template.turn_end, encoder.settings.merge_size)
+    encoder = replace(encoder, targets=targets)
+    return SampleChecker(
+        *(encoder.settings, encoder.reserved_tokens, encoder.allow_remote, arguments.decode, encoder),
+        labels=targets,
+    )
+
+
+def _check_dataset(table: AnnotationTable, checker: SampleChecker, arguments: CheckArguments) -> Summary:
+    """Check a dataset and write its problems."""
+    workers = available_cores() if arguments.workers is None else arguments.workers
+    summary = Summary(table)
+    with (
+        replacing(_path(table, arguments, "problems")) as path,
+        path.open("w", encoding="utf-8") as file,
+        tqdm(total=len(table), desc=f"Checking {table.spec.name}", unit=" rows", disable=None, leave=False) as progress,
+    ):
+        for checked in check_table(table, checker, workers):
+            summary.add(checked)
+            for problem in checked.problems:
+                summary.note(problem)
+                write_problem(file, problem)
+            progress.update(len(checked.samples))
+        for problem in find_duplicates(table, np.concatenate(summary.samples), b"".join(summary.digests)):
+            summary.note(problem)
+            write_problem(file, problem)
+    return summary
+
+
+def _write_clean(summary: Summary, arguments: CheckArguments) -> str:
+    path = _path(summary.table, arguments, "valid")
+    with replacing(path) as temporary:
+        rows = write_clean(summary, temporary)
+    return f"{path}: {rows:,} rows without a problem."
+
+
+def _path(table: AnnotationTable, arguments: CheckArguments, what: str) -> Path:
+    """Return a file to write; never one that is read.
+
+    Raises:
+        UserError: it is an annotation file of the dataset.
+    """
+    path = Path(arguments.output) / f"{table.spec.name.replace(os.sep, '_')}_{what}.jsonl"
+    if path.exists() and any(os.path.exists(rows.path) and path.samefile(rows.path) for rows in table.files):
+        raise UserError(f"{path} is an annotation file of dataset {table.spec.name!r}. Choose another --output folder.")
+    return path
+
+
+def _notes(arguments: CheckArguments, summaries: list[Summary], seconds: float) -> list[str]:
+    """Return what there is to say below the table."""
+    media = sum(summary.media for summary in summaries)
+    how = "read" if arguments.decode else "opened as far as their headers"
+    rate = f" ({media / seconds:,.0f} a second)" if seconds > 1 else ""
+    notes = [f"{media:,} images and videos {how} in {seconds:.1f} s{rate}."]
+    if not arguments.decode:
+        notes.append("Not checked: pixels, such as those of a file that is cut behind its header. --decode reads them.")
+    if not arguments.model_name_or_path:
+        notes.append("Not checked: lengths and chat template. --model_name_or_path MODEL checks them.")
+    if any(summary.table.spec.sampling_percent != 100 for summary in summaries):
+        notes.append("All rows were checked, whatever percentage of them is used.")
+    for summary in summaries:
+        keys = ", ".join(sorted(summary.unread_keys))
+        notes += [f"Dataset {summary.table.spec.name!r}: nothing reads {keys}."] if keys else []
+        notes += [describe_remark(summary.table.spec.name, kind, summary.remarks[kind]) for kind in summary.remarks]
+    return notes + [
+        f"{_path(summary.table, arguments, 'problems')}: every problem of every sample." for summary in summaries
+    ]

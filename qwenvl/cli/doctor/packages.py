@@ -1,0 +1,120 @@
+"""Which packages are installed, whether they are ones this trainer is tested with, and whether they can be used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from qwenvl.cli.doctor.findings import Finding
+from qwenvl.data.media.video.decode import backend_name, choose_backend
+from qwenvl.utils.errors import UserError
+
+REQUIREMENTS = Path(__file__).resolve().parents[3] / "requirements.txt"
+
+OPTIONAL: dict[str, tuple[str, str]] = {
+    "flash_attn": ("flash-attn", "SDPA is used, exact and without a mask of the whole row, though slower"),
+    "liger_kernel": ("liger-kernel", "needed for --use_liger_kernel alone"),
+    "bitsandbytes": ("bitsandbytes", "needed for --quantization_bit and 8-bit optimizers alone"),
+    "fla": ("flash-linear-attention", "needed for flattened and packed Qwen3.5"),
+    "causal_conv1d": ("causal-conv1d", "needed for flattened and packed Qwen3.5"),
+}
+"""Modules that are used where they are installed: package, and what is different without it."""
+
+KNOWN_BAD: tuple[tuple[str, str, str], ...] = (
+    (
+        "deepspeed",
+        "<0.19",
+        "overlap_comm under ZeRO-1 and ZeRO-2 corrupts gradients: the loss is 0 or NaN from the second step on. "
+        "pip install 'deepspeed>=0.19'",
+    ),
+    (
+        "transformers",
+        "<5.18",
+        "stock inference rounds the frame times of Qwen2.5-VL videos and ignores transparency, other than training "
+        "here. pip install 'transformers>=5.18'",
+    ),
+    (
+        "torch",
+        "==2.9.*",
+        "Conv3d of cuDNN is ten times slower. Training here does not use it, stock inference does. Another torch helps",
+    ),
+    ("numpy", "<2", "not what the others were built for. pip install 'numpy>=2'"),
+)
+"""Package, versions, and what goes wrong with them."""
+
+
+def check_python() -> Iterator[Finding]:
+    """Yield what Python and system there are."""
+    found = f"{platform.python_version()} on {platform.platform(terse=True)}"
+    old = sys.version_info < (3, 10)
+    yield Finding("bad" if old else "good", "Python", found, "Python 3.10 or newer is needed" if old else "")
+
+
+def check_required() -> Iterator[Finding]:
+    """Yield every package of requirements.txt that applies here."""
+    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate():
+            yield _check(requirement)
+
+
+def _check(requirement: Requirement) -> Finding:
+    name, wanted = requirement.name, f"{requirement.name}{requirement.specifier}"
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding("bad", name, "missing", f"pip install '{wanted}'")
+    if requirement.specifier.contains(version, prereleases=True):
+        return Finding("good", name, version)
+    return Finding("warning", name, version, f"not tested; the tests passed with {requirement.specifier}: '{wanted}'")
+
+
+def check_known_bad() -> Iterator[Finding]:
+    """Yield installed versions that are known to do harm."""
+    for name, versions, harm in KNOWN_BAD:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if Requirement(f"{name}{versions}").specifier.contains(Version(version).base_version):
+            yield Finding("bad" if name == "deepspeed" else "warning", f"{name} {version}", "known to do harm", harm)
+
+
+def check_optional() -> Iterator[Finding]:
+    """Yield packages that make training faster or are needed for single flags; installed ones are imported."""
+    for module, (package, without) in OPTIONAL.items():
+        if importlib.util.find_spec(module) is None:
+            yield Finding("note", package, "not installed", without)
+            continue
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError, RuntimeError) as error:  # built for another torch, or without a driver
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            yield Finding(
+                "warning", package, f"cannot be imported: {first}", "built for another torch? Install it anew"
+            )
+            continue
+        yield Finding("good", package, metadata.version(package))
+
+
+def check_video() -> Iterator[Finding]:
+    """Yield which library decodes videos."""
+    try:
+        choose_backend()
+    except UserError as error:
+        yield Finding("warning", "videos", "nothing decodes them", str(error))
+        return
+    name = backend_name() or ""
+    slow = "" if name == "torchcodec" else "install FFmpeg (apt install ffmpeg) to decode as transformers does"
+    yield Finding("note" if slow else "good", "videos", f"decoded by {name}", slow)

@@ -1,0 +1,200 @@
+r"""Score answers: by dataset, with intervals, as a table, JSON and a page of the worst; and: does the model look?
+
+    python tools/evaluate.py --predictions answers.jsonl --output evaluation
+    torchrun --nproc_per_node=8 tools/evaluate.py --model_name_or_path MODEL --dataset_use "a%10,b" --output evaluation
+    python tools/evaluate.py --model_name_or_path MODEL --dataset_use a --blind --output evaluation
+
+The first scores what tools/predict.py wrote. The second answers first, as predict.py does, into ``predictions.jsonl``
+of the output folder, and may be stopped and started again. With ``--blind`` the same questions are asked with blank
+pictures and with those of other samples as well, and the loss is computed: a model that does not look has the same.
+
+The metric of a dataset is that of ``--metric``; else the field ``metric`` of a sample or of the dataset's registry
+entry; else the one that its expected answers call for: boxes box_accuracy, letters to questions with options
+multiple_choice, JSON objects json_equal, texts of a dozen words chrf, anything else exact_match. A sample's field
+``answers`` lists answers that are right besides its own.
+
+Exit code: 0; 1 where samples could not be asked; 2 where nothing could be done.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from qwenvl.cli.evaluate.page import OtherAnswers, build_evaluation_page, number, percent
+from qwenvl.cli.inference_args import AskArguments, answer_all, open_job, open_model, progress_bar
+from qwenvl.config.parsing.command_line import HelpPage
+from qwenvl.config.parsing.parser import parse_class
+from qwenvl.evaluate.image_ablation import Blindness
+from qwenvl.evaluate.scoring import Scores, evaluate, evaluate_views
+from qwenvl.inference.batch import answer_rows
+from qwenvl.inference.other_images import VIEWS, View, find_partners, key_of
+from qwenvl.metrics.predictions import Prediction, read_predictions
+from qwenvl.metrics.registry import METRICS, find_metric
+from qwenvl.tasks.heads.labelling import label_metrics
+from qwenvl.utils.cache import replacing
+from qwenvl.utils.distributed import is_first_to_say, is_main_process, run_program, shut_down, start_group
+from qwenvl.utils.errors import UserError
+from qwenvl.utils.logging import setup_logging
+
+logger = logging.getLogger("qwenvl.evaluate")
+
+PAGE = HelpPage(
+    "evaluate.py [--predictions FILE | --model_name_or_path MODEL --dataset_use NAMES] [--blind] [--flag VALUE ...]",
+    "Score the answers of a model by dataset. Writes evaluation.json and evaluation.html, a page of the worst samples. "
+    "With --blind, also find out whether the answers depend on the pictures.",
+)
+
+Views = Mapping[View, Sequence[Prediction]]
+
+
+@dataclass
+class EvaluateArguments(AskArguments):
+    """Flags of this tool, besides those of the tools that ask a model."""
+
+    predictions: str | None = field(
+        default=None, metadata={"help": "JSON lines of tools/predict.py to score, instead of asking a model."}
+    )
+    output: str = field(default="evaluation", metadata={"help": "Folder of the files that are written."})
+    metric: str | None = field(
+        default=None,
+        metadata={"help": f"One of {', '.join(METRICS)}. Default: as samples or datasets say, else as answers look."},
+    )
+    worst: int = field(default=24, metadata={"help": "Samples of each dataset on the page, from the lowest score up."})
+    blind: bool = field(
+        default=False,
+        metadata={"help": "Ask with blank pictures and with those of other samples too, and compare score and loss."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.metric is not None:
+            find_metric(self.metric)
+        if self.worst < 0:
+            raise UserError("--worst must be 0 or more.")
+        if self.predictions is None:
+            super().__post_init__()
+        elif self.blind or self.dataset_use or self.annotation_path or self.model_name_or_path:
+            raise UserError(
+                "--predictions is scored as it is: leave out --blind, the model and the data; or leave out "
+                "--predictions, and the model is asked."
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Score; return the exit code."""
+    setup_logging("warning")
+    try:
+        code = run(parse_class(EvaluateArguments, sys.argv[1:] if argv is None else argv, PAGE))
+    except UserError as error:
+        if is_first_to_say("error"):
+            logger.error("%s", error)
+        return 2
+    shut_down()
+    return code
+
+
+def run(arguments: EvaluateArguments) -> int:
+    """Ask where that is to be done, score, print and write; return the exit code.
+
+    Raises:
+        UserError: model, data, predictions or output cannot be used.
+    """
+    if arguments.predictions is not None:
+        views: Views = {"shown": read_predictions(Path(arguments.predictions))}
+    else:
+        start_group()
+        views = ask(arguments)
+    if not is_main_process():
+        return 0
+    scores = evaluate(views["shown"], arguments.metric)
+    blindness = evaluate_views(scores, views) if arguments.blind else []
+    try:
+        write(arguments, scores, blindness, views)
+    except OSError as error:
+        raise UserError(f"--output {arguments.output}: {error}. Choose a folder that can be written.") from error
+    show(arguments, scores, blindness)
+    return int(any(one.not_asked for one in scores))
+
+
+def ask(arguments: EvaluateArguments) -> Views:
+    """Answer the samples, in each view that is wanted; every process has to call it.
+
+    Raises:
+        UserError: model, data or output cannot be used.
+    """
+    job, folder = open_job(arguments), Path(arguments.output)
+    model = functools.cache(lambda: open_model(arguments, job.encoder))
+    if job.encoder.targets is not None and arguments.blind:
+        raise UserError("--blind asks for answers, and this model has the head of a task. Leave it out.")
+    shown = answer_all(arguments, replace(job, with_loss=arguments.blind), folder / "predictions.jsonl")
+    if not arguments.blind:
+        return {"shown": shown}
+    views: dict[View, Sequence[Prediction]] = {"shown": shown}
+    partners = find_partners(shown, arguments.seed)
+    for view in VIEWS[1:]:
+        viewed = replace(job, with_loss=True, view=view, partners=partners if view == "swapped" else {})
+        output = folder / f"predictions_{view}.jsonl"
+        views[view] = answer_rows(viewed, output, model, progress_bar(f"Answering, pictures {view}"))
+    return views
+
+
+def write(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Sequence[Blindness], views: Views) -> None:
+    """Write evaluation.json and evaluation.html."""
+    folder = Path(arguments.output)
+    asked = arguments.predictions or arguments.model_name_or_path
+    record = {
+        "model" if arguments.predictions is None else "predictions": asked,
+        "datasets": [one.as_dict() for one in scores],
+        **({"labels": labels} if (labels := _label_metrics(scores)) else {}),
+        **({"blind": [one.as_dict() for one in blindness]} if arguments.blind else {}),
+    }
+    others: OtherAnswers = {
+        view: {key_of(line): line for line in lines} for view, lines in views.items() if view != "shown"
+    }
+    page = build_evaluation_page(f"Evaluation of {asked}", scores, blindness, others, arguments.worst)
+    for name, text in (("evaluation.json", json.dumps(record, indent=2) + "\n"), ("evaluation.html", page)):
+        with replacing(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
+
+
+def _label_metrics(scores: Sequence[Scores]) -> dict[str, dict[str, float]]:
+    """Return the metrics of predicted labels by dataset, where a head predicted them."""
+    found = {one.dataset: label_metrics(one.lines) for one in scores}
+    return {name: metrics for name, metrics in found.items() if metrics}
+
+
+def show(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Sequence[Blindness]) -> None:
+    """Print the table and the verdicts."""
+    table = Table(title="Scores")
+    for name in ("dataset", "score", "95% CI", "samples", "metric", "unreadable", "cut", "not asked"):
+        table.add_column(name, justify="left" if name in ("dataset", "metric") else "right")
+    for one in scores:
+        counts = (f"{one.unreadable:,}", number(one.cut), f"{len(one.not_asked):,}")
+        table.add_row(one.dataset, *percent(one.interval()), f"{len(one.lines):,}", one.metric.title, *counts)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=160)
+    console.print(table)
+    if cut := sum(one.cut or 0 for one in scores):
+        console.print(
+            f"{cut:,} answers were cut at --max_new_tokens and are scored as they are. Raise it.", markup=False
+        )
+    for name, metrics in _label_metrics(scores).items():
+        told = ", ".join(f"{metric.replace('_', ' ')} {value:.4g}" for metric, value in metrics.items())
+        console.print(f"{name}: {told}", markup=False)
+    for found in blindness:
+        console.print(f"{found.name}: {found.verdict}", markup=False)
+        console.print(f"  {found.count:,} samples compared, {found.left_out:,} left out.", style="dim")
+    console.print(f"Page with the worst: {(Path(arguments.output) / 'evaluation.html').resolve()}", markup=False)
+
+
+if __name__ == "__main__":
+    run_program(main)

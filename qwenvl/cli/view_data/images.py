@@ -1,0 +1,81 @@
+"""Pictures and frames as files beside the page: at the size the model gets, and small ones to be shown first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from qwenvl.data.encoding.encoded import Medium
+from qwenvl.data.media.locate import describe
+from qwenvl.data.media.resize import ImagePlan, MediaPlan
+
+THUMBNAIL = (420, 420)
+"""Most pixels (width, height) of a small picture."""
+
+SHOWN_FRAMES = 32
+"""Most frames of a video that are shown, evenly spread."""
+
+_LOSSLESS_SIDE = 160  # small drawings and digits suffer from JPEG
+
+
+class PictureFiles:
+    """Writes pictures into a folder, by numbers: names out of the data never become names of files.
+
+    Args:
+        site: folder of the page.
+        folder: of the pictures inside it.
+    """
+
+    def __init__(self, site: Path, folder: str = "media") -> None:
+        self._site = site
+        self._folder = folder
+        self._count = 0
+        (site / folder).mkdir(parents=True, exist_ok=True)
+
+    def write(self, pixels: torch.Tensor) -> tuple[str, str]:
+        """Write a picture, uint8 [height, width, 3]; return the addresses of it and of its small one, from the page."""
+        picture = Image.fromarray(pixels.numpy())
+        name = f"{self._folder}/{self._count:06d}"
+        self._count += 1
+        ending = "png" if max(picture.size) <= _LOSSLESS_SIDE else "jpg"
+        full = f"{name}.{ending}"
+        picture.save(self._site / full, quality=90)
+        if picture.width <= THUMBNAIL[0] and picture.height <= THUMBNAIL[1]:
+            return full, full
+        picture.thumbnail(THUMBNAIL)
+        small = f"{name}_small.jpg"
+        picture.save(self._site / small, quality=82)
+        return full, small
+
+
+def medium_record(plan: MediaPlan, medium: Medium | None, files: PictureFiles | None) -> dict[str, Any]:
+    """Return what the page says of a picture or video, and write its files.
+
+    Args:
+        plan: what becomes of it.
+        medium: its pixels; None where it could not be decoded.
+        files: that they are written to.
+    """
+    source = plan.item.source
+    name = f"{len(source)} frames, {describe(source[0])} ..." if isinstance(source, tuple) else describe(source)
+    record: dict[str, Any] = {"name": name, "size": [plan.resized[1], plan.resized[0]], "grid": list(plan.grid)}
+    if isinstance(plan, ImagePlan):
+        record |= {"kind": "image", "before": [plan.size[1], plan.size[0]]}
+        times: list[float | None] = [None]
+        shown = np.zeros(1, np.int64)
+    else:
+        record |= {"kind": "video", "fps": plan.fps, "stamps": [round(one, 2) for one in plan.timestamps]}
+        record |= {"sampled": len(plan.indices), "source_frames": plan.num_frames}
+        times = [round(second, 2) for second in plan.seconds.tolist()]
+        count = min(SHOWN_FRAMES, len(times))
+        shown = np.linspace(0, len(times) - 1, count).round().astype(np.int64)
+    frames = []
+    for place in shown.tolist() if medium is not None and files is not None else []:
+        assert medium is not None and files is not None
+        full, small = files.write(medium.frames[place])
+        frames.append({"full": full, "small": small, "time": times[place]})
+    return {**record, "frames": frames}

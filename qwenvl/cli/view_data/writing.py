@@ -1,0 +1,91 @@
+"""Samples to records and pictures of the site, by several processes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from qwenvl.cli.view_data.images import PictureFiles
+from qwenvl.cli.view_data.rows import Choice, MediaStatistics, look_at_rows
+from qwenvl.cli.view_data.samples import Presenter
+from qwenvl.data.dataset import ConversationDataset
+from qwenvl.utils.cores import available_cores
+from qwenvl.utils.errors import UserError
+from qwenvl.utils.processes import in_processes
+
+ROWS_A_TASK = 16
+
+
+@dataclass
+class Written:
+    """What came of some rows.
+
+    Args:
+        rows: how many they were.
+        media: statistics by dataset.
+        records: of the samples that are shown, whose pictures are written.
+    """
+
+    rows: int = 0
+    media: dict[str, MediaStatistics] = field(default_factory=lambda: defaultdict(MediaStatistics))
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Tasks(Dataset[Written]):
+    """Looks at the rows of one task an index; its pictures have a folder of their own, whichever process writes it."""
+
+    def __init__(self, rows: ConversationDataset, tokenizer: Any, choice: Choice, site: Path) -> None:
+        self._rows = rows
+        self._tokenizer = tokenizer
+        self._shown = frozenset(choice.shown.tolist())
+        self._tasks = np.array_split(choice.counted, -(-len(choice.counted) // ROWS_A_TASK))
+        self._site = site
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, number: int) -> Written:
+        indices = self._tasks[number]
+        presenter = Presenter(self._rows.encoder, self._tokenizer, PictureFiles(self._site, f"media/{number:05d}"))
+        found = Written(len(indices))
+        for index, look in look_at_rows(self._rows, indices):
+            if look.plan is not None:
+                found.media[look.origin.dataset].add(look.plan)
+            if index in self._shown:
+                found.records.append(presenter.record(look))
+        found.media = dict(found.media)
+        return found
+
+
+def write_rows(
+    rows: ConversationDataset, tokenizer: Any, choice: Choice, site: Path, workers: int | None
+) -> Iterator[Written]:
+    """Write the pictures of the samples that are shown, and yield what is said of them, in the order of the rows.
+
+    Args:
+        rows: of the run.
+        tokenizer: of the checkpoint.
+        choice: of the rows.
+        site: folder of the page.
+        workers: processes; None for one a core, 0 or 1 for none beside this one.
+
+    Raises:
+        UserError: a process died.
+    """
+    tasks = _Tasks(rows, tokenizer, choice, site)
+    processes = available_cores() if workers is None else workers
+    try:
+        yield from in_processes(tasks, len(tasks), processes)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"A process died while it wrote samples ({error}): out of memory, or a decoder crashed. "
+            "Give --num_workers 1 to go on in one process."
+        ) from error

@@ -1,0 +1,58 @@
+"""How the finished model is written, and whether it is opened again to see that it is whole."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qwenvl.utils.errors import UserError
+
+_SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass
+class ExportArguments:
+    """Flags of the finished model folder, part of ``TrainingArguments``. Every field is explained by its ``help``."""
+
+    verify_export: bool | str = field(
+        default="auto",
+        metadata={
+            "help": "Open the finished folder in a fresh process with stock transformers, and compare its logits with "
+            "the trainer's: true, false, or auto, which does so where the model fits into free memory once more.",
+            "const": True,
+        },
+    )
+    save_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the weights of the finished model; auto is the one they are trained in. Checkpoints "
+            "keep that, so that a resumed run goes on exactly."
+        },
+    )
+    max_shard_size: str = field(
+        default="5GB",
+        metadata={"help": "Largest weight file of the finished model, such as 5GB or 500MB; larger ones are split."},
+    )
+
+    def check_export(self) -> None:
+        """Check the flags of export.
+
+        Raises:
+            UserError: a value that means nothing.
+        """
+        if self.verify_export not in (True, False, "auto"):
+            raise UserError(f"--verify_export {self.verify_export} is not one of true, false, auto.")
+        shard_bytes(self.max_shard_size)
+
+
+def shard_bytes(size: str) -> int:
+    """Return a size such as ``5GB`` in bytes; units are powers of 1000, as in transformers.
+
+    Raises:
+        UserError: it is not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", size.strip().upper())
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"--max_shard_size {size} is not a size: write a number and KB, MB, GB or TB, such as 5GB.")
+    return int(float(match[1]) * _SIZES[match[2]])

@@ -1,0 +1,98 @@
+"""Adapters: where they sit and what kind they are."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from qwenvl.utils.errors import UserError, nearest
+
+Part = Literal["vision", "merger", "language"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+@dataclass
+class AdapterArguments:
+    """LoRA and its relatives, through PEFT. Every field is explained by its ``help``.
+
+    Raises:
+        UserError: values that contradict each other or are out of range.
+    """
+
+    lora_enable: bool = field(
+        default=False,
+        metadata={"help": "Train adapters (LoRA) of linear layers. Parts named by tune_mm_* train whole beside them."},
+    )
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: float = field(default=128, metadata={"help": "Scale of the adapters; their weight is alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters, 0 to 1; 0 means none."})
+    lora_target: str = field(
+        default="language",
+        metadata={
+            "help": "Layers that get adapters: language, vision, merger, several with commas, all, or a regular "
+            "expression that whole names of linear layers match. Experts of a mixture, embeddings and lm_head get none."
+        },
+    )
+    use_dora: bool = field(
+        default=False, metadata={"help": "DoRA: train magnitude and direction of each weight apart."}
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "rsLoRA: weigh adapters by alpha / sqrt(r), for high ranks."}
+    )
+    quantization_bit: int = field(
+        default=0,
+        metadata={
+            "help": "QLoRA: hold the frozen language model in 4 bits (NF4, by bitsandbytes, on a CUDA device). 0 for "
+            "none. tools/merge_lora.py merges into the whole weights."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1 or self.lora_alpha <= 0:
+            raise UserError("--lora_r and --lora_alpha must be above 0.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise UserError(f"--lora_dropout {self.lora_dropout:g} must be 0 to below 1.")
+        if self.quantization_bit not in (0, 4):
+            raise UserError(f"--quantization_bit {self.quantization_bit} is neither 0 nor 4.")
+        if self.quantization_bit and not self.lora_enable:
+            raise UserError("--quantization_bit needs --lora_enable True: quantized weights do not train themselves.")
+        target_parts(self.lora_target)
+
+    @property
+    def adapted_parts(self) -> tuple[Part, ...]:
+        """Parts that adapters may be in; any for a regular expression, none without adapters."""
+        if not self.lora_enable:
+            return ()
+        parts = target_parts(self.lora_target)
+        return PARTS if parts is None else parts
+
+
+def target_parts(target: str) -> tuple[Part, ...] | None:
+    """Return the parts of a model that ``--lora_target`` names; None for a regular expression.
+
+    Raises:
+        UserError: it is neither.
+    """
+    words = [word.strip() for word in target.split(",")]
+    if words == ["all"]:
+        return PARTS
+    if all(word in PARTS for word in words):
+        return tuple(part for part in PARTS if part in words)
+    if re.fullmatch(r"[\w ,]+", target):  # no sign of a regular expression: a word that is none of ours
+        wrong = next(word for word in words if word not in PARTS)
+        options = f"{', '.join(PARTS)}, all, or a regular expression of layers' names"
+        raise UserError(f"--lora_target {target}: {wrong!r} is none of {options}.{nearest(wrong, (*PARTS, 'all'))}")
+    try:
+        re.compile(target)
+    except re.error as error:
+        raise UserError(f"--lora_target {target!r} is no regular expression: {error}.") from error
+    return None
+
+
+def contradiction(flag: str, target: str) -> str:
+    """Return what to say where a part is to be trained whole and by adapters."""
+    return (
+        f"--{flag} True trains a part whole that --lora_target {target} gives adapters to. Set --{flag} False, or "
+        "leave the part out of --lora_target (language, vision, merger)."
+    )

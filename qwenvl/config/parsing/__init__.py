@@ -1,0 +1,1 @@
+"""Command line and recipe files to the dataclasses of the settings."""

@@ -1,0 +1,1 @@
+"""Rules of single settings: limits, engines, metrics, and the fields of transformers.TrainingArguments."""

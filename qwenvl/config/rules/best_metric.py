@@ -1,0 +1,60 @@
+"""The metric that the best checkpoint is chosen by: which names there are, and which way is better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qwenvl.utils.errors import UserError, nearest
+
+OF_TASKS: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "classification": ("accuracy", "macro_f1"),
+    "multilabel": ("map", "micro_f1", "macro_f1"),
+    "regression": ("mae", "rmse", "r2"),
+    "ranking": ("pairwise_accuracy", "ndcg", "kendall_tau"),
+    "grounding": ("miou", "ciou", "acc_at_50", "miou_whole"),
+}
+"""Metrics of each ``--task``, besides the loss."""
+
+OF_ANSWERS = ("exact_match", "multiple_choice", "box_accuracy", "json_equal", "chrf")
+"""Metrics that ``--eval_generate`` chooses from by the expected answers."""
+
+OF_VIEWS = ("loss_shown", "loss_blank", "loss_swapped")
+"""Losses that ``--eval_blind`` adds."""
+
+_LOWER_IS_BETTER = ("loss", "loss_shown", "loss_blank", "loss_swapped", "mae", "rmse")
+
+
+def plain_name(metric: str) -> str:
+    """Return the name of a metric without the prefix that logs have."""
+    return metric.removeprefix("eval_")
+
+
+def greater_is_better(metric: str) -> bool:
+    """Return whether more of a metric is better; transformers takes whatever does not end with loss for such a one."""
+    return plain_name(metric) not in _LOWER_IS_BETTER
+
+
+def available_metrics(task: str | None, answers: Iterable[str], *, blind: bool) -> tuple[str, ...]:
+    """Return the metrics that evaluations of a run give.
+
+    Args:
+        task: Task of the run; None for language modelling.
+        answers: Metrics of the answers, where the model is asked for any.
+        blind: Whether the losses with other images are computed.
+    """
+    return ("loss", *OF_TASKS[task], *answers, *(OF_VIEWS if blind else ()))
+
+
+def require_metric(metric: str, available: Iterable[str], advice: str = "") -> None:
+    """Check that evaluations give a metric.
+
+    Raises:
+        UserError: They do not.
+    """
+    known = tuple(available)
+    if plain_name(metric) not in known:
+        raise UserError(
+            f"--metric_for_best_model {metric} is not one that evaluations of this run give: {', '.join(known)}."
+            f"{nearest(plain_name(metric), known)}{advice}"
+        )

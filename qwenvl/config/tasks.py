@@ -1,0 +1,134 @@
+"""What is learned besides language: a task, and the module that is trained for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qwenvl.config.grounding import GroundingArguments
+from qwenvl.utils.errors import UserError
+
+TaskName = Literal["classification", "regression", "multilabel", "ranking", "grounding"]
+Pooling = Literal["last_non_pad", "first", "mean", "vision_mean"]
+HeadKind = Literal["linear", "mlp"]
+TaskLoss = Literal["cross_entropy", "focal", "mse", "huber", "bce", "pairwise", "listnet"]
+
+LOSSES: dict[TaskName, tuple[TaskLoss, ...]] = {
+    "classification": ("cross_entropy", "focal"),
+    "regression": ("mse", "huber"),
+    "multilabel": ("bce", "focal"),
+    "ranking": ("pairwise", "listnet"),
+    "grounding": (),
+}
+"""The losses of each task that has a choice; the first is the default."""
+
+
+@dataclass
+class TaskArguments(GroundingArguments):
+    """Flags of tasks. Every field is explained by its ``help``.
+
+    Raises:
+        UserError: values that contradict each other or are out of range.
+    """
+
+    task: TaskName | None = field(
+        default=None,
+        metadata={
+            "help": "Train a head on pooled hidden states for the field 'label' of the samples, instead of language: "
+            "classification (a name or whole number), regression (a number or a list of them), multilabel (a list of "
+            "names), ranking (a list with a relevance for each picture of the sample). grounding trains one on the "
+            "attention of a frozen model, for the field 'masks': the parts of a picture that phrases of an answer name."
+        },
+    )
+    hidden_layer: int = field(
+        default=-1,
+        metadata={
+            "help": "Hidden states that the head reads, as transformers numbers them: 0 the embeddings, 1 after the "
+            "first layer, -1 after the last layer and the final norm."
+        },
+    )
+    pooling: Pooling | None = field(
+        default=None,
+        metadata={
+            "help": "What of a sample the head reads: its last token, its first one, the mean of all, or of those of "
+            "its pictures and videos. ranking takes the tokens of each picture for themselves. Default: last_non_pad; "
+            "vision_mean for ranking."
+        },
+    )
+    head: HeadKind = field(default="linear", metadata={"help": "One layer; or two, with GELU between."})
+    head_lr: float | None = field(default=None, metadata={"help": "Learning rate of the head. Default: learning_rate."})
+    class_names: str | None = field(
+        default=None,
+        metadata={"help": "File with the classes in their order, one a line. Default: those that the data hold."},
+    )
+    class_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "balanced: classes weigh by how rare they are; or weights by name, such as cat=2,dog=0.5, others 1."
+        },
+    )
+    task_loss: TaskLoss | None = field(
+        default=None,
+        metadata={
+            "help": "classification: cross_entropy or focal; regression: mse or huber; multilabel: bce or focal; "
+            "ranking: pairwise or listnet. Default: the first of them."
+        },
+    )
+    focal_gamma: float = field(default=2.0, metadata={"help": "How much focal loss favours what is still wrong."})
+    huber_delta: float = field(
+        default=1.0, metadata={"help": "Where huber becomes linear, in standard deviations of the labels."}
+    )
+    keep_answer: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the head see the answer at the end of a sample, to rate it. Otherwise it is left out, because "
+            "it may hold the label."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.task is not None and self.task_loss not in (None, *LOSSES[self.task]):
+            allowed = " or ".join(LOSSES[self.task]) or "one of its own"
+            raise UserError(f"--task_loss {self.task_loss} is none of --task {self.task}, which has {allowed}.")
+        if self.focal_gamma < 0 or self.huber_delta <= 0:
+            raise UserError("--focal_gamma must be 0 or more, and --huber_delta above 0.")
+        if self.head_lr is not None and self.head_lr <= 0:
+            raise UserError(f"--head_lr {self.head_lr:g} must be above 0.")
+        if self.class_weights is not None and self.task not in (None, "classification", "multilabel"):
+            raise UserError(f"--class_weights: --task {self.task} has no classes. Leave it out.")
+        if self.class_names is not None and self.task not in (None, "classification", "multilabel"):
+            raise UserError(f"--class_names: --task {self.task} has no classes. Leave it out.")
+        self.weights_by_name()
+        self.check_grounding()
+
+    @property
+    def chosen_pooling(self) -> Pooling:
+        """How hidden states are pooled."""
+        return self.pooling or ("vision_mean" if self.task == "ranking" else "last_non_pad")
+
+    @property
+    def chosen_loss(self) -> TaskLoss:
+        """The loss of the task."""
+        assert self.task is not None
+        return self.task_loss or LOSSES[self.task][0]
+
+    def weights_by_name(self) -> dict[str, float]:
+        """Return the weights of ``--class_weights cat=2,dog=0.5``; nothing for ``balanced``.
+
+        Raises:
+            UserError: it is written otherwise.
+        """
+        found: dict[str, float] = {}
+        for item in (self.class_weights or "").split(",") if self.class_weights != "balanced" else ():
+            name, _, number = item.rpartition("=")
+            if not item:
+                continue
+            try:
+                weight = float(number)
+            except ValueError:
+                weight = math.nan
+            if not name or not 0 <= weight < math.inf:
+                raise UserError(f"--class_weights {item!r}: write balanced, or name=weight, such as cat=2,dog=0.5.")
+            found[name.strip()] = weight
+        return found

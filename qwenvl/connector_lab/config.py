@@ -1,0 +1,130 @@
+"""Configs of the connector lab's model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import AutoConfig, PretrainedConfig
+
+from qwenvl.families import LAB
+
+MODEL_TYPE = LAB.model_type
+
+Connector = Literal["qformer", "resampler", "mlp", "merger", "mean_pool"]
+CONNECTORS: tuple[Connector, ...] = ("qformer", "resampler", "mlp", "merger", "mean_pool")
+
+MERGE_SIZE = 2
+"""Patches a side that the connector ``merger`` puts together, as in Qwen2-VL."""
+
+
+class LabVisionConfig(PretrainedConfig):
+    """Encoder and connector.
+
+    Args:
+        encoder_config: config of the encoder, of transformers, or its fields.
+        connector: what makes tokens of the encoder's features; see :mod:`qwenvl.connector_lab.connectors`.
+        num_queries: tokens of each picture, for ``qformer`` and ``resampler``, whatever its size.
+        connector_hidden_size: width of ``qformer``.
+        connector_layers: its depth.
+        connector_heads: heads of the attention of ``qformer`` and ``resampler``.
+        out_hidden_size: width of the language model.
+        initializer_range: standard deviation of new weights of ``qformer``, as its own config has it.
+        options: of every config.
+    """
+
+    model_type = f"{MODEL_TYPE}_vision"
+    base_config_key = "vision_config"
+    sub_configs = {"encoder_config": AutoConfig}  # noqa: RUF012  transformers looks for it in the class
+
+    def __init__(
+        self,
+        encoder_config: dict[str, Any] | PretrainedConfig | None = None,
+        *,
+        connector: Connector = "mlp",
+        num_queries: int = 64,
+        connector_hidden_size: int = 768,
+        connector_layers: int = 12,
+        connector_heads: int = 12,
+        out_hidden_size: int = 0,
+        initializer_range: float = 0.02,
+        **options: Any,
+    ) -> None:
+        self.encoder_config = _as_config(encoder_config)
+        self.connector = connector
+        self.num_queries = num_queries
+        self.connector_hidden_size = connector_hidden_size
+        self.connector_layers = connector_layers
+        self.connector_heads = connector_heads
+        self.out_hidden_size = out_hidden_size
+        self.initializer_range = initializer_range
+        super().__init__(**options)
+
+    @property
+    def spatial_merge_size(self) -> int:
+        """Patches a side that lie together in what the encoder reads."""
+        return MERGE_SIZE if self.connector == "merger" else 1
+
+    @property
+    def tokens_per_frame(self) -> int | None:
+        """Tokens of each picture, or of each step in time of a video; None where they are as many as merged patches."""
+        if self.connector in ("qformer", "resampler"):
+            return self.num_queries
+        return 1 if self.connector == "mean_pool" else None
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of a patch."""
+        return int(self.encoder_config.patch_size)
+
+    @property
+    def temporal_patch_size(self) -> int:
+        """Frames in a patch: the encoders of pictures alone take one."""
+        return int(getattr(self.encoder_config, "temporal_patch_size", 1))
+
+    @property
+    def in_channels(self) -> int:
+        """Colours of a pixel."""
+        names = ("in_channels", "num_channels")
+        return int(next(getattr(self.encoder_config, name) for name in names if hasattr(self.encoder_config, name)))
+
+    @property
+    def encoder_width(self) -> int:
+        """Width of the encoder's features: Qwen2-VL's ``hidden_size`` is that behind its merger."""
+        return int(getattr(self.encoder_config, "embed_dim", None) or self.encoder_config.hidden_size)
+
+
+class LabConfig(PretrainedConfig):
+    """Encoder, connector and language model.
+
+    Args:
+        vision_config: of encoder and connector, or its fields.
+        text_config: of the language model, or its fields.
+        image_token_id: of the token that stands for a piece of a picture.
+        video_token_id: of the one for a piece of a video.
+        options: of every config.
+    """
+
+    model_type = MODEL_TYPE
+    sub_configs = {"vision_config": LabVisionConfig, "text_config": AutoConfig}  # noqa: RUF012
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | LabVisionConfig | None = None,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        *,
+        image_token_id: int | None = None,
+        video_token_id: int | None = None,
+        **options: Any,
+    ) -> None:
+        known = isinstance(vision_config, LabVisionConfig)
+        self.vision_config = vision_config if known else LabVisionConfig(**(vision_config or {}))
+        self.text_config = _as_config(text_config)
+        self.image_token_id = image_token_id
+        self.video_token_id = video_token_id
+        options.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
+        super().__init__(**options)
+
+
+def _as_config(config: dict[str, Any] | PretrainedConfig | None) -> Any:
+    """Return the config that fields describe; one that is a config already stays as it is."""
+    return AutoConfig.for_model(**config) if isinstance(config, dict) else config

@@ -1,0 +1,215 @@
+"""The connector lab's model, built as transformers builds its own, with the names of parts that Qwen-VL has.
+
+model.visual.encoder   a stock vision encoder        (tune_mm_vision)
+model.visual.merger    the connector                 (tune_mm_mlp)
+model.language_model   a stock causal language model (tune_mm_llm)
+lm_head
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+
+from qwenvl.connector_lab.config import LabConfig, LabVisionConfig
+from qwenvl.connector_lab.connectors import Sizes, build_connector
+from qwenvl.connector_lab.encoder import build_encoder, encode_patches
+from qwenvl.connector_lab.encoder import frame_sizes as read_sizes
+
+
+class LabPreTrainedModel(PreTrainedModel):
+    """What the classes of this file have in common."""
+
+    config_class: Any = LabConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    # transformers' own way to declare them; the cache has the second name from 5.24 on
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+
+class LabVisionModel(LabPreTrainedModel):
+    """Encoder and connector.
+
+    Args:
+        config: of both.
+    """
+
+    config_class = LabVisionConfig
+    main_input_name = "patches"
+
+    def __init__(self, config: LabVisionConfig) -> None:
+        super().__init__(config)
+        self.encoder = build_encoder(config)
+        self.merger = build_connector(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave connectors as torch and their own classes made them: at a scale that goes with their width."""
+
+    def forward(
+        self,
+        patches: Tensor,
+        grid_thw: Tensor,
+        frame_sizes: Sizes | None = None,
+        return_dict: bool = True,
+        **described: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode pictures and make tokens of them.
+
+        Args:
+            patches: [n, colours x frames x patch x patch], normalised, as the processor cuts them.
+            grid_thw: int64 [pictures, 3], their grids in patches.
+            frame_sizes: what :func:`qwenvl.connector_lab.encoder.frame_sizes` makes of them; None to read them from the
+            device.
+            return_dict: that is how it is.
+            described: what a tower would compute of the grids.
+
+        Returns:
+            ``last_hidden_state`` [n, encoder width], and ``pooler_output`` [tokens, width of the language model].
+        """
+        assert return_dict
+        sizes = read_sizes(grid_thw.tolist()) if frame_sizes is None else frame_sizes
+        features = encode_patches(self.encoder, self.config, patches, grid_thw, sizes, **described)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.merger(features, sizes))
+
+
+class LabModel(LabPreTrainedModel):
+    """Encoder, connector and language model, without the projection to the vocabulary.
+
+    Args:
+        config: of all of them.
+    """
+
+    def __init__(self, config: LabConfig) -> None:
+        super().__init__(config)
+        self.visual = LabVisionModel._from_config(config.vision_config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embeddings of tokens."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Exchange the embeddings of tokens."""
+        self.language_model.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Put pictures in the place of their tokens, and run the language model.
+
+        Args:
+            input_ids: int64 [B, T].
+            inputs_embeds: [B, T, H] instead.
+            position_ids: int64 [B, T]; or [3 or 4, B, T] as Qwen-VL has them, whose last row counts tokens here.
+            pixel_values: patches of the pictures.
+            image_grid_thw: int64 [pictures, 3].
+            pixel_values_videos: patches of the videos.
+            video_grid_thw: int64 [videos, 3].
+            options: of the language model.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        for patches, grids, token in (
+            (pixel_values, image_grid_thw, self.config.image_token_id),
+            (pixel_values_videos, video_grid_thw, self.config.video_token_id),
+        ):
+            if patches is not None:
+                tokens = self.visual(patches.to(self.visual.dtype), grid_thw=grids).pooler_output
+                places = (input_ids == token).unsqueeze(-1)
+                inputs_embeds = inputs_embeds.masked_scatter(places, tokens.to(inputs_embeds.dtype))
+        if position_ids is not None and position_ids.dim() == 3:
+            position_ids = position_ids[-1]
+        return self.language_model(inputs_embeds=inputs_embeds, position_ids=position_ids, **options)
+
+
+class LabForConditionalGeneration(LabPreTrainedModel, GenerationMixin):
+    """The whole model. It has no loss of its own: the trainer computes it.
+
+    Args:
+        config: of all parts.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LabConfig) -> None:
+        super().__init__(config)
+        self.model = LabModel(config)
+        text = config.text_config
+        self.lm_head: nn.Module = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the projection to the vocabulary."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Exchange the projection to the vocabulary."""
+        self.lm_head = new_embeddings
+
+    def forward(  # noqa: PLR0913  transformers reads the names
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **options: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits [B, kept, V] of the last ``logits_to_keep`` positions (0: of all), or of those positions.
+
+        See :meth:`LabModel.forward` for the others; ``mm_token_type_ids``, which the processor gives, is not needed.
+        The language model's cache goes in and comes out under the name that the installed transformers gives it.
+        """
+        del mm_token_type_ids
+        output = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            **options,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        cache = {name: value for name, value in output.items() if name in ("cache", "past_key_values")}
+        return CausalLMOutputWithPast(logits=logits, **cache)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Give the pictures to the first step alone: later ones have them in the cache.
+
+        The name of ``kwargs`` tells ``generate`` that all arguments of ``forward`` may come.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs |= dict.fromkeys(("pixel_values", "pixel_values_videos"))
+        return inputs

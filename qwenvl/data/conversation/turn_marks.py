@@ -1,0 +1,109 @@
+"""Turns as chat templates take them, and the marks that show where a template has written their ends.
+
+Each turn's text gets a marker character at its end. An answer with tool calls gets one more call, of a function whose
+name is the marker: what the template writes for it stands right behind the last real call, whatever that one says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from qwenvl.data.types import Conversation, ImageItem, Message, TextPart
+from qwenvl.utils.errors import SampleError
+
+_THOUGHT_END = "</think>"
+_TOOL_RESPONSE_END = "</tool_response>"
+_PRIVATE_USE = [chr(code) for code in range(0xE000, 0xE100)]
+
+
+def function_call(name: str) -> dict[str, Any]:
+    """Return a call without arguments, as chat templates take it."""
+    return {"type": "function", "function": {"name": name, "arguments": {}}}
+
+
+def as_template_message(message: Message, marker: str | None) -> dict[str, Any]:
+    """Return the turn as chat templates take it; with ``marker`` its marks are in it."""
+    content: list[dict[str, Any]] = []
+    last_text = max((i for i, part in enumerate(message.parts) if isinstance(part, TextPart)), default=-1)
+    for index, part in enumerate(message.parts):
+        if isinstance(part, TextPart):
+            marked = marker is not None and index == last_text and has_text_mark(message)
+            content.append({"type": "text", "text": _mark(part.text, marker or "") if marked else part.text})
+        else:
+            content.append({"type": "image" if isinstance(part, ImageItem) else "video"})
+    only_text = all(item["type"] == "text" for item in content)
+    # A plain string is what templates handle best: some look into it for <think> and tool responses.
+    body: Any = "".join(item["text"] for item in content) if only_text else content
+    written = {"role": message.role, "content": body, **message.extra}
+    if marker is not None and has_call_mark(message):
+        written["tool_calls"] = [*message.extra["tool_calls"], function_call(marker)]
+    return written
+
+
+def has_text_mark(message: Message) -> bool:
+    """Whether a turn's text gets a mark.
+
+    White space gets none, which templates may strip. Nor does a thought in front of calls without words between: text
+    behind the thought would make words of it.
+    """
+    text = message.text
+    if has_call_mark(message):
+        text = text.rpartition(_THOUGHT_END)[2]
+    return bool(text.strip())
+
+
+def has_call_mark(message: Message) -> bool:
+    """Whether a turn gets one more call."""
+    return message.role == "assistant" and bool(message.extra.get("tool_calls"))
+
+
+def ends_of_turns(marked: str, marker: str, call: str, messages: Sequence[Message]) -> tuple[str, list[int | None]]:
+    """Take the marks out of a rendering.
+
+    Args:
+        marked: rendering of the marked turns.
+        marker: the marker character.
+        call: what the template writes for the call that is a mark; empty where no turn has one.
+        messages: the turns.
+
+    Returns:
+        The rendering without marks, and where in it the last marked thing of each turn ends, white space behind it left
+        out: its calls, or else its text; None for a turn without marks. The text is empty where the marks are not all
+        there, in the order of the turns.
+    """
+    pieces = re.split(f"({re.escape(call)}|{marker})" if call else f"({marker})", marked)
+    expected = [[marker] * has_text_mark(message) + [call] * has_call_mark(message) for message in messages]
+    if pieces[1::2] != [mark for marks in expected for mark in marks]:
+        return "", []
+    ends: list[int | None] = []
+    place, texts = 0, iter(pieces[::2])
+    for marks in expected:
+        for _ in marks:
+            place += len(next(texts))
+        ends.append(place if marks else None)
+    return "".join(pieces[::2]), ends
+
+
+def unused_character(conversation: Conversation) -> str:
+    """Return a character of the private use area that the conversation does not contain.
+
+    Raises:
+        SampleError: it contains all of them.
+    """
+    extras = [[message.text, dict(message.extra)] for message in conversation.messages]
+    everything = json.dumps([extras, [dict(tool) for tool in conversation.tools]], ensure_ascii=False, default=str)
+    for character in _PRIVATE_USE:
+        if character not in everything:
+            return character
+    raise SampleError("bad_record", "the text uses every character of the private use area U+E000 to U+E0FF.")
+
+
+def _mark(text: str, marker: str) -> str:
+    """Put the marker after the text, but before what templates look for there: white space, a closing tag."""
+    stripped = text.rstrip()
+    if stripped.endswith(_TOOL_RESPONSE_END):
+        stripped = stripped[: -len(_TOOL_RESPONSE_END)]
+    return stripped + marker + text[len(stripped) :]

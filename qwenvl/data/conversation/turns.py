@@ -1,0 +1,117 @@
+"""The keys of a turn besides who speaks and what is said: calls, thoughts, and whether it is trained."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qwenvl.data.conversation.media_items import MEDIA_FIELDS, media_keys
+from qwenvl.data.conversation.tool_calls import parse_calls
+from qwenvl.data.types import Role
+from qwenvl.utils.errors import SampleError
+
+TURN_EXTRAS: dict[str, Any] = {
+    "tool_calls": list,
+    "function_call": Mapping,
+    "reasoning_content": str,
+    "reasoning": str,
+    "name": str,
+    "tool_call_id": str,
+}
+"""Keys that chat templates know, and those of the same meaning: ``reasoning`` of vLLM, the older ``function_call``."""
+TRAIN_KEYS = ("loss", "weight", "train", "loss_mask")
+"""Of ms-swift, OpenAI, axolotl and UI-TARS: whether an answer is trained."""
+AUDIO_FIELDS = ("audio", "audios")
+"""Refused where they hold something; see :mod:`qwenvl.data.conversation.record_keys`."""
+
+_TYPE_NAMES: dict[Any, str] = {list: "a list", Mapping: "an object", str: "a string"}
+_READ = frozenset(("from", "value", "role", "content", *TURN_EXTRAS, *TRAIN_KEYS, *MEDIA_FIELDS, *AUDIO_FIELDS))
+
+
+def read_extra(turn: Mapping[str, Any], role: Role, number: int) -> dict[str, Any]:
+    """Return the keys of a turn that chat templates know, by the names that they know.
+
+    Raises:
+        SampleError: one is of another type, belongs to an answer and not to this turn, or differs from another one of
+            the same meaning (``bad_record``).
+    """
+    extra = {key: turn[key] for key in TURN_EXTRAS if turn.get(key) is not None}
+    for key, value in extra.items():
+        kind = TURN_EXTRAS[key]
+        if not isinstance(value, kind):
+            found = type(value).__name__
+            raise SampleError("bad_record", f"turn {number}: {key!r} must be {_TYPE_NAMES[kind]}, not {found}.")
+        if key not in ("name", "tool_call_id") and value and role != "assistant":
+            raise SampleError("bad_record", f"turn {number} ({role}) has {key!r}, which only assistant turns can have.")
+    _rename(extra, "reasoning", "reasoning_content", number)
+    if "function_call" in extra:
+        extra["function_call"] = [extra["function_call"]]
+        _rename(extra, "function_call", "tool_calls", number)
+    if not all(isinstance(call, Mapping) for call in extra.get("tool_calls", ())):
+        raise SampleError("bad_record", f"turn {number}: 'tool_calls' must be a list of objects.")
+    if "tool_calls" in extra:
+        try:
+            extra["tool_calls"] = parse_calls(extra["tool_calls"])
+        except SampleError as error:
+            raise SampleError(error.category, f"turn {number}: {error.reason}") from error
+    return extra
+
+
+def _rename(extra: dict[str, Any], other: str, name: str, number: int) -> None:
+    """Give a value the name that templates know; both names may be there where they say the same."""
+    value = extra.pop(other, None)
+    if value and extra.get(name) and extra[name] != value:
+        raise SampleError("bad_record", f"turn {number} has {name!r} and {other!r}, which differ. Keep one.")
+    if value and not extra.get(name):
+        extra[name] = value
+
+
+def read_trained(turn: Mapping[str, Any], role: Role, number: int) -> bool:
+    """Return whether a turn is trained, as far as it says so itself.
+
+    Raises:
+        SampleError: a value is neither true nor false, two contradict each other, or another turn than an answer is to
+            be trained (``bad_record``).
+    """
+    given = {key: _flag(key, turn[key], number) for key in TRAIN_KEYS if turn.get(key) is not None}
+    if len(set(given.values())) > 1:
+        raise SampleError("bad_record", f"turn {number}: {' and '.join(map(repr, given))} differ. Keep one of them.")
+    trained = next(iter(given.values()), True)
+    if given and trained and role != "assistant":
+        raise SampleError(
+            "bad_record",
+            f"turn {number} ({role}): {next(iter(given))!r} asks for training, but only assistant turns are trained. "
+            "Take it out.",
+        )
+    return trained
+
+
+def _flag(key: str, value: Any, number: int) -> bool:
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    weights = " Weights in between are not supported." if isinstance(value, float | int) else ""
+    raise SampleError(
+        "bad_record",
+        f"turn {number}: {key!r} must be true or 1 (trained), or false or 0 (not trained), not {reprlib.repr(value)}."
+        + weights,
+    )
+
+
+def unread_keys_of_turns(turns: Iterable[Any]) -> list[str]:
+    """Return the keys of turns and of their text parts that nothing reads, for messages; those that are null are none.
+
+    Keys of media parts are read or refused.
+    """
+    known = [turn for turn in turns if isinstance(turn, Mapping)]
+    lists = [turn[key] for turn in known for key in ("value", "content") if isinstance(turn.get(key), list)]
+    texts = [part for parts in lists for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    media = {key for turn in known for keys in media_keys(turn).values() for key in keys}
+    found = sorted(_given(known) - _READ - media), sorted(_given(texts) - {"type", "text"})
+    return [
+        f"{key[:80]!r} of {what}" for keys, what in zip(found, ("turns", "text parts"), strict=True) for key in keys
+    ]
+
+
+def _given(objects: Iterable[Mapping[Any, Any]]) -> set[str]:
+    return {str(key) for one in objects for key in one if one[key] is not None}

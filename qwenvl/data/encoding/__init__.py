@@ -1,0 +1,1 @@
+"""Text and media grids to input ids, labels and M-RoPE positions."""

@@ -1,0 +1,273 @@
+"""One sample from its record to tokens and pixels: the stages of the data path in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from qwenvl.data.conversation.boxes.write import NOTHING_CONVERTED, write_boxes
+from qwenvl.data.conversation.chat_template import ChatTemplate, Rendering
+from qwenvl.data.conversation.messages import build_conversation, examine
+from qwenvl.data.conversation.thoughts import is_empty_answer
+from qwenvl.data.encoding.encoded import EncodedSample, Event, Medium, Plan
+from qwenvl.data.encoding.targets import TargetReader, as_question
+from qwenvl.data.encoding.tokenization import Encoding, Tokenizer, Tokens
+from qwenvl.data.media.pixels import read_resized
+from qwenvl.data.media.reader import MediaReader
+from qwenvl.data.media.resize import MediaPlan, VisionSettings, plan_image, plan_video
+from qwenvl.data.media.video.decode import backend_name
+from qwenvl.data.sample_stats import Measures, measure_sample
+from qwenvl.data.types import Conversation, ImageItem, Sample, VideoItem
+from qwenvl.utils.cache import fingerprint
+from qwenvl.utils.errors import SampleError
+from qwenvl.utils.lockstep import Stages, finish
+
+Overlength = Literal["drop", "error", "truncate_turns"]
+
+
+class OverlengthError(SampleError):
+    """A sample longer than ``--model_max_length``."""
+
+    def __init__(self, category: str, reason: str, origin: Any = None, fatal: bool = False) -> None:
+        super().__init__(category, reason, origin)
+        self.fatal = fatal
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A sample as far as its length goes: headers read and text tokenized, no tensor made."""
+
+    conversation: Conversation
+    rendering: Rendering
+    media: tuple[MediaPlan, ...]
+    encoding: Encoding
+
+
+def plan_item(item: ImageItem | VideoItem, reader: MediaReader, settings: VisionSettings) -> MediaPlan:
+    """Read the header of an image or video, and return what becomes of it.
+
+    Raises:
+        SampleError: it cannot be opened, or the model cannot take it; names it, without the origin.
+    """
+    try:
+        if isinstance(item, ImageItem):
+            return plan_image(item, reader.image_size(item), settings)
+        return plan_video(item, reader.video_header(item), settings)
+    except SampleError as error:
+        raise reader.named(error, item) from error.__cause__
+
+
+def _unread_keys(conversation: Conversation, sample: Sample) -> tuple[Event, ...]:
+    name = sample.origin.dataset
+    return tuple(
+        Event("unread_key", name, f"dataset {name!r}: nothing reads {key}") for key in conversation.unread_keys
+    )
+
+
+@dataclass(frozen=True)
+class SampleEncoder:
+    """Everything that turns samples of one run into model inputs. Safe to send to DataLoader workers.
+
+    Args:
+        template: the checkpoint's chat template.
+        tokenizer: rendering to tokens.
+        settings: limits of pictures and videos.
+        reserved_tokens: strings that no text may contain.
+        max_length: most tokens a sample may have.
+        overlength: what happens to longer ones: left out, stop the run, or leave out turns from the end.
+        allow_remote: http(s) media may be fetched.
+        video_timeout: seconds that opening or decoding a video may take.
+        max_positions: that the model is made for; None for any. A picture has fewer positions than tokens.
+        targets: reads what a task wants to know of each sample; None for language modelling.
+    """
+
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    settings: VisionSettings
+    reserved_tokens: Collection[str]
+    max_length: int
+    overlength: Overlength = "drop"
+    allow_remote: bool = False
+    video_timeout: float = 120.0
+    max_positions: int | None = None
+    targets: TargetReader | None = None
+
+    @property
+    def prompts(self) -> bool:
+        """Whether samples are rendered as questions, without the answer at their end."""
+        return self.targets is not None and self.targets.prompts
+
+    @property
+    def task_fields(self) -> tuple[str, ...]:
+        """Fields of a record that the task reads."""
+        return () if self.targets is None else self.targets.fields
+
+    def plan(self, sample: Sample, reader: MediaReader | None = None) -> Plan:
+        """Tokenize without decoding media.
+
+        Args:
+            sample: the record.
+            reader: opens its media; None for one of this sample's own (:meth:`reader`).
+
+        Raises:
+            SampleError: the sample cannot be used; says why, and where it stands.
+        """
+        whole, kept = finish(self._fit(sample, reader or self.reader(sample)))
+        self.require_length(kept.encoding.length, sample)
+        events = []
+        if kept is not whole:
+            removed = len(whole.conversation.messages) - len(kept.conversation.messages)
+            message = f"{sample.origin}: {whole.encoding.length} tokens; the last {removed} turns left out"
+            events.append(Event("truncated", sample.origin.dataset, message))
+        for kind, words in self._remarks(kept).items():
+            events.append(Event(kind, sample.origin.dataset, f"{sample.origin}{words}"))
+        tokens = self.tokenizer.expand(kept.encoding)
+        self._require_positions(tokens, sample)
+        events += _unread_keys(kept.conversation, sample)
+        return Plan(kept.conversation, kept.rendering, kept.media, tokens, tuple(events))
+
+    def unread_keys(self, sample: Sample) -> tuple[Event, ...]:
+        """Return the events of the keys that nothing reads in a record, usable or not; its media stay closed."""
+        examined = examine(sample, self.reserved_tokens, task_fields=self.task_fields)
+        return _unread_keys(examined.conversation, sample)
+
+    def measure(self, sample: Sample) -> Stages[Measures]:
+        """Count what :meth:`plan` would make of a sample, without making it, in stages.
+
+        A sample that stays longer than ``max_length`` is counted as it is: what becomes of it is not decided here, so
+        that the numbers hold for other limits too (unless turns are left out).
+
+        Raises:
+            SampleError: the sample cannot be used, whatever the limit.
+        """
+        _, kept = yield from self._fit(sample, self.reader(sample))
+        measures = measure_sample(kept.encoding.length, kept.encoding.trained, kept.media)
+        return measures._replace(**dict.fromkeys(self._remarks(kept), 1))
+
+    def _remarks(self, draft: _Draft) -> dict[str, str]:
+        """Return the kinds of :data:`~qwenvl.data.sample_stats.REMARKS` that a sample is of, each with words on it."""
+        if self.prompts:
+            return {}
+        found = {"thinking_mismatch": ""} if self.template.thinking_mismatch(draft.conversation) else {}
+        if draft.rendering.thoughts_left_out:
+            numbers = ", ".join(map(str, draft.rendering.thoughts_left_out))
+            found["thoughts_left_out"] = f": the chat template leaves out the thought of answer {numbers}"
+        if any(map(is_empty_answer, draft.conversation.messages)):
+            found["empty_answers"] = ": an answer is empty, and trained as its end of turn"
+        if draft.conversation.unconverted:
+            found["unconverted"] = f": {NOTHING_CONVERTED}"
+        return found
+
+    def require_length(self, tokens: int, sample: Sample, used: int = 0) -> None:
+        """Check that a sample is no longer than ``max_length``, nor with the rest of its packed row.
+
+        Args:
+            tokens: length of the sample.
+            sample: for the message.
+            used: tokens of the members of its packed row that stand before it.
+
+        Raises:
+            OverlengthError: it is.
+        """
+        if tokens > self.max_length:
+            reason = (
+                f"the sample has {tokens} tokens, more than --model_max_length {self.max_length}. Raise it, lower "
+                "--max_pixels or --video_max_pixels, or shorten the sample."
+            )
+        elif used and used + tokens > self.max_length:
+            reason = f"the packed row is longer than --model_max_length {self.max_length} with this sample."
+        else:
+            return
+        raise OverlengthError("overlength", reason, sample.origin, fatal=self.overlength == "error")
+
+    def _require_positions(self, tokens: Tokens, sample: Sample) -> None:
+        """Check that the rotary positions of a sample lie in the context of the model."""
+        used = int(tokens.position_ids[1:].max()) + 1
+        if self.max_positions is not None and used > self.max_positions:
+            raise SampleError(
+                "beyond_context",
+                f"the sample takes {used} positions, but the model is made for {self.max_positions} "
+                "(max_position_embeddings of its config.json). Extend its context by --rope_scaling yarn "
+                "--rope_factor NUMBER, shorten the sample, or lower --model_max_length, which leaves it out.",
+                sample.origin,
+            )
+
+    def encode(self, plan: Plan, sample: Sample, reader: MediaReader | None = None) -> EncodedSample:
+        """Decode the media of a planned sample.
+
+        Args:
+            plan: of the sample.
+            sample: the record.
+            reader: the one that opened its media to plan it, if that keeps what it read; None for a new one.
+
+        Raises:
+            SampleError: a file cannot be decoded, or the target of a task is wrong.
+        """
+        reader = reader or self.reader(sample)
+        try:
+            target = None if self.targets is None else self.targets.read(sample, plan)
+            media = tuple(Medium(read_resized(medium, reader), medium.grid) for medium in plan.media)
+        except SampleError as error:
+            error.origin = error.origin or sample.origin
+            raise
+        return EncodedSample(plan.tokens, media, sample.origin, target)
+
+    def reader(self, sample: Sample, keep_images: bool = False) -> MediaReader:
+        """Return what opens the media of a sample; ``keep_images`` where they are planned and then decoded."""
+        folder, anywhere = sample.data_path, sample.allow_absolute
+        return MediaReader(folder, self.allow_remote, anywhere, keep_images, self.video_timeout)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that lengths depend on besides the samples; another one once any of it has changed."""
+        limit = self.max_length if self.overlength == "truncate_turns" else None  # else it is applied afterwards
+        return fingerprint(
+            self.template.identity(),
+            self.tokenizer.identity(),
+            asdict(self.settings),
+            sorted(self.reserved_tokens),
+            self.allow_remote,
+            limit,
+            backend_name(),
+            *([] if self.targets is None else self.targets.identity()),
+        )
+
+    def _fit(self, sample: Sample, reader: MediaReader) -> Stages[tuple[_Draft, _Draft]]:
+        """Return the whole sample and what the over-length policy keeps of it: mostly the same."""
+        try:
+            conversation = build_conversation(
+                sample, self.reserved_tokens, answered=not self.prompts, task_fields=self.task_fields
+            )
+            if self.prompts:
+                conversation = as_question(conversation)
+            if self.targets is not None:
+                self.targets.check(sample, conversation)
+            yield
+            media = tuple(plan_item(item, reader, self.settings) for item in conversation.media())
+            conversation = write_boxes(conversation, media, sample, self.settings.family)
+            yield
+            whole = yield from self._tokenize(conversation, media)
+            if whole.encoding.length <= self.max_length or self.overlength != "truncate_turns":
+                return whole, whole
+            return whole, self._without_last_turns(whole) or whole
+        except SampleError as error:
+            error.origin = error.origin or sample.origin
+            raise
+
+    def _tokenize(self, conversation: Conversation, media: tuple[MediaPlan, ...]) -> Stages[_Draft]:
+        rendering = self.template.render_prompt(conversation) if self.prompts else self.template.render(conversation)
+        yield
+        encoding = self.tokenizer.encode(rendering, media, answered=not self.prompts)
+        return _Draft(conversation, rendering, media, encoding)
+
+    def _without_last_turns(self, draft: _Draft) -> _Draft | None:
+        """Leave out turns from the end, whole, and their media with them, until the rest fits; None if nothing does."""
+        messages = draft.conversation.messages
+        for stop in range(len(messages) - 1, 0, -1):
+            if messages[stop - 1].role != "assistant" or not messages[stop - 1].trained:
+                continue
+            shorter = replace(draft.conversation, messages=messages[:stop])
+            cut = finish(self._tokenize(shorter, draft.media[: len(shorter.media())]))
+            if cut.encoding.length <= self.max_length:
+                return cut
+        return None

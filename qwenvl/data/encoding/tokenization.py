@@ -1,0 +1,223 @@
+"""Rendered text to token ids, labels and positions, all as long as each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+
+from qwenvl.data.conversation.chat_template import Rendering
+from qwenvl.data.encoding.mrope import VisionSpan, position_ids
+from qwenvl.data.media.resize import ImagePlan, MediaPlan, VideoPlan, VisionSettings
+from qwenvl.utils.errors import SampleError
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, slots=True)
+class VisionTokens:
+    """The tokens that stand for pictures and videos in one checkpoint, as its config and tokenizer have them.
+
+    Args:
+        image: placeholder of an image, ``<|image_pad|>`` in all families.
+        video: placeholder of a video.
+        start: opens a picture or video.
+        end: closes it.
+        image_id: id of ``image``.
+        video_id: id of ``video``.
+        tokens_per_second: temporal positions a second (Qwen2.5-VL); None where frames are counted.
+    """
+
+    image: str
+    video: str
+    start: str
+    end: str
+    image_id: int
+    video_id: int
+    tokens_per_second: float | None = None
+
+    @classmethod
+    def from_processor(cls, processor: Any, tokens_per_second: float | None = None) -> VisionTokens:
+        """Read them from a processor: pictures' placeholders are its own, their brackets ChatML's of all families."""
+        image, video = processor.image_token, processor.video_token
+        start, end = "<|vision_start|>", "<|vision_end|>"
+        image_id, video_id = processor.tokenizer.convert_tokens_to_ids([image, video])
+        return cls(image, video, start, end, image_id, video_id, tokens_per_second)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One sample as the language model reads it.
+
+    Args:
+        input_ids: int64 [T].
+        labels: int64 [T]; -100 where nothing is trained.
+        position_ids: int64 [4, T]; see :mod:`qwenvl.data.encoding.mrope`.
+        vision_mask: bool [T]; True at image and video placeholders.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    vision_mask: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """The ids of a sample while each picture is one placeholder still: all that its length depends on.
+
+    Args:
+        stretches: (ids, whether they are trained), one after the other.
+        blocks: (merged grid, temporal step) of every placeholder, in order.
+        length: tokens of the sample, once the placeholders are repeated.
+        trained: how many of them are trained.
+    """
+
+    stretches: tuple[tuple[list[int], bool], ...]
+    blocks: tuple[tuple[tuple[int, int, int], float], ...]
+    length: int
+    trained: int
+
+
+class Tokenizer:
+    """Turns a rendering into tokens.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer, one of the ``tokenizers`` library.
+        vision: its placeholder tokens.
+        settings: the run's limits.
+    """
+
+    def __init__(self, tokenizer: Any, vision: VisionTokens, settings: VisionSettings) -> None:
+        self._tokenizer = tokenizer
+        self._vision = vision
+        self._settings = settings
+
+    def __call__(self, rendering: Rendering, plans: Sequence[MediaPlan]) -> Tokens:
+        """Tokenize; see :meth:`encode` and :meth:`expand`."""
+        return self.expand(self.encode(rendering, plans))
+
+    def encode(self, rendering: Rendering, plans: Sequence[MediaPlan], *, answered: bool = True) -> Encoding:
+        """Tokenize, with one placeholder a picture or frame.
+
+        The text is cut where training starts and stops, so that an answer is tokenized as the model would write it:
+        a newline that opens an answer never merges with the newline of the header before it.
+
+        Args:
+            rendering: text with one placeholder a picture or video.
+            plans: what becomes of them, in the order of the placeholders.
+            answered: a text in which nothing is trained is an error.
+
+        Raises:
+            SampleError: placeholders and media do not match, or nothing is trained.
+        """
+        segments = self._segments(rendering, plans)
+        all_ids = self._ids([text for text, _ in segments])
+        stretches = tuple((ids, trained) for ids, (_, trained) in zip(all_ids, segments, strict=True))
+        blocks = tuple(block for plan in plans for block in self._blocks(plan))
+        placeholders = words = trained_words = 0
+        for ids, trained in stretches:
+            found = ids.count(self._vision.image_id) + ids.count(self._vision.video_id)
+            placeholders += found
+            words += len(ids) - found
+            trained_words += (len(ids) - found) * trained
+        if placeholders != len(blocks):
+            raise SampleError(
+                "template",
+                f"the chat template rendered {placeholders} placeholders for {len(blocks)} pictures or frames: "
+                "it leaves out media of some turn (pictures belong into user turns).",
+            )
+        if answered and not trained_words:
+            raise SampleError("no_answer", "no token of the sample would be trained: it has no answer.")
+        return Encoding(stretches, blocks, words + sum(t * h * w for (t, h, w), _ in blocks), trained_words)
+
+    def expand(self, encoding: Encoding) -> Tokens:
+        """Repeat every placeholder as often as its picture has tokens, and give all tokens labels and positions."""
+        ids = np.concatenate([np.asarray(part, dtype=np.int64) for part, _ in encoding.stretches])
+        trained = np.concatenate([np.full(len(part), trained, dtype=bool) for part, trained in encoding.stretches])
+        is_vision = (ids == self._vision.image_id) | (ids == self._vision.video_id)
+        trained &= ~is_vision
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[is_vision] = [t * h * w for (t, h, w), _ in encoding.blocks]
+        starts = (np.cumsum(repeats) - repeats)[is_vision]
+        spans = [VisionSpan(int(s), grid, step) for s, (grid, step) in zip(starts, encoding.blocks, strict=True)]
+        labels = torch.from_numpy(np.repeat(np.where(trained, ids, IGNORE_INDEX), repeats))
+        input_ids = torch.from_numpy(np.repeat(ids, repeats))
+        mask = torch.from_numpy(np.repeat(is_vision, repeats))
+        return Tokens(input_ids, labels, position_ids(len(input_ids), spans), mask)
+
+    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a trained stretch of a rendering, and which characters of it each token holds.
+
+        A token holds (first, last + 1). All tokens of a character that takes several hold the whole of it.
+        """
+        encoded = self._engine().encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
+    def identity(self) -> list[Any]:
+        """Return everything that token ids depend on, as values that JSON can hold."""
+        return [self._engine().to_str(), asdict(self._vision), tokenizers.__version__]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoded.ids for encoded in self._engine().encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _engine(self) -> Any:
+        """Return the tokenizer's own engine: what transformers wraps around it takes a third of the time.
+
+        A call through transformers leaves its padding and truncation behind in it.
+        """
+        engine = self._tokenizer.backend_tokenizer
+        if engine.padding is not None:
+            engine.no_padding()
+        if engine.truncation is not None:
+            engine.no_truncation()
+        return engine
+
+    def _segments(self, rendering: Rendering, plans: Sequence[MediaPlan]) -> list[tuple[str, bool]]:
+        """Cut the text into (stretch, whether it is trained), with frames and timestamps written out."""
+        pieces, cursor = [], 0
+        videos = iter([plan for plan in plans if isinstance(plan, VideoPlan)])
+        for start, stop in rendering.spans:
+            pieces.append((self._write_frames(rendering.text[cursor:start], videos), False))
+            pieces.append((rendering.text[start:stop], True))
+            cursor = stop
+        pieces.append((self._write_frames(rendering.text[cursor:], videos), False))
+        return [(text, trained) for text, trained in pieces if text]
+
+    def _write_frames(self, text: str, videos: Iterator[VideoPlan]) -> str:
+        """Replace each video's placeholder by its frames: timestamp, start, placeholder, end (``frames`` layout)."""
+        if self._settings.family.video_layout == "clip":
+            return text
+        frame = self._vision.start + self._vision.video + self._vision.end
+        pieces = text.split(frame)
+        written = [pieces[0]]
+        for piece in pieces[1:]:
+            plan = next(videos, None)
+            # A placeholder without a video stays as it is: the count that follows tokenization finds it.
+            written += [frame] if plan is None else [f"<{seconds:.1f} seconds>{frame}" for seconds in plan.timestamps]
+            written.append(piece)
+        return "".join(written)
+
+    def _blocks(self, plan: MediaPlan) -> list[tuple[tuple[int, int, int], float]]:
+        """Return (merged grid, temporal step) of every run of placeholders that a picture or video has."""
+        merge = self._settings.merge_size
+        temporal, height, width = plan.grid[0], plan.grid[1] // merge, plan.grid[2] // merge
+        if self._settings.family.plain_positions:
+            return [((1, 1, temporal * (self._settings.tokens_per_frame or height * width)), 1.0)]
+        if isinstance(plan, ImagePlan):
+            return [((1, height, width), 1.0)]
+        if self._settings.family.video_layout == "frames":
+            return [((1, height, width), 1.0)] * temporal
+        if self._vision.tokens_per_second is None:
+            return [((temporal, height, width), 1.0)]
+        # One step for all patches of a video, as the processor and get_rope_index have it, even where the frames have
+        # no constant rate: the model was trained so, and a server can send nothing else.
+        seconds = self._settings.temporal_patch_size / plan.sampled_fps
+        return [((temporal, height, width), self._vision.tokens_per_second * seconds)]

@@ -1,0 +1,1 @@
+"""Videos: containers, decoders, animations, frames by their real times."""

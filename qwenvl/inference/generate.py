@@ -1,0 +1,273 @@
+"""Answers of a model folder, through the stock classes of transformers, in batches that are padded on the left.
+
+Nothing here knows of training. Prompts are rendered by the folder's own chat template and processor; see
+:mod:`qwenvl.inference.prompts` for their pictures and videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+from transformers.video_utils import VideoMetadata
+
+from qwenvl.data.conversation.chat_template import ChatTemplate
+from qwenvl.data.encoding.processor import open_processor
+from qwenvl.data.media.resize import MediaPlan, VideoPlan
+from qwenvl.data.types import Conversation
+from qwenvl.inference.prompts import Prompt
+from qwenvl.models.lora.files import CONFIG_FILE, find_base, read_config
+from qwenvl.models.merging import open_adapted
+from qwenvl.models.precision import read_dtype
+from qwenvl.models.quantization import quantization_method
+from qwenvl.utils.distributed import local_rank
+from qwenvl.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens of an answer are chosen.
+
+    Args:
+        max_new_tokens: longest answer; the folder's end-of-turn tokens end it earlier.
+        temperature: 0 for the likeliest token each time; above, tokens are drawn.
+        top_p: drawn among the likeliest tokens that have this probability together.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of ``generate``; those that the folder's generation config has do not come in."""
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
+        neutral = {"temperature": None, "top_p": None, "top_k": None}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": bool(drawn), **(drawn or neutral)}
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A model with what renders its prompts.
+
+    Args:
+        model: on its device, in evaluation mode.
+        processor: of the same folder.
+        template_kwargs: further arguments of the chat template.
+    """
+
+    model: Any
+    processor: Any
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """Its chat template, with the checks that training has."""
+        return ChatTemplate(self.processor, self.template_kwargs)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote.
+
+    Args:
+        text: the answer, without special tokens.
+        finish_reason: ``stop`` where the model ended it, ``length`` where ``max_new_tokens`` cut it.
+        thinking: it was cut inside the thought that the prompt had opened.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    thinking: bool = False
+
+
+def base_of(folder: str, base: str | None = None) -> str:
+    """Return the folder or name of the base model of an adapter folder; any other folder as it is.
+
+    Args:
+        folder: Model folder, adapter folder, or a Hugging Face id.
+        base: Base model of the adapters, where it is not where their folder says.
+
+    Raises:
+        UserError: ``adapter_config.json`` cannot be read or does not name a base, or the base is not there; or a base
+            is given of what are no adapters.
+    """
+    if (Path(folder) / CONFIG_FILE).is_file():
+        return find_base(folder, base)
+    if base is not None:
+        raise UserError(f"--base {base} has no effect: {folder} holds no adapters. Leave it out.")
+    return folder
+
+
+def config_of(folder: str, base: str | None = None) -> PretrainedConfig:
+    """Return the config of a model; of adapters, that of their folder, where it has one, or of their base.
+
+    Args:
+        folder: See :func:`base_of`.
+        base: See :func:`base_of`.
+
+    Raises:
+        UserError: See :func:`base_of`.
+    """
+    below = base_of(folder, base)
+    return AutoConfig.from_pretrained(folder) if below == folder else read_config(folder, below)
+
+
+def processor_folder(folder: str, base: str | None = None) -> str:
+    """Return where the processor is: an adapter folder may have none, and its base has one."""
+    has_own = any((Path(folder) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    return folder if has_own else base_of(folder, base)
+
+
+def open_answerer(
+    folder: str, *, base: str | None = None, device: str | None = None, dtype: torch.dtype | None = None
+) -> Answerer:
+    """Open a folder of a whole model with the stock classes, or of adapters, on their base, with PEFT.
+
+    Args:
+        folder: model folder, adapter folder, or a Hugging Face id.
+        base: See :func:`base_of`.
+        device: such as ``cpu`` or ``cuda:1``; None for the accelerator where there is one.
+        dtype: of the weights; None for the one they are saved in.
+
+    Raises:
+        UserError: the folder cannot be opened.
+    """
+    device = device or default_device()
+    processor = open_processor(processor_folder(folder, base))
+    below = base_of(folder, base)
+    if below == folder and device.startswith("cpu"):
+        _refuse_quantized_without_gpu(folder)
+    try:
+        model: Any = (
+            AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
+            if below == folder
+            else open_adapted(below, folder, dtype or read_dtype(below))
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError) as error:  # the last: a library of quantized weights
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} cannot be opened as a model with its processor: {first_line}") from error
+    return Answerer(model.to(device).eval(), processor)
+
+
+def _refuse_quantized_without_gpu(folder: str) -> None:
+    method = quantization_method(AutoConfig.from_pretrained(folder).to_dict())
+    if method:
+        raise UserError(
+            f"{folder}: its weights are quantized ({method}), which takes a GPU. Ask the unquantized checkpoint, or a "
+            "server such as vLLM."
+        )
+
+
+def generate(
+    answerer: Answerer,
+    prompts: Sequence[Prompt],
+    *,
+    decoding: Decoding | None = None,
+    batch_size: int = 16,
+    **options: Any,
+) -> list[Answer]:
+    """Return the answer to every prompt, in order.
+
+    Args:
+        answerer: from :func:`open_answerer`.
+        prompts: the questions.
+        decoding: how tokens are chosen; None for the likeliest, up to 128.
+        batch_size: prompts answered at once.
+        options: further ones of ``generate``.
+
+    Raises:
+        SampleError: the chat template cannot write a prompt.
+    """
+    options = {**(decoding or Decoding()).options(), **options}
+    answers: list[Answer] = []
+    for start in range(0, len(prompts), batch_size):
+        inputs = encode_prompts(answerer, prompts[start : start + batch_size]).to(answerer.model.device)
+        with torch.no_grad():  # no inference tensors: a model in training has to go on
+            output = answerer.model.generate(**inputs, **options)
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        texts = answerer.processor.batch_decode(
+            new_tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        ended = _ended(answerer, new_tokens)
+        answers += [_answer(answerer, *pair) for pair in zip(texts, ended, strict=True)]
+    return answers
+
+
+def _ended(answerer: Answerer, new_tokens: torch.Tensor) -> list[bool]:
+    """Return which rows of new tokens, [B, T], hold one that ends an answer."""
+    ends = answerer.model.generation_config.eos_token_id
+    if ends is None:
+        return [False] * len(new_tokens)
+    return torch.isin(new_tokens, torch.as_tensor(ends, device=new_tokens.device)).any(dim=1).tolist()
+
+
+def _answer(answerer: Answerer, text: str, ended: bool) -> Answer:
+    thinking = not ended and answerer.template.opens_thinking and "</think>" not in text
+    return Answer(text, "stop" if ended else "length", thinking)
+
+
+def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt], *, answered: bool = False) -> Any:
+    """Render and tokenize prompts, and cut patches of their media.
+
+    Args:
+        answerer: whose processor does it.
+        prompts: the questions.
+        answered: they end in an answer, and the header of another one does not follow.
+
+    Returns:
+        ``BatchFeature`` with ``input_ids`` and ``attention_mask`` int64 [B, T], padded on the left, and the media's
+        ``pixel_values``, ``image_grid_thw``, ``pixel_values_videos`` and ``video_grid_thw`` where there are any.
+    """
+    texts = [_render(answerer, prompt, answered) for prompt in prompts]
+    processor = answerer.processor
+    shown = [pair for prompt in prompts for pair in zip(prompt.plans, prompt.frames, strict=True)]
+    media: dict[str, Any] = {}
+    if images := [Image.fromarray(frames[0].numpy()) for plan, frames in shown if not isinstance(plan, VideoPlan)]:
+        media |= {"images": images, "images_kwargs": {"do_resize": False}}  # they have their size
+    if videos := [(plan, frames) for plan, frames in shown if isinstance(plan, VideoPlan)]:
+        media["videos"] = [frames.permute(0, 3, 1, 2) for _, frames in videos]
+        # a rule of resizing, which is done; transformers from 5.21 on would warn where nobody chooses
+        chosen = {"cap_pixels_per_frame": False} if hasattr(processor.video_processor, "cap_pixels_per_frame") else {}
+        media["videos_kwargs"] = chosen | {
+            "do_resize": False,
+            "do_sample_frames": False,  # only the sampled ones were decoded
+            "video_metadata": [_metadata(plan) for plan, _ in videos],
+        }
+    return processor(text=texts, text_kwargs={"padding": True, "padding_side": "left"}, return_tensors="pt", **media)
+
+
+def _render(answerer: Answerer, prompt: Prompt, answered: bool) -> str:
+    conversation = Conversation(prompt.messages, prompt.tools)
+    template = answerer.template
+    return (template.render(conversation) if answered else template.render_prompt(conversation)).text
+
+
+def _metadata(plan: MediaPlan) -> VideoMetadata:
+    """Return what timestamps are written from: the sampled frames' places in the source, and its rate."""
+    assert isinstance(plan, VideoPlan)
+    metadata = VideoMetadata(
+        total_num_frames=plan.num_frames,
+        fps=plan.fps,
+        height=plan.resized[0],
+        width=plan.resized[1],
+        duration=plan.num_frames / plan.fps,
+    )
+    # The processor divides them by the rate: that gives the times of training, also where they have no constant rate.
+    metadata.frames_indices = plan.indices if plan.times is None else plan.times * plan.fps
+    return metadata
+
+
+def default_device() -> str:
+    """Return the accelerator, of this process's own number where torchrun started several; else ``cpu``."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return "cpu"
+    return f"{accelerator.type}:{local_rank()}" if accelerator.type != "mps" else accelerator.type

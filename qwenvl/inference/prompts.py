@@ -1,0 +1,126 @@
+"""What a model is asked: turns up to a question, with their pictures and videos decoded as training decodes them.
+
+Media pass through the encoder of training: the same limits, the same frames of a video, the same pixels. So a sample
+is asked about exactly what a model is trained on, and its loss and its answer are about the same input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qwenvl.data.conversation.chat_template import ChatTemplate
+from qwenvl.data.encoding.encoded import EncodedSample, Medium, Plan
+from qwenvl.data.encoding.encoder import SampleEncoder, plan_item
+from qwenvl.data.media.pixels import read_resized
+from qwenvl.data.media.reader import MediaReader
+from qwenvl.data.media.resize import MediaPlan, VisionSettings
+from qwenvl.data.types import Conversation, Message, Sample, TextPart
+from qwenvl.utils.errors import SampleError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked.
+
+    Args:
+        messages: turns up to the question.
+        plans: what is known of each picture and video of the turns, in order.
+        frames: their pixels, in the same order: uint8 [frames, height, width, 3], RGB; one frame for a picture.
+        tools: that the model may call.
+    """
+
+    messages: tuple[Message, ...]
+    plans: tuple[MediaPlan, ...] = ()
+    frames: tuple[torch.Tensor, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def question(self) -> str:
+        """Text of the last turn."""
+        return self.messages[-1].text
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A sample whose answer is known.
+
+    Args:
+        prompt: what it asks before its last answer.
+        expected: that answer, with boxes as the model's family writes them.
+        encoded: the whole sample, as training would get it.
+    """
+
+    prompt: Prompt
+    expected: str
+    encoded: EncodedSample
+
+    def showing(self, frames: Iterable[torch.Tensor]) -> Exercise:
+        """Return the exercise with other pixels in its media: of the same number of frames and the same sizes."""
+        shown = tuple(frames)
+        media = tuple(Medium(new, old.grid) for new, old in zip(shown, self.encoded.media, strict=True))
+        assert all(new.shape == old.shape for new, old in zip(shown, self.prompt.frames, strict=True))
+        return replace(self, prompt=replace(self.prompt, frames=shown), encoded=replace(self.encoded, media=media))
+
+
+def open_exercise(sample: Sample, encoder: SampleEncoder) -> Exercise:
+    """Split a sample into question and answer, and decode its media.
+
+    For an encoder with the labels of a task, the sample is the question, and its label what is expected.
+
+    Raises:
+        SampleError: the sample cannot be used, or does not end in an answer to a question.
+    """
+    reader = encoder.reader(sample, keep_images=True)
+    plan = encoder.plan(sample, reader)
+    messages = plan.conversation.messages
+    if encoder.targets is not None:
+        return _open_labelled(sample, encoder, plan, reader)
+    if messages[-1].role != "assistant" or len(messages) < 2:
+        raise SampleError("no_answer", "the sample does not end in an answer to a question.", sample.origin)
+    try:
+        encoder.template.render_prompt(replace(plan.conversation, messages=messages[:-1]))
+        expected = _expected(plan.conversation, encoder.template)
+    except SampleError as error:
+        raise error.at(sample.origin) from error.__cause__
+    encoded = encoder.encode(plan, sample, reader)
+    frames = tuple(medium.frames for medium in encoded.media)
+    return Exercise(Prompt(messages[:-1], plan.media, frames, plan.conversation.tools), expected, encoded)
+
+
+def _expected(conversation: Conversation, template: ChatTemplate) -> str:
+    """Return the last answer; one with tool calls as the template writes it."""
+    *before, answer = conversation.messages
+    if not answer.extra.get("tool_calls"):
+        return answer.text.strip()
+    rendering = template.render(replace(conversation, messages=(*before, replace(answer, trained=True))))
+    start, stop = rendering.spans[-1]
+    return rendering.text[start:stop].removesuffix(template.turn_end).strip()
+
+
+def _open_labelled(sample: Sample, encoder: SampleEncoder, plan: Plan, reader: MediaReader) -> Exercise:
+    encoded = encoder.encode(plan, sample, reader)
+    frames = tuple(medium.frames for medium in encoded.media)
+    prompt = Prompt(plan.conversation.messages, plan.media, frames, plan.conversation.tools)
+    return Exercise(prompt, label_text(sample.record.get("label")), encoded)
+
+
+def label_text(value: Any) -> str:
+    """Return a label as predictions hold it: a name as it is, anything else as JSON; nothing for None."""
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def open_prompt(messages: Iterable[Message], reader: MediaReader, settings: VisionSettings) -> Prompt:
+    """Decode the media of turns that belong to no sample.
+
+    Raises:
+        SampleError: a picture or video cannot be used.
+    """
+    turns = tuple(messages)
+    items = [part for message in turns for part in message.parts if not isinstance(part, TextPart)]
+    plans = tuple(plan_item(item, reader, settings) for item in items)
+    return Prompt(turns, plans, tuple(read_resized(plan, reader) for plan in plans))

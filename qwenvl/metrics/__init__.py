@@ -1,0 +1,1 @@
+"""Scores of answers: text, choices, boxes, JSON, captions, with bootstrap intervals."""

@@ -1,0 +1,1 @@
+"""Attention within the borders of packed samples, and attention maps."""

@@ -1,0 +1,230 @@
+"""Folders of adapters in PEFT's form: written, and read again.
+
+``PeftModel`` opens them: what trained whole beside the adapters stands in ``modules_to_save``, rows of added tokens in
+``trainable_token_indices``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from qwenvl.models.loading import read_model_type
+from qwenvl.models.lora.adapters import is_adapter, trains_whole
+from qwenvl.models.task_module import is_readout
+from qwenvl.models.token_rows import is_row, row_layers
+from qwenvl.models.trainable.sharded_params import gathered
+from qwenvl.utils.errors import UserError
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""Names that PEFT gives a folder's files."""
+
+TRAINED_CONFIG = "trained_config.json"
+"""The model's config in training, whose context may be extended.
+
+Under its usual name, transformers would take the folder for one of a whole model.
+"""
+
+OLDER_NAMES = {
+    r"^model\.(?=layers\.|embed_tokens\.|norm\.)": "model.language_model.",
+    r"^visual\.": "model.visual.",
+}
+"""How transformers before 4.52 named the layers of Qwen2-VL and Qwen2.5-VL: patterns, and what is there now."""
+
+_PREFIX = "base_model.model."
+_LISTED = 6
+
+
+def start_anew(checkpoint: str | Path) -> str:
+    """Return how to train on from a checkpoint's weights where no run can resume from it; a part of a sentence."""
+    if (Path(checkpoint) / CONFIG_FILE).is_file():
+        return (
+            "start anew from its weights, with a new optimizer: merge the adapters (python tools/merge_lora.py "
+            f"--adapter {checkpoint} --output MERGED), then --model_name_or_path MERGED and another --output_dir"
+        )
+    return (
+        f"start anew from its weights, with a new optimizer: --model_name_or_path {checkpoint} and another --output_dir"
+    )
+
+
+def saved_names(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Return every trained parameter by the name that PEFT's files give it, in the model's order.
+
+    Those of a task's module are in files of their own (:mod:`qwenvl.tasks.files`).
+    """
+    names: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not is_readout(name):
+            if is_adapter(name):  # PEFT leaves the adapter's own name out
+                name = name.replace("vector.default.weight", "vector").replace(".default.", ".")
+            elif is_row(name):
+                name = f"{name.rpartition('.')[0]}.token_adapter.trainable_tokens_delta"
+            names[f"base_model.model.{name}"] = parameter
+    return names
+
+
+def collect(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return copies of the trained tensors on the host, under the names of :func:`saved_names`.
+
+    Every rank has to call it: what ZeRO-3 or FSDP have shared out is gathered, a tensor at a time, so that the frozen
+    weights are never in one place.
+    """
+    return {name: gathered(parameter) for name, parameter in saved_names(model).items()}
+
+
+def save(model: PreTrainedModel, folder: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a folder that PEFT opens.
+
+    Args:
+        model: with adapters.
+        folder: to write to; made where it does not exist.
+        weights: from :func:`collect`.
+    """
+    config = model.peft_config["default"]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(dict(weights), Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    config.inference_mode = False
+    described = copy.deepcopy(model.config)
+    if hasattr(described, "quantization_config"):
+        del described.quantization_config  # of the frozen weights during training; merging is into whole ones
+    described.to_json_file(Path(folder) / TRAINED_CONFIG)
+
+
+def describe_base(model: PreTrainedModel, base: str) -> None:
+    """Note in the adapters' config what else they need: the base's place, whole modules and rows of added tokens.
+
+    Args:
+        model: with adapters, and with everything else that trains set.
+        base: the checkpoint they were trained on; a folder becomes its absolute path.
+    """
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    config.modules_to_save = list(_whole_modules(model, "")) or None
+    rows = row_layers(model)
+    config.trainable_token_indices = {name.rpartition(".")[2]: layer.row_ids for name, layer in rows} or None
+
+
+def _whole_modules(module: nn.Module, name: str) -> Iterator[str]:
+    """Yield the largest modules that train whole; containers without a ``forward`` of their own are gone into."""
+    own = {key: value for key, value in module.named_parameters() if trains_whole(key)}
+    if not any(value.requires_grad for value in own.values()):
+        return
+    all_train = len(own) == len(list(module.parameters())) and all(value.requires_grad for value in own.values())
+    if all_train and not isinstance(module, nn.ModuleList):  # which PEFT does not take
+        yield name
+        return
+    for child, part in module.named_children():
+        yield from _whole_modules(part, f"{name}.{child}" if name else child)
+
+
+def load(model: PreTrainedModel, folder: str | Path) -> None:
+    """Give a model the trained weights of a folder that :func:`save` wrote of it.
+
+    Args:
+        model: with adapters; changed in place; not sharded.
+        folder: a checkpoint.
+
+    Raises:
+        UserError: names or shapes are not those of this model.
+    """
+    path, wanted = Path(folder) / WEIGHTS_FILE, saved_names(model)
+    with safe_open(path, "pt") as file, torch.no_grad():
+        require_same_names(path, set(file.keys()), set(wanted))
+        for name, parameter in wanted.items():
+            value = file.get_tensor(name)
+            if value.shape != parameter.shape:
+                shapes = f"{list(value.shape)} there, {list(parameter.shape)} here"
+                raise UserError(f"{path}: {name} has another shape, {shapes}: was --lora_r another one?")
+            parameter.copy_(value)
+
+
+def newer_name(name: str) -> str:
+    """Return the present name of a tensor of adapters that may be named as in older transformers."""
+    own = name.removeprefix(_PREFIX)
+    for pattern, replacement in OLDER_NAMES.items():
+        own = re.sub(pattern, replacement, own)
+    return _PREFIX + own if name.startswith(_PREFIX) else name
+
+
+def require_same_names(path: Path, saved: Set[str], wanted: Set[str]) -> None:
+    """Refuse a file of adapters that are not those of the model.
+
+    Raises:
+        UserError: names are missing or left over.
+    """
+    missing, unknown = sorted(wanted - saved), sorted(saved - wanted)
+    if missing or unknown:
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:_LISTED])}{' ...' if len(names) > _LISTED else ''})"
+            for names, what in ((missing, "are missing"), (unknown, "fit nothing"))
+            if names
+        ]
+        raise UserError(f"{path}: of its tensors {' and '.join(parts)}. It was saved from adapters of other layers.")
+
+
+def read_config(folder: str | Path, base: str, **origin: Any) -> PretrainedConfig:
+    """Return the config of the model that adapters were trained on; of folders of PEFT alone, that of the base.
+
+    Args:
+        folder: of adapters.
+        base: its checkpoint.
+        origin: options of ``from_pretrained``.
+    """
+    if (Path(folder) / TRAINED_CONFIG).is_file():
+        return AutoConfig.from_pretrained(folder, _configuration_file=TRAINED_CONFIG, **origin)
+    return AutoConfig.from_pretrained(base, **origin)
+
+
+def find_base(folder: str | Path, base: str | None = None, cache_dir: str | None = None) -> str:
+    """Return the checkpoint below a folder of adapters, which is there.
+
+    Args:
+        folder: Folder of adapters.
+        base: Where the checkpoint is, from ``--base``; None where the folder says it.
+        cache_dir: Where downloads are kept.
+
+    Raises:
+        UserError: The folder holds no adapters or does not name their checkpoint, or it is not there.
+    """
+    named = base or read_base(folder)
+    try:
+        read_model_type(named, cache_dir)
+    except UserError as error:
+        if base is not None:
+            raise UserError(str(error).replace("--model_name_or_path", "--base", 1)) from error
+        why = str(error).removeprefix(f"--model_name_or_path {named}: ")
+        raise UserError(
+            f"{folder} holds adapters on {named} (base_model_name_or_path of its {CONFIG_FILE}), which cannot be "
+            f"opened: {why} Name that checkpoint where it is now: --base FOLDER."
+        ) from error
+    return named
+
+
+def read_base(folder: str | Path) -> str:
+    """Return the checkpoint that a folder of adapters belongs to.
+
+    Raises:
+        UserError: the folder holds no adapters, or does not say.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder} holds no adapters: {path.name} cannot be read ({error}).") from error
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"{path} does not name the checkpoint it belongs to (base_model_name_or_path): name it by --base FOLDER."
+        )
+    return base

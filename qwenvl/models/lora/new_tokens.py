@@ -1,0 +1,84 @@
+"""Tokens that the checkpoint did not have: room for them, a sensible start, and training of just their rows."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qwenvl.models.loss.fused_lm_head import LossHead
+from qwenvl.models.token_rows import RowsEmbedding
+from qwenvl.models.trainable.sharded_params import whole
+from qwenvl.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_MULTIPLE = 128
+"""A vocabulary that grows stays a multiple of this, as far as it was one: matrix products are faster so."""
+
+
+def make_room(model: PreTrainedModel, new_ids: Sequence[int], *, may_grow: bool) -> None:
+    """See to it that tokens have rows in embeddings and output projection, which start as the mean of all others.
+
+    Checkpoints have more rows than tokens, so the vocabulary rarely grows. Tied matrices stay tied.
+
+    Args:
+        model: before :func:`qwenvl.models.forward.install`; changed in place.
+        new_ids: ids of the added tokens, in a row; those below are of the tokens that were there before.
+        may_grow: whether the matrices may get more rows.
+
+    Raises:
+        UserError: they would have to grow, and may not.
+    """
+    if not new_ids:
+        return
+    size = _num_rows(model.get_input_embeddings())
+    if max(new_ids) >= size:
+        if not may_grow:
+            raise UserError(
+                f"--additional_tokens: the vocabulary of this checkpoint has room for {size - min(new_ids)} more, "
+                f"not {len(new_ids)}. Adapters cannot enlarge it: add fewer, or train with --tune_mm_llm True."
+            )
+        multiple = math.gcd(size, _MULTIPLE)
+        model.resize_token_embeddings(max(new_ids) + 1, pad_to_multiple_of=multiple, mean_resizing=False)
+        logger.info("The vocabulary grows from %d to %d rows.", size, _num_rows(model.get_input_embeddings()))
+    for matrix in _matrices(model):
+        with whole(matrix, changed=True), torch.no_grad():
+            matrix[list(new_ids)] = matrix[: min(new_ids)].mean(0)  # summed in float32
+
+
+def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Let the rows of some tokens train while the rest of the vocabulary is frozen.
+
+    Args:
+        model: after :func:`qwenvl.models.forward.install`; changed in place.
+        ids: of the tokens.
+    """
+    embedding, head = model.get_input_embeddings(), model.lm_head
+    assert isinstance(head, LossHead)
+    tied = head.weight is embedding.weight
+    rows = _copy_rows(embedding.weight, ids)
+    model.set_input_embeddings(RowsEmbedding(embedding, ids, rows))
+    head.train_rows(ids, rows if tied else _copy_rows(head.weight, ids))
+
+
+def _copy_rows(weight: Tensor, ids: Sequence[int]) -> nn.Parameter:
+    with whole(weight):
+        return nn.Parameter(weight.detach()[list(ids)].clone())
+
+
+def _matrices(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the embeddings and, where it is another tensor, the output projection."""
+    embeddings, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return [embeddings] if embeddings is output else [embeddings, output]
+
+
+def _num_rows(embedding: nn.Module) -> int:
+    weight: Any = embedding.weight
+    size: int = getattr(weight, "ds_shape", weight.shape)[0]
+    return size

@@ -1,0 +1,61 @@
+"""The auxiliary loss of mixtures of experts: every sample's tokens spread over the experts.
+
+Switch Transformer (Fedus et al., 2021, arXiv 2101.03961, equations 4 to 6): with E experts, f_e the share of tokens
+sent to expert e and p_e its mean probability, the loss is E x sum over e of f_e p_e. transformers takes the tokens of a
+micro-batch, of all layers together. That sum is not linear in the tokens, so it would change with the micro-batch: with
+packing, accumulation and ranks. Here it is taken of each sample alone, and samples weigh by their tokens; of one sample
+it equals transformers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwenvl.models.attention.segments import sample_index
+
+
+def sample_of_tokens(batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """Number the tokens of a batch by their sample.
+
+    Args:
+        batch: of the collator: flattened with ``cu_seq_lens_q``, or padded with ``attention_mask``.
+
+    Returns:
+        (int64 [B x T], number of samples n): 0 to n - 1, and n for padding.
+    """
+    rows, length = batch["input_ids"].shape
+    borders: Tensor | None = batch.get("cu_seq_lens_q")
+    if borders is not None:
+        return sample_index(borders, length).flatten().long(), len(borders) - 1
+    numbers = torch.arange(rows, device=batch["input_ids"].device)[:, None].expand(rows, length)
+    return torch.where(batch["attention_mask"].bool(), numbers, rows).flatten(), rows
+
+
+def summed_balance(router_logits: Sequence[Tensor], top_k: int, samples: Tensor, count: int) -> Tensor:
+    """Return the auxiliary loss of each sample times its tokens, summed over samples.
+
+    Args:
+        router_logits: [tokens, experts] of each layer that has a router.
+        top_k: experts that a token is sent to.
+        samples: int64 [tokens], from :func:`sample_of_tokens`.
+        count: number of samples.
+
+    Returns:
+        float32 scalar; its gradient reaches the routers through the probabilities.
+    """
+    experts = router_logits[0].shape[-1]
+    sent = torch.zeros(count + 1, experts, device=samples.device)
+    likely = torch.zeros_like(sent)
+    for logits in router_logits:
+        probabilities = logits.float().softmax(-1)
+        chosen = probabilities.detach().topk(top_k, dim=-1).indices
+        sent = sent.index_add(0, samples, torch.zeros_like(probabilities).scatter(1, chosen, 1.0))
+        likely = likely.index_add(0, samples, probabilities)
+    tokens = torch.zeros(count + 1, device=samples.device).index_add(0, samples, torch.ones_like(samples).float())
+    seen = (tokens * len(router_logits)).clamp(min=1).unsqueeze(1)
+    of_samples = experts * ((sent / seen) * (likely / seen)).sum(1)
+    return (of_samples * tokens)[:count].sum()

@@ -1,0 +1,109 @@
+"""Which way round a checkpoint's files hold its experts, read from their headers before the weights are loaded.
+
+Qwen3-VL-MoE was published with [experts, in, out]; transformers computes with [experts, out, in], and stock
+``save_pretrained`` writes that. Which of the two it has before it, transformers tells by the shape of the parameter in
+memory, which says nothing where the two are alike (square experts) or where ZeRO-3 has left no shape to compare with.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from qwenvl.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def experts_read_as_stored(model_name_or_path: str, model_type: str, **origin: Any) -> Iterator[None]:
+    """Have ``from_pretrained`` transpose experts where the files need it, and nowhere else.
+
+    transformers' rule for the model type is replaced through its own registry while the context is open. The rule that
+    was used stays with the model, so that ``save_pretrained`` writes the layout that was read.
+
+    Args:
+        model_name_or_path: folder, or repository on the Hugging Face hub.
+        model_type: of the checkpoint.
+        origin: where from, as for ``from_pretrained``.
+
+    Raises:
+        UserError: some experts are stored one way round and some the other.
+    """
+    usual = get_checkpoint_conversion_mapping(model_type) or []
+    undecided = [rule for rule in usual if any(map(_goes_by_shape, getattr(rule, "operations", ())))]
+    transposed = _stored_transposed(model_name_or_path, origin) if undecided else None
+    if transposed is None:
+        yield
+        return
+    before = get_checkpoint_conversion_mapping(model_type)
+    for rule in undecided:
+        for operation in filter(_goes_by_shape, rule.operations):
+            operation.check_dims = False
+    rules = usual if transposed else [rule for rule in usual if rule not in undecided]
+    register_checkpoint_conversion_mapping(model_type, rules, overwrite=True)
+    try:
+        yield
+    finally:
+        register_checkpoint_conversion_mapping(model_type, before, overwrite=True)
+
+
+def _goes_by_shape(operation: Any) -> bool:
+    return bool(getattr(operation, "check_dims", False))
+
+
+def _stored_transposed(path: str, origin: dict[str, Any]) -> bool | None:
+    """Return whether the experts are stored as [experts, in, out]; None without fused experts of a shape that fits.
+
+    Never undecided by square ones: the first projection is [2 x width, hidden] and the second [hidden, width], and at
+    most one of them can be square.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, **origin).get_text_config()
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+    in_memory = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
+    found: dict[bool, str] = {}
+    for name, shape in _expert_shapes(path, origin):
+        expected = in_memory.get(name.rpartition(".")[2], ())
+        if shape != shape[::-1] and shape in (expected, expected[::-1]):
+            found[shape != expected] = name
+    if len(found) > 1:
+        raise UserError(
+            f"--model_name_or_path {path}: {found[True]} is stored as [experts, in, out], and {found[False]} as "
+            "[experts, out, in]. Use a checkpoint that holds all of them one way round."
+        )
+    transposed = next(iter(found), None)
+    if transposed and hidden in (width, 2 * width):
+        logger.warning(
+            "%s: some of its experts are square. They are read and saved as [experts, in, out], as published; stock "
+            "transformers cannot tell which way round they are, and computes with the wrong one.",
+            path,
+        )
+    return transposed
+
+
+def _expert_shapes(path: str, origin: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape, without that of the experts' dimension, of every tensor that holds fused experts."""
+    for file in weight_files(path, origin):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  not a dict
+                if ".mlp.experts." in name:
+                    yield name, tuple(tensors.get_slice(name).get_shape()[1:])
+
+
+def weight_files(path: str, origin: dict[str, Any]) -> list[str]:
+    """Return the checkpoint's safetensors files, downloaded if they are not here; none where there are none."""
+    cache_dir = origin.get("cache_dir")
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    file = cached_file(path, SAFE_WEIGHTS_NAME, cache_dir=cache_dir, **missing)  # preferred by transformers too
+    if file is not None:
+        return [file]
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, cache_dir=cache_dir, **missing)
+    return [] if index is None else list(get_checkpoint_shard_files(path, index, cache_dir=cache_dir)[0])

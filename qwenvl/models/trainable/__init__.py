@@ -1,0 +1,1 @@
+"""Trainable parameters: freezing, parameter groups, sharded parameters."""

@@ -1,0 +1,198 @@
+"""Which parts of the model train: the freeze switches, their table, and gradient checkpointing to match."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from qwenvl.models.task_module import Readout, is_readout, readout_of
+from qwenvl.models.trainable.sharded_params import full_size
+from qwenvl.utils.errors import UserError
+
+ModuleGroup = Literal["vision", "merger", "language", "head"]
+GROUPS: tuple[ModuleGroup, ...] = ("vision", "merger", "language", "head")
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSummary:
+    """What trains of a module group.
+
+    Args:
+        module: module group.
+        trainable: trainable parameters (numbers, not tensors).
+        total: all parameters; a tensor shared by two modules counts once.
+        learning_rate: peak learning rate of its parameters, where known.
+    """
+
+    module: ModuleGroup
+    trainable: int
+    total: int
+    learning_rate: float | None = None
+
+
+def parameter_modules(model: PreTrainedModel) -> dict[str, ModuleGroup]:
+    """Return the module group of every parameter, by its name.
+
+    ``merger``: ``visual.merger`` and, where present, ``visual.deepstack_merger_list``. ``vision``: the rest of
+    ``visual``. ``head``: the module of a task (:mod:`qwenvl.models.task_module`). ``language``: everything else:
+    language model, embeddings, ``lm_head`` (tied or not).
+
+    Decided by the modules that hold a parameter, not by letters in a name; a tied tensor appears once.
+    """
+    visual = model.model.visual
+    mergers = [getattr(visual, name) for name in ("merger", "deepstack_merger_list") if hasattr(visual, name)]
+    merger = {id(parameter) for module in mergers for parameter in module.parameters()}
+    vision = {id(parameter) for parameter in visual.parameters()} - merger
+    groups: dict[str, ModuleGroup] = {}
+    for name, parameter in model.named_parameters():
+        key = id(parameter)
+        part: ModuleGroup = "merger" if key in merger else "vision" if key in vision else "language"
+        groups[name] = "head" if is_readout(name) else part
+    return groups
+
+
+def set_model(
+    model: PreTrainedModel, *, tune_mm_vision: bool, tune_mm_mlp: bool, tune_mm_llm: bool, adapted: bool = False
+) -> list[ModuleSummary]:
+    """Set ``requires_grad`` of every parameter by the three switches.
+
+    Args:
+        model: a stock model.
+        tune_mm_vision: train the vision tower except its mergers.
+        tune_mm_mlp: train the mergers (deepstack ones too).
+        tune_mm_llm: train the language model, its embeddings and ``lm_head``, tied or not.
+        adapted: adapters or the module of a task will train, so that the switches may all be off.
+
+    Returns:
+        A row for each module group.
+
+    Raises:
+        UserError: nothing would train.
+    """
+    switches: dict[ModuleGroup, bool] = {"vision": tune_mm_vision, "merger": tune_mm_mlp, "language": tune_mm_llm}
+    switches["head"] = True
+    groups = parameter_modules(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():  # quantized weights cannot train
+            parameter.requires_grad_(switches[groups[name]])
+    rows = summarize(model)
+    if not adapted and not any(row.trainable for row in rows):
+        raise UserError(
+            "No parameter trains: --tune_mm_vision, --tune_mm_mlp and --tune_mm_llm are all False. Set one to True."
+        )
+    return rows
+
+
+def freeze_unused(model: PreTrainedModel, readout: Readout) -> None:
+    """Freeze what the module of a task does not depend on, and what would so have no gradient.
+
+    The vocabulary projection, which does not run (one that is tied trains as the embeddings), and layers above the
+    hidden states that are read.
+    """
+    if model.lm_head.weight is not model.get_input_embeddings().weight:
+        model.lm_head.weight.requires_grad_(False)
+    for module in readout.unused(model.model.language_model):
+        module.requires_grad_(False)
+
+
+def refuse_unused(model: PreTrainedModel) -> None:
+    """Refuse adapters that would have no gradient.
+
+    Raises:
+        UserError: some are in layers that the module of a task does not depend on.
+    """
+    readout = readout_of(model)
+    for module in () if readout is None else readout.unused(model.model.language_model):
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            raise UserError(
+                "--lora_target names layers above --hidden_layer, whose adapters would never train. Read the last "
+                "layer (--hidden_layer -1), or name the layers below by a regular expression."
+            )
+
+
+def summarize(model: PreTrainedModel, learning_rates: Mapping[ModuleGroup, float] | None = None) -> list[ModuleSummary]:
+    """Count the parameters of each module group.
+
+    Args:
+        model: a stock model, whole or partitioned by ZeRO-3.
+        learning_rates: peak learning rate of each module group that trains.
+    """
+    trainable = dict.fromkeys(GROUPS, 0)
+    total = dict.fromkeys(GROUPS, 0)
+    groups = parameter_modules(model)
+    parts = set(groups.values())
+    assert parts >= {"vision", "merger", "language"}, "a model family without a tower, a merger or a language model"
+    for name, parameter in model.named_parameters():
+        count = full_size(parameter)
+        total[groups[name]] += count
+        trainable[groups[name]] += count if parameter.requires_grad else 0
+    rates = learning_rates or {}
+    return [
+        ModuleSummary(group, trainable[group], total[group], rates.get(group)) for group in GROUPS if group in parts
+    ]
+
+
+def checkpointed_parts(model: PreTrainedModel) -> list[ModuleGroup]:
+    """Return the parts whose layers keep their inputs alone, after :func:`configure_checkpointing`."""
+    parts: dict[ModuleGroup, nn.Module] = {"language": model.model.language_model, "vision": model.model.visual}
+    return [
+        name
+        for name, part in parts.items()
+        if any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
+    ]
+
+
+CheckpointedParts = Literal["language", "vision", "both"]
+
+
+def configure_checkpointing(model: PreTrainedModel, parts: CheckpointedParts | None) -> None:
+    """Turn gradient checkpointing on where it is wanted and saves memory, and off elsewhere.
+
+    Vision blocks: only if something in the tower other than its mergers trains; frozen blocks keep no activations, so
+    recomputing them would be lost work. Non-reentrant, which needs no input that requires a gradient and keeps every
+    gradient with any combination of switches.
+
+    Call after :func:`set_model`, and keep ``TrainingArguments.gradient_checkpointing`` off: the Trainer would turn it
+    on for the whole model, the frozen tower with it.
+
+    Args:
+        model: a stock model.
+        parts: whose layers keep their inputs alone; None for no part.
+    """
+    groups = parameter_modules(model)
+    tower_trains = any(
+        parameter.requires_grad and groups[name] == "vision" for name, parameter in model.named_parameters()
+    )
+    wanted = {
+        model.model.language_model: parts in ("language", "both"),
+        model.model.visual: parts in ("vision", "both") and tower_trains,
+    }
+    if any(wanted.values()):
+        _enable_checkpointing(model)
+    for module, checkpointed in wanted.items():
+        if not checkpointed:
+            _disable_checkpointing(module)
+
+
+def _enable_checkpointing(model: PreTrainedModel) -> None:
+    """Checkpoint every layer; transformers renamed the method between 5.19 and 5.23."""
+    arguments = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    # Enabling also makes the embeddings' output require a gradient, which only the reentrant kind needs. It would
+    # build a graph through layers that have none.
+    model.disable_input_require_grads()
+
+
+def _disable_checkpointing(module: PreTrainedModel) -> None:
+    """Stop checkpointing in a model or a part of it."""
+    if hasattr(module, "activation_checkpointing_disable"):
+        module.activation_checkpointing_disable()
+    else:
+        module.gradient_checkpointing_disable()

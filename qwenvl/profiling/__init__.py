@@ -1,0 +1,1 @@
+"""FLOPs, memory, throughput and traces of training steps."""

@@ -1,0 +1,261 @@
+"""Floating point operations of a sample, from the model's config and the sample's measures.
+
+A matrix product of [m, k] with [k, n] is 2 m k n operations (Kaplan et al., 2020, "Scaling Laws for Neural Language
+Models", table 1); its backward pass is two products of the same size, one for the gradient of each side. Everything
+else (norms, activations, rotary positions) is left out, as torch's ``FlopCounterMode`` leaves it out, which is the
+oracle of the tests. All of it is linear in the measures of ``qwenvl.data.sample_stats``: tokens, squared tokens of each
+sample, patches, squared patches of each picture, trained tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from qwenvl.families import LAB, Family
+
+Part = Literal["vision", "merger", "language"]
+
+_CHUNK = 64
+"""Tokens that the kernels of linear attention work on at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Operations for one unit of each measure, by name of the measure.
+
+    Args:
+        vision: of the vision tower with its mergers.
+        language: of the language model with its vocabulary projection.
+    """
+
+    vision: Mapping[str, float]
+    language: Mapping[str, float]
+
+    def split(self, measures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the operations of (vision tower, language model): float64, each in the shape of ``measures``.
+
+        Args:
+            measures: a structured array with a field for each measure; of samples, packs, or anything they add up to.
+        """
+        vision, language = (
+            sum((each * measures[name] for name, each in part.items()), np.zeros(measures.shape))
+            for part in (self.vision, self.language)
+        )
+        return vision, language
+
+    def count(self, measures: np.ndarray) -> np.ndarray:
+        """Return the operations of the whole model; see :meth:`split`."""
+        vision, language = self.split(measures)
+        total: np.ndarray = vision + language
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What trains.
+
+    Args:
+        vision: the vision tower without its mergers, whole.
+        merger: the mergers, whole.
+        language: the language model, whole.
+        adapters: elements of the adapters' matrices, by the part they are in; 0 where their number is not known yet.
+    """
+
+    vision: bool = True
+    merger: bool = True
+    language: bool = True
+    adapters: Mapping[Part, int] = field(default_factory=dict)
+
+    def any_of(self, part: Part) -> bool:
+        """Whether anything in a part trains."""
+        return bool(getattr(self, part)) or part in self.adapters
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Matrix products of one part of a model.
+
+    Args:
+        part: where they are.
+        measure: what their number grows with.
+        forward: operations of the forward pass for one unit of the measure.
+        kind: ``weights``: activations times weights; ``pixels``: the same, and nothing before it has a gradient;
+            ``adapters``: activations times weights of adapters; ``attention``: activations times activations.
+    """
+
+    part: Part
+    measure: str
+    forward: float
+    kind: Literal["weights", "pixels", "adapters", "attention"] = "weights"
+
+
+def training_flops(config: Any, family: Family, trained: Trained, *, causal: bool = True) -> Flops:
+    """Return the operations of forward and backward pass, without any that checkpointing repeats.
+
+    Where nothing trains, these are those of the forward pass alone.
+
+    Args:
+        config: the model's.
+        family: its family.
+        trained: what has gradients. Weights that do not train have none, and no gradient passes through a part
+            below which nothing trains.
+        causal: count only the half of each sample's attention in the language model that is not masked, as
+            flash-attention computes it; otherwise the whole square.
+    """
+    computed = (*products(config, family, causal=causal), *_adapters(config.vision_config, trained))
+    return _sum((product, 1 + _backward(product, trained)) for product in computed)
+
+
+def products(config: Any, family: Family, *, causal: bool = True) -> tuple[Product, ...]:
+    """Return the matrix products of a model's forward pass; see :func:`training_flops`."""
+    share = 0.5 if causal else 1.0
+    vision = _lab_vision if family is LAB else _vision
+    return (*vision(config.vision_config, family), *_language(config.get_text_config(), family, share))
+
+
+def _adapters(config: Any, trained: Trained) -> Iterator[Product]:
+    """Products of adapters: each meets the tokens, patches or merged patches that the layer it adapts meets."""
+    tokens_of_patch = 1 / config.spatial_merge_size**2
+    rates = {"vision": ("patches", 1.0), "merger": ("patches", tokens_of_patch), "language": ("tokens", 1.0)}
+    for part, elements in trained.adapters.items():
+        measure, rate = rates[part]
+        yield Product(part, measure, 2.0 * rate * elements, "adapters")
+
+
+def _sum(weighed: Iterator[tuple[Product, int]]) -> Flops:
+    vision: dict[str, float] = {}
+    language: dict[str, float] = {}
+    for product, passes in weighed:
+        flops = language if product.part == "language" else vision
+        flops[product.measure] = flops.get(product.measure, 0.0) + product.forward * passes
+    return Flops(vision, language)
+
+
+def _backward(product: Product, trained: Trained) -> int:
+    """Return how many products of the same size the backward pass takes: 0 to 2."""
+    parts: tuple[Part, ...] = ("vision", "merger", "language")
+    reached = any(trained.any_of(part) for part in parts[: parts.index(product.part) + 1])  # a gradient passes through
+    if product.kind == "attention":
+        return 2 * reached
+    weights = product.kind == "adapters" or getattr(trained, product.part)
+    return (reached and product.kind != "pixels") + weights
+
+
+def _vision(config: Any, family: Family) -> Iterator[Product]:
+    """Products of the tower: each patch is embedded, and attends to the patches of its own picture or frames.
+
+    Sources: ``Qwen2VisionTransformerPretrainedModel``, ``Qwen2_5_VisionTransformerPretrainedModel`` and
+    ``Qwen3VLVisionModel`` of transformers. The windows of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1) are counted as
+    full; those cut by the border of a picture are smaller.
+    """
+    width = getattr(config, "embed_dim", None) or config.hidden_size
+    inner = int(width * config.mlp_ratio) if hasattr(config, "mlp_ratio") else config.intermediate_size
+    pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    yield Product("vision", "patches", 2.0 * pixels * width, "pixels")
+    matrices = 4 * width * width + (3 if family.gated_vision else 2) * width * inner
+    yield Product("vision", "patches", 2.0 * config.depth * matrices)
+    full = config.depth
+    if hasattr(config, "fullatt_block_indexes"):
+        full = len(set(config.fullatt_block_indexes))
+        window = (config.window_size // config.patch_size) ** 2
+        yield Product("vision", "patches", 4.0 * (config.depth - full) * window * width, "attention")
+    yield Product("vision", "patches_squared", 4.0 * full * width, "attention")
+    merged = width * config.spatial_merge_size**2  # patches that become one token, side by side
+    mergers = 1 + len(getattr(config, "deepstack_visual_indexes", None) or ())
+    out = getattr(config, "out_hidden_size", config.hidden_size)
+    share = mergers / config.spatial_merge_size**2
+    yield Product("merger", "patches", 2.0 * share * (merged * merged + merged * out))
+
+
+def _lab_vision(config: Any, family: Family) -> Iterator[Product]:
+    """Products of a lab's encoder and connector that grow with patches.
+
+    What learned queries cost beside their attention to patches is the same for each picture, and is not counted, nor is
+    a class token. Sources: ``qwenvl.connector_lab.connectors``, ``CLIPVisionModel`` and ``Blip2QFormerModel`` of
+    transformers.
+    """
+    del family
+    encoder, width, out, queries = (
+        config.encoder_config,
+        config.encoder_width,
+        config.out_hidden_size,
+        config.num_queries,
+    )
+    inner = int(width * encoder.mlp_ratio) if hasattr(encoder, "mlp_ratio") else encoder.intermediate_size
+    layers = getattr(encoder, "depth", None) or encoder.num_hidden_layers
+    pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    yield Product("vision", "patches", 2.0 * pixels * width, "pixels")
+    yield Product("vision", "patches", 2.0 * layers * (4 * width * width + 2 * width * inner))
+    yield Product("vision", "patches_squared", 4.0 * layers * width, "attention")
+    merged = width * config.spatial_merge_size**2
+    hidden, crossing = (
+        config.connector_hidden_size,
+        -(-config.connector_layers // 2),
+    )  # every other layer, from the first
+    weights, attention = {
+        "mlp": (width * out + out * out, 0),
+        "merger": ((merged * merged + merged * out) / config.spatial_merge_size**2, 0),
+        "mean_pool": (0, 0),
+        "qformer": (2 * crossing * width * hidden, 2 * crossing * queries * hidden),
+        "resampler": (width * out + 2 * out * out, 2 * queries * out),
+    }[config.connector]
+    yield Product("merger", "patches", 2.0 * weights)
+    yield Product("merger", "patches", 2.0 * attention, "attention")
+
+
+def _language(config: Any, family: Family, share: float) -> Iterator[Product]:
+    """Products of the language model, whose vocabulary projection runs on trained tokens alone.
+
+    Args:
+        config: of the language model.
+        family: its family.
+        share: of the square of attention that is computed.
+    """
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    layers = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    linear = sum(kind == "linear_attention" for kind in layers)
+    full = len(layers) - linear
+    gated = 2 if family.linear_attention else 1  # Qwen3.5 projects a gate beside each query
+    attention = config.hidden_size * ((gated + 1) * queries + 2 * keys)
+    yield Product("language", "tokens", 2.0 * full * attention)
+    yield Product("language", "tokens_squared", 4.0 * full * queries * share, "attention")
+    if linear:
+        yield from _linear_attention(config, linear)
+    matrices = sum(_feed_forward(config, family, layer) for layer in range(config.num_hidden_layers))
+    yield Product("language", "tokens", 2.0 * matrices)
+    yield Product("language", "trained_tokens", 2.0 * config.hidden_size * config.vocab_size)
+
+
+def _linear_attention(config: Any, layers: int) -> Iterator[Product]:
+    """Products of the gated delta rule in chunks (Yang et al., 2024, arXiv 2412.06464, section 3.3).
+
+    For a chunk of C tokens and a head with keys of k and values of v: keys with keys and with queries, 2 C C k; the
+    triangular system solved for values and keys, C C (v + k) / 2; new values against queries, C C v; the state read
+    twice and written once, 3 C k v.
+    """
+    key, value = config.linear_key_head_dim, config.linear_value_head_dim
+    keys, values = config.linear_num_key_heads * key, config.linear_num_value_heads * value
+    projections = config.hidden_size * (2 * keys + 3 * values + 2 * config.linear_num_value_heads)
+    convolution = config.linear_conv_kernel_dim * (2 * keys + values)
+    yield Product("language", "tokens", 2.0 * layers * (projections + convolution))
+    chunk = 2 * _CHUNK * key + _CHUNK * (value + key) / 2 + _CHUNK * value + 3 * key * value
+    yield Product("language", "tokens", 2.0 * layers * config.linear_num_value_heads * chunk, "attention")
+
+
+def _feed_forward(config: Any, family: Family, layer: int) -> float:
+    """Weights that one token meets in a layer: of a mixture, the router, the chosen experts and the shared one.
+
+    Which layers are mixtures: ``Qwen3VLMoeTextDecoderLayer`` of transformers.
+    """
+    hidden = config.hidden_size
+    step = getattr(config, "decoder_sparse_step", 1)
+    if not family.moe or layer in (getattr(config, "mlp_only_layers", None) or ()) or (layer + 1) % step:
+        return 3.0 * hidden * config.intermediate_size
+    experts = 3.0 * hidden * config.num_experts_per_tok * config.moe_intermediate_size
+    shared = getattr(config, "shared_expert_intermediate_size", 0)
+    return experts + hidden * config.num_experts + (3.0 * hidden * shared + hidden if shared else 0.0)

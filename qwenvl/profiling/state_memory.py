@@ -1,0 +1,108 @@
+"""What weights, gradients and optimizer take on each device, by how the engine shares them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qwenvl.config import TrainingArguments
+from qwenvl.config.rules.engines import read_settings
+from qwenvl.models.lora.adapters import has_adapters
+
+_STATES = {"adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 2.0, "ademamix_8bit": 3.0}
+_STATES |= {"lion_32bit": 4.0, "paged_lion_32bit": 4.0, "lion_8bit": 1.0, "paged_lion_8bit": 1.0, "sgd": 0.0}
+_ADAM = 8.0
+"""Bytes of the optimizer for each trained weight: two float32 numbers for Adam and what is not named above."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How an engine shares out a run.
+
+    Args:
+        name: for people.
+        stage: of ZeRO; 0 for none, 3 for FSDP2 too.
+        ranks: devices.
+        masters: DeepSpeed keeps float32 weights beside those of the model.
+        offloads_optimizer: the optimizer is in the machine's memory.
+        offloads_weights: so are the weights.
+    """
+
+    name: str
+    stage: int
+    ranks: int
+    masters: bool = False
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StateMemory:
+    """Bytes on each device; and of a checkpoint on disk, all ranks together."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    checkpoint: int
+
+
+def read_sharing(args: TrainingArguments, ranks: int) -> Sharing:
+    """Return how the flags share out a run over so many devices."""
+    if args.fsdp:
+        return Sharing("FSDP2", 3, ranks)
+    if not args.deepspeed:
+        return Sharing("DDP" if ranks > 1 else "one process", 0, ranks)
+    zero = read_settings(args.deepspeed, "deepspeed")["zero_optimization"]
+    stage = int(zero["stage"])
+    return Sharing(
+        f"ZeRO-{stage}",
+        stage,
+        ranks,
+        masters=True,
+        offloads_optimizer=_offloads(zero, "offload_optimizer"),
+        offloads_weights=_offloads(zero, "offload_param"),
+    )
+
+
+def _offloads(zero: Mapping[str, Any], name: str) -> bool:
+    return (zero.get(name) or {}).get("device", "none") != "none"
+
+
+def estimate_states(
+    model: PreTrainedModel, sharing: Sharing, optimizer: str, frozen: torch.dtype, trained: torch.dtype
+) -> StateMemory:
+    """Return what a model's state takes.
+
+    Args:
+        model: with frozen and trained parts set, on any device.
+        sharing: over devices.
+        optimizer: ``--optim``.
+        frozen: type in which weights that do not train are kept.
+        trained: type of those that do, and of their gradients.
+    """
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    weights = counts[False] * frozen.itemsize + counts[True] * trained.itemsize
+    gradients = counts[True] * trained.itemsize
+    states = _optimizer_bytes(model, optimizer) + (4 * counts[True] if sharing.masters else 0)
+    buckets = gradients if sharing.name == "DDP" else 0  # DDP sends copies of the gradients
+    of_optimizer = 0 if sharing.offloads_optimizer else states // (sharing.ranks if sharing.stage >= 1 else 1)
+    return StateMemory(
+        weights=0 if sharing.offloads_weights else weights // (sharing.ranks if sharing.stage == 3 else 1),
+        gradients=gradients // (sharing.ranks if sharing.stage >= 2 else 1) + buckets,
+        optimizer=of_optimizer,
+        checkpoint=states + (counts[True] * trained.itemsize if has_adapters(model) else weights),
+    )
+
+
+def _optimizer_bytes(model: nn.Module, optimizer: str) -> int:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if optimizer == "adafactor":  # a row and a column of each matrix
+        return sum(4 * (sum(value.shape[-2:]) if value.dim() > 1 else value.numel()) for value in trained)
+    return int(sum(value.numel() for value in trained) * _STATES.get(optimizer, _ADAM))

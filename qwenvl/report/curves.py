@@ -1,0 +1,147 @@
+"""What a run has logged, as charts: each figure where it belongs, and figures that nobody named here as well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qwenvl.report.chart import STYLES, Chart, Line, Point
+
+History = Sequence[Mapping[str, Any]]
+"""Lines of the log: figures by name, each with its ``step``."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A chart of figures that are known.
+
+    Args:
+        title: of the chart.
+        names: of the lines, by the names of the figures.
+        unit: of the values.
+        log: see :class:`qwenvl.report.chart.Chart`.
+        percent: see there.
+    """
+
+    title: str
+    names: Mapping[str, str]
+    unit: str = ""
+    log: bool = False
+    percent: bool = False
+
+
+TRAINED_TOKENS = "trained_tokens"
+"""What the loss of language modelling is a mean of."""
+
+_TRAINING = (
+    _Plan("Loss", {"loss": "training", "eval_loss": "evaluation"}, log=True),
+    _Plan("Gradient norm", {"grad_norm": "gradient norm"}, log=True),
+    _Plan("Tokens", {"tokens_per_second": "all", "trained_tokens_per_second": "trained"}, "a second, all devices"),
+    _Plan("Samples", {"samples_per_second": "samples"}, "a second, all devices"),
+    _Plan("Model FLOPs utilization", {"mfu": "all", "mfu_vision": "vision", "mfu_language": "language"}, percent=True),
+    _Plan(
+        "Waiting for data",
+        {"data_wait_share": "mean of the ranks", "data_wait_share_max": "slowest rank"},
+        "share of the time",
+        percent=True,
+    ),
+    _Plan("Padding", {"padding_share": "padding"}, "share of the positions", percent=True),
+    _Plan("Peak memory", {"peak_memory_gib": "fullest device"}, "GiB"),
+)
+_BLIND = _Plan(
+    "Loss by picture shown",
+    {"eval_loss_shown": "its own", "eval_loss_blank": "blank", "eval_loss_swapped": "another sample's"},
+    "nats per trained token",
+    log=True,
+)
+RATE = "learning_rate"
+PART_RATE = f"{RATE}_"
+"""Begins the names of the learning rates of single parts."""
+
+_UNSHOWN = {"step", "epoch", "total_flos", RATE, "eval_answered_samples", "eval_cut_answers", "skipped_steps"}
+_UNSHOWN_ENDS = ("_per_device", "_runtime")
+_MOST_OTHERS = 12
+
+
+def series(history: History, key: str) -> tuple[Point, ...]:
+    """Return (step, value) of every line of the log that has a figure, in order of steps."""
+    found = [
+        (float(line["step"]), float(line[key])) for line in history if _is_number(line.get(key)) and "step" in line
+    ]
+    return tuple(sorted(found, key=lambda point: point[0]))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):  # what no number is, in state files of some versions
+        try:
+            float(value)
+        except ValueError:
+            return False
+    return isinstance(value, int | float | str) and not isinstance(value, bool)
+
+
+def training_charts(history: History, unit: str = TRAINED_TOKENS) -> list[Chart]:
+    """Return the charts of training: those of which anything was logged.
+
+    Args:
+        history: lines of the log.
+        unit: what the loss is a mean of, in the plural.
+    """
+    first, *rest = (_chart(history, plan) for plan in _TRAINING)
+    said = "nats per trained token" if unit == TRAINED_TOKENS else f"mean of the {unit.replace('_', ' ')}"
+    loss = replace(first, unit=said)
+    others = (
+        Chart(_title(key), (Line(_title(key), series(history, key)),)) for key in _others(history, eval_too=False)
+    )
+    return [chart for chart in (loss, _rates(history), *rest, *others) if _has_values(chart)]
+
+
+def evaluation_charts(history: History, unit: str = TRAINED_TOKENS) -> list[Chart]:
+    """Return the charts of what evaluations found, besides the loss; see :func:`training_charts`."""
+    found = _others(history, eval_too=True)
+    keys = [key for key in found if key.startswith("eval_") and key != f"eval_{unit}"]
+    lines = {key: Line(_title(key), series(history, key)) for key in keys if key not in _BLIND.names}
+    shares = [line for line in lines.values() if all(0 <= value <= 1 for _, value in line.finite)]
+    rest = [line for line in lines.values() if line not in shares]
+    scores = [shares[start : start + STYLES] for start in range(0, len(shares), STYLES)]
+    charts = [Chart("Scores", tuple(group), percent=True) for group in scores]
+    charts += [Chart(line.name, (line,)) for line in rest]
+    return [chart for chart in (*charts, _chart(history, _BLIND)) if _has_values(chart)]
+
+
+def _rates(history: History) -> Chart:
+    parts = list(dict.fromkeys(key for line in history for key in line if key.startswith(PART_RATE)))
+    lines = [Line(key.removeprefix(PART_RATE), series(history, key)) for key in parts]
+    return Chart("Learning rate", tuple(lines or [Line("all parts", series(history, RATE))]))
+
+
+def _chart(history: History, plan: _Plan) -> Chart:
+    lines = [Line(name, series(history, key)) for key, name in plan.names.items()]
+    return Chart(plan.title, tuple(line for line in lines if line.points), plan.unit, plan.log, plan.percent)
+
+
+def _has_values(chart: Chart) -> bool:
+    return any(line.points for line in chart.lines)
+
+
+def _others(history: History, *, eval_too: bool) -> Iterator[str]:
+    """Yield the names of figures that no chart above draws, the first ones."""
+    known = _UNSHOWN.union(*(plan.names for plan in _TRAINING))
+    keys = dict.fromkeys(key for line in history for key in line)
+    kinds = ("train_", PART_RATE) if eval_too else ("train_", PART_RATE, "eval_")
+    found = [
+        key
+        for key in keys
+        if key not in known
+        and not key.startswith(kinds)
+        and not key.endswith(_UNSHOWN_ENDS)
+        and not (key.startswith("eval_") and key.endswith("_per_second"))
+        and any(math.isfinite(value) for _, value in series(history, key))
+    ]
+    yield from found[:_MOST_OTHERS]
+
+
+def _title(key: str) -> str:
+    return key.removeprefix("eval_").replace("_", " ")

@@ -1,0 +1,1 @@
+"""Comparison of what a server gives the model with what training gave it, and the server's arguments."""

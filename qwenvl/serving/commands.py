@@ -1,0 +1,126 @@
+"""The arguments with which vLLM and SGLang give a model what training gave it.
+
+Flags are those of ``vllm serve`` (engine arguments of vLLM 0.11 and later) and of ``sglang.launch_server``.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What ``--max-lora-rank`` takes (``MaxLoRARanks`` of ``vllm/config/lora.py``)."""
+
+SGLANG_MAX_PIXELS = 16384 * 28 * 28
+"""Above it SGLang shrinks pictures itself, unless ``SGLANG_IMAGE_MAX_PIXELS`` says otherwise."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter that is served beside its base model.
+
+    Args:
+        base: folder or name of the base model.
+        rank: the largest one of its matrices.
+        obstacle: why servers cannot load it as it is; empty where nothing speaks against it.
+    """
+
+    base: str
+    rank: int
+    obstacle: str = ""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served.
+
+    Args:
+        folder: the model, or the adapter.
+        limits: that the processor has to have, as :func:`qwenvl.data.encoding.processor.processor_limits` returns them.
+        carried: the folder's own processor has them.
+        clips: the family's videos are limited by the frame, and sampled without their metadata.
+        max_length: most tokens of a prompt and its answer.
+        counts: most images and videos of a sample.
+        adapter: None for a whole model.
+    """
+
+    folder: str
+    limits: Mapping[str, Any]
+    carried: bool
+    clips: bool
+    max_length: int
+    counts: Mapping[str, int]
+    adapter: Adapter | None = None
+
+
+def vllm_command(served: Served) -> str:
+    """Return the command line of vLLM."""
+    words = ["vllm", "serve", served.adapter.base if served.adapter else served.folder]
+    words += ["--max-model-len", str(served.max_length), "--limit-mm-per-prompt", json.dumps(served.counts)]
+    image, video = served.limits["image_processor"], served.limits["video_processor"]
+    if not served.carried or served.adapter:  # the processor is the base model's
+        names = ["fps", "min_frames", "max_frames"]
+        names += ["cap_pixels_per_frame", "max_video_tokens"] if video["cap_pixels_per_frame"] else []
+        frames = {name: video[name] for name in names}
+        kwargs: dict[str, Any] = {"images_kwargs": {"size": image["size"]}}
+        if served.counts["video"]:
+            kwargs["videos_kwargs"] = {"size": video["size"], **frames}
+        words += ["--mm-processor-kwargs", json.dumps(kwargs)]
+    if served.counts["video"]:
+        taken = {"num_frames": video["max_frames"], "fps": video["fps"]} if served.clips else {"num_frames": -1}
+        words += ["--media-io-kwargs", json.dumps({"video": taken})]
+    if served.adapter:
+        rank = next((rank for rank in VLLM_RANKS if rank >= served.adapter.rank), served.adapter.rank)
+        words += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"adapter={served.folder}"]
+    return _lines(words)
+
+
+def sglang_command(served: Served) -> str:
+    """Return the command line of SGLang."""
+    image, video = served.limits["image_processor"], served.limits["video_processor"]
+    words = ["python", "-m", "sglang.launch_server", "--model-path"]
+    words += [served.adapter.base if served.adapter else served.folder, "--context-length", str(served.max_length)]
+    words += ["--limit-mm-data-per-request", json.dumps(served.counts)]
+    config: dict[str, Any] = {"image": {"size": image["size"]}}
+    if served.counts["video"]:
+        size = video["size"]
+        limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        frames = {name: video[name] for name in ("fps", "min_frames", "max_frames")}
+        config["video"] = frames | (limits if served.clips else {"size": size})
+    words += ["--mm-process-config", json.dumps(config)]
+    if served.adapter:
+        words += ["--enable-lora", "--max-lora-rank", str(served.adapter.rank)]
+        words += ["--lora-paths", f"adapter={served.folder}"]
+    most = image["size"]["longest_edge"]
+    prefix = f"SGLANG_IMAGE_MAX_PIXELS={most} " if most > SGLANG_MAX_PIXELS else ""
+    return prefix + _lines(words)
+
+
+def notes(served: Served) -> list[str]:
+    """Return what the arguments alone do not settle, a sentence each."""
+    found = []
+    if served.adapter and served.adapter.obstacle:
+        found.append(f"{served.adapter.obstacle}: merge the adapter (tools/merge_lora.py) and serve the merged folder.")
+    if served.carried and not served.adapter:
+        found.append("The folder's processor carries the limits of training: vLLM needs none of its own.")
+    if served.counts["video"] and served.clips:
+        found.append(
+            "Both servers choose the frames of this family's videos themselves, evenly from the first to the last, not "
+            "as the processor does in training: where it matters, send frames instead of videos."
+        )
+    elif served.counts["video"]:
+        found.append("num_frames -1 has vLLM decode every frame, and the processor sample them as in training.")
+    found.append("The numbers of images and videos are the most of the samples looked at.")
+    return found
+
+
+def _lines(words: list[str]) -> str:
+    """Return a command with each flag on a line of its own."""
+    text = shlex.join(words)
+    for word in words:
+        if word.startswith("--"):
+            text = text.replace(f" {word} ", f" \\\n    {word} ", 1)
+    return text

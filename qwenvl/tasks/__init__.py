@@ -1,0 +1,1 @@
+"""What is learned: language modelling, heads, grounding; one folder each, behind one seam (objective.py)."""

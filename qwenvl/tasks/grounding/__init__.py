@@ -1,0 +1,1 @@
+"""Phrase grounding (F-LMM): segmentation masks from attention."""

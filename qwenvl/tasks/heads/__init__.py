@@ -1,0 +1,1 @@
+"""Classification, regression and other heads on pooled hidden states."""

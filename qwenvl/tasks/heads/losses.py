@@ -1,0 +1,97 @@
+"""The losses of heads: each a sum over samples, so that it does not depend on how they are split.
+
+Cross entropy; focal loss (Lin et al., 2017, "Focal Loss for Dense Object Detection", arXiv 1708.02002, equation 4;
+without its alpha, which class weights stand for); squared error; Huber's loss (Huber, 1964); binary cross entropy of
+each class; and for ranking, inside each sample, the pairwise logistic loss (Burges et al., 2005, "Learning to Rank
+using Gradient Descent", RankNet) or ListNet's (Cao et al., 2007, "Learning to Rank: From Pairwise Approach to Listwise
+Approach", top-one probabilities).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qwenvl.tasks.heads.head import HeadSpec
+
+
+def summed_loss(spec: HeadSpec, scores: Tensor, targets: Sequence[Any]) -> Tensor:
+    """Return the loss summed over samples, float32 [] (float64 for scores of it).
+
+    Args:
+        spec: of the head.
+        scores: [units, outputs].
+        targets: of each sample, from :class:`qwenvl.tasks.heads.labels.LabelReader`.
+    """
+    if not targets:  # zero, and connected
+        return scores.sum()
+    losses: dict[str, Callable[[HeadSpec, Tensor, Sequence[Any]], Tensor]] = {
+        "classification": _of_classes,
+        "multilabel": _of_labels,
+        "regression": _of_numbers,
+        "ranking": _of_ranks,
+    }
+    return losses[spec.task](spec, scores, targets)
+
+
+def _of_classes(spec: HeadSpec, scores: Tensor, targets: Sequence[int]) -> Tensor:
+    """Sum of w_y (1 - p_y)^gamma (-log p_y); weights are not divided by, unlike torch's mean."""
+    wanted = torch.tensor(list(targets), device=scores.device)
+    loss = functional.cross_entropy(scores, wanted, reduction="none")
+    if spec.loss == "focal":
+        loss = (1 - (-loss).exp()) ** spec.focal_gamma * loss
+    if spec.class_weights:
+        loss = loss * scores.new_tensor(spec.class_weights)[wanted]
+    return loss.sum()
+
+
+def _of_labels(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+    """Sum over samples of the mean over classes; what a sample has weighs as its class does, what it lacks 1."""
+    wanted = many_hot(targets, spec.outputs, scores)
+    loss = functional.binary_cross_entropy_with_logits(scores, wanted, reduction="none")
+    if spec.loss == "focal":
+        loss = (1 - (-loss).exp()) ** spec.focal_gamma * loss
+    if spec.class_weights:
+        loss = torch.where(wanted > 0, loss * scores.new_tensor(spec.class_weights), loss)
+    return loss.mean(1).sum()
+
+
+def many_hot(targets: Sequence[Sequence[int]], classes: int, like: Tensor) -> Tensor:
+    """Return [samples, classes], 1 where a sample has a class, in the type and place of a tensor."""
+    wanted = torch.zeros(len(targets), classes)
+    for row, names in enumerate(targets):
+        wanted[row, list(names)] = 1
+    return wanted.to(like)
+
+
+def _of_numbers(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[float]]) -> Tensor:
+    """Sum over samples of the mean over the numbers of a label, in standard deviations."""
+    wanted = torch.tensor(list(targets), dtype=torch.float64)
+    wanted = ((wanted - torch.tensor(spec.means)) / torch.tensor(spec.deviations)).to(scores)
+    if spec.loss == "huber":
+        loss = functional.huber_loss(scores, wanted, reduction="none", delta=spec.huber_delta)
+    else:
+        loss = (scores - wanted).square()
+    return loss.mean(1).sum()
+
+
+def _of_ranks(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[float]]) -> Tensor:
+    """Sum over samples of a loss of their own pictures: those of other samples are never compared."""
+    parts = scores.squeeze(1).split([len(one) for one in targets])
+    of_sample = listnet if spec.loss == "listnet" else pairwise
+    return torch.stack([of_sample(part, part.new_tensor(one)) for part, one in zip(parts, targets, strict=True)]).sum()
+
+
+def pairwise(scores: Tensor, relevances: Tensor) -> Tensor:
+    """Return the mean of log(1 + exp(s_j - s_i)) over the pairs in which i is more relevant than j; both [n]."""
+    more = (relevances[:, None] > relevances[None, :]).to(scores.dtype)
+    return (functional.softplus(scores[None, :] - scores[:, None]) * more).sum() / more.sum()
+
+
+def listnet(scores: Tensor, relevances: Tensor) -> Tensor:
+    """Return the cross entropy of softmax(scores) against softmax(relevances), both [n]."""
+    return -(relevances.softmax(0) * scores.log_softmax(0)).sum()

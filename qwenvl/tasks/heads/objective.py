@@ -1,0 +1,143 @@
+"""Classification, regression, multilabel and ranking as objectives: a unit is a sample with a label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from qwenvl.models.loss.causal_lm import segments_of
+from qwenvl.tasks.heads.confusion import confusion_svg
+from qwenvl.tasks.heads.head import HeadSpec, TaskHead, layer_number
+from qwenvl.tasks.heads.losses import summed_loss
+from qwenvl.tasks.heads.metrics import (
+    classification_metrics,
+    confusion_matrix,
+    multilabel_metrics,
+    ranking_metrics,
+    regression_metrics,
+)
+from qwenvl.tasks.heads.pooling import pooled_rows, token_places
+from qwenvl.tasks.objective import Objective
+
+PICTURE = "confusion_matrix.svg"
+
+
+class HeadObjective(Objective):
+    """Trains a :class:`~qwenvl.tasks.heads.head.TaskHead`.
+
+    Args:
+        spec: of the head.
+        seed: of its first weights.
+        learning_rate: of the head; None for the run's.
+    """
+
+    unit = "labelled_samples"
+
+    def __init__(self, spec: HeadSpec, seed: int = 0, learning_rate: float | None = None) -> None:
+        self.spec = spec
+        self._seed = seed
+        self._learning_rate = learning_rate
+
+    def build_readout(self, config: PretrainedConfig) -> TaskHead:
+        """Return the head.
+
+        Raises:
+            UserError: the model has no such layer.
+        """
+        layer_number(self.spec.hidden_layer, config.get_text_config().num_hidden_layers)
+        return TaskHead(self.spec, self._seed, self._learning_rate)
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Find the hidden states to pool; see :meth:`Objective.prepare`."""
+        batch = dict(batch)
+        batch["segments"] = segments_of(batch, batch.pop("labels"))
+        mask = batch["vision_mask"].flatten().numpy()
+        by_picture = self.spec.task == "ranking"
+        pooled = pooled_rows(self.spec.pooling, token_places(batch), mask, by_picture=by_picture)
+        return batch | {"readout_inputs": {"rows": pooled.rows, "lengths": pooled.lengths}}
+
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """Return the samples of a batch."""
+        return len(batch["sample_targets"])
+
+    def summed_loss(self, output: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Return the loss summed over the samples of a batch."""
+        return summed_loss(self.spec, output, batch["sample_targets"])
+
+    def records(self, output: Tensor, batch: Mapping[str, Any]) -> list[Any]:
+        """Return (scores float64 [units of the sample, outputs], target) of each sample."""
+        targets = batch["sample_targets"]
+        scores = output.double().cpu().numpy()
+        units = [len(one) if self.spec.task == "ranking" else 1 for one in targets]
+        return list(zip(np.split(scores, np.cumsum(units)[:-1]) if targets else [], targets, strict=True))
+
+    def metrics(self, records: Sequence[Any]) -> dict[str, float]:
+        """Return the metrics of the task; nothing without a record."""
+        if not records:
+            return {}
+        scores, targets = [one for one, _ in records], [target for _, target in records]
+        if self.spec.task == "ranking":
+            return ranking_metrics([one[:, 0] for one in scores], [np.array(one) for one in targets])
+        rows = np.concatenate(scores)
+        if self.spec.task == "classification":
+            return classification_metrics(rows.argmax(1), np.array(targets))
+        if self.spec.task == "regression":
+            return regression_metrics(values(self.spec, rows), np.array(targets))
+        expected = np.zeros(rows.shape, bool)
+        for row, names in enumerate(targets):
+            expected[row, list(names)] = True
+        return multilabel_metrics(probabilities(self.spec, rows), expected)
+
+    def draw(self, records: Sequence[Any], folder: Path) -> None:
+        """Write the confusion matrix, where there are classes of which each sample has one."""
+        if self.spec.task == "classification" and records:
+            predicted = np.concatenate([one for one, _ in records]).argmax(1)
+            expected = np.array([target for _, target in records])
+            counts = confusion_matrix(predicted, expected, self.spec.outputs)
+            (folder / PICTURE).write_text(confusion_svg(counts, self.spec.classes), encoding="utf-8")
+
+
+def probabilities(spec: HeadSpec, scores: np.ndarray) -> np.ndarray:
+    """Return the probability of each class, [n, classes]: of one class a sample they add up to 1."""
+    if spec.task == "classification":
+        powers = np.exp(scores - scores.max(1, keepdims=True))
+        shares: np.ndarray = powers / powers.sum(1, keepdims=True)
+        return shares
+    likely: np.ndarray = 0.5 * (1 + np.tanh(0.5 * scores))
+    return likely
+
+
+def values(spec: HeadSpec, scores: np.ndarray) -> np.ndarray:
+    """Return the numbers that scores of regression stand for, [n, numbers]."""
+    found: np.ndarray = scores * np.array(spec.deviations) + np.array(spec.means)
+    return found
+
+
+def describe_scores(spec: HeadSpec, scores: np.ndarray) -> dict[str, Any]:
+    """Return what the scores of one sample say, in values of JSON.
+
+    Args:
+        spec: of the head.
+        scores: [units of the sample, outputs].
+
+    Returns:
+        ``label``, and beside it ``probabilities`` of each class by name (classification, multilabel) or ``scores`` and
+        ``order``, the numbers of the pictures, best first, from 0 (ranking). ``label`` of regression is a number, or
+        a list of several.
+    """
+    if spec.task == "ranking":
+        order = np.argsort(-scores[:, 0], kind="stable")
+        return {"label": order.tolist(), "scores": scores[:, 0].tolist(), "order": order.tolist()}
+    if spec.task == "regression":
+        numbers = values(spec, scores)[0].tolist()
+        return {"label": numbers if spec.outputs > 1 else numbers[0]}
+    likely = probabilities(spec, scores)[0]
+    by_name = dict(zip(spec.classes, likely.tolist(), strict=True))
+    if spec.task == "classification":
+        return {"label": spec.classes[int(likely.argmax())], "probabilities": by_name}
+    return {"label": [name for name, one in by_name.items() if one >= 0.5], "probabilities": by_name}

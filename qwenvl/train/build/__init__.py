@@ -1,0 +1,1 @@
+"""Data, model and packing of a run, built from its settings."""

@@ -1,0 +1,153 @@
+"""The model of a run: loaded, frozen where it does not train, with adapters, and ready for the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
+
+from qwenvl.config import ParsedArguments, TrainingArguments
+from qwenvl.data.encoding.processor import AddedTokens
+from qwenvl.models.attention.packed import attend_by_segments, refuse_unknown_switches
+from qwenvl.models.forward import install
+from qwenvl.models.loading import choose_attention, load_model
+from qwenvl.models.lora.adapters import AdapterSettings, add_adapters, trained_in_float32
+from qwenvl.models.lora.files import describe_base
+from qwenvl.models.lora.new_tokens import make_room, train_rows
+from qwenvl.models.loss.fused_lm_head import linear_cross_entropy
+from qwenvl.models.loss.liger import open_liger_loss
+from qwenvl.models.precision import resolve_dtype
+from qwenvl.models.quantization import quantization
+from qwenvl.models.task_module import Readout
+from qwenvl.models.trainable.freezing import configure_checkpointing, freeze_unused, refuse_unused, set_model
+from qwenvl.models.vision.patchify import Patchify
+from qwenvl.tasks.objective import Objective
+
+
+def open_model(
+    parsed: ParsedArguments,
+    processor: ProcessorMixin,
+    config: PretrainedConfig,
+    tokens: AddedTokens,
+    *,
+    objective: Objective | None = None,
+    on_meta: bool = False,
+) -> PreTrainedModel:
+    """Load the checkpoint, freeze what is not trained, install the vision call and a task's module, and add adapters.
+
+    On the meta device only shapes are read: all weights then have the type that is computed in.
+
+    Raises:
+        UserError: the checkpoint is incomplete, its processor normalises in a way that is not known, or nothing trains.
+    """
+    arguments, args = parsed.model, parsed.training
+    patchify = Patchify.from_processor(processor)
+    set_seed(args.seed)
+    if args.deepspeed and not on_meta:
+        _start_deepspeed()
+    dtype, _ = weight_types(parsed)
+    half_precision = compute_type(parsed) != torch.float32
+    objective = objective or Objective()
+    attention = choose_attention(objective.attention or arguments.attn_implementation, half_precision=half_precision)
+    if attention == "sdpa":
+        refuse_unknown_switches(config, shows_maps=objective.attention is not None)
+    model = load_model(
+        arguments.model_name_or_path,
+        dtype=compute_type(parsed) if on_meta else dtype,
+        attn_implementation=attention,
+        config=config,
+        quantization=None if on_meta else quantization(parsed.adapters.quantization_bit),
+        on_meta=on_meta,
+        **origin_options(parsed),
+    )
+    if attention == "sdpa":
+        attend_by_segments(model)
+    readout = objective.build_readout(config)
+    make_room(model, tokens.new, may_grow=not parsed.adapters.lora_enable)
+    _choose_trained_parts(model, parsed, readout)
+    install(model, patchify, open_liger_loss() if args.use_liger_kernel else linear_cross_entropy, readout)
+    args.use_liger_kernel = False  # the Trainer would exchange parts of the model for Liger's own
+    if parsed.adapters.lora_enable:
+        _adapt(model, parsed, tokens.ids)
+        refuse_unused(model)
+    _checkpoint_trained_parts(model, args)
+    _compile_layers(model, args)
+    return model
+
+
+def _choose_trained_parts(model: PreTrainedModel, parsed: ParsedArguments, readout: Readout | None) -> None:
+    arguments = parsed.model
+    set_model(
+        model,
+        tune_mm_vision=arguments.tune_mm_vision,
+        tune_mm_mlp=arguments.tune_mm_mlp,
+        tune_mm_llm=arguments.tune_mm_llm,
+        adapted=parsed.adapters.lora_enable or readout is not None,
+    )
+    if readout is not None:
+        readout.to(weight_types(parsed)[1])
+        freeze_unused(model, readout)
+
+
+def weight_types(parsed: ParsedArguments) -> tuple[torch.dtype, torch.dtype]:
+    """Return the types in which weights are kept: those that are frozen, and those that train."""
+    args, model = parsed.training, parsed.model
+    head_alone = parsed.tasks.task is not None and not (model.tune_mm_llm or model.tune_mm_mlp or model.tune_mm_vision)
+    adapted = parsed.adapters.lora_enable or head_alone
+    masters = bool(args.deepspeed) or (adapted and not args.fsdp)
+    dtype = resolve_dtype(parsed.model.model_dtype, bf16=args.bf16, fp16=args.fp16, masters=masters)
+    return dtype, torch.float32 if adapted and not args.deepspeed else dtype
+
+
+def compute_type(parsed: ParsedArguments) -> torch.dtype:
+    """Return the type of matrix products and of what they leave."""
+    args = parsed.training
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weight_types(parsed)[0]
+
+
+def _adapt(model: PreTrainedModel, parsed: ParsedArguments, token_ids: Sequence[int]) -> None:
+    """Add adapters, beside what trains whole, and let the rows of added tokens train."""
+    chosen = parsed.adapters
+    settings = AdapterSettings(
+        chosen.lora_target, chosen.lora_r, chosen.lora_alpha, chosen.lora_dropout, chosen.use_dora, chosen.use_rslora
+    )
+    add_adapters(model, settings)
+    if token_ids:
+        train_rows(model, token_ids)
+    describe_base(model, parsed.model.model_name_or_path)
+    if weight_types(parsed)[1] == torch.float32 and not next(model.parameters()).is_meta:
+        trained_in_float32(model)
+
+
+def _compile_layers(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Compile the language model, each layer for itself: what is not the same for any pictures and samples stays out.
+
+    The blocks of the tower split tensors by pictures, and would be compiled anew for each number of them. In place, so
+    that saved names stay; the Trainer's own way wraps the whole model.
+    """
+    if args.torch_compile:
+        for layer in model.model.language_model.layers:
+            layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+
+
+def _checkpoint_trained_parts(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Turn gradient checkpointing on here and off in the arguments: the Trainer would checkpoint frozen parts too."""
+    configure_checkpointing(model, args.checkpointed_parts)
+    args.gradient_checkpointing = False
+    if hasattr(args, "activation_checkpointing"):  # its newer name
+        args.activation_checkpointing = False
+
+
+def _start_deepspeed() -> None:
+    """Start DeepSpeed's process group before the weights load: it would otherwise believe there is one rank."""
+    import deepspeed
+
+    deepspeed.init_distributed()
+
+
+def origin_options(parsed: ParsedArguments) -> dict[str, Any]:
+    """Return what every opening of the checkpoint takes."""
+    return {"cache_dir": parsed.training.cache_dir, "trust_remote_code": parsed.model.trust_remote_code}

@@ -1,0 +1,1 @@
+"""What watches a run: watchdog, preemption, guards, progress, run report."""

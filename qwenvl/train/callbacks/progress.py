@@ -1,0 +1,78 @@
+"""How a run gets on, for people: a bar on a terminal, and a line of the log for each set of figures."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
+
+from qwenvl.utils.logging import shows_bars
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(ProgressCallback):
+    """The Trainer's bars where bars are shown; its figures go through the log, with the step they belong to."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar of the run."""
+        if _shows_bars(args):
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move it on."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Move the bar of an evaluation on."""
+        if _shows_bars(args):
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Say the figures."""
+        if state.is_world_process_zero and logs:
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, describe(logs))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+
+def _shows_bars(args: TrainingArguments) -> bool:
+    return shows_bars() and not args.disable_tqdm
+
+
+def describe(logs: dict[str, Any]) -> str:
+    """Return figures as ``name value``, numbers to four digits."""
+    texts = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in logs.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items() if name != "total_flos")
+
+
+def follow(trainer: Trainer) -> None:
+    """Let a trainer show its progress in this way, in the place of its own."""
+    for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress())

@@ -1,0 +1,192 @@
+"""What a saved folder has to hold, seen from its small files and the headers of its weights; nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qwenvl.models.lora.files import CONFIG_FILE, WEIGHTS_FILE
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+"""Names of floating-point types in headers and in configs."""
+
+_PROCESSOR = (
+    ("image processor", ("processor_config.json", "preprocessor_config.json")),
+    ("tokenizer", ("tokenizer.json", "vocab.json")),
+)
+_HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
+_LISTED = 6
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of a safetensors file says of a tensor.
+
+    Args:
+        file: that holds it.
+        dtype: as headers write it.
+        shape: of the tensor.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(files: Collection[Path]) -> dict[str, Header]:
+    """Return the tensors of safetensors files by name.
+
+    Raises:
+        OSError, SafetensorError: a file cannot be read.
+    """
+    found: dict[str, Header] = {}
+    for file in sorted(files):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  not a dict
+                part = tensors.get_slice(name)
+                found[name] = Header(file, part.get_dtype(), tuple(part.get_shape()))
+    return found
+
+
+def problems_of(folder: Path, source: Mapping[str, Header] | None = None, ignored: Sequence[str] = ()) -> list[str]:
+    """Return what is wrong with a saved folder, a sentence each; nothing where it is whole.
+
+    Args:
+        folder: of a model, or of an adapter.
+        source: tensors of the checkpoint that training started from; None where that is not known.
+        ignored: patterns of names that transformers leaves out on purpose when it loads the source.
+    """
+    problems = [*_processor_problems(folder)]
+    if (folder / CONFIG_FILE).is_file():
+        return problems + _adapter_problems(folder)
+    small = ("config.json", "generation_config.json")
+    problems += [f"{name} is missing" for name in small if not (folder / name).is_file()]
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        headers, broken = _open_weights(folder)
+    except FileNotFoundError:
+        return problems
+    except (OSError, ValueError, SafetensorError) as error:
+        return [*problems, f"its weights or config.json cannot be read: {error}"]
+    problems += broken
+    if not broken:
+        problems += _tying_problems(config, headers)
+        problems += _dtype_problems(config, headers, source or {})
+        if source:
+            problems += _naming_problems(headers, source, ignored, tied=_is_tied(config))
+    return problems
+
+
+def _processor_problems(folder: Path) -> list[str]:
+    problems = []
+    for part, names in _PROCESSOR:
+        if not any((folder / name).is_file() for name in names):
+            problems.append(f"the {part} is missing ({' or '.join(names)})")
+    templates = [folder / name for name in ("chat_template.jinja", "chat_template.json")]
+    if not any(path.is_file() for path in templates) and not _tokenizer_has_template(folder):
+        problems.append("the chat template is missing (chat_template.jinja)")
+    return problems
+
+
+def _tokenizer_has_template(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def _open_weights(folder: Path) -> tuple[dict[str, Header], list[str]]:
+    """Return the tensors that transformers would load, and what is wrong with the files that hold them."""
+    if (folder / WEIGHTS).is_file():
+        return read_headers([folder / WEIGHTS]), []
+    if not (folder / INDEX).is_file():
+        return {}, [f"there are no weights ({WEIGHTS} or {INDEX})"]
+    placed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    files = {folder / name for name in placed.values()}
+    missing = sorted(path.name for path in files if not path.is_file())
+    if missing:
+        return {}, [f"weight files are missing that {INDEX} names: {_listed(missing)}"]
+    headers = read_headers(files)
+    wrong = sorted({name for name in headers.keys() | placed.keys() if _place(headers, name) != placed.get(name)})
+    return headers, [f"{INDEX} and the files differ in {_listed(wrong)}"] if wrong else []
+
+
+def _place(headers: Mapping[str, Header], name: str) -> str | None:
+    return headers[name].file.name if name in headers else None
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
+
+
+def _tying_problems(config: Mapping[str, Any], headers: Mapping[str, Header]) -> list[str]:
+    """Compare what the config says of tied embeddings with the tensors that there are."""
+    embeddings = [name for name in headers if name.endswith(f"language_model.{_EMBEDDINGS}")]
+    embeddings = embeddings or [name for name in headers if name.endswith(_EMBEDDINGS)]
+    head = next((name for name in headers if name.endswith(_HEAD)), None)
+    if not embeddings:
+        return [] if _is_tied(config) and head else ["the token embeddings are missing from the weights"]
+    if not _is_tied(config):
+        return [] if head else [f"{_HEAD} is missing from the weights, and config.json does not tie it"]
+    if head is None or torch.equal(_tensor(headers, head), _tensor(headers, embeddings[0])):
+        return []
+    return [f"config.json ties {_HEAD} to {embeddings[0]}, but the files hold two different tensors: one would be lost"]
+
+
+def _tensor(headers: Mapping[str, Header], name: str) -> torch.Tensor:
+    with safe_open(headers[name].file, "pt") as tensors:
+        tensor: torch.Tensor = tensors.get_tensor(name)
+    return tensor
+
+
+def _dtype_problems(
+    config: Mapping[str, Any], headers: Mapping[str, Header], source: Mapping[str, Header]
+) -> list[str]:
+    """Name tensors whose precision neither the config says nor the checkpoint that training started from had."""
+    said = config.get("dtype", config.get("torch_dtype"))
+    other = [
+        f"{name} ({DTYPES[header.dtype]})"
+        for name, header in headers.items()
+        if header.dtype in DTYPES
+        and DTYPES[header.dtype] != said
+        and (name not in source or source[name].dtype != header.dtype)
+    ]
+    return [f"config.json says {said}, but tensors are of another precision: {_listed(other)}"] if other else []
+
+
+def _naming_problems(
+    headers: Mapping[str, Header], source: Mapping[str, Header], ignored: Sequence[str], *, tied: bool
+) -> list[str]:
+    """Name the tensors that the checkpoint has and the folder does not, and the other way round."""
+    free = [re.compile(pattern) for pattern in ignored] + [re.compile(rf"{re.escape(_HEAD)}$")] * tied
+    gone, new = (
+        sorted(name for name in one.keys() - other.keys() if not any(pattern.search(name) for pattern in free))
+        for one, other in ((source, headers), (headers, source))
+    )
+    found = [f"missing: {_listed(gone)}"] * bool(gone) + [f"new: {_listed(new)}"] * bool(new)
+    return [f"its tensors are not named as in the checkpoint it was trained from; {'; '.join(found)}"] if found else []
+
+
+def _adapter_problems(folder: Path) -> list[str]:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        headers = read_headers([folder / WEIGHTS_FILE])
+    except (OSError, ValueError, SafetensorError) as error:
+        return [f"the adapter cannot be read: {error}"]
+    problems = [] if config.get("base_model_name_or_path") else [f"{CONFIG_FILE} names no base model"]
+    halves = {half: {name.replace(half, "lora") for name in headers if half in name} for half in ("lora_A", "lora_B")}
+    lonely = sorted(halves["lora_A"] ^ halves["lora_B"])
+    if lonely:
+        problems.append(f"the adapter holds one half alone of {_listed(lonely)}")
+    return problems if halves["lora_A"] or lonely else [*problems, "the adapter holds no LoRA matrices"]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

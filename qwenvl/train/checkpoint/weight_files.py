@@ -1,0 +1,127 @@
+"""The weight files of a finished model: their precision and size, as asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qwenvl.models.lora.files import WEIGHTS_FILE
+from qwenvl.train.checkpoint.folder_check import DTYPES, INDEX, WEIGHTS, Header, read_headers
+
+_OF_A_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+
+def rewrite_weights(folder: Path, dtype: str, max_bytes: int) -> None:
+    """Give the weights in a folder another precision, and split files that are too large.
+
+    One file is in memory at a time. An adapter keeps its one file, which is what PEFT opens.
+
+    Args:
+        folder: of a model or an adapter that was just saved.
+        dtype: ``float32`` or ``bfloat16``; ``auto`` for the one they have.
+        max_bytes: of one file; a tensor is never split.
+    """
+    adapter = folder / WEIGHTS_FILE
+    files = [adapter] if adapter.is_file() else sorted(folder.glob("model*.safetensors"))
+    headers = read_headers(files)
+    shards = [list(headers)] if adapter.is_file() else list(_shards(headers, dtype, max_bytes))
+    changes = dtype != "auto" and any(DTYPES.get(header.dtype, dtype) != dtype for header in headers.values())
+    if not changes and len(shards) <= len(files):
+        return
+    rewritten = folder / ".rewritten"
+    rewritten.mkdir()
+    names = [adapter.name] if adapter.is_file() else _file_names(len(shards))
+    for name, tensors in zip(names, shards, strict=True):
+        save_file(dict(_read(headers, tensors, dtype)), rewritten / name, metadata={"format": "pt"})
+    for file in files:
+        file.unlink()
+    for name in names:
+        (rewritten / name).replace(folder / name)
+    shutil.rmtree(rewritten)
+    _describe(folder, dtype, dict(zip(names, shards, strict=True)))
+
+
+def remove_older_weights(folder: Path, written: Sequence[str]) -> None:
+    """Remove the files of an earlier model's weights, which transformers would take for those of the new one.
+
+    Args:
+        folder: of the model.
+        written: names of the files that were written now. Where none of them holds weights, nothing is removed.
+    """
+    if not any(_OF_A_MODEL.fullmatch(name) for name in written):
+        return
+    for file in folder.iterdir():
+        if _OF_A_MODEL.fullmatch(file.name) and file.name not in written:
+            file.unlink()
+
+
+def _shards(headers: Mapping[str, Header], dtype: str, max_bytes: int) -> Iterator[list[str]]:
+    """Yield the names of tensors that make a file, in order."""
+    names: list[str] = []
+    used = 0
+    for name, header in headers.items():
+        size = _size(header, dtype)
+        if names and used + size > max_bytes:
+            yield names
+            names, used = [], 0
+        names.append(name)
+        used += size
+    if names:
+        yield names
+
+
+def _size(header: Header, dtype: str) -> int:
+    element = {"float32": 4, "bfloat16": 2}.get(dtype) if header.dtype in DTYPES else None
+    if element is None:
+        element = _BYTES.get(header.dtype, 8)
+    return element * int(torch.Size(header.shape).numel())
+
+
+def _file_names(count: int) -> list[str]:
+    return [WEIGHTS] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+
+
+def _read(headers: Mapping[str, Header], names: Sequence[str], dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in names:
+        with safe_open(headers[name].file, "pt") as tensors:
+            tensor = tensors.get_tensor(name)
+        if dtype != "auto" and tensor.is_floating_point():
+            tensor = tensor.to(getattr(torch, dtype))
+        yield name, tensor
+
+
+def _describe(folder: Path, dtype: str, shards: Mapping[str, Sequence[str]]) -> None:
+    """Write the index of the files, where there are several, and the precision into the config."""
+    headers = read_headers([folder / name for name in shards])
+    (folder / INDEX).unlink(missing_ok=True)
+    if len(shards) > 1:
+        total = {
+            "total_parameters": sum(int(torch.Size(header.shape).numel()) for header in headers.values()),
+            "total_size": sum(_size(header, "auto") for header in headers.values()),
+        }
+        placed = {name: header.file.name for name, header in sorted(headers.items())}
+        _write_json(folder / INDEX, {"metadata": total, "weight_map": placed})
+    config = folder / "config.json"
+    if dtype != "auto" and config.is_file():
+        said = json.loads(config.read_text(encoding="utf-8"))
+        _write_json(config, _with_dtype(said, dtype))
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    return {
+        name: _with_dtype(value, dtype) if isinstance(value, dict) else dtype if name == "dtype" else value
+        for name, value in config.items()
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,155 @@
+"""``--dry_run``: everything that can fail later is tried now, and what the run will be is computed. No GPU is needed.
+
+Tokens, packs, steps and operations are exact. Memory is counted by running the step of the heaviest micro-batch on the
+meta device (:mod:`qwenvl.profiling.activation_memory`). Hours are operations / (devices x peak x an MFU that is
+assumed).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from qwenvl.config import ParsedArguments, TrainingArguments
+from qwenvl.data.collator import Collator, for_model
+from qwenvl.data.dataset import ConversationDataset
+from qwenvl.data.packing.lengths import measure_lengths
+from qwenvl.profiling.activation_memory import StepMemory, measure_step
+from qwenvl.profiling.state_memory import StateMemory, estimate_states, read_sharing
+from qwenvl.train.build.data import RunData
+from qwenvl.train.build.model import open_model, weight_types
+from qwenvl.train.dry_run.report import NOT_COUNTED, describe_memory, describe_work, gib
+from qwenvl.train.measured_trainer import flops_of
+from qwenvl.train.records.summary import describe_budget, describe_data, describe_model, describe_remarks
+from qwenvl.train.schedule import plan_schedule, slowest_over_mean
+from qwenvl.utils.cache import cache_folder
+from qwenvl.utils.distributed import world_size
+from qwenvl.utils.errors import SampleError, UserError
+from qwenvl.utils.tables import as_text
+
+logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 20
+"""Rows of a dataset of which one has to be decodable."""
+_READ = 1000
+"""Rows of a dataset whose keys are looked at."""
+
+
+def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) -> None:
+    """Try, compute and report; in one process, whatever their number.
+
+    Raises:
+        UserError: something would stop the run.
+    """
+    args = parsed.training
+    ranks = args.dry_run_devices or world_size()
+    rows = ConversationDataset(data.train.tables, data.encoder, data.train.skips_bad_samples)
+    lengths = measure_lengths(rows, cache_folder(parsed.data.data_cache_dir))
+    measures = data.train.add_up(lengths.measures)
+    for remark in describe_remarks(rows.tables, lengths.measures):
+        logger.warning("%s", remark)
+    for dataset in filter(None, (rows, data.evaluation)):
+        decode_one_of_each(dataset)
+        name_unread_keys(dataset)
+    unset_hf_deepspeed_config()  # or the weights would be shared out over ranks that are not there
+    model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective, on_meta=True)
+    flops, sharing = flops_of(model), read_sharing(args, ranks)
+    schedule = plan_schedule(len(data.train), args, ranks)
+    states = estimate_states(model, sharing, str(args.optim), *weight_types(parsed))
+    require_room_on_disk(args, states)
+    step = measure_heaviest(model, data, measures, parsed)
+    data = replace(data, arranged=replace(data.arranged, measures=lengths.measures, events=lengths.events))
+    imbalance = slowest_over_mean(data.order, flops.count(measures), args, ranks)
+    parts: list[Table | str] = [
+        *describe_model(parsed, model),
+        *describe_data(data, schedule, args),
+        describe_budget(args, data, schedule, None),
+        describe_work(flops, measures, schedule, args, imbalance),
+        describe_memory(sharing, states, step),
+        NOT_COUNTED,
+    ]
+    logger.info("Dry run; nothing was trained.\n\n%s\n", as_text(*parts))
+
+
+def decode_one_of_each(dataset: ConversationDataset) -> None:
+    """Decode a sample of each dataset, as a worker would.
+
+    Raises:
+        UserError: a sample must stop the run, or none of the first rows of a dataset can be decoded.
+    """
+    for table in dataset.tables:
+        single = ConversationDataset([table], dataset.encoder, dataset.skips_bad_samples)
+        reasons: list[str] = []
+        for index in range(min(_LOOKED_AT, len(single))):
+            item = single[index]
+            if item.error is not None:
+                raise item.error
+            if item.samples:
+                break
+            reasons += [event.message for event in item.events]
+        else:
+            raise UserError(
+                f"None of the first {_LOOKED_AT} rows of {table.table.spec.name!r} can be used: {reasons[0]}"
+            )
+
+
+def name_unread_keys(dataset: ConversationDataset) -> None:
+    """Say which keys of the records nothing reads; of large datasets, in rows spread evenly over them."""
+    for table in dataset.tables:
+        rows = np.unique(table.rows)
+        chosen = rows[np.unique(np.linspace(0, len(rows) - 1, _READ).astype(int))]
+        messages = dict[str, None]()
+        for row in chosen.tolist():
+            try:
+                samples = table.table[row]
+            except SampleError:  # which training leaves out, or which has stopped the run before
+                continue
+            messages |= dict.fromkeys(event.message for one in samples for event in dataset.encoder.unread_keys(one))
+        for message in messages:
+            logger.warning("%s.", message)
+
+
+def require_room_on_disk(args: TrainingArguments, states: StateMemory) -> None:
+    """Check that a checkpoint fits on the disk, and say so where not all fit that are kept.
+
+    Raises:
+        UserError: none fits.
+    """
+    assert args.output_dir is not None
+    free = shutil.disk_usage(args.output_dir).free
+    if states.checkpoint > free:
+        raise UserError(
+            f"--output_dir {args.output_dir}: a checkpoint takes about {gib(states.checkpoint)}, and its disk has "
+            f"{gib(free)} free. Choose another disk, or --save_only_model True."
+        )
+    kept = args.save_total_limit
+    if kept and (kept + 1) * states.checkpoint > free:
+        logger.warning(
+            "%d checkpoints of %s (--save_total_limit %d, and the one being saved) do not fit on the disk of %s, which "
+            "has %s free.",
+            *(kept + 1, gib(states.checkpoint), kept, args.output_dir, gib(free)),
+        )
+
+
+def measure_heaviest(
+    model: PreTrainedModel, data: RunData, measures: np.ndarray, parsed: ParsedArguments
+) -> StepMemory:
+    """Return the memory of the micro-batch with most tokens, or of that with most patches: whichever takes more.
+
+    Raises:
+        UserError: one of their samples must stop the run.
+    """
+    tokenizer: Any = data.processor.tokenizer
+    collate = Collator(tokenizer.pad_token_id, parsed.data.data_flatten)
+    size = parsed.training.train_batch_size
+    heaviest = {tuple(np.argsort(-measures[name], kind="stable")[:size].tolist()) for name in ("tokens", "patches")}
+    batches = [for_model(collate([data.train[index] for index in indices])) for indices in sorted(heaviest)]
+    found = [measure_step(model, data.objective.prepare(batch), data.objective) for batch in batches]
+    return max(found, key=lambda one: one.activations + one.logits)

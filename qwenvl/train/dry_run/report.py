@@ -1,0 +1,68 @@
+"""What ``--dry_run`` says beside what every run does: its work, and the memory of each device."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.table import Table
+
+from qwenvl.config import TrainingArguments
+from qwenvl.profiling.activation_memory import StepMemory
+from qwenvl.profiling.device_specs import known_peak, name_device
+from qwenvl.profiling.flops import Flops
+from qwenvl.profiling.state_memory import Sharing, StateMemory
+from qwenvl.train.schedule import Schedule
+from qwenvl.utils.tables import pairs, table
+
+_ASSUMED_PEAK = 989.5e12
+
+
+def describe_work(
+    flops: Flops, measures: np.ndarray, schedule: Schedule, args: TrainingArguments, imbalance: float
+) -> Table:
+    """Return operations, hours and balance.
+
+    Args:
+        flops: what samples cost.
+        measures: of every index of an epoch.
+        schedule: of the run.
+        args: of the run.
+        imbalance: how long the slowest rank works in a step, over the mean.
+    """
+    ranks = schedule.ranks
+    vision, language = (float(part.sum()) * schedule.epochs for part in flops.split(measures))
+    known = args.device_peak_tflops * 1e12 if args.device_peak_tflops else known_peak(name_device(args.device))
+    peak = known or _ASSUMED_PEAK
+    hours = (vision + language) * imbalance / (ranks * peak * args.dry_run_mfu) / 3600
+    device = "" if known else ", those of a H100 in bfloat16 (--device_peak_tflops for another)"
+    share = f"{args.dry_run_mfu:.0%} (--dry_run_mfu) of {peak / 1e12:g} TFLOP/s"
+    return pairs(
+        "Work",
+        {
+            "operations": f"{vision + language:.3g} FLOP, {vision / (vision + language):.1%} of them in vision tower "
+            "and mergers",
+            "balance": f"{imbalance:.3f}, the slowest of {ranks} devices over the mean" if ranks > 1 else "",
+            "hours": f"{hours:.3g} on {ranks} devices that reach {share}{device}",
+        },
+    )
+
+
+def describe_memory(sharing: Sharing, states: StateMemory, step: StepMemory) -> Table:
+    """Return the parts of a device's memory and their sum, and what a checkpoint takes."""
+    parts = {
+        "weights": states.weights,
+        "gradients": states.gradients,
+        "optimizer": states.optimizer,
+        "activations of the heaviest batch": step.activations,
+        "logits": step.logits,
+    }
+    rows = [[name, gib(size)] for name, size in (*parts.items(), ("all", sum(parts.values())))]
+    rows.append(["a checkpoint, on disk", gib(states.checkpoint)])
+    return table(f"Memory of each device with {sharing.name}", ["what", "takes"], rows)
+
+
+NOT_COUNTED = "The libraries, buffers of the engine and fragments come on top, often 2 to 5 GiB a device."
+
+
+def gib(size: int) -> str:
+    """Return a number of bytes for people."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 // 10 else f"{size / 2**20:,.1f} MiB"

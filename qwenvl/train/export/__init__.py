@@ -1,0 +1,1 @@
+"""Finished folders: verification in a fresh process, model card, upload."""

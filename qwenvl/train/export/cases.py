@@ -1,0 +1,77 @@
+"""Samples that a finished model is compared with, as a stock model takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwenvl.data.dataset import ConversationDataset
+from qwenvl.data.encoding.encoded import EncodedSample, Plan
+from qwenvl.data.media.resize import VideoPlan
+from qwenvl.data.types import Sample
+from qwenvl.models.vision.patchify import Patchify
+from qwenvl.utils.errors import SampleError
+
+_LOOKED_AT = 64  # rows among which the shortest are taken
+_LONGEST = 2048  # tokens of a sample to compare with
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sample to compare with.
+
+    Args:
+        plan: of the sample.
+        encoded: its tokens and pixels.
+    """
+
+    plan: Plan
+    encoded: EncodedSample
+
+
+def short_cases(dataset: ConversationDataset) -> Iterator[Case]:
+    """Yield the shortest of the first samples with media, and of those without; as much of that as there is."""
+    shortest: dict[bool, tuple[Plan, Sample]] = {}
+    for index in range(min(_LOOKED_AT, len(dataset))):
+        for sample, plan in _plans(dataset, index):
+            best = shortest.get(bool(plan.media))
+            if len(plan.tokens) <= _LONGEST and (best is None or len(plan.tokens) < len(best[0].tokens)):
+                shortest[bool(plan.media)] = (plan, sample)
+    for plan, sample in shortest.values():
+        yield Case(plan, dataset.encoder.encode(plan, sample))
+
+
+def _plans(dataset: ConversationDataset, index: int) -> Iterator[tuple[Sample, Plan]]:
+    try:
+        samples = dataset.samples(index)
+    except SampleError:  # which training has counted already
+        return
+    for sample in samples:
+        try:
+            plan = dataset.encoder.plan(sample)
+        except SampleError:
+            continue
+        yield sample, plan
+
+
+def stock_inputs(case: Case, patchify: Patchify) -> dict[str, Tensor]:
+    """Return what a stock model's ``forward`` takes of a sample, without positions."""
+    inputs = {"input_ids": case.plan.tokens.input_ids[None]}
+    for kind, suffix in (("image", ""), ("video", "_videos")):
+        chosen = [
+            (plan, medium)
+            for plan, medium in zip(case.plan.media, case.encoded.media, strict=True)
+            if isinstance(plan, VideoPlan) == (kind == "video")
+        ]
+        if chosen:
+            patches = [patchify.cpu()(medium.frames.flatten(), [medium.shape]) for _, medium in chosen]
+            inputs[f"pixel_values{suffix}"] = torch.cat(patches)
+            inputs[f"{kind}_grid_thw"] = torch.tensor([plan.grid for plan, _ in chosen])
+    videos = [plan for plan in case.plan.media if isinstance(plan, VideoPlan)]
+    if videos:
+        seconds = [patchify.temporal_patch_size / video.sampled_fps for video in videos]
+        inputs["second_per_grid_ts"] = torch.tensor(seconds)
+    return inputs

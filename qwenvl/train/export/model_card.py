@@ -1,0 +1,160 @@
+"""The README.md of a finished model: what it was trained on and how, how well, and how to use it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwenvl.config import ParsedArguments
+from qwenvl.models.lora.files import CONFIG_FILE
+from qwenvl.tasks.files import is_task_folder, read_record
+from qwenvl.train.records.run_info import UsedRows, rerun_command
+
+MARKER = "<!-- Written by qwenvl after training. Without this line it is yours, and no run replaces it. -->"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LOADED = """from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}")"""
+_ADAPTER_LOADED = """from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+base = AutoModelForImageTextToText.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{name}")
+processor = AutoProcessor.from_pretrained("{name}")"""
+
+_HEAD_LOADED = """from qwenvl.tasks.heads.predict import open_task_model  # of this trainer
+
+# The model alone opens as usual, with AutoModelForImageTextToText.
+
+model = open_task_model("{name}")
+turn = {{"role": "user", "content": [{{"type": "image", "image": "a.jpg"}}, {{"type": "text", "text": "..."}}]}}
+print(model.predict([[turn]]))"""
+
+_MASKS_LOADED = """from qwenvl.tasks.grounding.predict import open_grounder  # of this trainer
+
+# The model alone opens as usual, with AutoModelForImageTextToText, and answers as before. tools/show_attention.py draws
+# what its words look at, and the masks.
+
+grounder = open_grounder("{name}")"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says.
+
+    Args:
+        name: of the model: its folder, or its repository on the hub.
+        base: folder or name of the checkpoint that it was trained from.
+        given: the settings that the user gave.
+        rows: of each dataset that are used.
+        left_out: what happened to samples, a sentence each.
+    """
+
+    name: str
+    base: str
+    given: Mapping[str, Any]
+    rows: Sequence[UsedRows]
+    left_out: Sequence[str] = ()
+
+    def write(self, folder: Path, history: Sequence[Mapping[str, float]]) -> bool:
+        """Write ``README.md``, unless a person has put one there; return whether it was written.
+
+        Args:
+            folder: of the model.
+            history: log lines of the training.
+        """
+        path = folder / "README.md"
+        if path.exists() and MARKER not in path.read_text(encoding="utf-8"):
+            return False
+        path.write_text(self.text(folder, history), encoding="utf-8")
+        return True
+
+    def text(self, folder: Path, history: Sequence[Mapping[str, float]]) -> str:
+        """Return the card of a folder."""
+        adapter = (folder / CONFIG_FILE).is_file()
+        kind = "A LoRA adapter for" if adapter else "Fine-tuned from"
+        alone = _ADAPTER_LOADED if adapter else _LOADED
+        if is_task_folder(folder):
+            alone = _MASKS_LOADED if read_record(folder).get("task") == "grounding" else _HEAD_LOADED
+        loaded = alone.format(name=self.name, base=self.base)
+        parts = [
+            f"---\n{yaml.safe_dump(self._front(adapter), sort_keys=False)}---\n\n{MARKER}",
+            f"# {Path(self.name).name}\n\n{kind} `{self.base}`.",
+            f"## Use\n\n```python\n{loaded}\n```",
+            _limits(folder),
+            f"## Data\n\n{_table(('dataset', 'rows', 'for'), self._row_lines())}",
+            "\n".join(f"- {line}" for line in self.left_out),
+            f"## Results\n\n{_table(('', 'value'), _metrics(history))}",
+            "## Settings\n\nEverything else is a default; `training_args.yaml` reruns it.\n\n"
+            f"```bash\n{rerun_command(self.given)}\n```",
+            f"## Versions\n\n{_versions(folder)}",
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def _front(self, adapter: bool) -> dict[str, Any]:
+        front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
+        if _HUB_NAME.fullmatch(self.base) and not Path(self.base).exists():
+            front["base_model"] = self.base
+        return front | {"pipeline_tag": "image-text-to-text", "tags": ["qwenvl", "sft", *(["lora"] if adapter else [])]}
+
+    def _row_lines(self) -> list[tuple[str, ...]]:
+        return [(one.dataset, f"{one.rows:,}", one.use) for one in self.rows]
+
+
+def describe_run(parsed: ParsedArguments, rows: Sequence[UsedRows], left_out: Sequence[str]) -> Card:
+    """Return the card of a run.
+
+    Args:
+        parsed: its settings.
+        rows: of each dataset that are used.
+        left_out: what happened to samples, a sentence each.
+    """
+    name = parsed.training.hub_model_id or parsed.training.output_dir
+    return Card(name, parsed.model.model_name_or_path, parsed.given, rows, left_out)
+
+
+def _limits(folder: Path) -> str:
+    """Return what the saved processor does to pictures and videos, as a sentence."""
+    path = folder / "processor_config.json"
+    if not path.is_file():
+        return ""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    image, video = config.get("image_processor", {}).get("size", {}), config.get("video_processor", {})
+    if "longest_edge" not in image or "max_frames" not in video:
+        return ""
+    return (
+        f"The processor resizes images to {image['shortest_edge']:,} to {image['longest_edge']:,} pixels, and takes "
+        f"{video['min_frames']} to {video['max_frames']} frames of a video, {video['fps']:g} a second."
+    )
+
+
+def _metrics(history: Sequence[Mapping[str, float]]) -> list[tuple[str, ...]]:
+    """Return the last loss of training and all that the last evaluation found."""
+    train = next((line for line in reversed(history) if "loss" in line), {})
+    evaluated = next((line for line in reversed(history) if "eval_loss" in line), {})
+    lines: list[tuple[str, ...]] = [("optimizer steps", f"{int(train['step']):,}")] if "step" in train else []
+    lines += [("training loss, last log line", f"{train['loss']:.4g}")] if train else []
+    shown = {"eval_loss": "evaluation loss"}
+    return lines + [
+        (shown.get(name, name.removeprefix("eval_").replace("_", " ")), f"{value:.4g}")
+        for name, value in evaluated.items()
+        if name == "eval_loss" or (name.startswith("eval_") and not name.endswith(("_second", "runtime", "_tokens")))
+    ]
+
+
+def _versions(folder: Path) -> str:
+    path = folder / "versions.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return ", ".join(f"{name} {version}" for name, version in found.items()) + "."
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)

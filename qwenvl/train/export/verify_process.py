@@ -1,0 +1,203 @@
+"""Opens a saved folder in a process of its own, as anybody would, and compares it with what training knows of it.
+
+    python -m qwenvl.train.export.verify_process FOLDER CASES.safetensors WEIGHTS.json [--device cpu] [--dtype auto]
+                                           [--reduced bfloat16]
+
+The model is stock: ``AutoModelForImageTextToText``, ``AutoProcessor`` and, for an adapter, PEFT; of this trainer come
+the classes of the connector lab, which transformers does not have, and the head of a task.
+CASES holds, for each sample numbered from 0, ``N.input_ids`` int64 [1, T], ``N.rows`` int64 [n], ``N.logits`` float32
+[n, V]; what the model's ``forward`` takes of its media; and ``N.scores`` where a task has a head. Positions are left to
+the model. WEIGHTS holds ``tensors``, checksums as of :mod:`qwenvl.models.fingerprints`, and
+``scales`` of adapters.
+
+Tensors have to be equal, byte for byte. Logits are computed in float32, as exactly as can be, and those of training may
+be as far from them as its type of numbers explains: ``--reduced`` has the same model compute in that type too, which
+measures how far that is. The last line printed is JSON: ``problems``, a list of sentences, and ``differences``, one
+record a sample, of scores first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from qwenvl.connector_lab.registration import register
+from qwenvl.models.fingerprints import adapter_scales, differing, listed, opened_tensors
+from qwenvl.models.float32 import computing_in_float32
+from qwenvl.models.task_module import NAME
+from qwenvl.tasks import files as task_files
+
+OUT_OF_MEMORY = 3
+"""Exit code where there is not enough memory: nothing is known of the folder then."""
+
+_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Open, compare and print; return the exit code: 0 if the comparison was made, whatever came of it."""
+    parser = argparse.ArgumentParser(description="Compare a saved folder with what training knows of it.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("cases", type=Path)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto", help="of the base model of an adapter")
+    parser.add_argument("--reduced", choices=["bfloat16", "float16"], help="what training computed in, if not float32")
+    arguments = parser.parse_args(argv)
+    register()
+    differences: list[dict[str, float]] = []
+    try:
+        model, problems = open_model(arguments.folder, arguments.dtype)
+        problems += check_weights(arguments.folder, model, json.loads(arguments.weights.read_text(encoding="utf-8")))
+        problems += check_processor(arguments.folder)
+        cases = split_cases(load_file(arguments.cases))
+        if not problems:
+            model = model.to(arguments.device).eval()
+            differences = compare(arguments.folder, model, cases, arguments.reduced)
+    except (MemoryError, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    except _FAILURES as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        problems, differences = [f"stock transformers cannot use it: {type(error).__name__}: {first_line}"], []
+    sys.stdout.write(json.dumps({"problems": problems, "differences": differences}) + "\n")
+    return 0
+
+
+def open_model(folder: Path, dtype: str) -> tuple[Any, list[str]]:
+    """Return the model, and what is wrong with its weights."""
+    path = folder / "adapter_config.json"
+    if path.is_file():
+        from peft import PeftModel
+
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base, dtype=dtype), folder), []
+    model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    names = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    problems = [f"{kind.replace('_', ' ')}: {', '.join(found[:6])}" for kind, found in names.items() if found]
+    return model, problems
+
+
+def check_weights(folder: Path, model: Any, known: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the weights: every tensor has to be that of training, to the bit."""
+    task = load_file(folder / task_files.WEIGHTS_FILE) if task_files.is_task_folder(folder) else {}
+    found = opened_tensors(model) | {f"{NAME}.{name}": tensor for name, tensor in task.items()}
+    wrong = differing(known["tensors"], found)
+    problems = [f"{len(wrong)} tensors are not those of training: {listed(wrong)}"] if wrong else []
+    scales = adapter_scales(model)
+    wrong = [name for name, scale in known["scales"].items() if scales.get(name) != scale]
+    return problems + ([f"{len(wrong)} adapters count otherwise than in training: {listed(wrong)}"] if wrong else [])
+
+
+def check_processor(folder: Path) -> list[str]:
+    """Return what is wrong with the processor."""
+    processor = AutoProcessor.from_pretrained(folder)
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    text = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    return [] if processor.image_token in text else ["the chat template does not render pictures"]
+
+
+def split_cases(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Return the tensors of each sample, by their names without its number."""
+    cases: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, _, key = name.partition(".")
+        cases.setdefault(int(number), {})[key] = tensor
+    return [cases[number] for number in sorted(cases)]
+
+
+class Found(NamedTuple):
+    """What a model computes for a sample.
+
+    Args:
+        logits: float32 [n, V], of the rows that are compared.
+        scores: float32 [units, outputs], of a task's head; None without one.
+    """
+
+    logits: Tensor
+    scores: Tensor | None
+
+
+def compare(
+    folder: Path, model: Any, cases: Sequence[Mapping[str, Tensor]], reduced: str | None
+) -> list[dict[str, float]]:
+    """Return how far what training computed is from what the folder computes exactly, and how far rounding leads.
+
+    Args:
+        folder: That the model was opened from.
+        model: On its device; changed to the reduced type.
+        cases: Of :func:`split_cases`.
+        reduced: Type that training computed in; None for float32.
+
+    Returns:
+        ``error`` and ``noise`` of each sample as of :func:`distance`, of scores first; the noise of exact types is 0.
+    """
+    with computing_in_float32(model):
+        exact = [compute(folder, model, case) for case in cases]
+    rounded = exact
+    if reduced is not None:
+        model = model.to(getattr(torch, reduced))
+        rounded = [compute(folder, model, case) for case in cases]
+    logits = [
+        {"error": distance(case["logits"], one.logits), "noise": distance(other.logits, one.logits)}
+        for case, one, other in zip(cases, exact, rounded, strict=True)
+    ]
+    noise = max((record["noise"] for record in logits), default=0.0)
+    scores = [
+        {"error": _share(case["scores"], one.scores), "noise": max(_share(other.scores, one.scores), noise)}
+        for case, one, other in zip(cases, exact, rounded, strict=True)
+        if one.scores is not None and other.scores is not None
+    ]
+    return scores + logits
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """Return the mean difference of a row of logits, in standard deviations of all exact ones; of rows the median.
+
+    Not their mean: where rounding sends a token to other experts, its row alone is far off.
+    """
+    if not torch.isfinite(found).all():
+        return float("inf")
+    return float(((found - exact).abs().mean(-1) / exact.std().clamp(min=1e-9)).median())
+
+
+def _share(found: Tensor, exact: Tensor) -> float:
+    """Return the mean difference of scores as a share of their mean size."""
+    apart = float((found - exact).abs().mean() / exact.abs().mean().clamp(min=1e-9))
+    return apart if math.isfinite(apart) else float("inf")
+
+
+def compute(folder: Path, model: Any, case: Mapping[str, Tensor]) -> Found:
+    """Return what a model has to say of a sample, by its stock ``forward``."""
+    ids, config = case["input_ids"], model.config
+    inputs = {name: tensor for name, tensor in case.items() if name not in ("rows", "logits", "scores")}
+    inputs["attention_mask"] = torch.ones_like(ids)
+    scores = _scores(folder, model, inputs) if "scores" in case else None
+    inputs["mm_token_type_ids"] = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
+    stock = getattr(model, "get_base_model", lambda: model)()
+    known = inspect.signature(stock.forward).parameters
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name in known}
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False, logits_to_keep=case["rows"].to(model.device)).logits[0]
+    return Found(logits.float().cpu(), scores)
+
+
+def _scores(folder: Path, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    from qwenvl.inference.generate import Answerer
+    from qwenvl.tasks.heads.predict import TaskModel, open_head
+
+    head = open_head(str(folder)).to(model.device)
+    return torch.from_numpy(TaskModel(Answerer(model, None), head).scores(inputs)[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Records of a run: start-up table, versions, skipped samples."""

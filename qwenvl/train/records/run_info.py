@@ -1,0 +1,75 @@
+"""What the model card and the report of a run both say of it: its command, its data, what it ran with."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
+
+from qwenvl import __version__
+from qwenvl.config import without_secrets
+from qwenvl.train.build.data import RunData
+
+_PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class UsedRows:
+    """Rows of a dataset that a run uses.
+
+    Args:
+        dataset: its name.
+        use: ``training`` or ``evaluation``.
+        rows: that are used; a row counts as often as it is.
+        available: rows of its annotations.
+        samples: in the used rows, those that are left out not; None where they were not counted.
+    """
+
+    dataset: str
+    use: str
+    rows: int
+    available: int
+    samples: int | None = None
+
+
+def used_rows(data: RunData) -> list[UsedRows]:
+    """Return the rows of each dataset: those to train on, then those that are held out."""
+    held_out = data.evaluation.tables if data.evaluation is not None else []
+    measures, first = data.arranged.measures, 0
+    found = []
+    for use, tables in (("training", data.train.tables), ("evaluation", held_out)):
+        for one in tables:
+            rows = UsedRows(one.table.spec.name, use, len(one.rows), len(one.table))
+            if use == "training" and measures is not None:
+                rows = replace(rows, samples=int(measures["samples"][first : first + len(one.rows)].sum()))
+                first += len(one.rows)
+            found.append(rows)
+    return found
+
+
+def rerun_command(given: Mapping[str, Any]) -> str:
+    """Return the command line of the given settings, without secrets."""
+    words = ["torchrun qwenvl/train/train_qwen.py"]
+    for name, value in without_secrets(given).items():
+        words.append(f"--{name} {shlex.quote(setting_text(value))}")
+    return " \\\n    ".join(words)
+
+
+def setting_text(value: Any) -> str:
+    """Return the value of a setting as a command line takes it."""
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+
+
+def find_versions() -> dict[str, str]:
+    """Return the versions of this package, Python, and the packages that results depend on, where installed."""
+    versions = {"qwenvl": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,1 @@
+"""Resuming: settings that changed, the sampler's position, other numbers of ranks."""

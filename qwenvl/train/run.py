@@ -1,0 +1,236 @@
+"""From parsed arguments to a finished run: every part is opened in the order in which mistakes are cheapest."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from qwenvl.config import ParsedArguments, TrainingArguments, arguments_to_yaml
+from qwenvl.config.rules.best_metric import available_metrics, require_metric
+from qwenvl.data.collator import Collator
+from qwenvl.data.encoding.processor import (
+    processor_limits,
+    with_training_limits,
+)
+from qwenvl.families import LAB, Family, get_family
+from qwenvl.models.loading import read_trainable_type, refuse_flattening
+from qwenvl.models.rope_scaling import require_same_context
+from qwenvl.models.task_module import readout_of
+from qwenvl.tasks import files as task_files
+from qwenvl.train.build.data import RunData, open_config, open_data
+from qwenvl.train.build.model import open_model
+from qwenvl.train.callbacks import preemption as interruption
+from qwenvl.train.callbacks.run_report import RunReport, Sources, describe_setup
+from qwenvl.train.checkpoint.folder import Engine, find_checkpoint, read_step, require_state_dict, require_writable
+from qwenvl.train.checkpoint.validate import read_source
+from qwenvl.train.dry_run.preflight import preflight
+from qwenvl.train.eval_prompts import HeldOutQuestions
+from qwenvl.train.export.model_card import describe_run
+from qwenvl.train.measured_trainer import MeasuredTrainer
+from qwenvl.train.records.run_info import used_rows
+from qwenvl.train.records.summary import log_start
+from qwenvl.train.resume.settings import Change, compare_settings, forgets_best
+from qwenvl.train.resume.zero_universal import fitted_to_ranks
+from qwenvl.train.saving_trainer import Records
+from qwenvl.train.verify_export import verify_export
+from qwenvl.utils.distributed import from_main_process, is_main_process
+from qwenvl.utils.errors import UserError
+from qwenvl.utils.logging import collected_warnings
+
+logger = logging.getLogger(__name__)
+
+
+def run(parsed: ParsedArguments) -> int:
+    """Train, evaluate and save as the arguments say; return the exit code: 0, or 75 if a signal stopped the run.
+
+    Raises:
+        UserError: something in the user's input must be changed.
+    """
+    with collected_warnings() as warnings:
+        return _run(parsed, warnings)
+
+
+def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
+    args = parsed.training
+    engine = _engine(args)
+    family = get_family(read_trainable_type(parsed.model.model_name_or_path, cache_dir=args.cache_dir))
+    if engine != "plain":
+        _require_launcher(engine, args.dry_run)
+        _refuse_engine(engine, family)
+    settings_yaml = arguments_to_yaml(parsed)
+    if args.router_aux_loss_coef and not family.moe:
+        raise UserError(
+            f"--router_aux_loss_coef {args.router_aux_loss_coef:g}: {family.model_type} has no experts. Leave it out."
+        )
+    config = open_config(parsed)
+    if parsed.data.data_flatten:
+        refuse_flattening(config, family)
+    require_writable(args.output_dir)
+    checkpoint, changes = (None, []) if args.dry_run else from_main_process(lambda: _find_checkpoint(parsed, engine))
+    if checkpoint is not None:
+        require_same_context(config, checkpoint)
+    data = open_data(parsed, family, config)
+    questions = _held_out_questions(parsed, data)
+    if args.dry_run:
+        from_main_process(lambda: preflight(parsed, data, config))
+        return 0
+    model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective)
+    source = read_source(parsed.model.model_name_or_path, cache_dir=args.cache_dir)
+    records = Records(settings_yaml, processor_limits(data.processor), source)
+    trainer = build_trainer(parsed, model, data, records, questions)
+    report = _open_report(parsed, trainer, data, warnings)
+    if checkpoint is not None:
+        task_files.require_same_task(readout_of(model), checkpoint)
+        args.ignore_data_skip = from_main_process(partial(trainer.begins_again, checkpoint))
+        trainer.forgets_best = forgets_best(changes)
+    _take_up_records(trainer, checkpoint)
+    trainer.data_report.add(data.arranged.events, common=True)
+    log_start(parsed, model, data, checkpoint)
+    with trainer.stop_request.listening(), fitted_to_ranks(checkpoint, trainer) as folder:
+        trainer.train(resume_from_checkpoint=folder)
+    return _finish(parsed, trainer, data, report)
+
+
+def _find_checkpoint(parsed: ParsedArguments, engine: Engine) -> tuple[str | None, list[Change]]:
+    """Return the checkpoint to resume from, and the settings that change with it; None and none to start anew."""
+    args = parsed.training
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, engine)
+    if checkpoint is None:
+        return None, []
+    if engine == "fsdp":
+        require_state_dict(checkpoint, args.fsdp_plugin_args["state_dict_type"])
+    return checkpoint, compare_settings(checkpoint, parsed.given)
+
+
+def _finish(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData, report: RunReport) -> int:
+    """Save and report what was trained; return the exit code."""
+    if trainer.stop_request.stopped_at is not None:
+        stopped = f"Stopped on request after step {trainer.stop_request.stopped_at} of {trainer.state.max_steps}"
+        logger.info(
+            "%s, which is saved in %s. The same command goes on from there.", stopped, parsed.training.output_dir
+        )
+        report.write(trainer.state, f"{stopped}. The same command goes on from there.")
+        report.log_place()
+        return interruption.EXIT_CODE
+    if parsed.tasks.task is not None and data.evaluation is not None:
+        _evaluate_at_end(trainer)
+    steps = trainer.state.global_step
+    report.write(trainer.state, f"Finished after {steps:,} step{'s' * (steps != 1)}.")
+    _save_and_verify(parsed, trainer, data)
+    report.log_place()
+    return 0
+
+
+def _evaluate_at_end(trainer: MeasuredTrainer) -> None:
+    """Evaluate the finished model, unless the last step was evaluated; every rank has to call it."""
+    evaluated = [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
+    if trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+
+
+def _open_report(
+    parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData, warnings: Sequence[str]
+) -> RunReport:
+    """Have the run's page written at every evaluation."""
+    sources = Sources(trainer.data_report, trainer.answers, trainer.questions, warnings)
+    rows = used_rows(data)
+    report = RunReport(
+        parsed.training.output_dir, describe_setup(parsed, trainer.model, trainer.objective.unit), rows, sources
+    )
+    trainer.add_callback(report)
+    return report
+
+
+def _take_up_records(trainer: MeasuredTrainer, checkpoint: str | None) -> None:
+    """Go on with what a run has written beside its checkpoints, up to the one it resumes from; or start them anew."""
+    if checkpoint is None:
+        trainer.data_report.start_over()
+        if is_main_process():
+            trainer.answers.start_over()
+        return
+    trainer.data_report.take_up()
+    trainer.running_loss.take_up(checkpoint)
+    if is_main_process():
+        trainer.answers.take_up(read_step(checkpoint))
+
+
+def _save_and_verify(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData) -> None:
+    """Save the finished model, and see whether anybody else can use it."""
+    trainer.save_state()
+    summary = trainer.data_report.summary()
+    trainer.save_final(describe_run(parsed, used_rows(data), summary))
+    for line in summary:
+        if is_main_process():
+            logger.warning("%s", line)
+    verify_export(trainer, (data.evaluation, data.train), data.processor)
+    logger.info("Saved to %s; its README.md says how to open it.", parsed.training.output_dir)
+
+
+def build_trainer(
+    parsed: ParsedArguments,
+    model: PreTrainedModel,
+    data: RunData,
+    records: Records,
+    questions: HeldOutQuestions | None = None,
+) -> MeasuredTrainer:
+    """Put model, data and settings together."""
+    tokenizer: Any = data.processor.tokenizer
+    training_limits = parsed.data.save_processor_limits == "training"
+    return MeasuredTrainer(
+        model=model,
+        args=parsed.training,
+        train_dataset=data.train,
+        order=data.order,
+        eval_dataset=data.evaluation,
+        collator=Collator(tokenizer.pad_token_id, parsed.data.data_flatten),
+        processor=with_training_limits(data.processor, data.encoder.settings) if training_limits else data.processor,
+        records=records,
+        objective=data.objective,
+        questions=questions,
+    )
+
+
+def _held_out_questions(parsed: ParsedArguments, data: RunData) -> HeldOutQuestions | None:
+    """Choose the samples that are asked at evaluations, where any are.
+
+    Raises:
+        UserError: ``--metric_for_best_model`` is a metric that their answers do not call for.
+    """
+    args = parsed.training
+    if not args.eval_generate or data.evaluation is None:
+        return None
+    questions = HeldOutQuestions(data.evaluation, data.processor, args.eval_generate, args.data_seed or 0)
+    if args.metric_for_best_model is not None:
+        available = available_metrics(parsed.tasks.task, questions.metrics, blind=args.eval_blind)
+        require_metric(args.metric_for_best_model, available, " The expected answers decide which metrics there are.")
+    return questions
+
+
+def _engine(args: TrainingArguments) -> Engine:
+    return "deepspeed" if args.deepspeed else "fsdp" if args.fsdp else "plain"
+
+
+def _refuse_engine(engine: Engine, family: Family) -> None:
+    if family is LAB:
+        raise UserError(
+            f"--{engine} with {family.model_type}: its encoders run once for each size of picture, so that ranks which "
+            f"share weights out would wait for each other. Train it with DDP: leave --{engine} out."
+        )
+
+
+def _require_launcher(engine: Engine, dry_run: bool) -> None:
+    """FSDP needs a process group, and DeepSpeed asks for the rank even where there is one process.
+
+    Raises:
+        UserError: nothing has told this process its rank.
+    """
+    if "RANK" not in os.environ and not dry_run:
+        raise UserError(
+            f"--{engine} needs a launcher, for one GPU too: torchrun --nproc_per_node=1 "
+            f"qwenvl/train/train_qwen.py ..., or leave --{engine} out."
+        )

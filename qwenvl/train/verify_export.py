@@ -1,0 +1,250 @@
+"""The finished folder, held against the trainer: stock transformers computes the same with it, in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qwenvl.data.collator import for_model
+from qwenvl.data.dataset import ConversationDataset
+from qwenvl.data.encoding.encoded import Item
+from qwenvl.models.fingerprints import adapter_scales, trained_fingerprints
+from qwenvl.models.lora.adapters import has_adapters
+from qwenvl.models.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from qwenvl.models.loss.causal_lm import run_model, tell_host
+from qwenvl.models.moe_checkpoint import weight_files
+from qwenvl.models.task_module import readout_of
+from qwenvl.models.vision.patchify import Patchify
+from qwenvl.tasks.heads.objective import HeadObjective
+from qwenvl.train.checkpoint.validate import BLAME
+from qwenvl.train.export.cases import Case, short_cases, stock_inputs
+from qwenvl.train.export.verify_process import OUT_OF_MEMORY
+from qwenvl.train.saving_trainer import SavingTrainer
+from qwenvl.train.trainer import QwenVLTrainer
+from qwenvl.utils.cores import available_cores
+from qwenvl.utils.distributed import from_main_process
+from qwenvl.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FLOAT32 = 1e-3
+"""Difference of logits that float32 explains, in standard deviations: 600 times what is measured at 2B on a CPU, and
+room for the kernels of other devices."""
+
+MULTIPLE = 3.0
+"""How many times as far as rounding is measured to lead the logits of training may be. Once is what is expected, since
+both are rounded by the same type; 0.6 to 1.2 times was measured over all families, 0.99 at 2B."""
+
+_ROWS = 32  # positions whose logits are compared
+_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def verify_export(trainer: QwenVLTrainer, datasets: Sequence[ConversationDataset | None], processor: Any) -> None:
+    """Have a fresh process open the finished folder, and compare its logits with the trainer's; every rank calls it.
+
+    The head of a task is opened there too, and its scores of the same samples are compared.
+
+    Args:
+        trainer: that has saved it.
+        datasets: whose first samples are compared with; None for those there are not.
+        processor: of the checkpoint, which says how patches are cut.
+
+    Raises:
+        UserError: it cannot be opened, or computes something else.
+    """
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    obstacle = from_main_process(lambda: _obstacle(folder) if args.verify_export == "auto" else "")
+    if getattr(trainer.model, "is_quantized", False):
+        obstacle = "its base had 4 bits in training and has all of them now, which moves the logits"
+    if args.verify_export is False or obstacle:
+        logger.info(
+            "The finished folder is not opened again to compare logits: %s.", obstacle or "--verify_export false"
+        )
+        return
+    logger.info("Opening %s in a fresh process with stock transformers, to compare weights and logits.", folder)
+    cases = [case for dataset in datasets if dataset is not None for case in short_cases(dataset)][:2]
+    patchify = Patchify.from_processor(processor)
+    logits = [trainer_logits(trainer, case) for case in cases]
+    scores = [trainer_scores(trainer, case) for case in cases]
+    tensors = {
+        f"{number}.{name}": tensor.contiguous()
+        for number, (case, (rows, values), found) in enumerate(zip(cases, logits, scores, strict=True))
+        for name, tensor in {**stock_inputs(case, patchify), "rows": rows, "logits": values, **found}.items()
+    }
+    known = {
+        "tensors": trained_fingerprints(trainer.model, args.save_dtype, trainer.model.dtype),
+        "scales": adapter_scales(trainer.model) if has_adapters(trainer.model) else {},
+    }
+    from_main_process(partial(_compare, folder, tensors, known, trainer))
+
+
+def trainer_logits(trainer: SavingTrainer, case: Case) -> tuple[Tensor, Tensor]:
+    """Return which positions of a sample are compared, and what the model in training computes there.
+
+    Returns:
+        int64 [n], and float32 [n, V], both on the host.
+    """
+    assert trainer.data_collator is not None
+    batch = for_model(trainer.data_collator([Item((case.encoded,))]))
+    inputs = tell_host(batch)
+    length = batch["input_ids"].shape[1]
+    rows = torch.linspace(0, length - 1, min(_ROWS, length)).round().long()
+    inputs = trainer._prepare_inputs(inputs | {"kept_positions": rows, "targets": None})
+    model = trainer._wrap_model(trainer.model, training=False)
+    model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        logits = run_model(model, inputs).logits
+    return rows, logits[0].float().cpu()
+
+
+def trainer_scores(trainer: QwenVLTrainer, case: Case) -> dict[str, Tensor]:
+    """Return ``scores`` float32 [units, outputs], what the head of a task says of a sample; nothing without one."""
+    if readout_of(trainer.model) is None or not isinstance(trainer.objective, HeadObjective):
+        return {}
+    assert trainer.data_collator is not None
+    batch = for_model(trainer.data_collator([Item((case.encoded,))]))
+    inputs = trainer._prepare_inputs(trainer.objective.prepare(batch))
+    model = trainer._wrap_model(trainer.model, training=False)
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        return {"scores": run_model(model, inputs).logits.float().cpu()}
+
+
+def _obstacle(folder: Path) -> str:
+    """Return why the model does not fit once more into memory; empty where it does."""
+    needed, free = _bytes_of(folder) * 1.3 + 2**30, psutil.virtual_memory().available
+    if needed <= free:
+        return ""
+    return (
+        f"it takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free (--verify_export true insists)"
+    )
+
+
+def _bytes_of(folder: Path) -> int:
+    """Return the size of the weights, those of an adapter with its base model's."""
+    files = [file for file in folder.glob("*model*.safetensors") if (file.name == WEIGHTS_FILE) == _is_adapter(folder)]
+    if _is_adapter(folder):
+        base = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        files += map(Path, weight_files(base, {}))
+    return sum(file.stat().st_size for file in files)
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file()
+
+
+def _compare(folder: Path, tensors: Mapping[str, Tensor], known: Mapping[str, Any], trainer: SavingTrainer) -> None:
+    """Run the fresh process and judge what it says.
+
+    Raises:
+        UserError: the folder cannot be opened, or its weights or logits are not those of the trainer.
+    """
+    dtype, reduced = str(trainer.model.dtype).removeprefix("torch."), _reduced_type(trainer)
+    with tempfile.TemporaryDirectory() as scratch:
+        cases, weights = Path(scratch) / "cases.safetensors", Path(scratch) / "weights.json"
+        save_file(dict(tensors), cases)
+        weights.write_text(json.dumps(known), encoding="utf-8")
+        arguments = [str(folder), str(cases), str(weights), "--dtype", dtype, "--device", _device(folder)]
+        said = _run_fresh([*arguments, *(("--reduced", reduced) if reduced else ())])
+    if said is None:
+        _tell_unverified(folder, insisted=trainer.args.verify_export is True)
+        return
+    require_same(folder, said, reduced)
+    worst = max(said["differences"], key=lambda one: one["error"], default={"error": 0.0, "noise": 0.0})
+    logger.info(
+        "Verified: a fresh process opened %s with stock transformers; its %d tensors are those of training, its logits "
+        "differ by %.1g standard deviations (%.1g is allowed), for %d samples.",
+        *(folder, len(known["tensors"]), worst["error"], FLOAT32 + MULTIPLE * worst["noise"], len(said["differences"])),
+    )
+
+
+def require_same(folder: Path, said: Mapping[str, Any], reduced: str | None) -> None:
+    """Judge what :mod:`qwenvl.train.export.verify_process` says of a folder.
+
+    Args:
+        folder: That was opened.
+        said: ``problems`` and ``differences``.
+        reduced: Type of half precision that training computed in; None for float32.
+
+    Raises:
+        UserError: its weights or logits are not those of the trainer.
+    """
+    if said["problems"]:
+        raise UserError(f"{folder} was saved, but stock transformers finds: {'; '.join(said['problems'])}. {BLAME}")
+    for one in said["differences"]:
+        allowed = min(FLOAT32 + MULTIPLE * one["noise"], sys.float_info.max)
+        if not one["error"] <= allowed:
+            raise UserError(
+                f"{folder} was saved, but stock transformers computes something else with it: its logits differ by "
+                f"{one['error']:.2g} standard deviations, where {reduced or 'float32'} explains {allowed:.2g}. {BLAME}"
+            )
+
+
+def _reduced_type(trainer: SavingTrainer) -> str | None:
+    """Return the type of half precision that training or the files have; None where both are float32."""
+    args = trainer.args
+    types = {str(trainer.model.dtype).removeprefix("torch."), args.save_dtype}
+    if args.fp16 or "float16" in types:
+        return "float16"
+    tensor_cores = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32  # digits between the two types
+    return "bfloat16" if args.bf16 or "bfloat16" in types or tensor_cores else None
+
+
+def _tell_unverified(folder: Path, *, insisted: bool) -> None:
+    """Say that the check did not take place: nothing is wrong with the folder for want of memory.
+
+    Raises:
+        UserError: the check was asked for.
+    """
+    message = f"{folder} was saved, but not verified: there is not enough memory to open it beside the trainer's model."
+    if insisted:
+        raise UserError(f"{message} --verify_export auto goes on without.")
+    logger.warning("%s", message)
+
+
+def _run_fresh(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Run :mod:`qwenvl.train.export.verify_process` outside of the job's process group.
+
+    Returns:
+        What it says; None where it ran out of memory.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    launched = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+    environment = {
+        name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS and not name.startswith(launched)
+    }
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun leaves each of its processes one thread; the others now wait
+        environment["OMP_NUM_THREADS"] = str(available_cores())
+    command = [sys.executable, "-m", "qwenvl.train.export.verify_process", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode in (OUT_OF_MEMORY, -signal.SIGKILL):  # by itself, or by the system
+        return None
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"problems": [f"the process that opens it ended early ({reason})"], "differences": []}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def _device(folder: Path) -> str:
+    """Return the trainer's own device where there is room beside the trainer, else the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what training gave up still counts as taken
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.5 * _bytes_of(folder) + 2**31:
+        return f"cuda:{torch.cuda.current_device()}"
+    return "cpu"

@@ -1,0 +1,186 @@
+"""Which of how many processes this is, before and after the process group exists."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from qwenvl.utils.errors import UserError
+
+T = TypeVar("T")
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+
+def is_initialized() -> bool:
+    """Return whether the process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Return the number of this process among all, from 0."""
+    return dist.get_rank() if is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 when torchrun started none.
+
+    ``WORLD_SIZE`` counts only beside ``RANK``: some clusters set it alone, to the number of machines.
+    """
+    if is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def local_rank() -> int:
+    """Return the number of this process among those of its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def start_group(days: int = 7) -> None:
+    """Make the process group, on the CPU, if torchrun started several processes and there is none.
+
+    For tools whose processes work apart and meet at the end.
+
+    Args:
+        days: that processes may wait for each other.
+    """
+    if world_size() > 1 and not is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=days))
+
+
+def is_main_process() -> bool:
+    """Return whether this is process 0 of all: the one that prints, and writes what exists once."""
+    return rank() == 0
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the values of all processes, in order of rank; every process has to call it."""
+    if not is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def wait_for_all() -> None:
+    """Return when every process has called this."""
+    if is_initialized():
+        dist.barrier()
+
+
+def from_main_process(function: Callable[[], T]) -> T:
+    """Call a function in process 0 and return its result in all; every process has to call it.
+
+    However long it takes: the others ask the job's store now and then whether process 0 is done, since waiting in a
+    collective operation would end the run after its timeout.
+
+    Raises:
+        UserError: the function raised it; in all processes.
+    """
+    if not is_initialized() or dist.get_world_size() == 1:
+        return function()
+    store = _store()
+    turn = 0 if store is None else store.add(f"{_attempt()}/turns of rank {rank()}", 1)
+    done = f"{_attempt()}/turn {turn}"
+    result: list[T | UserError | None] = [None]
+    if is_main_process():
+        try:
+            result = [function()]
+        except UserError as error:
+            result = [error]
+        if store is not None:
+            store.set(done, "done")
+    elif store is not None:
+        while not store.check([done]):
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]  # type: ignore[return-value]
+
+
+def is_first_to_say(what: str) -> bool:
+    """Return whether no other process of the job has asked this before, at any point of its life.
+
+    Asks the store that torchrun keeps for its processes, so that nobody has to wait for the others. Where there is no
+    store to ask, every process is the first.
+
+    Args:
+        what: name of the message.
+    """
+    if world_size() == 1:
+        return True
+    store = _store()
+    try:
+        return store is None or int(store.add(f"{_attempt()}/{what}", 1)) == 1
+    except RuntimeError:  # it has gone meanwhile
+        return True
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Return whether an error says that another process of the job is gone, rather than what went wrong in this one."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):  # NCCL's, and the store's
+        return True
+    return isinstance(error, RuntimeError) and "/gloo/transport/" in str(error)  # gloo has no class of its own
+
+
+def _attempt() -> str:
+    """Return where in the store this start of the job keeps its keys: torchrun's store outlives a restart."""
+    return f"qwenvl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _store() -> Any:
+    """Return a connection to the store that torchrun keeps for its processes; None where there is no such store."""
+    # torchrun's is there before its processes, however busy the machine; any other one may not be there yet, or ever.
+    seconds = 30 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 5
+    try:
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=datetime.timedelta(seconds=seconds),
+        )
+    except (KeyError, ValueError, RuntimeError):  # no address; nobody answers there
+        return None
+
+
+def shut_down() -> None:
+    """Leave the process group, if there is one; call it when every process has finished its work."""
+    if is_initialized():
+        dist.destroy_process_group()
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Call a program's main function, and end the process with the exit code that it returns.
+
+    One of several processes ends without taking Python apart: DeepSpeed and FSDP keep process groups alive whatever is
+    destroyed, and a thread of gloo that lets go of a tensor while Python ends aborts the process, so that the launcher
+    would call a finished run failed. What is registered with ``atexit`` still runs (experiment trackers finish there).
+    """
+    if "RANK" not in os.environ:
+        sys.exit(main())
+    code = 1
+
+    def leave() -> None:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+    atexit.register(leave)  # before all others, which makes it the last one to run
+    try:
+        code = main()
+    except SystemExit as ended:  # --help
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+    sys.exit(code)

@@ -1,0 +1,68 @@
+"""Every family goes through the same code: train, save, reload with stock transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from qwenvl.families import FAMILIES, get_family
+from qwenvl.train.train_qwen import main
+from tests.e2e.runs import changed, flags, history, train, weights
+
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is here?"}]}]
+
+
+def _answers(folder: Path, picture: Path) -> bool:
+    """Return whether stock transformers opens a folder completely and generates from a picture."""
+    model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    processor = AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(QUESTION, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[Image.open(picture)], return_tensors="pt")
+    answer = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+    return bool(answer.shape[1] == inputs["input_ids"].shape[1] + 3)
+
+
+@pytest.mark.parametrize("layout", ["padded", "flattened"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_trains_saves_and_reloads(
+    family: str,
+    layout: str,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    checkpoint = tiny_checkpoint(family)
+    # All samples in every step, so that the losses of the steps can be compared.
+    settings = {"data_flatten": layout == "flattened", "per_device_train_batch_size": 11}
+    if layout == "flattened" and get_family(family).linear_attention and not torch.cuda.is_available():
+        assert main(flags(checkpoint, tmp_path / "out", registry, **settings)) == 1
+        assert "pip install flash-linear-attention causal-conv1d" in caplog.text
+        assert "--data_flatten False" in caplog.text
+        return
+    folder = train(checkpoint, tmp_path / "out", registry, **settings)
+    before, after = weights(checkpoint), weights(folder)
+    assert before.keys() == after.keys()
+    assert changed(checkpoint, folder) == set(before), "a tensor did not train"
+    losses = history(folder)
+    assert len(losses) == 3 and losses[0] > losses[1] > losses[2]
+    assert _answers(folder, registry.parent / "1-0.png")
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe"])
+def test_saved_weights_have_the_names_and_layout_of_published_checkpoints(
+    family: str, publish: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """Qwen2-VL's and Qwen2.5-VL's files have older names than memory, Qwen3-VL-MoE's experts are transposed."""
+    checkpoint = publish(family)
+    folder = train(checkpoint, tmp_path / "out", registry, max_steps=1, save_strategy="steps", save_steps=1)
+    shapes = {name: tensor.shape for name, tensor in weights(checkpoint).items()}
+    for saved in (folder, folder / "checkpoint-1"):
+        assert {name: tensor.shape for name, tensor in weights(saved).items()} == shapes
+    assert _answers(folder, registry.parent / "1-0.png")

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from qwenvl.cli.make_demo_data.command import make_demo_data
+from qwenvl.config import DataArguments
+from qwenvl.data.conversation.messages import build_conversation
+from qwenvl.data.encoding.encoder import SampleEncoder
+from qwenvl.data.encoding.processor import build_encoder, limits_as_flags
+from qwenvl.data.media.video.decode import choose_backend
+from qwenvl.data.sources.table import open_annotations
+from qwenvl.data.types import DatasetSpec, ImageItem, Message, Sample, TextPart, VideoItem
+from qwenvl.families import get_family
+from qwenvl.inference.generate import Answerer, Decoding, encode_prompts, generate, open_answerer
+from qwenvl.inference.prompts import Prompt, open_exercise
+from qwenvl.utils.errors import Origin, SampleError, UserError
+
+TASKS = ("digits", "comparisons", "grounding", "motion")
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """Pictures, pairs of pictures, videos and text, taking turns."""
+    folder = tmp_path_factory.mktemp("data")
+    make_demo_data(folder, limit=6)
+    tables = [
+        open_annotations(DatasetSpec(task, (str(folder / f"{task}_train.jsonl"),), str(folder))) for task in TASKS
+    ]
+    drawn = [sample for row in range(2) for table in tables for sample in table[row]]
+    turns = [{"from": "human", "value": "How are you?"}, {"from": "gpt", "value": "Well."}]
+    return [*drawn, Sample(Origin("text", "memory", 1), {"conversations": turns})]
+
+
+Opened = tuple[Answerer, SampleEncoder]
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_checkpoint: Callable[..., Path]) -> Callable[[str], Opened]:
+    """Function of the family: a model, and the encoder with the limits of its processor."""
+    known: dict[str, Opened] = {}
+
+    def function(family: str) -> Opened:
+        if family not in known:
+            answerer = open_answerer(str(tiny_checkpoint(family)), device="cpu")
+            processor = answerer.processor  # its published lower limit of a picture would make the tests slow
+            processor.image_processor.size = {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}
+            video = processor.video_processor
+            video.do_sample_frames, video.fps, video.min_frames, video.max_frames = True, 2, 2, 4
+            limits = limits_as_flags(processor, get_family(family))
+            config = answerer.model.config
+            encoder = build_encoder(processor, config, get_family(family), DataArguments(**limits), 1 << 20)
+            known[family] = answerer, encoder
+        return known[family]
+
+    return function
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_batches_give_the_answers_of_single_prompts(
+    family: str, samples: list[Sample], opened: Callable[[str], Opened]
+) -> None:
+    answerer, encoder = opened(family)
+    prompts = [open_exercise(sample, encoder).prompt for sample in samples]
+    short = Decoding(max_new_tokens=6)
+    batched = generate(answerer, prompts, decoding=short, batch_size=5)
+    assert batched == generate(answerer, prompts, decoding=short, batch_size=1)
+    assert len(set(batched)) > 1  # random weights, but they look at the prompt
+
+
+def test_padding_stands_on_the_left(samples: list[Sample], opened: Callable[[str], Opened]) -> None:
+    answerer, encoder = opened("qwen3_vl")
+    inputs = encode_prompts(answerer, [open_exercise(sample, encoder).prompt for sample in samples])
+    mask = inputs["attention_mask"]
+    assert mask[:, -1].all()
+    assert not mask[:, 0].all()
+    assert (mask.diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_inputs_are_those_of_the_processor_alone(
+    family: str, samples: list[Sample], opened: Callable[[str], Opened]
+) -> None:
+    """Where transformers can open videos itself, it gives the same tokens and pixels."""
+    if choose_backend().name != "torchcodec":
+        pytest.skip("transformers opens videos with torchcodec alone")
+    answerer, encoder = opened(family)
+    for sample in samples:
+        prompt = open_exercise(sample, encoder).prompt
+        ours = encode_prompts(answerer, [prompt])
+        turns = [
+            {"role": turn.role, "content": [stock_part(part, sample) for part in turn.parts]}
+            for turn in prompt.messages
+        ]
+        theirs = answerer.processor.apply_chat_template(
+            turns, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        assert set(ours) == set(theirs)
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value)
+
+
+def stock_part(part: object, sample: Sample) -> dict[str, object]:
+    if isinstance(part, ImageItem):
+        return {"type": "image", "image": Image.open(f"{sample.data_path}/{part.source}")}
+    if isinstance(part, VideoItem):
+        return {"type": "video", "path": f"{sample.data_path}/{part.source}"}
+    return {"type": "text", "text": part.text}  # type: ignore[attr-defined]
+
+
+def test_the_answer_is_split_off(samples: list[Sample], opened: Callable[[str], Opened]) -> None:
+    exercise = open_exercise(samples[-1], opened("qwen3_vl")[1])
+    assert [message.text for message in exercise.prompt.messages] == ["How are you?"]
+    assert exercise.prompt.question == "How are you?"
+    assert exercise.expected == "Well."
+
+
+def test_a_sample_that_ends_in_a_question_is_refused(opened: Callable[[str], Opened]) -> None:
+    values = [("human", "Hello?"), ("gpt", "Yes."), ("human", "Who?")]
+    sample = Sample(Origin("d", "f.jsonl", 3), {"conversations": [{"from": f, "value": v} for f, v in values]})
+    with pytest.raises(SampleError, match=r"f\.jsonl:3.*end in an answer"):
+        open_exercise(sample, opened("qwen3_vl")[1])
+
+
+@pytest.mark.parametrize(("family", "box"), [("qwen3_vl", [0, 0, 500, 1000]), ("qwen2_5_vl", [])])
+def test_boxes_are_as_the_family_writes_them(
+    family: str, box: list[int], tmp_path: Path, opened: Callable[[str], Opened]
+) -> None:
+    """A picture of 20 x 10 pixels, which is enlarged, and its left half."""
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": '{"bbox_2d": [0, 0, 10, 10]}'}]
+    record = {"image": "a.png", "conversations": turns}
+    sample = Sample(Origin("d", "f.jsonl", 3), record, str(tmp_path), bbox_format="pixel")
+    exercise = open_exercise(sample, opened(family)[1])
+    found = json.loads(exercise.expected)["bbox_2d"]
+    height, width = exercise.prompt.plans[0].resized
+    assert found == (box if family == "qwen3_vl" else [0, 0, width // 2, height - 1])
+
+
+def test_a_missing_folder_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such folder|cannot open"):
+        open_answerer(str(tmp_path / "none"), device="cpu")
+
+
+def test_what_ended_an_answer_is_known(
+    samples: list[Sample], opened: Callable[[str], Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each row of a batch alone: one ends at its first token, which is made one that ends answers."""
+    answerer, encoder = opened("qwen3_vl")
+    prompts = [open_exercise(sample, encoder).prompt for sample in samples]
+    short = Decoding(max_new_tokens=3)
+    cut = generate(answerer, prompts, decoding=short)
+    assert {answer.finish_reason for answer in cut} == {"length"} and not any(answer.thinking for answer in cut)
+    inputs = encode_prompts(answerer, prompts)
+    first = answerer.model.generate(**inputs, max_new_tokens=1)[:, -1].tolist()
+    for ends in ([first[0]], first[0]):
+        monkeypatch.setattr(answerer.model.generation_config, "eos_token_id", ends)
+        ended = [answer.finish_reason == "stop" for answer in generate(answerer, prompts, decoding=short)]
+        assert ended[0] and not all(ended)
+        assert all(stopped for stopped, token in zip(ended, first, strict=True) if token == first[0])
+
+
+def test_a_cut_thought_is_known(tiny_checkpoint: Callable[..., Path]) -> None:
+    answerer = open_answerer(str(tiny_checkpoint("qwen3_vl", "thinking")), device="cpu")
+    prompt = Prompt((Message("user", (TextPart("Which?"),)),))
+    (answer,) = generate(answerer, [prompt], decoding=Decoding(max_new_tokens=3))
+    assert (answer.finish_reason, answer.thinking) == ("length", True)
+    closed = replace(answerer, template_kwargs={"enable_thinking": False})
+    assert not generate(closed, [prompt], decoding=Decoding(max_new_tokens=3))[0].thinking
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "left"}}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+
+def agent(*last: dict[str, object]) -> Sample:
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    return Sample(Origin("d", "f.jsonl", 3), {"messages": [*turns, *last], "tools": [TOOL]})
+
+
+def test_a_template_without_tools_is_refused_as_in_training(opened: Callable[[str], Opened]) -> None:
+    conversation = build_conversation(agent(), ())
+    prompt = Prompt(conversation.messages[:-1], tools=conversation.tools)
+    with pytest.raises(SampleError, match="leaves out the tool 'look'"):
+        generate(opened("qwen2_5_vl")[0], [prompt])
+
+
+def test_prompts_are_written_as_in_training(opened: Callable[[str], Opened]) -> None:
+    answerer, encoder = opened("qwen3_vl")
+    sample = agent({"role": "tool", "content": "a cat"}, {"role": "assistant", "content": "Left."})
+    exercise = open_exercise(sample, encoder)
+    ids = encode_prompts(answerer, [exercise.prompt])["input_ids"][0].tolist()
+    tokens = exercise.encoded.tokens
+    assert tokens.input_ids[: len(ids)].tolist() == ids
+    assert answerer.processor.decode(tokens.input_ids[len(ids) :]) == "Left.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_answer_that_is_a_call_is_expected_as_the_template_writes_it(
+    trained: bool, opened: Callable[[str], Opened]
+) -> None:
+    expected = '<tool_call>\n{"name": "look", "arguments": {"at": "left"}}\n</tool_call>'
+    assert open_exercise(agent(), opened("qwen3_vl")[1]).expected == expected
+    more = ({"role": "user", "content": "Again."}, {"role": "assistant", "tool_calls": [CALL, CALL], "loss": trained})
+    assert open_exercise(agent(*more), opened("qwen3_vl")[1]).expected == f"{expected}\n{expected}"
+
+
+def test_answers_are_text_alone(samples: list[Sample], opened: Callable[[str], Opened]) -> None:
+    """No special token is left in an answer."""
+    answerer, encoder = opened("qwen3_vl")
+    prompts = [open_exercise(sample, encoder).prompt for sample in samples[:3]]
+    answers = generate(answerer, prompts, decoding=Decoding(max_new_tokens=4))
+    for answer, token in itertools.product(answers, answerer.processor.tokenizer.all_special_tokens):
+        assert token not in answer.text

@@ -1,0 +1,181 @@
+"""What is wrong with a finished folder is found, in float32 and in bfloat16, and what rounding does is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwenvl.cli.make_tiny_checkpoint.command import build_tiny_checkpoint
+from qwenvl.families import FAMILIES
+from qwenvl.train import verify_export as exporting
+from qwenvl.train.export import verify_process as export_check
+from qwenvl.utils.errors import UserError
+from tests.e2e.runs import LORA, flags, train
+
+RUN: dict[str, Any] = {"max_steps": 2, "dataset_use": "pictures,text", "bf16": True, "verify_export": True}
+KINDS: dict[str, dict[str, Any]] = {
+    "whole": {"save_dtype": "bfloat16"},
+    "adapters": {**LORA, "tune_mm_mlp": True, "additional_tokens": "slowly"},
+}
+
+
+@dataclass(frozen=True)
+class Told:
+    """A verified folder, and what its fresh process was told.
+
+    Args:
+        folder: Of the run.
+        arguments: Of the process; files are kept.
+    """
+
+    folder: Path
+    arguments: tuple[str, ...]
+
+
+def _train(model: Path, output: Path, registry: Path, **settings: Any) -> Told:
+    """Train and verify, in this process; the run fails if it finds anything."""
+    kept: list[str] = []
+
+    def check(arguments: Sequence[str]) -> dict[str, Any]:
+        files = [shutil.copy(file, output.parent / f"{output.name}-{Path(file).name}") for file in arguments[1:3]]
+        kept.extend([arguments[0], *map(str, files), *arguments[3:]])
+        return _said(kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "_run_fresh", check)
+        return Told(train(model, output, registry, **RUN, **settings), tuple(kept))
+
+
+def _said(arguments: Sequence[str]) -> dict[str, Any]:
+    with redirect_stdout(StringIO()) as printed:
+        assert export_check.main(arguments) == 0
+    said: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])
+    return said
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def four_layers(
+    request: pytest.FixtureRequest, registry: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Told]:
+    """A run of a model of four layers that computes in bfloat16."""
+    folder = tmp_path_factory.mktemp(request.param)
+    build_tiny_checkpoint("qwen3_vl", folder / "base", size="demo")
+    return request.param, _train(folder / "base", folder / "run", registry, **KINDS[request.param])
+
+
+def _change(tensors: dict[str, Tensor], part: str, change: Callable[[Tensor], Tensor]) -> None:
+    (name,) = [name for name in tensors if part in name]
+    tensors[name] = change(tensors[name]).contiguous()
+
+
+def _swap(tensors: dict[str, Tensor], one: str, other: str) -> None:
+    (first,), (second,) = ([name for name in tensors if part in name] for part in (one, other))
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+
+
+def _weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (file,) = folder.glob("*model.safetensors")
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+
+    return damage
+
+
+def _config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        adapter = folder / "adapter_config.json"
+        file = adapter if adapter.is_file() else folder / "config.json"
+        config = json.loads(file.read_text())
+        change(config)
+        file.write_text(json.dumps(config))
+
+    return damage
+
+
+LOST, COUNT, OTHER = "not those of training: .*", "count otherwise than in training: .*", "computes something else"
+BROKEN: dict[str, dict[str, tuple[Callable[[Path], None], str]]] = {
+    "whole": {
+        "transposed": (_weights(lambda t: _change(t, "language_model.layers.2.self_attn.q_proj", Tensor.t)), LOST),
+        "no bias": (_weights(lambda t: _change(t, "blocks.1.attn.qkv.bias", torch.zeros_like)), LOST + "qkv.bias"),
+        "swapped": (_weights(lambda t: _swap(t, "s.1.mlp.up_proj", "s.2.mlp.up_proj")), "2 tensors are " + LOST),
+        "zeroed": (_weights(lambda t: _change(t, "s.0.input_layernorm", torch.zeros_like)), LOST + "input_layernorm"),
+        "last digit": (_weights(lambda t: _change(t, "s.3.mlp.down_proj", lambda w: w * (1 + 2**-7))), LOST),
+        "context": (_config(lambda c: c["text_config"]["rope_parameters"].update(rope_theta=1e3)), OTHER),
+        "deepstack": (_config(lambda c: c["vision_config"].update(deepstack_visual_indexes=[2, 1, 0])), OTHER),
+    },
+    "adapters": {
+        "alpha": (_config(lambda c: c.update(lora_alpha=9)), COUNT),
+        "rslora": (_config(lambda c: c.update(use_rslora=True)), COUNT),
+        "swapped": (_weights(lambda t: _swap(t, "s.1.mlp.up_proj.lora_B", "s.2.mlp.up_proj.lora_B")), LOST),
+        "partly": (_weights(lambda t: [t.pop(name) for name in list(t) if ".layers.3." in name]), LOST + "layers.3"),
+        "merger": (_weights(lambda t: _change(t, "visual.merger.linear_fc1.bias", torch.zeros_like)), LOST + "merger"),
+        "row": (_weights(lambda t: _change(t, "trainable_tokens_delta", torch.zeros_like)), LOST + "token_adapter"),
+    },
+}
+
+
+def test_broken_folders_are_found_in_bfloat16(four_layers: tuple[str, Told], tmp_path: Path) -> None:
+    kind, told = four_layers
+    for name, (damage, message) in BROKEN[kind].items():
+        folder = tmp_path / name.replace(" ", "-")
+        shutil.copytree(told.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+        damage(folder)
+        said = _said([str(folder), *told.arguments[1:]])
+        with pytest.raises(UserError, match=message):
+            exporting.require_same(folder, said, "bfloat16")
+
+
+def test_logits_alone_find_what_matters(four_layers: tuple[str, Told], tmp_path: Path) -> None:
+    """Without the checksums: whatever moves the logits further than rounding does is found by them."""
+    kind, told = four_layers
+    if kind == "adapters":
+        pytest.skip("two steps move adapters by less than rounding; checksums are there for them")
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text(json.dumps({"tensors": {}, "scales": {}}))
+    for name in ("transposed", "swapped", "zeroed"):
+        folder = tmp_path / name
+        shutil.copytree(told.folder, folder)
+        BROKEN[kind][name][0](folder)
+        said = _said([str(folder), told.arguments[1], str(nothing), *told.arguments[3:]])
+        with pytest.raises(UserError, match=OTHER):
+            exporting.require_same(folder, said, "bfloat16")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["bf16", "adapters"])
+def test_rounding_is_no_reason_to_stop(
+    family: str, kind: str, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """Twice the measured noise, where three times is allowed: also where tokens are sent to other experts."""
+    settings = {**LORA, "model_dtype": "bfloat16"} if kind == "adapters" else {}
+    told = _train(tiny_checkpoint(family), tmp_path / "run", registry, **settings)
+    for one in _said(told.arguments)["differences"]:
+        assert 0 < one["error"] <= 1e-3 + 2 * one["noise"]
+
+
+def test_want_of_memory_is_not_the_folders_fault(
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fail: Callable[[list[str]], str],
+) -> None:
+    monkeypatch.setattr(exporting, "_run_fresh", lambda _: None)
+    train(tiny_checkpoint("qwen3_vl"), tmp_path / "auto", registry, **RUN | {"verify_export": "auto"})
+    assert "was saved, but not verified: there is not enough memory" in caplog.text
+    message = fail(flags(tiny_checkpoint("qwen3_vl"), tmp_path / "true", registry, **RUN))
+    assert "not enough memory" in message and "--verify_export auto" in message
