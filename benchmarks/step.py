@@ -47,7 +47,7 @@ from qwenvl.data.bin_packing import pack
 from qwenvl.data.collator import Collator
 from qwenvl.data.encoding.encoded import EncodedSample, Item
 from qwenvl.data.media.resize import ImagePlan
-from qwenvl.data.sample_stats import MEASURES, measure_sample
+from qwenvl.data.sample_stats import MEASURES, measure_row
 from qwenvl.data.types import ImageItem
 from qwenvl.families import get_family
 from qwenvl.models.attention.packed import attend_by_segments
@@ -204,7 +204,7 @@ def count_flops(arguments: argparse.Namespace) -> float:
     rows = []
     for sample in make_samples(config, arguments.samples, arguments.pack_length):
         plans = [ImagePlan(ImageItem(""), (0, 0), medium.grid, (0, 0)) for medium in sample.media]
-        rows.append(measure_sample(len(sample.tokens), int((sample.tokens.labels != -100).sum()), plans))
+        rows.append(measure_row(len(sample.tokens), int((sample.tokens.labels != -100).sum()), plans))
     return float(flops.count(np.array(rows, MEASURES)).sum())
 
 

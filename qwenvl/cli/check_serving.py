@@ -32,6 +32,7 @@ from qwenvl.config import DataArguments
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
 from qwenvl.data.dataset import open_tables
+from qwenvl.data.encoding.encoded import EncodedSample, Plan
 from qwenvl.data.encoding.processor import build_encoder, open_processor, processor_limits, with_training_limits
 from qwenvl.data.types import ImageItem, Sample
 from qwenvl.models.lora.files import find_base
@@ -40,6 +41,7 @@ from qwenvl.serving.commands import Adapter, Served, notes, sglang_command, vllm
 from qwenvl.serving.compare import Comparison, Finding, State, Way, causes_of
 from qwenvl.serving.inputs import NOT_COMPARED, Serving, template_inputs, training_inputs, utils_inputs
 from qwenvl.serving.readers import working_reader
+from qwenvl.serving.server import Server, compare_prompts
 from qwenvl.utils.errors import SampleError, UserError
 from qwenvl.utils.logging import setup_logging
 
@@ -53,7 +55,9 @@ PAGE = HelpPage(
 )
 WAYS: dict[Way, Any] = {"apply_chat_template": template_inputs, "qwen-vl-utils": utils_inputs}
 STYLES = {"equal": "green", "known": "yellow", "different": "bold red", "not compared": "yellow"}
-RECORDED = ("max_pixels", "min_pixels", "add_vision_id", "chat_template_kwargs", "model_max_length")
+RECORDED = (
+    *("max_pixels", "min_pixels", "add_vision_id", "chat_template_kwargs", "model_max_length", "history", "loss_on"),
+)
 
 
 @dataclass
@@ -63,6 +67,14 @@ class ServingArguments(ToolArguments):
     samples: int = field(default=8, metadata={"help": "How many rows, evenly spread over the data; 0 for all."})
     model_max_length: int | None = field(
         default=None, metadata={"help": "Most tokens of a sample in training. Default: as recorded, or the context."}
+    )
+
+    server: str | None = field(
+        default=None,
+        metadata={"help": "Address of a running vLLM, http://localhost:8000: prompt ids are compared with its own."},
+    )
+    server_model: str | None = field(
+        default=None, metadata={"help": "Name of the model there. Default: the first one that it serves."}
     )
 
     def __post_init__(self) -> None:
@@ -84,8 +96,9 @@ def main(argv: list[str] | None = None) -> int:
         limits = compare_limits(serving)
         show(console, f"limits of {arguments.model_name_or_path}", {"processor": [limits]})
         failed = limits.state == "different"
+        server = Server.at(arguments.server, arguments.server_model) if arguments.server else None
         for row in rows:
-            failed = check(console, serving, row) or failed
+            failed = check(console, serving, row, server) or failed
         served = describe(arguments, serving, adapter, rows, carried=limits.state == "equal")
         show_commands(console, served, rows)
         return int(failed)
@@ -222,16 +235,25 @@ def _shown(value: Any) -> str:
     return f"{value['shortest_edge']} to {value['longest_edge']} pixels" if isinstance(value, dict) else str(value)
 
 
-def check(console: Console, serving: Serving, sample: Sample | SampleError) -> bool:
+def check(console: Console, serving: Serving, sample: Sample | SampleError, server: Server | None = None) -> bool:
     """Compare one sample and print what was found; return whether something differs without a known reason."""
     try:
         if isinstance(sample, SampleError):
             raise sample
-        plan = serving.encoder.plan(sample)
-        training = training_inputs(serving, plan, serving.encoder.encode(plan, sample))
+        plans = serving.encoder.plans(sample)
+        rows = list(zip(plans, serving.encoder.encode(plans, sample), strict=True))
     except SampleError as error:
         console.print(f"{escape(str(error))}\n", style="bold red")
         return True
+    differs = [check_row(console, serving, sample, plan, encoded, server) for plan, encoded in rows]
+    return any(differs)
+
+
+def check_row(
+    console: Console, serving: Serving, sample: Sample, plan: Plan, encoded: EncodedSample, server: Server | None
+) -> bool:
+    """Compare the prompt of the last answer of a training row; return whether it differs without a known reason."""
+    training = training_inputs(serving, plan, encoded)
     columns: dict[str, list[Finding]] = {}
     for way, inputs in WAYS.items():
         try:
@@ -242,8 +264,17 @@ def check(console: Console, serving: Serving, sample: Sample | SampleError) -> b
             continue
         causes = causes_of(way, serving, plan, sample, served)
         columns[way] = Comparison(serving, plan, training, served, way, causes).findings()
-    show(console, str(sample.origin), columns)
+    if server is not None:
+        columns["server"] = compare_prompts(server, serving, plan, sample)
+    answer = "" if plan.rendering.whole else f", answer {plan.rendering.turns[-1]}"
+    show(console, f"{sample.origin}{answer}{_request(plan)}", columns)
     return any(finding.state == "different" for findings in columns.values() for finding in findings)
+
+
+def _request(plan: Plan) -> str:
+    """Return the template arguments with which the answer of a training row has to be asked for."""
+    arguments = plan.rendering.arguments[-1] if plan.rendering.arguments else {}
+    return f", chat_template_kwargs {json.dumps(dict(arguments))}" if arguments else ""
 
 
 def show(console: Console, title: str, columns: Mapping[str, Sequence[Finding]]) -> None:
@@ -265,7 +296,7 @@ def describe(
     counts = {"image": 0, "video": 0}
     for row in rows:
         try:
-            media = [] if isinstance(row, SampleError) else serving.encoder.plan(row).conversation.media()
+            media = [] if isinstance(row, SampleError) else serving.encoder.plans(row)[0].conversation.media()
         except SampleError:  # reported above
             continue
         images = sum(isinstance(item, ImageItem) for item in media)

@@ -106,7 +106,7 @@ def _samples(arguments: MaskArguments) -> Iterator[Sample]:
 
 
 def _masks(sample: Sample, encoder: SampleEncoder, reader: MaskReader) -> list[Mask]:
-    return [region.mask for region in reader.read(sample, encoder.plan(sample))]
+    return [region.mask for plan in encoder.plans(sample) for region in reader.read(sample, plan)]
 
 
 def _found(
@@ -114,7 +114,7 @@ def _found(
 ) -> tuple[list[Mask], list[np.ndarray]]:
     """Return the annotated masks of a sample, and those that are found."""
     media = encoder.reader(sample, keep_images=True)
-    plan = encoder.plan(sample, media)
+    plan = encoder.plans(sample, media)[-1]
     regions = reader.read(sample, plan)
     places, sizes = [region.place for region in regions], [region.mask.size for region in regions]
-    return [region.mask for region in regions], grounder.masks(encoder.encode(plan, sample, media), places, sizes)
+    return [region.mask for region in regions], grounder.masks(encoder.encode([plan], sample, media)[0], places, sizes)

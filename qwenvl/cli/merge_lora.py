@@ -38,7 +38,9 @@ PAGE = HelpPage(
     "has to find its place, weights have to change, and the logits of a sample have to stay those of the adapters.",
 )
 
-RECORDS = ("training_args.yaml", "original_processor_limits.json", "versions.json", "trainer_state.json")
+RECORDS = (
+    *("training_args.yaml", "original_processor_limits.json", "versions.json", "trainer_state.json", "serving.json"),
+)
 """Files of the adapters' folder that describe the merged one too."""
 
 

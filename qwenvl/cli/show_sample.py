@@ -99,20 +99,20 @@ def select_samples(arguments: ShowArguments) -> Iterator[Sample | SampleError]:
             yield error
 
 
-def encode(sample: Sample | SampleError, encoder: SampleEncoder) -> tuple[Plan, EncodedSample]:
-    """Return a sample before and after its media are decoded.
+def encode(sample: Sample | SampleError, encoder: SampleEncoder) -> list[tuple[Plan, EncodedSample]]:
+    """Return the training rows of a sample, before and after its media are decoded.
 
     Raises:
         SampleError: it cannot be used.
     """
     if isinstance(sample, SampleError):
         raise sample
-    plan = encoder.plan(sample)
-    return plan, encoder.encode(plan, sample)
+    plans = encoder.plans(sample)
+    return list(zip(plans, encoder.encode(plans, sample), strict=True))
 
 
 def write_json(samples: list[Sample | SampleError], encoder: SampleEncoder, patchify: Patchify, path: Path) -> int:
-    """Write a line a sample; return 1 if any has an error.
+    """Write a line for each training row; return 1 if any sample has an error.
 
     Raises:
         UserError: the file cannot be written.
@@ -125,12 +125,13 @@ def write_json(samples: list[Sample | SampleError], encoder: SampleEncoder, patc
     with file:
         for sample in samples:
             try:
-                record = _as_record(*encode(sample, encoder), patchify)
+                records = [_as_record(plan, encoded, patchify) for plan, encoded in encode(sample, encoder)]
             except SampleError as error:
                 failed = 1
-                record = {"error": str(error)}
+                records = [{"error": str(error)}]
             identifier = sample.origin.id if sample.origin is not None else None
-            file.write(json.dumps({"id": identifier, **record}, ensure_ascii=False) + "\n")
+            for record in records:
+                file.write(json.dumps({"id": identifier, **record}, ensure_ascii=False) + "\n")
     return failed
 
 
@@ -138,6 +139,8 @@ def _as_record(plan: Plan, encoded: EncodedSample, patchify: Patchify) -> dict[s
     is_video = [isinstance(media, VideoPlan) for media in plan.media]
     patches = [patchify(medium.frames.flatten(), [medium.shape]) for medium in encoded.media]
     record: dict[str, Any] = {
+        "turns": list(plan.rendering.turns),
+        "chat_template_kwargs": [dict(arguments) for arguments in plan.rendering.arguments],
         "input_ids": plan.tokens.input_ids.tolist(),
         "labels": plan.tokens.labels.tolist(),
         "position_ids": plan.tokens.position_ids[1:].tolist(),
@@ -162,10 +165,18 @@ def show(sample: Sample | SampleError, encoder: SampleEncoder, tokenizer: Any) -
     console = Console(soft_wrap=True, highlight=False)
     console.rule(str(sample.origin), align="left")
     try:
-        plan, _ = encode(sample, encoder)
+        rows = encode(sample, encoder)
     except SampleError as error:
         console.print(Text(f"error ({error.category}): {error.reason}", style="bold red"))
         return 1
+    for number, (plan, _) in enumerate(rows, start=1):
+        if len(rows) > 1:
+            console.print(f"training row {number} of {len(rows)}", style="bold")
+        _show_row(console, plan, tokenizer)
+    return 0
+
+
+def _show_row(console: Console, plan: Plan, tokenizer: Any) -> None:
     console.print(_coloured(plan, tokenizer))
     tokens = plan.tokens
     trained = int((tokens.labels != IGNORE_INDEX).sum())
@@ -187,7 +198,9 @@ def show(sample: Sample | SampleError, encoder: SampleEncoder, tokenizer: Any) -
         if isinstance(media, VideoPlan):
             seconds = ", ".join(f"{second:.1f}" for second in media.timestamps)
             console.print(f"  source frames {media.indices.tolist()} at {media.fps:g} fps; timestamps {seconds} s")
-    return 0
+    for turn, arguments in zip(plan.rendering.turns, plan.rendering.arguments, strict=True):
+        if arguments:
+            console.print(f"message {turn}: template arguments {json.dumps(dict(arguments), ensure_ascii=False)}")
 
 
 def _coloured(plan: Plan, tokenizer: Any) -> Text:

@@ -119,7 +119,27 @@ class DataArguments:
     )
     chat_template_kwargs: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Further arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."},
+        metadata={
+            "help": "Further arguments of the chat template, as JSON: '{\"enable_thinking\": false}'. Those of a "
+            "dataset's entry and of a sample (chat_template_kwargs) win over them. enable_thinking, where the template "
+            "has it and nobody gives it, is true for answers with a thought and false for those without."
+        },
+    )
+    history: Literal["exact", "last", "as_rendered"] = field(
+        default="exact",
+        metadata={
+            "help": "Context of the answers of a conversation. exact: each behind the prompt that a server sends for "
+            "it; where the template renders earlier turns differently, as thinking models do, a conversation is "
+            "several training rows. last: the row of the last answer alone. as_rendered: one row, as the "
+            "template renders the whole conversation, like the official recipe."
+        },
+    )
+    loss_on: Literal["all", "last_turn", "answers", "thoughts"] = field(
+        default="all",
+        metadata={
+            "help": "Trained tokens: all of the answers, those of the last answer, answers without their thoughts, or "
+            "thoughts alone."
+        },
     )
     on_bad_sample: Literal["raise", "skip"] = field(
         default="raise",
@@ -180,7 +200,7 @@ class DataArguments:
                 "--eval_ratio and --eval_dataset_use both say what to evaluate on: keep one. The first takes a share "
                 "of the training samples, the second whole datasets."
             )
-        if taken := sorted(_TEMPLATE_ARGUMENTS & (self.chat_template_kwargs or {}).keys()):
+        if taken := sorted(TEMPLATE_ARGUMENTS & (self.chat_template_kwargs or {}).keys()):
             raise UserError(
                 f"--chat_template_kwargs: {taken[0]} is set by the trainer, which renders each turn as a server would. "
                 "Leave it out."
@@ -189,7 +209,7 @@ class DataArguments:
         self.data_flatten = self.data_flatten or self.data_packing  # a pack is a flattened row
 
 
-_TEMPLATE_ARGUMENTS = frozenset(
+TEMPLATE_ARGUMENTS = frozenset(
     {
         *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tools"),
         *("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "processor_kwargs"),

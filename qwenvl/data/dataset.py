@@ -18,7 +18,6 @@ from qwenvl.data.sources.table import AnnotationTable, open_annotations
 from qwenvl.data.types import DatasetSpec, Sample
 from qwenvl.utils.cache import array_hash, fingerprint
 from qwenvl.utils.errors import SampleError, UserError
-from qwenvl.utils.lockstep import Stages
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,8 @@ class ConversationDataset(Dataset[Item]):
             return Item(error=error)
         return item
 
-    def measure(self, table: int, row: int, known: Measures | None = None) -> Stages[Measurement]:
-        """Count a row without decoding anything, in stages. Never raises a UserError, as ``[index]``.
+    def measure(self, table: int, row: int, known: Measures | None = None) -> Measurement:
+        """Count a row without decoding anything. Never raises a UserError, as ``[index]``.
 
         Args:
             table: which of :attr:`tables`.
@@ -196,11 +195,10 @@ class ConversationDataset(Dataset[Item]):
         usable, events = True, list[Event]()
         try:
             samples = self.tables[table].table[row]
-            yield
             for sample in samples:
                 try:
                     if known is None or len(samples) > 1:
-                        counted = yield from self.encoder.measure(sample)
+                        counted = self.encoder.measure(sample)
                     else:
                         counted = known
                     whole = whole.plus(counted)
@@ -245,7 +243,7 @@ class ConversationDataset(Dataset[Item]):
         try:
             for sample in self.samples(index):
                 try:
-                    self.encoder.plan(sample)
+                    self.encoder.plans(sample)
                     return None
                 except SampleError as error:
                     problem = problem or error
@@ -258,13 +256,13 @@ class ConversationDataset(Dataset[Item]):
         used = sum(len(one.tokens) for one in item.samples)
         try:
             reader = self.encoder.reader(sample, keep_images=True)
-            plan = self.encoder.plan(sample, reader)
-            self.encoder.require_length(len(plan.tokens), sample, used)
-            encoded = self.encoder.encode(plan, sample, reader)
+            plans = self.encoder.plans(sample, reader)
+            self.encoder.require_length(sum(len(plan.tokens) for plan in plans), sample, used)
+            encoded = self.encoder.encode(plans, sample, reader)
         except SampleError as error:
             out = self._leave_out(error)
             return Item(item.samples, (*item.events, *out.events), item.error or out.error)
-        return Item((*item.samples, encoded), (*item.events, *plan.events), item.error)
+        return Item((*item.samples, *encoded), (*item.events, *plans[0].events), item.error)
 
     def _leave_out(self, error: SampleError) -> Item:
         overlength = isinstance(error, OverlengthError)

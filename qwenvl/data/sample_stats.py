@@ -22,6 +22,9 @@ class Measures(NamedTuple):
         patches: patches that the vision tower reads.
         tokens_squared: sum of the squared lengths of the samples: what attention costs, which never crosses them.
         patches_squared: sum of the squared patches of each picture or pair of frames, for the same reason.
+        rows: Training rows; more than the samples where a conversation has several contexts.
+        answers: Trained answers.
+        thoughts: Trained answers with a thought.
         thinking_mismatch: samples of this kind, as the next ones: see :data:`REMARKS`.
         thoughts_left_out: samples of this kind.
         empty_answers: samples of this kind.
@@ -34,6 +37,9 @@ class Measures(NamedTuple):
     patches: int = 0
     tokens_squared: int = 0
     patches_squared: int = 0
+    rows: int = 0
+    answers: int = 0
+    thoughts: int = 0
     thinking_mismatch: int = 0
     thoughts_left_out: int = 0
     empty_answers: int = 0
@@ -75,8 +81,8 @@ def describe_remark(name: str, kind: str, count: int) -> str:
     return f"Dataset {name!r}: {count} sample{'s' * (count != 1)} {REMARKS[kind]}."
 
 
-def measure_sample(tokens: int, trained_tokens: int, media: Sequence[MediaPlan]) -> Measures:
-    """Count one sample."""
+def measure_row(tokens: int, trained_tokens: int, media: Sequence[MediaPlan]) -> Measures:
+    """Count one training row of one sample."""
     grids = [plan.grid for plan in media]
     patches = sum(t * h * w for t, h, w in grids)
-    return Measures(1, tokens, trained_tokens, patches, tokens**2, sum(t * (h * w) ** 2 for t, h, w in grids))
+    return Measures(1, tokens, trained_tokens, patches, tokens**2, sum(t * (h * w) ** 2 for t, h, w in grids), 1)

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from qwenvl.utils.errors import Origin
 
 Role = Literal["system", "user", "assistant", "tool"]
+TRAINING_OPTIONS = ("chat_template_kwargs", "history", "loss_on")
+"""Settings of training that a dataset's entry and a sample may have, over those of the run."""
+
 Source = str | bytes  # of a picture or video: where it is, or the file itself
 
 
@@ -63,6 +66,7 @@ class Sample:
         allow_absolute: its absolute media paths may lie outside ``data_path``.
         bbox_format: what the coordinates in its texts count, where the record does not say; see
             :mod:`qwenvl.data.conversation.boxes.convert`.
+        options: Of :data:`TRAINING_OPTIONS`, those of its dataset's entry.
     """
 
     origin: Origin
@@ -70,6 +74,12 @@ class Sample:
     data_path: str = ""
     allow_absolute: bool = False
     bbox_format: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def setting(self, key: str) -> Any:
+        """Return one of :data:`TRAINING_OPTIONS`: the sample's own, else its dataset's; None where neither says any."""
+        own = self.record.get(key)
+        return self.options.get(key) if own is None else own
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +169,14 @@ class Conversation:
         unread_keys: Keys of the record, of its turns and of their text parts that nothing reads, as messages name them:
             ``'mood' of turns``.
         unconverted: The record says what its coordinates count, it has numbers, and no box or point was found.
+        template_kwargs: Template arguments of the sample and its dataset, over those of the run.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     unread_keys: tuple[str, ...] = ()
     unconverted: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def media(self) -> tuple[ImageItem | VideoItem, ...]:
         """All media in the order they are rendered."""

@@ -245,7 +245,7 @@ def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt], *, answered: b
 
 
 def _render(answerer: Answerer, prompt: Prompt, answered: bool) -> str:
-    conversation = Conversation(prompt.messages, prompt.tools)
+    conversation = Conversation(prompt.messages, prompt.tools, template_kwargs=prompt.arguments)
     template = answerer.template
     return (template.render(conversation) if answered else template.render_prompt(conversation)).text
 

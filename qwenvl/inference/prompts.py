@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from qwenvl.data.encoding.encoder import SampleEncoder, plan_item
 from qwenvl.data.media.pixels import read_resized
 from qwenvl.data.media.reader import MediaReader
 from qwenvl.data.media.resize import MediaPlan, VisionSettings
-from qwenvl.data.types import Conversation, Message, Sample, TextPart
+from qwenvl.data.types import Message, Sample, TextPart
 from qwenvl.utils.errors import SampleError
 
 
@@ -32,12 +32,14 @@ class Prompt:
         plans: what is known of each picture and video of the turns, in order.
         frames: their pixels, in the same order: uint8 [frames, height, width, 3], RGB; one frame for a picture.
         tools: that the model may call.
+        arguments: Template arguments of the answer, over those of the run.
     """
 
     messages: tuple[Message, ...]
     plans: tuple[MediaPlan, ...] = ()
     frames: tuple[torch.Tensor, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def question(self) -> str:
@@ -76,34 +78,32 @@ def open_exercise(sample: Sample, encoder: SampleEncoder) -> Exercise:
         SampleError: the sample cannot be used, or does not end in an answer to a question.
     """
     reader = encoder.reader(sample, keep_images=True)
-    plan = encoder.plan(sample, reader)
-    messages = plan.conversation.messages
+    plan = encoder.plans(sample, reader)[-1]
     if encoder.targets is not None:
         return _open_labelled(sample, encoder, plan, reader)
+    messages = plan.conversation.messages
     if messages[-1].role != "assistant" or len(messages) < 2:
         raise SampleError("no_answer", "the sample does not end in an answer to a question.", sample.origin)
-    try:
-        encoder.template.render_prompt(replace(plan.conversation, messages=messages[:-1]))
-        expected = _expected(plan.conversation, encoder.template)
-    except SampleError as error:
-        raise error.at(sample.origin) from error.__cause__
-    encoded = encoder.encode(plan, sample, reader)
+    if not plan.rendering.turns or plan.rendering.turns[-1] != len(messages) - 1:
+        raise SampleError("no_answer", "the last answer of the sample is not one that is trained.", sample.origin)
+    (encoded,) = encoder.encode([plan], sample, reader)
     frames = tuple(medium.frames for medium in encoded.media)
-    return Exercise(Prompt(messages[:-1], plan.media, frames, plan.conversation.tools), expected, encoded)
+    before = encoder.template.with_thoughts_apart(plan.conversation).messages[:-1]
+    prompt = Prompt(before, plan.media, frames, plan.conversation.tools, plan.rendering.arguments[-1])
+    return Exercise(prompt, _expected(plan, encoder.template), encoded)
 
 
-def _expected(conversation: Conversation, template: ChatTemplate) -> str:
+def _expected(plan: Plan, template: ChatTemplate) -> str:
     """Return the last answer; one with tool calls as the template writes it."""
-    *before, answer = conversation.messages
+    answer = plan.conversation.messages[-1]
     if not answer.extra.get("tool_calls"):
         return answer.text.strip()
-    rendering = template.render(replace(conversation, messages=(*before, replace(answer, trained=True))))
-    start, stop = rendering.spans[-1]
-    return rendering.text[start:stop].removesuffix(template.turn_end).strip()
+    start, stop = plan.rendering.spans[-1]
+    return plan.rendering.text[start:stop].removesuffix(template.turn_end).strip()
 
 
 def _open_labelled(sample: Sample, encoder: SampleEncoder, plan: Plan, reader: MediaReader) -> Exercise:
-    encoded = encoder.encode(plan, sample, reader)
+    (encoded,) = encoder.encode([plan], sample, reader)
     frames = tuple(medium.frames for medium in encoded.media)
     prompt = Prompt(plan.conversation.messages, plan.media, frames, plan.conversation.tools)
     return Exercise(prompt, label_text(sample.record.get("label")), encoded)

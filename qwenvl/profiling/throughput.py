@@ -33,6 +33,7 @@ def measure_batch(batch: Mapping[str, Any]) -> Measures:
         patches=sum(t * patches for t, patches in pictures),
         tokens_squared=sum(length**2 for length in tokens),
         patches_squared=sum(t * patches**2 for t, patches in pictures),
+        rows=len(tokens),
     )
 
 

@@ -95,7 +95,11 @@ class Serving:
 
 
 def training_inputs(serving: Serving, plan: Plan, encoded: EncodedSample) -> ModelInputs:
-    """Return what training feeds: through the collator, and the patches cut as on the training device."""
+    """Return what training feeds: through the collator, and the patches cut as on the training device.
+
+    Of a row that holds answers behind their prompts, the prompt of its last answer.
+    """
+    stop = None if plan.rendering.whole else plan.tokens.starts[-1]
     batch = Collator(serving.trained.tokenizer.pad_token_id, flatten=False)([Item((encoded,))])
     media = batch.get("media", ())
     patches = serving.patchify(batch["pixels"], media).split([t * h * w for _, t, h, w in media]) if media else ()
@@ -106,13 +110,26 @@ def training_inputs(serving: Serving, plan: Plan, encoded: EncodedSample) -> Mod
         for kind, wanted in (("image", False), ("video", True))
     }
     return ModelInputs(
-        batch["input_ids"][0],
-        batch["position_ids"][1:, 0],
+        batch["input_ids"][0, :stop],
+        batch["position_ids"][1:, 0, :stop],
         {kind: [list(plan.media[number].grid) for number in numbers] for kind, numbers in chosen.items()},
         {kind: torch.cat([patches[n] for n in numbers]) if numbers else None for kind, numbers in chosen.items()},
         tuple(tuple(video.indices.tolist()) for video in videos),
         tuple(tuple(video.seconds.tolist()) for video in videos),
     )
+
+
+def asked(serving: Serving, plan: Plan) -> tuple[Message, ...]:
+    """Return the turns that a server is sent for the last answer of a row, as its client has them."""
+    if plan.rendering.whole:
+        return plan.conversation.messages
+    return serving.encoder.template.with_thoughts_apart(plan.conversation).messages[: plan.rendering.turns[-1]]
+
+
+def arguments_of(serving: Serving, plan: Plan) -> dict[str, Any]:
+    """Return the template arguments that a server is sent for the last answer of a row."""
+    own = plan.rendering.arguments[-1] if plan.rendering.arguments else {}
+    return {**serving.template_kwargs, **own}
 
 
 def template_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs:
@@ -121,7 +138,8 @@ def template_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs
     Raises:
         SampleError: the processor refuses the sample.
     """
-    reader, items, sources = serving.encoder.reader(sample), plan.conversation.media(), serving.sources(sample)
+    reader, sources = serving.encoder.reader(sample), serving.sources(sample)
+    items = [medium.item for medium in plan.media]
     videos = [_read_video(serving.processor, reader, item) for item in items if isinstance(item, VideoItem)]
     frames = iter(videos)
 
@@ -136,12 +154,13 @@ def template_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs
         options |= {"video_metadata": [metadata for _, metadata in videos], "do_sample_frames": False}
     try:
         outputs = serving.processor.apply_chat_template(
-            _messages(serving.encoder.template.with_thoughts_apart(plan.conversation).messages, element),
+            _messages(asked(serving, plan), element),
             tools=[dict(tool) for tool in plan.conversation.tools] or None,
             tokenize=True,
             return_dict=True,
             processor_kwargs=options,
-            **serving.template_kwargs,
+            add_generation_prompt=not plan.rendering.whole,
+            **arguments_of(serving, plan),
         )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise SampleError("serving", f"apply_chat_template refuses it: {error}", sample.origin) from error
@@ -161,8 +180,7 @@ def utils_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs:
     elements = [_utils_element(medium, sources, serving.encoder) for medium in plan.media]
     if obstacle := reader_obstacle([element["video"] for element in elements if "video" in element]):
         raise SampleError(NOT_COMPARED, obstacle, sample.origin)
-    turns = serving.encoder.template.with_thoughts_apart(plan.conversation).messages
-    messages = _messages(turns, lambda number, item: elements[number])
+    messages = _messages(asked(serving, plan), lambda number, item: elements[number])
     try:
         images, videos, options = process_vision_info(
             messages,
@@ -174,7 +192,8 @@ def utils_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs:
             messages,
             tools=[dict(tool) for tool in plan.conversation.tools] or None,
             tokenize=False,
-            **serving.template_kwargs,
+            add_generation_prompt=not plan.rendering.whole,
+            **arguments_of(serving, plan),
         )
         media = {"images": images} if images else {}
         metadata = [dict(one) for _, one in videos or ()]

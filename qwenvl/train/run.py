@@ -33,6 +33,7 @@ from qwenvl.train.eval_prompts import HeldOutQuestions
 from qwenvl.train.export.model_card import describe_run
 from qwenvl.train.measured_trainer import MeasuredTrainer
 from qwenvl.train.records.run_info import used_rows
+from qwenvl.train.records.serving import describe_serving
 from qwenvl.train.records.summary import log_start
 from qwenvl.train.resume.settings import Change, compare_settings, forgets_best
 from qwenvl.train.resume.zero_universal import fitted_to_ranks
@@ -81,7 +82,8 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
         return 0
     model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective)
     source = read_source(parsed.model.model_name_or_path, cache_dir=args.cache_dir)
-    records = Records(settings_yaml, processor_limits(data.processor), source)
+    serving = describe_serving(data.encoder, [table.table.spec for table in data.train.tables])
+    records = Records(settings_yaml, processor_limits(data.processor), source, serving)
     trainer = build_trainer(parsed, model, data, records, questions)
     report = _open_report(parsed, trainer, data, warnings)
     if checkpoint is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,13 @@ class Records:
         settings_yaml: recipe that reruns the job.
         original_limits: pixel and frame limits of the checkpoint's processor before training.
         source: the tensors of that checkpoint; None where they are not known.
+        serving: How a server has to be asked for what was trained; becomes ``serving.json``.
     """
 
     settings_yaml: str
     original_limits: Mapping[str, Any]
     source: Mapping[str, Header] | None = None
+    serving: Mapping[str, Any] = field(default_factory=dict)
 
 
 class SavingTrainer(Trainer):
@@ -249,7 +251,7 @@ class SavingTrainer(Trainer):
                 super()._save(output_dir, state_dict=state_dict)
             task_files.save(self.model, folder, self._of_task)
             self._processor.save_pretrained(folder)
-            write_records(folder, self._records.settings_yaml, self._records.original_limits)
+            write_records(folder, self._records.settings_yaml, self._records.original_limits, self._records.serving)
 
 
 def _restore(config: PretrainedConfig, name: str, value: Any) -> None:

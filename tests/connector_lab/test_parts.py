@@ -17,7 +17,7 @@ from qwenvl.cli.connector_lab.build import ConnectorSettings, build_lab
 from qwenvl.connector_lab.config import CONNECTORS, Connector
 from qwenvl.data.encoding.processor import open_processor
 from qwenvl.data.media.resize import ImagePlan
-from qwenvl.data.sample_stats import MEASURES, measure_sample
+from qwenvl.data.sample_stats import MEASURES, measure_row
 from qwenvl.data.types import ImageItem
 from qwenvl.families import LAB
 from qwenvl.profiling.flops import Trained, training_flops
@@ -100,6 +100,6 @@ def test_operations_grow_with_a_picture_as_they_are_counted(connector: Connector
             visual.train()(patches, grid_thw=torch.tensor([grid]))
         found.append(counter.get_total_flops())
         plan = ImagePlan(ImageItem(""), (0, 0), grid, (0, 0))
-        measures = np.array(measure_sample(10, 1, [plan]), MEASURES)
+        measures = np.array(measure_row(10, 1, [plan]), MEASURES)
         said.append(int(flops.split(measures)[0]))
     assert found[1] - found[0] == said[1] - said[0]

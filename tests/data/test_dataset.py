@@ -101,7 +101,7 @@ def test_a_packed_row_loses_its_bad_member_alone(make_encoder: MakeEncoder, tabl
 
 def test_a_packed_row_holds_what_fits(make_encoder: MakeEncoder, tables: Tables) -> None:
     opened = tables(a=[[talk("one"), talk("two"), talk("six", "word " * 30, "six"), talk("ten")]])
-    one = len(make_encoder().plan(opened[0].table[0][0]).tokens)
+    one = len(make_encoder().plans(opened[0].table[0][0])[0].tokens)
     encoder = make_encoder(3 * one)
     item = ConversationDataset(opened, encoder)[0]
     assert answers(item, encoder) == ["one", "two", "ten"]
@@ -166,7 +166,7 @@ def test_truncation_keeps_whole_turns_and_their_media(make_encoder: MakeEncoder,
         talk("x", *turns[:stop], image=images[: " ".join(turns[:stop]).count("<image>")]) for stop in (2, 4, 6, 8)
     ]
     opened = tables(full=[talk("x", *turns, image=images)], shorter=shorter)
-    plans = [make_encoder().plan(sample) for (sample,) in opened[1].table]
+    plans = [make_encoder().plans(sample)[0] for (sample,) in opened[1].table]
     lengths = [len(plan.tokens) for plan in plans]
     for limit in range(lengths[0] - 3, lengths[-1] + 3):
         item = ConversationDataset(opened[:1], make_encoder(limit, overlength="truncate_turns"))[0]

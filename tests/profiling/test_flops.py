@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from qwenvl.data.media.resize import ImagePlan
-from qwenvl.data.sample_stats import MEASURES, measure_sample
+from qwenvl.data.sample_stats import MEASURES, measure_row
 from qwenvl.data.types import ImageItem
 from qwenvl.families import FAMILIES, get_family
 from qwenvl.models.forward import install
@@ -95,7 +95,7 @@ def one_batch(model: PreTrainedModel) -> tuple[dict[str, Any], np.ndarray]:
         "media": media,
     }
     plans = [ImagePlan(ImageItem(""), (0, 0), grid, (0, 0)) for grid in GRIDS]
-    return tell_host(batch), np.array(measure_sample(length, ANSWER, plans), MEASURES)
+    return tell_host(batch), np.array(measure_row(length, ANSWER, plans), MEASURES)
 
 
 def count_products(counter: FlopCounterMode) -> int:
@@ -165,7 +165,7 @@ def test_flops_add_up_and_causal_attention_is_half(build: Callable[[str], PreTra
     config, family = build("qwen3_vl").config, get_family("qwen3_vl")
     flops = training_flops(config, family, Trained())
     plan = ImagePlan(ImageItem(""), (0, 0), (1, 16, 24), (0, 0))
-    rows = np.array([measure_sample(300, 20, [plan]), measure_sample(500, 100, [])], MEASURES)
+    rows = np.array([measure_row(300, 20, [plan]), measure_row(500, 100, [])], MEASURES)
     pack = np.array(tuple(rows[name].sum() for name in MEASURES.names), MEASURES)
     assert flops.count(pack) == pytest.approx(flops.count(rows).sum())
     assert flops.split(rows)[0][1] == 0

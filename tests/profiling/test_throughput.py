@@ -21,7 +21,7 @@ from qwenvl.config import parse_arguments
 from qwenvl.data.collator import Collator
 from qwenvl.data.encoding.encoded import EncodedSample, Item, Medium
 from qwenvl.data.encoding.tokenization import IGNORE_INDEX, Tokens
-from qwenvl.data.sample_stats import MEASURES, NOTHING, Measures, measure_sample
+from qwenvl.data.sample_stats import MEASURES, NOTHING, Measures, measure_row
 from qwenvl.data.sampler import ShardedBatchSampler, Sharding
 from qwenvl.families import get_family
 from qwenvl.models.loss.causal_lm import tell_host
@@ -60,7 +60,7 @@ def sample(length: int, trained: int, grids: tuple[tuple[int, int, int], ...] = 
 def measure(one: EncodedSample) -> Measures:
     """What the data stages count of a sample before anything is decoded."""
     trained = int((one.tokens.labels != IGNORE_INDEX).sum())
-    return measure_sample(len(one.tokens), trained, one.media)  # type: ignore[arg-type]  # has the grids it reads
+    return measure_row(len(one.tokens), trained, one.media)  # type: ignore[arg-type]  # has the grids it reads
 
 
 def add(measures: Iterable[Measures]) -> Measures:

@@ -25,7 +25,6 @@ from qwenvl.data.types import Conversation, Sample
 from qwenvl.families import get_family
 from qwenvl.tasks.grounding.phrases import MaskReader
 from qwenvl.utils.errors import SampleError
-from qwenvl.utils.lockstep import finish
 
 DIGEST_BYTES = 16
 # What a sample is trained on; all else, such as its id, may differ between samples of the same content.
@@ -91,12 +90,13 @@ class SampleChecker:
             finding = self._check(sample)
             if self.encoder is not None and all(one.category == TAG_IN_ANSWER for one in finding.problems):
                 try:
-                    measures = finish(self.encoder.measure(sample))
+                    measures = self.encoder.measure(sample)
                     self.encoder.require_length(measures.tokens, sample, used)
                     used += measures.tokens
                     finding = replace(finding, remarks=tuple(kind for kind in REMARKS if getattr(measures, kind)))
                     if isinstance(self.labels, MaskReader):  # masks are read beside sizes of pictures, and tokens
-                        self.labels.read(sample, self.encoder.plan(sample))
+                        for plan in self.encoder.plans(sample):
+                            self.labels.read(sample, plan)
                 except SampleError as error:
                     finding = replace(finding, problems=(*finding.problems, error))
             findings.append(finding)

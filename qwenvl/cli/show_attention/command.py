@@ -179,8 +179,8 @@ def show(
     """
     media = encoder.reader(sample, keep_images=True)
     try:
-        plan = encoder.plan(sample, media)
-        encoded = encoder.encode(plan, sample, media)
+        plan = encoder.plans(sample, media)[-1]
+        (encoded,) = encoder.encode([plan], sample, media)
         reader = grounder.mask_reader(encoder)
         items = wanted(sample, arguments, plan)
         places = [reader.place(item, sample, plan) for item in items]

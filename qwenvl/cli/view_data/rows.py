@@ -64,7 +64,7 @@ def look_at_rows(rows: ConversationDataset, indices: np.ndarray) -> Iterator[tup
             yield index, Look(error.origin, None, None, ((error.category, error.reason),))
             continue
         for sample in samples:
-            yield index, look_at(sample, rows.encoder)
+            yield from ((index, look) for look in look_at(sample, rows.encoder))
 
 
 @dataclass

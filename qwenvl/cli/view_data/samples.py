@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,29 +37,38 @@ class Look:
         sample: its record; None where the row cannot be read.
         plan: of it, also of one that is too long; None where it cannot be used for another reason.
         problems: (category, reason) each.
+        row: Number of the training row, from 1.
+        rows: Training rows of the sample.
     """
 
     origin: Origin
     sample: Sample | None
     plan: Plan | None
     problems: tuple[tuple[str, str], ...] = ()
+    row: int = 1
+    rows: int = 1
 
 
-def look_at(sample: Sample, encoder: SampleEncoder) -> Look:
-    """Plan a sample, and say what is wrong with it; nothing is decoded."""
+def look_at(sample: Sample, encoder: SampleEncoder) -> list[Look]:
+    """Plan the training rows of a sample, and say what is wrong with it; nothing is decoded."""
     try:
-        plan = encoder.plan(sample)
+        plans = encoder.plans(sample)
     except OverlengthError as error:
         problem = (error.category, error.reason)
         try:
-            whole = replace(encoder, max_length=UNLIMITED, max_positions=None).plan(sample)
+            plans = replace(encoder, max_length=UNLIMITED, max_positions=None).plans(sample)
         except SampleError as other:
-            return Look(sample.origin, sample, None, (problem, (other.category, other.reason)))
-        return Look(sample.origin, sample, whole, (problem,))
+            return [Look(sample.origin, sample, None, (problem, (other.category, other.reason)))]
+        return _rows(sample, plans, (problem,))
     except SampleError as error:
-        return Look(sample.origin, sample, None, ((error.category, error.reason),))
-    problems = tuple((_KINDS.get(event.kind, event.kind), _reason(event.message, sample)) for event in plan.events)
-    return Look(sample.origin, sample, plan, problems)
+        return [Look(sample.origin, sample, None, ((error.category, error.reason),))]
+    problems = tuple((_KINDS.get(event.kind, event.kind), _reason(event.message, sample)) for event in plans[0].events)
+    return _rows(sample, plans, problems)
+
+
+def _rows(sample: Sample, plans: Sequence[Plan], problems: tuple[tuple[str, str], ...]) -> list[Look]:
+    count = len(plans)
+    return [Look(sample.origin, sample, plan, problems, row, count) for row, plan in enumerate(plans, start=1)]
 
 
 def _reason(message: str, sample: Sample) -> str:
@@ -98,11 +108,12 @@ class Presenter:
         problems, encoded = list(look.problems), None
         if look.plan is not None and look.sample is not None:
             try:
-                encoded = self.encoder.encode(look.plan, look.sample)
+                (encoded,) = self.encoder.encode([look.plan], look.sample)
             except SampleError as error:
                 problems.append((error.category, error.reason))
         origin = look.origin
         member = "" if origin.member is None else f", member {origin.member}"
+        member += f", training row {look.row} of {look.rows}" if look.rows > 1 else ""
         record: dict[str, Any] = {
             "dataset": origin.dataset,
             "place": f"{origin.file}:{origin.line}{member}",

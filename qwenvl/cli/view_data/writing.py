@@ -55,7 +55,7 @@ class _Tasks(Dataset[Written]):
         presenter = Presenter(self._rows.encoder, self._tokenizer, PictureFiles(self._site, f"media/{number:05d}"))
         found = Written(len(indices))
         for index, look in look_at_rows(self._rows, indices):
-            if look.plan is not None:
+            if look.plan is not None and look.row == look.rows:  # the last one has all media
                 found.media[look.origin.dataset].add(look.plan)
             if index in self._shown:
                 found.records.append(presenter.record(look))

@@ -1,27 +1,23 @@
-"""Messages to text through the checkpoint's own chat template, with the stretches that are trained.
+"""Messages to text through the checkpoint's own chat template: for each trained answer, its prompt and its target.
 
-Where each turn ends is read from the rendering itself. Conversations of one form (speakers, and where media stand) are
-mostly rendered alike: what the template writes around their texts is found once. Where the template provably writes
-these texts as they are, that is the rendering; where it may look into them, it renders every sample, and where its
-rendering is explained to the last character, the places of the texts are known. Otherwise every turn's text gets a
-marker character (:mod:`qwenvl.data.conversation.turn_marks`), and the template is rendered a second time: the two must
-agree once the markers are taken out. Words that users type (``assistant``, ``<|im_end|>``, whole fake turns) cannot
-move a border.
+The prompt of an answer is the text that a server makes of the turns before it: the template with
+``add_generation_prompt``, with the tools and template arguments of the sample. The target is what the model then has to
+write: thought, closing tag, text, calls and end of turn. It is what the template adds to the prompt once the answer is
+there as the last turn. Templates render earlier turns differently from how they were generated (thoughts of earlier
+answers are left out), so that each answer has a prompt of its own; :mod:`qwenvl.data.encoding.rows` makes training rows
+of them. Words that users type (``assistant``, ``<|im_end|>``, whole turns) cannot move a border.
 """
 
 from __future__ import annotations
 
-import inspect
 import reprlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import transformers
 
-from qwenvl.data.conversation.template_texts import HOLE, writes_texts_as_they_are
-from qwenvl.data.conversation.thoughts import with_thought_apart, writes_thought
+from qwenvl.data.conversation.thoughts import thought_of, with_thoughts_apart, writes_thought
 from qwenvl.data.conversation.tool_calls import advice_on_calls, stand_ins
 from qwenvl.data.conversation.turn_marks import (
     as_template_message,
@@ -30,13 +26,13 @@ from qwenvl.data.conversation.turn_marks import (
     has_call_mark,
     unused_character,
 )
-from qwenvl.data.types import Conversation, Message, Part, Role, TextPart
+from qwenvl.data.types import Conversation, Message, TextPart
 from qwenvl.utils.errors import SampleError, UserError
 
+THOUGHT = "reasoning_content"
 _ANSWER = "\ue000"  # of a conversation that is rendered to see what the template writes around it
-_MOST_FORMS = 10_000
-
-_Form = tuple[tuple[Role, tuple[type | str, ...]], ...]
+SWITCH = "enable_thinking"
+"""Template argument that turns thinking on and off, in the templates that have it."""
 
 
 class ChatProcessor(Protocol):
@@ -47,52 +43,71 @@ class ChatProcessor(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Rendering:
-    """A rendered conversation.
+class TrainedTurn:
+    """One trained answer: what a server sends before it, and what the model has to write.
 
     Args:
-        text: what the chat template makes of it; one placeholder token a picture or video.
-        spans: (start, stop) in characters of what is trained: the text and calls of every assistant turn that is,
-            its end-of-turn token and the newline after it.
-        thoughts_left_out: which trained answers, counted from 1, have a thought that the template leaves out.
+        prompt: Rendered turns before the answer, with the generation prompt; one placeholder token per image or video.
+        target: Rendered answer, up to and with its end of turn and the newline after it.
+        message: Index of the answer in the conversation's messages.
+        arguments: Arguments that the template was rendered with.
+        thought: Characters of the target that are its thought, closing tag included; 0 without a thought.
+    """
+
+    prompt: str
+    target: str
+    message: int
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    thought: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A rendered conversation, or the part of it that makes one training row.
+
+    Args:
+        text: Output of the chat template; one placeholder token per image or video.
+        spans: (start, stop) in characters of each trained answer, with its end-of-turn token and the newline after it.
+            The text is tokenized in pieces: each span on its own, as a server's model writes it.
+        turns: Index in the conversation's messages of the answer of each span.
+        arguments: Template arguments of each span.
+        untrained: (start, stop) in characters of parts of spans that are not trained, such as a thought.
+        thinks: Whether the answer of each span has a thought.
+        whole: The conversation as the template renders it; each answer may have been asked for by another prompt.
+        thoughts_left_out: Numbers, from 1, of answers with a thought that the template leaves out of the whole.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    turns: tuple[int, ...] = ()
+    arguments: tuple[Mapping[str, Any], ...] = ()
+    untrained: tuple[tuple[int, int], ...] = ()
+    thinks: tuple[bool, ...] = ()
+    whole: bool = False
     thoughts_left_out: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    """What a template writes around the texts of conversations of one form.
-
-    Args:
-        literals: before, between and after the texts; nothing where that cannot be told, as with tools and calls.
-        certain: whatever the texts say.
-    """
-
-    literals: tuple[str, ...]
-    certain: bool
-
-
-_NO_FRAME = _Frame((), False)
 
 
 class ChatTemplate:
     """The chat template of one checkpoint.
 
     Args:
-        processor: opened from the checkpoint's folder.
-        template_kwargs: further arguments of the template, such as ``add_vision_id`` or ``enable_thinking``.
+        processor: Processor of the checkpoint's folder.
+        template_kwargs: Further arguments of the template, such as ``add_vision_id`` or ``enable_thinking``.
+
+    Attributes:
+        header: Text that opens an answer.
+        turn_end: Text that ends an answer, with the newline after it.
+        writes_thoughts: Whether the template writes ``reasoning_content``.
+        has_switch: Whether ``enable_thinking`` changes the prompt.
+        opens_thinking: Whether the prompt opens a thought by default.
 
     Raises:
-        UserError: the processor has no chat template, or not one whose assistant turns have a header and an end.
+        UserError: The processor has no chat template, or one whose assistant turns have no header or no end.
     """
 
     def __init__(self, processor: ChatProcessor, template_kwargs: Mapping[str, Any] | None = None) -> None:
         self._processor = processor
         self.kwargs = dict(template_kwargs or {})
-        self._frames: dict[_Form, _Frame] = {}
         question = {"role": "user", "content": "Q"}
         prompt = self._render([question])
         opening = self._render([question], add_generation_prompt=True)
@@ -102,114 +117,137 @@ class ChatTemplate:
         generation_prompt = opening[len(prompt) :]
         self.header = generation_prompt[: generation_prompt.index("\n") + 1]
         self.turn_end = answered[answered.index(_ANSWER) + len(_ANSWER) :]
-        self.opens_thinking = "<think>" in generation_prompt and "</think>" not in generation_prompt
+        self.opens_thinking = opens_thought(generation_prompt)
+        thinker = {"role": "assistant", "content": "A", THOUGHT: _ANSWER}
+        self.writes_thoughts = _ANSWER in self._render([question, thinker])
+        self.has_switch = self._finds_switch(question)
         if not self.turn_end:
             raise UserError(
                 "The checkpoint's chat template does not end an assistant turn, so labels cannot be placed."
             )
 
-    def render(self, conversation: Conversation) -> Rendering:
-        """Render a conversation and find what is trained in it.
+    def trained_turns(self, conversation: Conversation) -> list[TrainedTurn]:
+        """Return the trained answers of a conversation, each with its own prompt, in order.
 
         Raises:
-            SampleError: the template refuses the conversation, or changes it so that its turns cannot be told apart.
+            SampleError: The template refuses the conversation or leaves out a part of it, or an answer cannot follow
+                the prompt that a server would send.
         """
         conversation = self.with_thoughts_apart(conversation)
-        frame = self._frame(conversation)
-        text, ends = _fill_in(frame, conversation)
-        if not frame.certain:
-            rendered = self._render_whole(conversation)
-            if rendered != text:
-                text, ends = rendered, self._ends_by_markers(rendered, conversation)
-        spans = self._spans(text, conversation.messages, ends)
-        answers = [message for message in conversation.messages if message.role == "assistant"]
-        written = iter(text[start:stop] for start, stop in spans)
-        trained = [(number, one, next(written)) for number, one in enumerate(answers, start=1) if one.trained]
-        left_out = (number for number, one, words in trained if not writes_thought(one, words))
-        return Rendering(text, spans, tuple(left_out))
+        self._require_written(conversation, self.arguments(conversation, _last_answer(conversation)))
+        indices = [n for n, message in enumerate(conversation.messages) if message.role == "assistant"]
+        return [self._trained_turn(conversation, n) for n in indices if conversation.messages[n].trained]
+
+    def render(self, conversation: Conversation) -> Rendering:
+        """Render a conversation as a whole, as the official recipe does: earlier turns as the template writes history.
+
+        Raises:
+            SampleError: The template refuses the conversation, or changes it so that its turns cannot be told apart.
+        """
+        conversation = self.with_thoughts_apart(conversation)
+        arguments = self.arguments(conversation, None)
+        text = self._render_messages(conversation, None, arguments)
+        self._require_written(conversation, arguments)
+        return self._spans(text, conversation.messages, self._ends_by_markers(text, conversation, arguments), arguments)
 
     def render_prompt(self, conversation: Conversation) -> Rendering:
         """Render a conversation with the header of the answer that is to come; nothing in it is trained.
 
         Raises:
-            SampleError: the template refuses the conversation.
+            SampleError: The template refuses the conversation.
         """
         conversation = self.with_thoughts_apart(conversation)
-        return Rendering(self._render_whole(conversation, add_generation_prompt=True), ())
+        arguments = self.arguments(conversation, None)
+        self._require_written(conversation, arguments, add_generation_prompt=True)
+        return Rendering(self._render_messages(conversation, None, arguments, add_generation_prompt=True), ())
+
+    def arguments(self, conversation: Conversation, answer: Message | None) -> dict[str, Any]:
+        """Return the template arguments of an answer: those of the run, of its dataset and sample, and for its thought.
+
+        ``enable_thinking`` is on for an answer with a thought and off for one without, where the template has the
+        switch and nothing else is given.
+        """
+        arguments = {**self.kwargs, **conversation.template_kwargs}
+        if arguments.get(SWITCH) == "auto":
+            del arguments[SWITCH]
+        if answer is not None and self.has_switch and SWITCH not in arguments:
+            arguments[SWITCH] = bool(thought_of(answer))
+        return arguments
+
+    def with_thoughts_apart(self, conversation: Conversation) -> Conversation:
+        """Return a conversation with thoughts apart from texts, where the template writes thoughts."""
+        return with_thoughts_apart(conversation) if self.writes_thoughts else conversation
+
+    def _finds_switch(self, question: Mapping[str, Any]) -> bool:
+        """Whether ``enable_thinking`` changes the prompt; a template that does not name it is not asked."""
+        if not any(SWITCH in str(template) for template in self._templates()):
+            return False
+        prompts = {self._render([question], add_generation_prompt=True, **{SWITCH: on}) for on in (True, False)}
+        return len(prompts) == 2
+
+    def _templates(self) -> list[Any]:
+        processor: Any = self._processor
+        parts = (processor, getattr(processor, "tokenizer", None))
+        return [getattr(part, "chat_template", None) for part in parts]
 
     def identity(self) -> list[Any]:
         """Return everything that renderings depend on, as values that JSON can hold."""
         processor: Any = self._processor
-        templates = [getattr(part, "chat_template", None) for part in (processor, processor.tokenizer)]
-        return [templates, processor.tokenizer.special_tokens_map, self.kwargs, transformers.__version__]
+        return [self._templates(), processor.tokenizer.special_tokens_map, self.kwargs, transformers.__version__]
 
     def thinking_mismatch(self, conversation: Conversation) -> bool:
-        """Whether the last answer has a ``<think>`` block the template does not open, or lacks the one it opens."""
-        answer = next(message for message in reversed(conversation.messages) if message.role == "assistant")
-        thinks = "<think>" in answer.text or bool(answer.extra.get("reasoning_content"))
-        return thinks != self.opens_thinking
+        """Whether the last answer has a thought that the prompt does not open, or lacks one that it opens."""
+        answer = _last_answer(conversation)
+        thinks = answer is not None and ("<think>" in answer.text or bool(thought_of(answer)))
+        return answer is not None and thinks != self.opens_thinking
 
-    @cached_property
-    def _doubles_thoughts(self) -> bool:
-        """Whether the template reads thoughts from ``reasoning_content`` alone, and takes ``<think>`` for words."""
-        question = {"role": "user", "content": "Q"}
-        inside = {"role": "assistant", "content": "<think>\nR\n</think>\n\nA"}
-        apart = {"role": "assistant", "content": "A", "reasoning_content": "R"}
-        written = self._render([question, apart])
-        return "R" in written.removeprefix(self._render([question])) and written != self._render([question, inside])
+    def lacks_thought(self, conversation: Conversation) -> bool:
+        """Whether an answer without a thought is trained though a prompt opens one and cannot be told not to."""
+        messages = self.with_thoughts_apart(conversation).messages
+        plain = (message for message in messages if message.role == "assistant" and message.trained)
+        return self.opens_thinking and not self.has_switch and any(not thought_of(message) for message in plain)
 
-    def with_thoughts_apart(self, conversation: Conversation) -> Conversation:
-        """Return a conversation with the thoughts in front of its answers where the template reads them."""
-        if not any(message.role == "assistant" and "<think>" in message.text for message in conversation.messages):
-            return conversation
-        if not self._doubles_thoughts:
-            return conversation
-        return replace(conversation, messages=tuple(map(with_thought_apart, conversation.messages)))
+    def _trained_turn(self, conversation: Conversation, index: int) -> TrainedTurn:
+        answer = conversation.messages[index]
+        arguments = self.arguments(conversation, answer)
+        before = replace(conversation, messages=conversation.messages[:index])
+        if not any(message.role != "system" for message in before.messages):
+            raise SampleError(
+                "template",
+                "the conversation begins with an answer, which no server would ask for. Give that turn "
+                '"loss": false, or put the question before it.',
+            )
+        prompt = self._render_messages(before, None, arguments, add_generation_prompt=True)
+        thought = thought_of(answer)
+        target = self._continuation(prompt, before, answer, arguments)
+        if target is None and not thought and opens_thought(prompt[prompt.rindex(self.header) :]):
+            marked = replace(answer, extra={**answer.extra, THOUGHT: _ANSWER})
+            target = self._continuation(prompt, before, marked, arguments)
+            target = None if target is None else target.replace(_ANSWER, "", 1)
+        if target is None or thought not in target:
+            raise SampleError("template", _no_continuation(thought, arguments))
+        length = target.index(thought) + len(thought) if thought else 0
+        return TrainedTurn(prompt, target, index, arguments, _end_of_thought(target, length) if thought else 0)
 
-    def _frame(self, conversation: Conversation) -> _Frame:
-        """Return what the template writes around the texts of conversations of this form."""
-        messages = conversation.messages
-        if conversation.tools or any(message.extra for message in messages):
-            return _NO_FRAME
-        form = tuple((message.role, tuple(_kind(part) for part in message.parts)) for message in messages)
-        frame = self._frames.get(form)
-        if frame is None:
-            frame = self._find_frame(_emptied(conversation))
-            if len(self._frames) < _MOST_FORMS:
-                self._frames[form] = frame
-        return frame
+    def _continuation(
+        self, prompt: str, before: Conversation, answer: Message, arguments: Mapping[str, Any]
+    ) -> str | None:
+        """Return what the template adds to a prompt for the answer to it; None where the prompt does not stay."""
+        whole = self._render_messages(replace(before, messages=(*before.messages, answer)), None, arguments)
+        return whole[len(prompt) :] if whole.startswith(prompt) else None
 
-    def _find_frame(self, emptied: Conversation) -> _Frame:
-        holes = sum(part == TextPart(HOLE) for message in emptied.messages for part in message.parts)
-        try:
-            written = self._render_messages(emptied, None)
-        except SampleError:  # without its texts the template refuses it
-            return _NO_FRAME
-        literals = tuple(written.split(HOLE))
-        if len(literals) != holes + 1:
-            return _NO_FRAME
-        processor: Any = self._processor
-        template = getattr(processor, "chat_template", None)
-        own = inspect.signature(processor.apply_chat_template).parameters  # which do more than tell the template
-        if not isinstance(template, str) or any(name in own for name in self.kwargs):
-            return _Frame(literals, False)
-        variables = {"tools": None, "documents": None, "add_generation_prompt": False}
-        variables |= {**processor.tokenizer.special_tokens_map, **self.kwargs}
-        messages = [as_template_message(message, None) for message in emptied.messages]
-        return _Frame(literals, writes_texts_as_they_are(template, messages, variables, written))
-
-    def _render_whole(self, conversation: Conversation, **kwargs: Any) -> str:
-        """Render a conversation, and see to it that its system turns, tools, calls and thoughts are written."""
+    def _require_written(self, conversation: Conversation, arguments: Mapping[str, Any], **kwargs: Any) -> None:
+        """Check that the template writes late system turns, tools, calls and the last thought of a conversation."""
         if any(message.role == "system" for message in conversation.messages[1:]):
-            self._require_system_turns(conversation, **kwargs)
-        rendered = self._render_messages(conversation, None, **kwargs)
-        if conversation.tools or any(message.extra for message in conversation.messages):
-            changed = stand_ins(conversation, rendered)
-            if changed.wanted:
-                changed.require_written(self._render_messages(changed.conversation, None, **kwargs))
-        return rendered
+            self._require_system_turns(conversation, arguments, **kwargs)
+        if not conversation.tools and not any(message.extra for message in conversation.messages):
+            return
+        rendered = self._render_messages(conversation, None, arguments, **kwargs)
+        changed = stand_ins(conversation, rendered)
+        if changed.wanted:
+            changed.require_written(self._render_messages(changed.conversation, None, arguments, **kwargs))
 
-    def _require_system_turns(self, conversation: Conversation, **kwargs: Any) -> None:
+    def _require_system_turns(self, conversation: Conversation, arguments: Mapping[str, Any], **kwargs: Any) -> None:
         """Check that the template takes and writes the system turns that are not first.
 
         Raises:
@@ -222,18 +260,21 @@ class ChatTemplate:
                 continue
             marked = [first, *others[:place], replace(late, parts=(mark,)), *others[place + 1 :]]
             try:
-                written = self._render_messages(replace(conversation, messages=tuple(marked)), None, **kwargs)
+                written = self._render_messages(
+                    replace(conversation, messages=tuple(marked)), None, arguments, **kwargs
+                )
             except SampleError:
-                self._render_messages(_without_late_system_turns(conversation), None, **kwargs)  # another reason
+                others_alone = _without_late_system_turns(conversation)
+                self._render_messages(others_alone, None, arguments, **kwargs)  # raises where the reason is another one
                 raise SampleError("template", _late_system_turn(late, "refuses")) from None
             if mark.text not in written:
                 raise SampleError("template", _late_system_turn(late, "leaves out"))
 
-    def _ends_by_markers(self, text: str, conversation: Conversation) -> list[int | None]:
+    def _ends_by_markers(self, text: str, conversation: Conversation, arguments: Mapping[str, Any]) -> list[int | None]:
         """Return where what each turn says ends, white space behind it left out; None where that is nothing."""
         marker = unused_character(conversation)
         call = self._one_more_call(marker) if any(map(has_call_mark, conversation.messages)) else ""
-        marked = self._render_messages(conversation, marker)
+        marked = self._render_messages(conversation, marker, arguments)
         plain, ends = ends_of_turns(marked, marker, call, conversation.messages)
         if plain != text:
             raise SampleError(
@@ -247,12 +288,12 @@ class ChatTemplate:
         """Return what the template writes behind the calls of an answer for one more of them.
 
         Raises:
-            SampleError: that cannot be told.
+            SampleError: That cannot be told.
         """
         question, calls = Message("user", (TextPart("Q"),)), [function_call("f"), function_call(name)]
         fewer, more = (
             self._render_messages(
-                Conversation((question, Message("assistant", (TextPart("A"),), {"tool_calls": calls[:n]}))), None
+                Conversation((question, Message("assistant", (TextPart("A"),), {"tool_calls": calls[:n]}))), None, {}
             ).removesuffix(self.turn_end)
             for n in (1, 2)
         )
@@ -261,15 +302,17 @@ class ChatTemplate:
             raise SampleError("template", "the checkpoint's chat template does not write calls one after the other.")
         return added
 
-    def _spans(self, text: str, messages: Sequence[Message], ends: Sequence[int | None]) -> tuple[tuple[int, int], ...]:
-        """Return the trained stretches; ``ends`` is where what each turn says ends, None where that is nothing."""
-        spans = []
+    def _spans(
+        self, text: str, messages: Sequence[Message], ends: Sequence[int | None], arguments: Mapping[str, Any]
+    ) -> Rendering:
+        """Return the trained spans; ``ends`` is where what each turn says ends, None where that is nothing."""
+        spans, turns = [], []
         cursor = 0
-        for message, end in zip(messages, ends, strict=True):
+        for index, (message, end) in enumerate(zip(messages, ends, strict=True)):
             if message.role == "assistant":
                 start = text.find(self.header, cursor) + len(self.header)
                 stop = text.find(self.turn_end, start if end is None else end)
-                if end is None and self.turn_end.strip() in message.extra.get("reasoning_content", ""):
+                if end is None and self.turn_end.strip() in message.extra.get(THOUGHT, ""):
                     reason = f"a thought without an answer holds {self.turn_end.strip()}, which would end it."
                     raise SampleError("template", f"{reason} Reword it, or write the answer.")
                 if start < len(self.header) or stop < 0:
@@ -277,15 +320,26 @@ class ChatTemplate:
                 cursor = stop + len(self.turn_end)
                 if message.trained:
                     spans.append((start, cursor))
+                    turns.append(index)
             elif end is not None:
                 cursor = end
-        return tuple(spans)
+        return Rendering(
+            text,
+            tuple(spans),
+            tuple(turns),
+            (arguments,) * len(spans),
+            thinks=tuple(bool(thought_of(messages[turn])) for turn in turns),
+            whole=True,
+            thoughts_left_out=tuple(_left_out(text, spans, turns, messages)),
+        )
 
-    def _render_messages(self, conversation: Conversation, marker: str | None, **kwargs: Any) -> str:
+    def _render_messages(
+        self, conversation: Conversation, marker: str | None, arguments: Mapping[str, Any], **kwargs: Any
+    ) -> str:
         messages = [as_template_message(message, marker) for message in conversation.messages]
         tools = [dict(tool) for tool in conversation.tools] or None
         try:
-            return self._render(messages, tools=tools, **kwargs)
+            return self._render(messages, tools=tools, **{**arguments, **kwargs})
         except Exception as error:  # templates raise whatever their author chose (jinja2, TypeError, ...)
             said = str(error).strip().rstrip(".") or type(error).__name__
             advice = advice_on_calls(conversation)
@@ -294,8 +348,11 @@ class ChatTemplate:
             ) from error
 
     def _render(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
+        arguments = {**self.kwargs, **kwargs}
+        if arguments.get(SWITCH) == "auto":
+            del arguments[SWITCH]
         try:
-            rendered = self._processor.apply_chat_template(list(messages), tokenize=False, **kwargs, **self.kwargs)
+            rendered = self._processor.apply_chat_template(list(messages), tokenize=False, **arguments)
         except ValueError as error:
             if "chat_template" not in str(error) and "chat template" not in str(error):
                 raise
@@ -304,24 +361,6 @@ class ChatTemplate:
                 "or chat_template.json into its folder."
             ) from error
         return str(rendered)
-
-
-def _fill_in(frame: _Frame, conversation: Conversation) -> tuple[str, list[int | None]]:
-    """Return the texts of a conversation within their frame, and where that of every turn ends; None without text."""
-    if not frame.literals:
-        return "", []
-    following = iter(frame.literals)
-    written = [next(following)]
-    place, ends = len(written[0]), list[int | None]()
-    for message in conversation.messages:
-        end = None
-        for part in message.parts:
-            if isinstance(part, TextPart) and part.text:
-                written += [part.text, next(following)]
-                end = place + len(part.text)
-                place = end + len(written[-1])
-        ends.append(end)
-    return "".join(written), ends
 
 
 def _without_late_system_turns(conversation: Conversation) -> Conversation:
@@ -337,17 +376,40 @@ def _late_system_turn(turn: Message, verb: str) -> str:
     )
 
 
-def _kind(part: Part) -> type | str:
-    """Return what decides of a part how it is rendered, its text apart: an empty one is none."""
-    return type(part) if not isinstance(part, TextPart) or part.text else ""
+def _left_out(
+    text: str, spans: Sequence[tuple[int, int]], turns: Sequence[int], messages: Sequence[Message]
+) -> Iterator[int]:
+    """Yield the numbers of trained answers whose thought the template leaves out."""
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    for (start, stop), turn in zip(spans, turns, strict=True):
+        if not writes_thought(messages[turn], text[start:stop]):
+            yield answers.index(turn) + 1
 
 
-def _emptied(conversation: Conversation) -> Conversation:
-    """Return the conversation with a hole for every text."""
-    hole = TextPart(HOLE)
-    return Conversation(
-        tuple(
-            replace(message, parts=tuple(hole if _kind(part) is TextPart else part for part in message.parts))
-            for message in conversation.messages
+def opens_thought(prompt: str) -> bool:
+    """Whether a generation prompt ends within a thought."""
+    return prompt.rfind("<think>") > prompt.rfind("</think>")
+
+
+def _last_answer(conversation: Conversation) -> Message | None:
+    return next((message for message in reversed(conversation.messages) if message.role == "assistant"), None)
+
+
+def _end_of_thought(target: str, place: int) -> int:
+    """Return where the closing tag of a thought ends, with the white space behind it."""
+    close = target.find("</think>", place)
+    stop = place if close < 0 else close + len("</think>")
+    return stop + len(target[stop:]) - len(target[stop:].lstrip())
+
+
+def _no_continuation(thought: str, arguments: Mapping[str, Any]) -> str:
+    if thought and arguments.get(SWITCH) is False:
+        return (
+            f'an answer has a thought, and {SWITCH} is false for it: the prompt closes the thought. Leave "{SWITCH}" '
+            "out of chat_template_kwargs (or write auto), or take the thought out."
         )
+    return (
+        "the checkpoint's chat template does not write an answer of this sample as the continuation of its prompt, so "
+        "that no server could ask for it. Look at the rendered text with tools/show_sample.py and reword the sample, "
+        "or use --history as_rendered."
     )

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from qwenvl.config.data import TEMPLATE_ARGUMENTS
 from qwenvl.data.conversation.boxes.objects import check_tags, read_objects
 from qwenvl.data.conversation.call_turns import CALL_ROLES, is_call_turn, join_calls, read_call_turn
 from qwenvl.data.conversation.clip_limits import with_limits
@@ -120,6 +121,8 @@ class _Problems:
         self.wants_answer = wants_answer
         self.found: list[SampleError] = []
         self._origin = sample.origin
+        given = sample.options.get("chat_template_kwargs")
+        self.template_kwargs = {} if given is None else self.attempt(read_template_kwargs, given) or {}
 
     def attempt(self, function: Callable[..., T], *values: Any) -> T | None:
         """Call a function, and return its result; None where it raised a SampleError, which is kept."""
@@ -178,7 +181,31 @@ def _build(
         problems.attempt(_check_objects, record, written, spoken, reserved_tokens)
     objects = ["objects"] if read_objects(record) is not None else []
     unread = unread_keys(record, written, [*(form.fields if form else ()), *limits, *task_fields, *objects])
-    return Conversation(tuple(spoken), tools, unread)
+    kwargs = {**problems.template_kwargs, **(problems.attempt(_own_template_kwargs, record) or {})}
+    return Conversation(tuple(spoken), tools, unread, template_kwargs=kwargs)
+
+
+def _own_template_kwargs(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = record.get("chat_template_kwargs")
+    return {} if given is None else read_template_kwargs(given)
+
+
+def read_template_kwargs(value: Any) -> Mapping[str, Any]:
+    """Return template arguments of a sample or dataset: an object, or a JSON string of one.
+
+    Raises:
+        SampleError: they are not, or hold one that the trainer sets.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, Mapping):
+        raise SampleError("bad_record", "'chat_template_kwargs' must be an object of template arguments.")
+    if taken := sorted(TEMPLATE_ARGUMENTS & value.keys()):
+        raise SampleError("bad_record", f"'chat_template_kwargs': {taken[0]!r} is set by the trainer. Take it out.")
+    return dict(value)
 
 
 def _check_answered(messages: list[Message]) -> None:

@@ -17,7 +17,7 @@ from qwenvl.utils.errors import SampleError
 _READ = frozenset(
     (
         *(*TURN_FIELDS, *MEDIA_FIELDS, *AUDIO_FIELDS, "system", "tools"),  # messages
-        *("id", "bbox_format"),  # annotations, boxes
+        *("id", "bbox_format", *TRAINING_OPTIONS),  # annotations, boxes, training
         *("label", "masks", "kto_tag"),  # tasks; the last one is KTO's, see below
         *("answers", "metric"),  # evaluation
     )

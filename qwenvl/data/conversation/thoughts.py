@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from qwenvl.data.types import Message, TextPart
+from qwenvl.data.types import Conversation, Message, TextPart
 from qwenvl.utils.errors import SampleError
 
-_THOUGHT_FIRST = re.compile(r"\s*<think>((?:(?!</?think>).)*)</think>\s*((?:(?!</?think>).)*)", re.DOTALL)
+# Prompts open the thought, so that a recorded answer may hold the closing tag alone.
+_THOUGHT_FIRST = re.compile(r"\s*(?:<think>)?((?:(?!</?think>).)*)</think>\s*((?:(?!</?think>).)*)", re.DOTALL)
 
 
 def split_thought(text: str) -> tuple[str, str] | None:
@@ -36,10 +37,18 @@ def is_empty_answer(message: Message) -> bool:
     return message.role == "assistant" and message.trained and not says
 
 
+def with_thoughts_apart(conversation: Conversation) -> Conversation:
+    """Return a conversation in which thoughts that stand in the text of answers are in ``reasoning_content``."""
+    messages = tuple(map(with_thought_apart, conversation.messages))
+    return conversation if messages == conversation.messages else replace(conversation, messages=messages)
+
+
 def with_thought_apart(message: Message) -> Message:
     """Return an answer with the thought in front of its text as its ``reasoning_content``; other turns as they are."""
     found = split_thought(message.text) if message.role == "assistant" else None
     if found is None or message.extra.get("reasoning_content"):
+        return message
+    if any(not isinstance(part, TextPart) for part in message.parts):
         return message
     parts = (TextPart(found[1]),) if found[1] else ()
     return replace(message, parts=parts, extra={**message.extra, "reasoning_content": found[0]})

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qwenvl.data.conversation.boxes.write import NOTHING_CONVERTED, write_boxes
 from qwenvl.data.conversation.chat_template import ChatTemplate, Rendering
 from qwenvl.data.conversation.messages import build_conversation, examine
 from qwenvl.data.conversation.thoughts import is_empty_answer
 from qwenvl.data.encoding.encoded import EncodedSample, Event, Medium, Plan
+from qwenvl.data.encoding.rows import History, LossOn, training_rows
 from qwenvl.data.encoding.targets import TargetReader, as_question
 from qwenvl.data.encoding.tokenization import Encoding, Tokenizer, Tokens
 from qwenvl.data.media.pixels import read_resized
 from qwenvl.data.media.reader import MediaReader
 from qwenvl.data.media.resize import MediaPlan, VisionSettings, plan_image, plan_video
 from qwenvl.data.media.video.decode import backend_name
-from qwenvl.data.sample_stats import Measures, measure_sample
+from qwenvl.data.sample_stats import NOTHING, Measures, measure_row
 from qwenvl.data.types import Conversation, ImageItem, Sample, VideoItem
 from qwenvl.utils.cache import fingerprint
 from qwenvl.utils.errors import SampleError
-from qwenvl.utils.lockstep import Stages, finish
 
 Overlength = Literal["drop", "error", "truncate_turns"]
 
@@ -35,13 +35,26 @@ class OverlengthError(SampleError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Draft:
-    """A sample as far as its length goes: headers read and text tokenized, no tensor made."""
+class _Row:
+    """A training row as far as its length goes: headers read and text tokenized, no tensor made."""
 
-    conversation: Conversation
     rendering: Rendering
     media: tuple[MediaPlan, ...]
     encoding: Encoding
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A sample as far as its length goes."""
+
+    conversation: Conversation
+    media: tuple[MediaPlan, ...]
+    rows: tuple[_Row, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of all rows together."""
+        return sum(row.encoding.length for row in self.rows)
 
 
 def plan_item(item: ImageItem | VideoItem, reader: MediaReader, settings: VisionSettings) -> MediaPlan:
@@ -80,6 +93,9 @@ class SampleEncoder:
         video_timeout: seconds that opening or decoding a video may take.
         max_positions: that the model is made for; None for any. A picture has fewer positions than tokens.
         targets: reads what a task wants to know of each sample; None for language modelling.
+        history: rows of a conversation: each answer behind the prompt that a server sends (``exact``), those of the
+            last one (``last``), or the conversation as the template renders it (``as_rendered``).
+        loss_on: answers, or parts of them, that are trained.
     """
 
     template: ChatTemplate
@@ -92,6 +108,8 @@ class SampleEncoder:
     video_timeout: float = 120.0
     max_positions: int | None = None
     targets: TargetReader | None = None
+    history: History = "exact"
+    loss_on: LossOn = "all"
 
     @property
     def prompts(self) -> bool:
@@ -103,37 +121,47 @@ class SampleEncoder:
         """Fields of a record that the task reads."""
         return () if self.targets is None else self.targets.fields
 
-    def plan(self, sample: Sample, reader: MediaReader | None = None) -> Plan:
+    def plans(self, sample: Sample, reader: MediaReader | None = None) -> tuple[Plan, ...]:
         """Tokenize without decoding media.
 
         Args:
             sample: the record.
             reader: opens its media; None for one of this sample's own (:meth:`reader`).
 
+        Returns:
+            Its training rows, at least one. What there is to report stands in the first.
+
         Raises:
             SampleError: the sample cannot be used; says why, and where it stands.
         """
-        whole, kept = finish(self._fit(sample, reader or self.reader(sample)))
-        self.require_length(kept.encoding.length, sample)
-        events = []
+        whole, kept = self._fit(sample, reader or self.reader(sample))
+        self.require_length(kept.length, sample)
+        events = tuple(self._events(whole, kept, sample))
+        plans = list[Plan]()
+        for row in kept.rows:
+            tokens = self.tokenizer.expand(row.encoding)
+            self._require_positions(tokens, sample)
+            plans.append(Plan(kept.conversation, row.rendering, row.media, tokens, () if plans else events))
+        return tuple(plans)
+
+    def _events(self, whole: _Draft, kept: _Draft, sample: Sample) -> Iterator[Event]:
+        """Yield what there is to report of a sample."""
+        conversation, dataset = kept.conversation, sample.origin.dataset
         if kept is not whole:
-            removed = len(whole.conversation.messages) - len(kept.conversation.messages)
-            message = f"{sample.origin}: {whole.encoding.length} tokens; the last {removed} turns left out"
-            events.append(Event("truncated", sample.origin.dataset, message))
-        for kind, words in self._remarks(kept).items():
-            events.append(Event(kind, sample.origin.dataset, f"{sample.origin}{words}"))
-        tokens = self.tokenizer.expand(kept.encoding)
-        self._require_positions(tokens, sample)
-        events += _unread_keys(kept.conversation, sample)
-        return Plan(kept.conversation, kept.rendering, kept.media, tokens, tuple(events))
+            removed = len(whole.conversation.messages) - len(conversation.messages)
+            message = f"{sample.origin}: {whole.length} tokens; the last {removed} turns left out"
+            yield Event("truncated", dataset, message)
+        for kind, words in self._remarks(kept, sample).items():
+            yield Event(kind, dataset, f"{sample.origin}{words}")
+        yield from _unread_keys(conversation, sample)
 
     def unread_keys(self, sample: Sample) -> tuple[Event, ...]:
         """Return the events of the keys that nothing reads in a record, usable or not; its media stay closed."""
         examined = examine(sample, self.reserved_tokens, task_fields=self.task_fields)
         return _unread_keys(examined.conversation, sample)
 
-    def measure(self, sample: Sample) -> Stages[Measures]:
-        """Count what :meth:`plan` would make of a sample, without making it, in stages.
+    def measure(self, sample: Sample) -> Measures:
+        """Count what :meth:`plans` would make of a sample, without making it.
 
         A sample that stays longer than ``max_length`` is counted as it is: what becomes of it is not decided here, so
         that the numbers hold for other limits too (unless turns are left out).
@@ -141,21 +169,27 @@ class SampleEncoder:
         Raises:
             SampleError: the sample cannot be used, whatever the limit.
         """
-        _, kept = yield from self._fit(sample, self.reader(sample))
-        measures = measure_sample(kept.encoding.length, kept.encoding.trained, kept.media)
-        return measures._replace(**dict.fromkeys(self._remarks(kept), 1))
+        _, kept = self._fit(sample, self.reader(sample))
+        measures = NOTHING
+        for row in kept.rows:
+            measures = measures.plus(measure_row(row.encoding.length, row.encoding.trained, row.media))
+        answers = [thinks for row in kept.rows for thinks in row.rendering.thinks]
+        remarks = dict.fromkeys(self._remarks(kept, sample), 1)
+        return measures._replace(samples=1, answers=len(answers), thoughts=sum(answers), **remarks)
 
-    def _remarks(self, draft: _Draft) -> dict[str, str]:
+    def _remarks(self, draft: _Draft, sample: Sample) -> dict[str, str]:
         """Return the kinds of :data:`~qwenvl.data.sample_stats.REMARKS` that a sample is of, each with words on it."""
         if self.prompts:
             return {}
-        found = {"thinking_mismatch": ""} if self.template.thinking_mismatch(draft.conversation) else {}
-        if draft.rendering.thoughts_left_out:
-            numbers = ", ".join(map(str, draft.rendering.thoughts_left_out))
+        conversation, whole = draft.conversation, self._options(sample)[0] == "as_rendered"
+        mismatch = self.template.thinking_mismatch if whole else self.template.lacks_thought
+        found = {"thinking_mismatch": ""} if mismatch(conversation) else {}
+        if left_out := [number for row in draft.rows for number in row.rendering.thoughts_left_out]:
+            numbers = ", ".join(map(str, left_out))
             found["thoughts_left_out"] = f": the chat template leaves out the thought of answer {numbers}"
-        if any(map(is_empty_answer, draft.conversation.messages)):
+        if any(map(is_empty_answer, conversation.messages)):
             found["empty_answers"] = ": an answer is empty, and trained as its end of turn"
-        if draft.conversation.unconverted:
+        if conversation.unconverted:
             found["unconverted"] = f": {NOTHING_CONVERTED}"
         return found
 
@@ -193,11 +227,13 @@ class SampleEncoder:
                 sample.origin,
             )
 
-    def encode(self, plan: Plan, sample: Sample, reader: MediaReader | None = None) -> EncodedSample:
-        """Decode the media of a planned sample.
+    def encode(
+        self, plans: Sequence[Plan], sample: Sample, reader: MediaReader | None = None
+    ) -> tuple[EncodedSample, ...]:
+        """Decode the media of a planned sample, once for all of its rows.
 
         Args:
-            plan: of the sample.
+            plans: Training rows of the sample.
             sample: the record.
             reader: the one that opened its media to plan it, if that keeps what it read; None for a new one.
 
@@ -205,13 +241,17 @@ class SampleEncoder:
             SampleError: a file cannot be decoded, or the target of a task is wrong.
         """
         reader = reader or self.reader(sample)
+        longest = max((plan.media for plan in plans), key=len)  # rows hold media from the first one on
         try:
-            target = None if self.targets is None else self.targets.read(sample, plan)
-            media = tuple(Medium(read_resized(medium, reader), medium.grid) for medium in plan.media)
+            targets = [None if self.targets is None else self.targets.read(sample, plan) for plan in plans]
+            media = tuple(Medium(read_resized(medium, reader), medium.grid) for medium in longest)
         except SampleError as error:
             error.origin = error.origin or sample.origin
             raise
-        return EncodedSample(plan.tokens, media, sample.origin, target)
+        return tuple(
+            EncodedSample(plan.tokens, media[: len(plan.media)], sample.origin, target)
+            for plan, target in zip(plans, targets, strict=True)
+        )
 
     def reader(self, sample: Sample, keep_images: bool = False) -> MediaReader:
         """Return what opens the media of a sample; ``keep_images`` where they are planned and then decoded."""
@@ -229,10 +269,12 @@ class SampleEncoder:
             self.allow_remote,
             limit,
             backend_name(),
+            self.history,
+            self.loss_on,
             *([] if self.targets is None else self.targets.identity()),
         )
 
-    def _fit(self, sample: Sample, reader: MediaReader) -> Stages[tuple[_Draft, _Draft]]:
+    def _fit(self, sample: Sample, reader: MediaReader) -> tuple[_Draft, _Draft]:
         """Return the whole sample and what the over-length policy keeps of it: mostly the same."""
         try:
             conversation = build_conversation(
@@ -242,32 +284,63 @@ class SampleEncoder:
                 conversation = as_question(conversation)
             if self.targets is not None:
                 self.targets.check(sample, conversation)
-            yield
             media = tuple(plan_item(item, reader, self.settings) for item in conversation.media())
             conversation = write_boxes(conversation, media, sample, self.settings.family)
-            yield
-            whole = yield from self._tokenize(conversation, media)
-            if whole.encoding.length <= self.max_length or self.overlength != "truncate_turns":
+            options = self._options(sample)
+            whole = self._tokenize(conversation, media, *options)
+            if whole.length <= self.max_length or self.overlength != "truncate_turns":
                 return whole, whole
-            return whole, self._without_last_turns(whole) or whole
+            return whole, self._without_last_turns(whole, *options) or whole
         except SampleError as error:
             error.origin = error.origin or sample.origin
             raise
 
-    def _tokenize(self, conversation: Conversation, media: tuple[MediaPlan, ...]) -> Stages[_Draft]:
-        rendering = self.template.render_prompt(conversation) if self.prompts else self.template.render(conversation)
-        yield
-        encoding = self.tokenizer.encode(rendering, media, answered=not self.prompts)
-        return _Draft(conversation, rendering, media, encoding)
+    def _options(self, sample: Sample) -> tuple[History, LossOn]:
+        """Return how the conversation of a sample is trained: as it says itself, its dataset, or the run.
 
-    def _without_last_turns(self, draft: _Draft) -> _Draft | None:
+        A task reads its targets beside the conversation as a whole.
+        """
+        if self.targets is not None:
+            return "as_rendered", "all"
+        return (
+            _chosen("history", sample.setting("history"), self.history, get_args(History)),
+            _chosen("loss_on", sample.setting("loss_on"), self.loss_on, get_args(LossOn)),
+        )
+
+    def _tokenize(
+        self, conversation: Conversation, media: tuple[MediaPlan, ...], history: History, loss_on: LossOn
+    ) -> _Draft:
+        rows = []
+        for rendering in self._renderings(conversation, history, loss_on):
+            whole = self.prompts or history == "as_rendered"
+            messages = conversation.messages if whole else conversation.messages[: rendering.turns[-1] + 1]
+            used = media[: len(replace(conversation, messages=messages).media())]
+            encoding = self.tokenizer.encode(rendering, used, answered=not self.prompts)
+            rows.append(_Row(rendering, used, encoding))
+        return _Draft(conversation, media, tuple(rows))
+
+    def _renderings(self, conversation: Conversation, history: History, loss_on: LossOn) -> Sequence[Rendering]:
+        if self.prompts:
+            return [self.template.render_prompt(conversation)]
+        if history == "as_rendered":
+            return [self.template.render(conversation)]
+        turns = self.template.trained_turns(conversation)
+        return training_rows(turns, self.template.header, self.tokenizer.same_ids, history, loss_on)
+
+    def _without_last_turns(self, draft: _Draft, history: History, loss_on: LossOn) -> _Draft | None:
         """Leave out turns from the end, whole, and their media with them, until the rest fits; None if nothing does."""
         messages = draft.conversation.messages
         for stop in range(len(messages) - 1, 0, -1):
             if messages[stop - 1].role != "assistant" or not messages[stop - 1].trained:
                 continue
             shorter = replace(draft.conversation, messages=messages[:stop])
-            cut = finish(self._tokenize(shorter, draft.media[: len(shorter.media())]))
-            if cut.encoding.length <= self.max_length:
+            cut = self._tokenize(shorter, draft.media[: len(shorter.media())], history, loss_on)
+            if cut.length <= self.max_length:
                 return cut
         return None
+
+
+def _chosen(key: str, value: Any, default: Any, known: Sequence[str]) -> Any:
+    if value is None or value in known:
+        return default if value is None else value
+    raise SampleError("bad_record", f"{key!r} is {value!r}, not one of {', '.join(known)}.")

@@ -172,6 +172,8 @@ def build_encoder(
         overlength=arguments.overlength,
         allow_remote=arguments.allow_remote_media,
         video_timeout=arguments.video_timeout,
+        history=arguments.history,
+        loss_on=arguments.loss_on,
     )
 
 

@@ -58,12 +58,14 @@ class Tokens:
         labels: int64 [T]; -100 where nothing is trained.
         position_ids: int64 [4, T]; see :mod:`qwenvl.data.encoding.mrope`.
         vision_mask: bool [T]; True at image and video placeholders.
+        starts: Index of the first token of each trained answer.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
     vision_mask: torch.Tensor
+    starts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -74,13 +76,14 @@ class Encoding:
     """The ids of a sample while each picture is one placeholder still: all that its length depends on.
 
     Args:
-        stretches: (ids, whether they are trained), one after the other.
+        stretches: (ids, which of them are trained) of each piece of text, in order; None for the second where the piece
+            is no answer.
         blocks: (merged grid, temporal step) of every placeholder, in order.
         length: tokens of the sample, once the placeholders are repeated.
         trained: how many of them are trained.
     """
 
-    stretches: tuple[tuple[list[int], bool], ...]
+    stretches: tuple[tuple[list[int], list[bool] | None], ...]
     blocks: tuple[tuple[tuple[int, int, int], float], ...]
     length: int
     trained: int
@@ -120,14 +123,17 @@ class Tokenizer:
         """
         segments = self._segments(rendering, plans)
         all_ids = self._ids([text for text, _ in segments])
-        stretches = tuple((ids, trained) for ids, (_, trained) in zip(all_ids, segments, strict=True))
+        stretches = tuple(
+            (ids, None if start is None else self._trained(text, ids, start, rendering.untrained))
+            for ids, (text, start) in zip(all_ids, segments, strict=True)
+        )
         blocks = tuple(block for plan in plans for block in self._blocks(plan))
         placeholders = words = trained_words = 0
         for ids, trained in stretches:
             found = ids.count(self._vision.image_id) + ids.count(self._vision.video_id)
             placeholders += found
             words += len(ids) - found
-            trained_words += (len(ids) - found) * trained
+            trained_words += sum(trained or ()) - (found if trained and all(trained) else 0)
         if placeholders != len(blocks):
             raise SampleError(
                 "template",
@@ -141,7 +147,8 @@ class Tokenizer:
     def expand(self, encoding: Encoding) -> Tokens:
         """Repeat every placeholder as often as its picture has tokens, and give all tokens labels and positions."""
         ids = np.concatenate([np.asarray(part, dtype=np.int64) for part, _ in encoding.stretches])
-        trained = np.concatenate([np.full(len(part), trained, dtype=bool) for part, trained in encoding.stretches])
+        flagged = ([False] * len(part) if flags is None else flags for part, flags in encoding.stretches)
+        trained = np.fromiter((flag for flags in flagged for flag in flags), dtype=bool, count=len(ids))
         is_vision = (ids == self._vision.image_id) | (ids == self._vision.video_id)
         trained &= ~is_vision
         repeats = np.ones(len(ids), dtype=np.int64)
@@ -151,7 +158,16 @@ class Tokenizer:
         labels = torch.from_numpy(np.repeat(np.where(trained, ids, IGNORE_INDEX), repeats))
         input_ids = torch.from_numpy(np.repeat(ids, repeats))
         mask = torch.from_numpy(np.repeat(is_vision, repeats))
-        return Tokens(input_ids, labels, position_ids(len(input_ids), spans), mask)
+        places = np.append(0, np.cumsum(repeats))
+        borders = np.cumsum([0, *(len(part) for part, _ in encoding.stretches)])
+        answers = [flags is not None for _, flags in encoding.stretches]
+        first = tuple(places[borders[:-1][answers]].tolist())
+        return Tokens(input_ids, labels, position_ids(len(input_ids), spans), mask, first)
+
+    def same_ids(self, pieces: Sequence[str]) -> bool:
+        """Whether pieces of text have the same ids one by one as in one piece."""
+        whole, *parts = self._ids(["".join(pieces), *pieces])
+        return whole == [number for part in parts for number in part]
 
     def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the ids of a trained stretch of a rendering, and which characters of it each token holds.
@@ -180,16 +196,25 @@ class Tokenizer:
             engine.no_truncation()
         return engine
 
-    def _segments(self, rendering: Rendering, plans: Sequence[MediaPlan]) -> list[tuple[str, bool]]:
-        """Cut the text into (stretch, whether it is trained), with frames and timestamps written out."""
-        pieces, cursor = [], 0
+    def _trained(self, text: str, ids: list[int], start: int, untrained: Sequence[tuple[int, int]]) -> list[bool]:
+        """Return which ids of an answer are trained: those that begin outside of the parts that are not."""
+        parts = [(first - start, last - start) for first, last in untrained if start <= first < start + len(text)]
+        if not parts:
+            return [True] * len(ids)
+        _, offsets = self.offsets(text)
+        return [not any(first <= place < last for first, last in parts) for place, _ in offsets]
+
+    def _segments(self, rendering: Rendering, plans: Sequence[MediaPlan]) -> list[tuple[str, int | None]]:
+        """Cut the text into (piece, where in the text an answer begins), with frames and timestamps written out."""
+        pieces: list[tuple[str, int | None]] = []
+        cursor = 0
         videos = iter([plan for plan in plans if isinstance(plan, VideoPlan)])
         for start, stop in rendering.spans:
-            pieces.append((self._write_frames(rendering.text[cursor:start], videos), False))
-            pieces.append((rendering.text[start:stop], True))
+            pieces.append((self._write_frames(rendering.text[cursor:start], videos), None))
+            pieces.append((rendering.text[start:stop], start))
             cursor = stop
-        pieces.append((self._write_frames(rendering.text[cursor:], videos), False))
-        return [(text, trained) for text, trained in pieces if text]
+        pieces.append((self._write_frames(rendering.text[cursor:], videos), None))
+        return [(text, start) for text, start in pieces if text]
 
     def _write_frames(self, text: str, videos: Iterator[VideoPlan]) -> str:
         """Replace each video's placeholder by its frames: timestamp, start, placeholder, end (``frames`` layout)."""

@@ -23,12 +23,11 @@ from qwenvl.utils.cache import fingerprint
 from qwenvl.utils.cores import available_cores
 from qwenvl.utils.distributed import from_main_process
 from qwenvl.utils.errors import UserError
-from qwenvl.utils.lockstep import in_lockstep
 from qwenvl.utils.logging import shows_bars
 from qwenvl.utils.processes import in_processes
 
 _COUNTING = 3  # to be raised when what is counted of a sample changes, so that older caches are not read
-_ROWS_A_TASK = 64  # done together (see lockstep), and counted again if the run is killed meanwhile
+_ROWS_A_TASK = 64  # done together, and counted again if the run is killed meanwhile
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ class _Tasks(Dataset[_Counted]):
         task = self._tasks[index]
         known = [Measures(*one) if one != NOTHING else None for one in self._known[task.table][task.rows].tolist()]
         rows = zip(task.rows.tolist(), known, strict=True)
-        results = in_lockstep(self._dataset.measure(task.table, row, of_row) for row, of_row in rows)
+        results = [self._dataset.measure(task.table, row, of_row) for row, of_row in rows]
         return _Counted(
             np.array([one.measures for one in results], MEASURES),
             np.array([one.whole or NOTHING for one in results], MEASURES),

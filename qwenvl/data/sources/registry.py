@@ -13,6 +13,9 @@ Its entries have one of two keys, and any of the others:
 ``columns``          ``{"image": "picture"}``: the field ``image`` is called ``picture`` in the rows
 ``allow_absolute``   absolute paths of media may lie outside ``data_path``
 ``bbox_format``      see :mod:`qwenvl.data.conversation.boxes.convert`
+``history``          these three as the flags of the same names, over those of the run
+``loss_on``
+``chat_template_kwargs``
 ``metric``           what evaluation measures its answers by, see :mod:`qwenvl.metrics.registry`
 ===================  ===================================================================================================
 
@@ -36,14 +39,14 @@ from typing import Any
 
 from qwenvl.data.sources.record_forms import FORM_FIELDS
 from qwenvl.data.sources.registry_paths import annotation_paths, data_folder
-from qwenvl.data.types import DatasetSpec, HuggingFaceDataset
+from qwenvl.data.types import TRAINING_OPTIONS, DatasetSpec, HuggingFaceDataset
 from qwenvl.utils.errors import UserError, nearest
 
 DEFAULT_REGISTRY = Path(__file__).resolve().parents[3] / "data"
 SOURCE_KEYS = ("annotation_path", "hf_dataset")  # an entry has one of them
 RECORD_FIELDS = (
     *("conversations", "messages", "image", "images", "video", "videos"),
-    *("system", "tools", "id", "bbox_format", "objects", "label", "masks"),
+    *("system", "tools", "id", "bbox_format", "objects", "label", "masks", *TRAINING_OPTIONS),
     *FORM_FIELDS,
 )  # that "columns" can name
 
@@ -213,7 +216,7 @@ def _source_key(entry: Any, where: str) -> str:
             hint = nearest(key, (str(known) for known in entry))
             more = ' It may be "".' if key == "data_path" else " (Or 'hf_dataset'.)"
             raise UserError(f"{where} has no {key!r}.{hint}{more}")
-    known = (*_OWN_KEYS, "allow_absolute", "bbox_format", "metric")
+    known = (*_OWN_KEYS, *TRAINING_OPTIONS, "allow_absolute", "bbox_format", "metric")
     for key in entry:
         if key not in known:
             hint = nearest(str(key), known)

@@ -27,7 +27,7 @@ from qwenvl.data.sources.json.rows import JsonRows
 from qwenvl.data.sources.parquet import PARQUET_MAGIC, ParquetRows
 from qwenvl.data.sources.schema import check_columns, holds_bytes, to_fields
 from qwenvl.data.sources.text_file import TextFile
-from qwenvl.data.types import DatasetSpec, Sample
+from qwenvl.data.types import TRAINING_OPTIONS, DatasetSpec, Sample
 from qwenvl.utils.cache import fingerprint
 from qwenvl.utils.errors import Origin, SampleError, UserError
 
@@ -164,7 +164,12 @@ class AnnotationTable:
             )
         options = self.spec.options
         return Sample(
-            place, record, self.spec.data_path, bool(options.get("allow_absolute")), options.get("bbox_format")
+            place,
+            record,
+            self.spec.data_path,
+            bool(options.get("allow_absolute")),
+            options.get("bbox_format"),
+            {key: options[key] for key in TRAINING_OPTIONS if key in options},
         )
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from qwenvl.data.conversation.boxes.convert import bbox_format
 from qwenvl.data.conversation.boxes.objects import read_objects
 from qwenvl.data.encoding.encoded import Plan
-from qwenvl.data.encoding.tokenization import IGNORE_INDEX, Tokenizer
+from qwenvl.data.encoding.tokenization import Tokenizer
 from qwenvl.data.media.resize import ImagePlan, MediaPlan
 from qwenvl.data.types import Conversation, Sample
 from qwenvl.tasks.grounding.masks import Mask, read_mask, shares
@@ -178,16 +178,17 @@ class MaskReader:
 
         A token that holds others besides counts too, as " car" does for "car".
         """
-        answers = [message.trained for message in plan.conversation.messages if message.role == "assistant"]
-        if not answers[answer]:
+        message = _answers(plan.conversation)[answer]
+        if not plan.conversation.messages[message].trained:
             raise _bad("its answer is not trained, so that no token of it learns to look.")
-        answer = sum(answers[:answer])  # of those that are trained
-        first, last = plan.rendering.spans[answer]
+        if message not in plan.rendering.turns:
+            raise _bad("its answer has a training row of its own. Use --history as_rendered.")
+        number = plan.rendering.turns.index(message)
+        first, last = plan.rendering.spans[number]
         written = plan.rendering.text[first:last]
         moved = _written_at(written.removesuffix(self.turn_end), text, start, stop)
         ids, offsets = self.tokenizer.offsets(written)
-        trained = np.flatnonzero(plan.tokens.labels.numpy() != IGNORE_INDEX)
-        place = int(np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1)[answer][0])
+        place = plan.tokens.starts[number]
         assert plan.tokens.input_ids[place : place + len(ids)].tolist() == ids, "offsets are of other tokens"
         inside = [number for number, (a, b) in enumerate(offsets) if a < stop + moved and b > start + moved and a < b]
         return tuple(place + number for number in inside)
@@ -212,6 +213,11 @@ def _written_at(written: str, text: str, start: int, stop: int) -> int:
     if start < len(text) - common or stop > len(text):
         raise _bad("the checkpoint's chat template leaves its words out of the answer, or writes others.")
     return len(written) - len(text)
+
+
+def _answers(conversation: Conversation) -> list[int]:
+    """Return the index of each assistant turn in the messages."""
+    return [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
 
 
 def _texts(conversation: Conversation) -> list[str]:

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 DRAFTS = ".saving"
 """Folder inside the output folder in which checkpoints are written until they are whole."""
 
+SERVING = "serving.json"
+"""How requests to a server have to be made."""
+
 Engine = Literal["plain", "deepspeed", "fsdp"]
 """What trains: torch alone or with DDP, DeepSpeed, or FSDP."""
 
@@ -245,17 +248,21 @@ def require_writable(output_dir: str) -> None:
         ) from error
 
 
-def write_records(folder: str, settings_yaml: str, original_limits: Mapping[str, Any]) -> None:
+def write_records(
+    folder: str, settings_yaml: str, original_limits: Mapping[str, Any], serving: Mapping[str, Any]
+) -> None:
     """Write what a folder needs to be understood and repeated.
 
     Args:
         folder: a checkpoint.
         settings_yaml: becomes ``training_args.yaml``, a recipe that reruns the job.
         original_limits: limits of the processor before training; becomes ``original_processor_limits.json``.
+        serving: How requests have to be made; becomes ``serving.json``.
     """
     path = Path(folder)
     (path / "training_args.yaml").write_text(settings_yaml, encoding="utf-8")
     _write_json(path / "original_processor_limits.json", original_limits)
+    _write_json(path / SERVING, serving)
     _write_json(path / "versions.json", find_versions())
 
 

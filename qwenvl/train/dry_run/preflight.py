@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from rich.table import Table
@@ -20,12 +21,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from qwenvl.config import ParsedArguments, TrainingArguments
 from qwenvl.data.collator import Collator, for_model
 from qwenvl.data.dataset import ConversationDataset
+from qwenvl.data.encoding.rows import History
 from qwenvl.data.packing.lengths import measure_lengths
 from qwenvl.profiling.activation_memory import StepMemory, measure_step
 from qwenvl.profiling.state_memory import StateMemory, estimate_states, read_sharing
 from qwenvl.train.build.data import RunData
 from qwenvl.train.build.model import open_model, weight_types
-from qwenvl.train.dry_run.report import NOT_COUNTED, describe_memory, describe_work, gib
+from qwenvl.train.dry_run.report import NOT_COUNTED, describe_histories, describe_memory, describe_work, gib
 from qwenvl.train.measured_trainer import flops_of
 from qwenvl.train.records.summary import describe_budget, describe_data, describe_model, describe_remarks
 from qwenvl.train.schedule import plan_schedule, slowest_over_mean
@@ -72,10 +74,23 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
         *describe_data(data, schedule, args),
         describe_budget(args, data, schedule, None),
         describe_work(flops, measures, schedule, args, imbalance),
+        *histories(rows, lengths.measures, parsed),
         describe_memory(sharing, states, step),
         NOT_COUNTED,
     ]
     logger.info("Dry run; nothing was trained.\n\n%s\n", as_text(*parts))
+
+
+def histories(rows: ConversationDataset, measures: np.ndarray, parsed: ParsedArguments) -> Iterator[Table]:
+    """Yield what each ``--history`` would train, where a conversation has several contexts."""
+    others = [one for one in get_args(History) if one != rows.encoder.history]
+    if rows.encoder.prompts or measures["rows"].sum() == measures["samples"].sum():
+        return
+    found: dict[str, np.ndarray] = {rows.encoder.history: measures}
+    for history in others:
+        other = ConversationDataset(rows.tables, replace(rows.encoder, history=history), skip_bad_samples=True)
+        found[history] = measure_lengths(other, cache_folder(parsed.data.data_cache_dir)).measures
+    yield describe_histories(found)
 
 
 def decode_one_of_each(dataset: ConversationDataset) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from rich.table import Table
 
@@ -44,6 +46,19 @@ def describe_work(
             "hours": f"{hours:.3g} on {ranks} devices that reach {share}{device}",
         },
     )
+
+
+def describe_histories(measures: Mapping[str, np.ndarray]) -> Table:
+    """Return the training rows and tokens of each way to train the turns of conversations.
+
+    Args:
+        measures: Of the samples of an epoch, by the value of ``--history``.
+    """
+    rows = []
+    for history, part in measures.items():
+        counts = (int(part[field].sum()) for field in ("rows", "tokens", "trained_tokens"))
+        rows.append([history, *(f"{count:,}" for count in counts)])
+    return table("Conversations with several contexts", ["--history", "rows", "tokens", "trained"], rows)
 
 
 def describe_memory(sharing: Sharing, states: StateMemory, step: StepMemory) -> Table:

@@ -41,7 +41,7 @@ def short_cases(dataset: ConversationDataset) -> Iterator[Case]:
             if len(plan.tokens) <= _LONGEST and (best is None or len(plan.tokens) < len(best[0].tokens)):
                 shortest[bool(plan.media)] = (plan, sample)
     for plan, sample in shortest.values():
-        yield Case(plan, dataset.encoder.encode(plan, sample))
+        yield Case(plan, dataset.encoder.encode([plan], sample)[0])
 
 
 def _plans(dataset: ConversationDataset, index: int) -> Iterator[tuple[Sample, Plan]]:
@@ -51,10 +51,11 @@ def _plans(dataset: ConversationDataset, index: int) -> Iterator[tuple[Sample, P
         return
     for sample in samples:
         try:
-            plan = dataset.encoder.plan(sample)
+            plans = dataset.encoder.plans(sample)
         except SampleError:
             continue
-        yield sample, plan
+        for plan in plans:
+            yield sample, plan
 
 
 def stock_inputs(case: Case, patchify: Patchify) -> dict[str, Tensor]:

@@ -139,7 +139,8 @@ def describe_data(data: RunData, schedule: Schedule, args: TrainingArguments) ->
     """Yield the datasets, what is known of their samples, and how they are used."""
     yield _dataset_table(data)
     if data.arranged.measures is not None:
-        yield _measured_table(data.train.tables, data.arranged.measures, data.arranged.events)
+        thinking = data.encoder.template.has_switch
+        yield _measured_table(data.train.tables, data.arranged.measures, data.arranged.events, thinking)
     packs = data.arranged.packs
     text = "" if packs is None else f"{packs.count:,} of up to {packs.limit:,} tokens, {packs.fill:.2%} full"
     values = {
@@ -167,13 +168,16 @@ def _dataset_table(data: RunData) -> Table:
     return table("Data", ["dataset", "rows", "taken", "to train on", "to evaluate"], list(rows.values()))
 
 
-def _measured_table(tables: Sequence[SampledTable], measures: np.ndarray, events: Sequence[Event]) -> Table:
+def _measured_table(
+    tables: Sequence[SampledTable], measures: np.ndarray, events: Sequence[Event], thinking: bool
+) -> Table:
     """Return what there is to train on, exactly, and what is left out and why.
 
     Args:
         tables: the datasets.
         measures: of every row, in their order.
         events: what there is to report of them.
+        thinking: Whether the chat template can turn thinking on and off.
     """
     borders = np.cumsum([0, *(len(one.rows) for one in tables)])
     parts = {one.table.spec.name: measures[borders[number] : borders[number + 1]] for number, one in enumerate(tables)}
@@ -182,9 +186,18 @@ def _measured_table(tables: Sequence[SampledTable], measures: np.ndarray, events
     for name, part in [*parts.items(), *([("all", measures)] if len(parts) > 1 else [])]:
         reasons = [f"{count:,} {why.replace('_', ' ')}" for (of, why), count in sorted(left_out.items()) if of == name]
         missing = f"{left_out.total():,}" if name == "all" else ", ".join(reasons) or "0"
-        rows.append([name, *(f"{count:,}" for count in _sums(part)), missing])
-    headings = ["dataset", "samples", "tokens", "trained", "patches", "longest", "left out"]
-    return table("Samples to train on", headings, rows, words=(0, 6))
+        rows.append([name, *(f"{count:,}" for count in _sums(part)), *_contexts(part), missing])
+    headings = ["dataset", "samples", "tokens", "trained", "patches", "longest", "rows", "thoughts", "left out"]
+    several, thoughts = (measures["rows"] > measures["samples"]).any(), thinking or measures["thoughts"].any()
+    chosen = [number for number, one in enumerate([*(True,) * 6, several, thoughts, True]) if one]
+    cells = [[row[number] for number in chosen] for row in rows]
+    return table("Samples to train on", [headings[number] for number in chosen], cells, words=(0, len(chosen) - 1))
+
+
+def _contexts(part: np.ndarray) -> list[str]:
+    """Return the training rows of some samples, and how many of their answers have a thought."""
+    rows, answers, thoughts = (int(part[field].sum()) for field in ("rows", "answers", "thoughts"))
+    return [f"{rows:,}", f"{thoughts:,} of {answers:,} answers"]
 
 
 def describe_remarks(tables: Sequence[SampledTable], measures: np.ndarray) -> Iterator[str]:

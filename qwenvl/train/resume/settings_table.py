@@ -79,6 +79,7 @@ TABLE = (
         "where rows are packed or grouped by cost, other lengths make another order, which is refused",
         "max_pixels min_pixels video_max_frames video_min_frames video_max_pixels video_min_pixels",
         "video_max_frame_pixels video_min_frame_pixels video_fps add_vision_id chat_template_kwargs",
+        "history loss_on",
     ),
     _row(
         "which samples are left out",

@@ -30,7 +30,7 @@ def build(checkpoint: Path, max_length: int = 4096) -> SampleEncoder:
 
 def accepts(encoder: SampleEncoder, one: Sample) -> bool:
     try:
-        encoder.encode(encoder.plan(one), one)
+        encoder.encode([encoder.plans(one)[0]], one)[0]
     except SampleError:
         return False
     return True

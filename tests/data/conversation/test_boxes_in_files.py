@@ -49,7 +49,7 @@ def test_a_box_stays_on_its_object_through_orientation_and_resizing(
     sample = sample_of("<image>Where?", json.dumps({"bbox_2d": box}), image="a.jpg")
     sample = replace(sample, data_path=str(tmp_path))
     encoder = build(tiny_checkpoint(family), family)
-    plan = encoder.plan(sample)
+    plan = encoder.plans(sample)[0]
     written = json.loads(plan.conversation.messages[-1].text)["bbox_2d"]
     assert json.dumps({"bbox_2d": written}) in plan.rendering.text  # what is tokenized
     (media,) = plan.media
@@ -81,9 +81,9 @@ def test_turns_left_out_are_not_converted_twice(tiny_checkpoint: Callable[..., P
     box = json.dumps({"bbox_2d": BOX})
     sample = sample_of("<image>Where?", box, "long " * 300, "No.", image="a.png")
     encoder = build(tiny_checkpoint("qwen3_vl"), "qwen3_vl", overlength="truncate_turns")
-    whole = encoder.plan(replace(sample, data_path=str(tmp_path)))
+    whole = encoder.plans(replace(sample, data_path=str(tmp_path)))[0]
     encoder = replace(encoder, max_length=len(whole.tokens) - 1)
-    plan = encoder.plan(replace(sample, data_path=str(tmp_path)))
+    plan = encoder.plans(replace(sample, data_path=str(tmp_path)))[0]
     assert [message.text for message in plan.conversation.messages] == ["Where?", '{"bbox_2d": [100, 100, 500, 500]}']
 
 
@@ -91,4 +91,4 @@ def test_a_bad_box_names_its_sample(tiny_checkpoint: Callable[..., Path], tmp_pa
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     sample = replace(sample_of("<image>?", json.dumps({"bbox_2d": BOX}), image="a.png"), data_path=str(tmp_path))
     with pytest.raises(SampleError, match=r"dataset 'set', set.jsonl:1: .*outside the picture a.png"):
-        build(tiny_checkpoint("qwen3_vl"), "qwen3_vl").plan(sample)
+        build(tiny_checkpoint("qwen3_vl"), "qwen3_vl").plans(sample)[0]

@@ -1,4 +1,4 @@
-"""Where turns end, found from the form of a conversation, is where markers find it; and one rendering is enough."""
+"""Conversations rendered as a whole: where each turn ends is found by markers, whatever users type."""
 
 from __future__ import annotations
 
@@ -7,22 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoProcessor
 
-from qwenvl.data.conversation.chat_template import _NO_FRAME, ChatTemplate, Rendering
+from qwenvl.data.conversation.chat_template import ChatTemplate, Rendering
 from qwenvl.data.types import Conversation, ImageItem, Message, Part, TextPart, VideoItem
 from qwenvl.utils.errors import SampleError, UserError
 
 TEMPLATES = [("qwen2_vl", None), ("qwen3_vl", None), ("qwen3_vl", "thinking"), ("qwen3_5", None)]
-
-
-class ByMarkers(ChatTemplate):
-    """Knows no forms, so that every conversation is rendered, and once more with markers."""
-
-    def _frame(self, conversation: Conversation) -> Any:
-        return _NO_FRAME
 
 
 @pytest.fixture(scope="module", params=TEMPLATES, ids=str)
@@ -54,29 +46,6 @@ def rendered(template: ChatTemplate, conversation: Conversation) -> Rendering | 
         return str(error)
 
 
-@given(conversations())
-@settings(max_examples=60)
-def test_forms_and_markers_find_the_same(processor: Any, conversation: Conversation) -> None:
-    by_markers = rendered(ByMarkers(processor), conversation)
-    by_form = rendered(ChatTemplate(processor), conversation)
-    assert by_form == by_markers or isinstance(by_markers, str)
-
-
-def test_a_template_that_does_not_look_into_texts_renders_a_form_once(
-    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rendering would be a good part of counting; the official template never looks into the texts."""
-    processor = AutoProcessor.from_pretrained(tiny_checkpoint("qwen3_vl"))
-    template, calls = ChatTemplate(processor), []
-    render = processor.apply_chat_template
-    monkeypatch.setattr(processor, "apply_chat_template", lambda *a, **k: calls.append(1) or render(*a, **k))
-    for number in range(5):
-        turns = Message("user", (TextPart(f"{number}?"),)), Message("assistant", (TextPart(f"{number} \n"),))
-        rendering = template.render(Conversation(turns))
-        assert [rendering.text[start:stop] for start, stop in rendering.spans] == [f"{number} \n<|im_end|>\n"]
-    assert len(calls) == 1
-
-
 def test_the_marker_of_a_turn_leaves_its_tool_response_one(tiny_checkpoint: Callable[..., Path]) -> None:
     """This template takes a user's turn that ends with the tag for a tool's, and keeps the thoughts before it."""
     processor = AutoProcessor.from_pretrained(tiny_checkpoint("qwen3_vl", "thinking"))
@@ -84,7 +53,7 @@ def test_the_marker_of_a_turn_leaves_its_tool_response_one(tiny_checkpoint: Call
     for response in ("<tool_response>\nx\n</tool_response>", "<tool_response>\nx\n</tool_response>\n"):
         texts = [("user", "Q"), ("assistant", first), ("user", response.strip()), ("assistant", second)]
         conversation = Conversation(tuple(Message(role, (TextPart(text),)) for role, text in texts))  # type: ignore[arg-type]
-        rendering = ByMarkers(processor).render(conversation)
+        rendering = ChatTemplate(processor).render(conversation)
         trained = [rendering.text[start:stop] for start, stop in rendering.spans]
         assert trained == [f"{first}<|im_end|>\n", f"{second}<|im_end|>\n"]
 
@@ -103,12 +72,11 @@ def test_answers_whose_thoughts_the_template_leaves_out_are_found(tiny_checkpoin
     """The prompt opens a thought, and the header of an answer is what stands before it."""
     processor = AutoProcessor.from_pretrained(tiny_checkpoint("qwen3_vl", "thinking"))
     conversation = ask_and_answer("1", "<think>\nfirst\n</think>\n\none", "2", "<think>\nsecond\n</think>\n\ntwo")
-    for kind in (ChatTemplate, ByMarkers):
-        template = kind(processor)
-        assert template.header == "<|im_start|>assistant\n"
-        assert template.opens_thinking
-        trained = ["one<|im_end|>\n", "<think>\nsecond\n</think>\n\ntwo<|im_end|>\n"]
-        assert trained_of(template.render(conversation)) == trained
+    template = ChatTemplate(processor)
+    assert template.header == "<|im_start|>assistant\n"
+    assert template.opens_thinking
+    trained = ["one<|im_end|>\n", "<think>\nsecond\n</think>\n\ntwo<|im_end|>\n"]
+    assert trained_of(template.render(conversation)) == trained
 
 
 def test_a_prompt_ends_with_the_header_of_the_answer(processor: Any) -> None:
@@ -189,16 +157,16 @@ def test_a_template_that_rewrites_texts_is_used_where_turns_can_be_told_apart(
 def test_turns_that_end_with_media_are_marked_behind_their_last_text(processor: Any, parts: tuple[Part, ...]) -> None:
     turns = Message("user", parts), Message("assistant", (TextPart("Yes."),))
     conversation = Conversation((*turns, Message("user", (*parts, *parts)), Message("assistant", (TextPart("No."),))))
-    by_markers = ByMarkers(processor).render(conversation)
+    by_markers = ChatTemplate(processor).render(conversation)
     assert by_markers == ChatTemplate(processor).render(conversation)
     assert trained_of(by_markers)[0].removeprefix("<think>\n\n</think>\n\n") == "Yes.<|im_end|>\n"
 
 
 def test_markers_are_characters_that_nobody_typed(processor: Any) -> None:
     conversation = ask_and_answer("\ue000?", "\ue001 \ue003", "again", "\ue002")
-    rendering = ByMarkers(processor).render(conversation)
+    rendering = ChatTemplate(processor).render(conversation)
     assert rendering == ChatTemplate(processor).render(conversation)
     assert trained_of(rendering)[0].endswith("\ue001 \ue003<|im_end|>\n")
     everything = "".join(chr(code) for code in range(0xE000, 0xE100))
     with pytest.raises(SampleError, match="every character of the private use area"):
-        ByMarkers(processor).render(ask_and_answer("Q", everything))
+        ChatTemplate(processor).render(ask_and_answer("Q", everything))

@@ -20,11 +20,10 @@ from qwenvl.data.encoding.encoded import Plan
 from qwenvl.data.encoding.encoder import OverlengthError, SampleEncoder
 from qwenvl.data.encoding.processor import build_encoder
 from qwenvl.data.media.resize import VideoPlan
-from qwenvl.data.sample_stats import measure_sample
+from qwenvl.data.sample_stats import measure_row
 from qwenvl.data.types import Conversation, Sample
 from qwenvl.families import FAMILIES, get_family
 from qwenvl.utils.errors import Origin, SampleError
-from qwenvl.utils.lockstep import finish
 from tests.patches import patches_of
 
 
@@ -69,7 +68,7 @@ def test_two_videos_and_a_picture_stand_where_the_stock_model_puts_them(
     limits = DataArguments(dataset_use="d", video_max_pixels=8 * 64 * 96, video_min_pixels=8 * 32 * 32)
     encoder = build_encoder(AutoProcessor.from_pretrained(checkpoint), config, get_family(family), limits, 4096)
     sample = Sample(Origin("d", "f", 1), record, str(tmp_path))
-    plan = encoder.plan(sample)
+    plan = encoder.plans(sample)[0]
     videos = [media for media in plan.media if isinstance(media, VideoPlan)]
     assert [len(video.indices) for video in videos] == [8, 8]
     seconds = [2 / video.sampled_fps for video in videos]
@@ -89,7 +88,7 @@ def test_two_videos_and_a_picture_stand_where_the_stock_model_puts_them(
     )
     assert torch.equal(plan.tokens.position_ids[1:], expected[:, 0])
 
-    encoded = encoder.encode(plan, sample)
+    encoded = encoder.encode([plan], sample)[0]
     assert [len(medium.frames) for medium in encoded.media] == [8, 1, 8]
     assert [medium.grid for medium in encoded.media] == [media.grid for media in plan.media]
     assert len(patches_of(encoded, checkpoint)) == 4 * int(plan.tokens.vision_mask.sum())
@@ -103,31 +102,31 @@ def test_a_sample_may_take_every_position_of_the_model_and_no_more(
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Yes."}]
     sample = Sample(Origin("d", "f", 1), {"image": "a.png", "conversations": turns}, str(tmp_path))
     encoder = build(tiny_checkpoint("qwen3_vl"))
-    tokens = encoder.plan(sample).tokens
+    tokens = encoder.plans(sample)[0].tokens
     taken = int(tokens.position_ids[1:].max()) + 1
     assert taken == len(tokens) - 10 * 10 + 10
-    assert len(replace(encoder, max_positions=taken).plan(sample).tokens) == len(tokens)
+    assert len(replace(encoder, max_positions=taken).plans(sample)[0].tokens) == len(tokens)
     with pytest.raises(SampleError, match=f"takes {taken} positions, but the model is made for {taken - 1} ") as caught:
-        replace(encoder, max_positions=taken - 1).plan(sample)
+        replace(encoder, max_positions=taken - 1).plans(sample)[0]
     assert caught.value.category == "beyond_context"
     assert str(caught.value.origin) in str(caught.value)
 
 
 def test_a_sample_may_have_as_many_tokens_as_the_limit_and_no_more(encoder: SampleEncoder) -> None:
     sample = talk("Who?", "Me.")
-    plan = encoder.plan(sample)
+    plan = encoder.plans(sample)[0]
     length = len(plan.tokens)
     assert plan.events == ()
-    assert len(replace(encoder, max_length=length).plan(sample).tokens) == length
+    assert len(replace(encoder, max_length=length).plans(sample)[0].tokens) == length
     for overlength, fatal in (("drop", False), ("error", True)):
         short = replace(encoder, max_length=length - 1, overlength=overlength)
         with pytest.raises(
             OverlengthError, match=f"has {length} tokens, more than --model_max_length {length - 1}"
         ) as caught:
-            short.plan(sample)
+            short.plans(sample)[0]
         assert (caught.value.fatal, caught.value.origin, caught.value.category) == (fatal, sample.origin, "overlength")
         trained = int((plan.tokens.labels != -100).sum())
-        assert finish(short.measure(sample)) == measure_sample(length, trained, ())
+        assert (short.measure(sample)) == measure_row(length, trained, ())
 
 
 def test_members_of_a_packed_row_share_its_limit(encoder: SampleEncoder) -> None:
@@ -140,22 +139,22 @@ def test_members_of_a_packed_row_share_its_limit(encoder: SampleEncoder) -> None
 
 def test_turns_left_out_are_counted(encoder: SampleEncoder) -> None:
     texts = ("1?", "One.", "2?", "Two.", "3?", "Three.")
-    whole, two = len(encoder.plan(talk(*texts)).tokens), len(encoder.plan(talk(*texts[:4])).tokens)
+    whole, two = len(encoder.plans(talk(*texts))[0].tokens), len(encoder.plans(talk(*texts[:4]))[0].tokens)
     for limit, kept in ((whole, 6), (whole - 1, 4), (two, 4), (two - 1, 2)):
         cutter = replace(encoder, max_length=limit, overlength="truncate_turns")
-        plan = cutter.plan(talk(*texts))
+        plan = cutter.plans(talk(*texts))[0]
         assert [message.text for message in plan.conversation.messages] == list(texts[:kept])
         said = [f"d (f.json:3): {whole} tokens; the last {6 - kept} turns left out"] if kept < 6 else []
         assert [event.message.split(": ", 1)[1] for event in plan.events] == [one.split(": ", 1)[1] for one in said]
         assert [event.kind for event in plan.events] == ["truncated"] * len(said)
-        assert finish(cutter.measure(talk(*texts))).tokens == len(plan.tokens)
+        assert (cutter.measure(talk(*texts))).tokens == len(plan.tokens)
     with pytest.raises(OverlengthError):
-        replace(encoder, max_length=5, overlength="truncate_turns").plan(talk(*texts))
+        replace(encoder, max_length=5, overlength="truncate_turns").plans(talk(*texts))[0]
 
 
 def test_thoughts_that_the_template_does_not_open_are_reported(encoder: SampleEncoder) -> None:
     sample = talk("Q", "<think>\nSo.\n</think>\n\nA")
-    (event,) = encoder.plan(sample).events
+    (event,) = encoder.plans(sample)[0].events
     assert (event.kind, event.dataset, event.message) == ("thinking_mismatch", "d", str(sample.origin))
 
 
@@ -183,14 +182,14 @@ class Notes:
 
 def test_what_a_task_wants_to_know_of_a_sample(encoder: SampleEncoder) -> None:
     sample = talk("Who?", "Me.", note=7)
-    assert encoder.encode(encoder.plan(sample), sample).target is None
+    assert encoder.encode([encoder.plans(sample)[0]], sample)[0].target is None
     noting = replace(encoder, targets=Notes())
-    plan = noting.plan(sample)
-    assert noting.encode(plan, sample).target == (7, len(plan.tokens))
+    plan = noting.plans(sample)[0]
+    assert noting.encode([plan], sample)[0].target == (7, len(plan.tokens))
     for note, said in ((None, "it has no note"), ("unread", "the note cannot be read")):
         wrong = talk("Who?", "Me.", note=note)
         with pytest.raises(SampleError, match=said) as caught:
-            noting.encode(noting.plan(wrong), wrong)
+            noting.encode([noting.plans(wrong)[0]], wrong)[0]
         assert caught.value.origin == wrong.origin
 
 
@@ -198,14 +197,14 @@ def test_questions_are_rendered_up_to_the_answer(encoder: SampleEncoder) -> None
     sample = talk("Who?", "<think>\nSo.\n</think>\n\nMe.", note=7)
     asking = replace(encoder, targets=Notes(prompts=True))
     assert (encoder.prompts, replace(encoder, targets=Notes()).prompts, asking.prompts) == (False, False, True)
-    plan = asking.plan(sample)
+    plan = asking.plans(sample)[0]
     assert plan.rendering.text.endswith("Who?<|im_end|>\n<|im_start|>assistant\n")
     assert (plan.tokens.labels == -100).all()
     assert plan.events == ()  # of the answer, which is left out
-    assert asking.plan(talk("Who?", note=7)).rendering == plan.rendering
+    assert asking.plans(talk("Who?", note=7))[0].rendering == plan.rendering
     with pytest.raises(SampleError, match="answer"):
-        encoder.plan(talk("Who?", note=7))
-    assert finish(asking.measure(sample)) == measure_sample(len(plan.tokens), 0, ())
+        encoder.plans(talk("Who?", note=7))[0]
+    assert (asking.measure(sample)) == measure_row(len(plan.tokens), 0, ())
 
 
 def test_the_fingerprint_changes_with_all_that_lengths_depend_on(encoder: SampleEncoder) -> None:

@@ -62,7 +62,7 @@ def test_pictures_equal_the_stock_processors(
     picture.save(tmp_path / "a.png")
     processor, encoder = build(tiny_checkpoint(family), family)
     sample = ask(tmp_path, {"type": "image", "image": "a.png", **own})
-    encoded = encoder.encode(encoder.plan(sample), sample)
+    encoded = encoder.encode([encoder.plans(sample)[0]], sample)[0]
     low, high = own.get("min_pixels", LIMITS["min_pixels"]), own.get("max_pixels", LIMITS["max_pixels"])
     limits = {"shortest_edge": low, "longest_edge": max(low, high)}
     stock = processor.image_processor(images=[picture], size=limits, return_tensors="pt")
@@ -90,8 +90,8 @@ def test_videos_equal_the_stock_processors_with_the_saved_limits(
     with_training_limits(processor, encoder.settings).save_pretrained(tmp_path / "saved")
     saved = AutoProcessor.from_pretrained(tmp_path / "saved")
     sample = ask(tmp_path, {"type": "video", "video": "a.mp4"})
-    plan = encoder.plan(sample)
-    encoded = encoder.encode(plan, sample)
+    plan = encoder.plans(sample)[0]
+    encoded = encoder.encode([plan], sample)[0]
     whole = choose_backend().frames(str(path), np.arange(frames))
     metadata = VideoMetadata(total_num_frames=frames, fps=fps, duration=frames / fps, video_backend="torchcodec")
     stock = saved.video_processor(videos=[whole], video_metadata=[metadata], return_tensors="pt")
@@ -137,10 +137,12 @@ def test_template_arguments_reach_the_text(
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     processor, encoder = build(tiny_checkpoint("qwen3_vl"), "qwen3_vl", **arguments)
     part = {"type": "image", "image": "a.png"}
-    plan = encoder.plan(ask(tmp_path, part, {"type": "text", "text": "Same as "}, part))
+    plan = encoder.plans(ask(tmp_path, part, {"type": "text", "text": "Same as "}, part))[0]
     text = processor.tokenizer.decode(plan.tokens.input_ids)
     assert "Picture 1: " in text
     assert "Same as Picture 2: " in text
     assert len(plan.tokens) == len(plan.tokens.labels) == plan.tokens.position_ids.shape[1]
     _, plain = build(tiny_checkpoint("qwen3_vl"), "qwen3_vl")
-    assert len(plain.plan(ask(tmp_path, part, {"type": "text", "text": "Same as "}, part)).tokens) < len(plan.tokens)
+    assert len(plain.plans(ask(tmp_path, part, {"type": "text", "text": "Same as "}, part))[0].tokens) < len(
+        plan.tokens
+    )

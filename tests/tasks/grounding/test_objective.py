@@ -140,10 +140,10 @@ def test_a_folder_opened_by_one_call_finds_the_masks_that_training_evaluated(
     (table,) = open_tables(parse_dataset_use("held_out", load_registry(str(scenes))), 0)
     for row in range(4):
         (sample,) = table.table[row]
-        plan = encoder.plan(sample)
+        plan = encoder.plans(sample)[0]
         regions = reader.read(sample, plan)
         places, sizes = [region.place for region in regions], [region.mask.size for region in regions]
-        found = grounder.masks(encoder.encode(plan, sample), places, sizes)
+        found = grounder.masks(encoder.encode([plan], sample)[0], places, sizes)
         phrases += [place.phrase for place in places]
         records += [compare_masks(mask, region.mask.pixels()) for mask, region in zip(found, regions, strict=True)]
     named = [mask["phrase"] for record in read_annotations(scenes, "held_out") for mask in record["masks"]]

@@ -62,8 +62,8 @@ def _sample(folder: Path, answer: str, *masks: Any, **fields: Any) -> Sample:
 
 
 def _read(opened: Opened, sample: Sample) -> tuple[Plan, tuple[Region, ...]]:
-    plan = opened[0].plan(sample)
-    regions: tuple[Region, ...] = opened[0].encode(plan, sample).target
+    plan = opened[0].plans(sample)[0]
+    regions: tuple[Region, ...] = opened[0].encode([plan], sample)[0].target
     return plan, regions
 
 
@@ -161,7 +161,7 @@ def test_a_mask_lies_on_its_thing_in_the_pixels_that_the_model_sees(qwen3, tmp_p
     mask = mask_of(np.asarray(shown)[..., 0] > 0)
     written = {"size": list(mask.size), "counts": list(mask.runs)}
     sample = _sample(tmp_path, "A bar.", {"phrase": "bar", "segmentation": written})
-    encoded = qwen3[0].encode(qwen3[0].plan(sample), sample)
+    encoded = qwen3[0].encode([qwen3[0].plans(sample)[0]], sample)[0]
     frame, (region,) = encoded.media[0].frames[0, ..., 0].numpy() / 255, encoded.target
     assert frame.shape != region.mask.size == (90, 150)
     assert np.abs(frame - shares(region.mask.pixels(), frame.shape)).mean() < 0.02
@@ -196,13 +196,13 @@ def test_mistakes_are_named_with_their_place(qwen3, folder, mask, expected) -> N
 
 def test_samples_without_masks_and_spans_that_move_are_refused(qwen3, folder) -> None:
     with pytest.raises(SampleError, match="'masks' is \\[\\]: --task grounding needs a list"):
-        qwen3[0].plan(_sample(folder, "a cat."))
+        qwen3[0].plans(_sample(folder, "a cat."))[0]
     mask = {"span": [0, 5], "segmentation": ALL}
     with pytest.raises(SampleError, match="'span' with bbox_format"):
-        qwen3[0].plan(_sample(folder, "a cat.", mask, bbox_format="pixel"))
+        qwen3[0].plans(_sample(folder, "a cat.", mask, bbox_format="pixel"))
     with pytest.raises(SampleError, match="'span' with bbox_format or objects"):
-        qwen3[0].plan(_sample(folder, "a cat <bbox>.", mask, objects={"bbox": [[1, 1]]}))
-    assert len(replace(qwen3[0], targets=None).plan(_sample(folder, "a cat.", "nonsense")).tokens)
+        qwen3[0].plans(_sample(folder, "a cat <bbox>.", mask, objects={"bbox": [[1, 1]]}))
+    assert len(replace(qwen3[0], targets=None).plans(_sample(folder, "a cat.", "nonsense"))[0].tokens)
 
 
 def test_answers_that_are_not_trained_do_not_move_phrases(opened, folder) -> None:

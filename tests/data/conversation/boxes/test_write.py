@@ -156,7 +156,7 @@ def test_a_file_through_orientation_and_resizing(
         sample_of(*turns, objects={"ref": ["cup"], "bbox": [[90, 130, 450, 1300]]}), data_path=str(tmp_path)
     )
     encoder: SampleEncoder = build(tiny_checkpoint(family), family)
-    plan = encoder.plan(sample)
+    plan = encoder.plans(sample)[0]
     height, width = plan.media[0].resized
     assert (height, width) != (1300, 900)
     resized = f"[{round(width / 10)}, {round(height / 10)}, {round(width / 2)}, {height - 1}]"
