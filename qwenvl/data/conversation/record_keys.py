@@ -12,6 +12,7 @@ from typing import Any
 from qwenvl.data.conversation.media_items import MEDIA_FIELDS, media_keys
 from qwenvl.data.conversation.turns import AUDIO_FIELDS, unread_keys_of_turns
 from qwenvl.data.sources.record_forms import TURN_FIELDS
+from qwenvl.data.types import TRAINING_OPTIONS
 from qwenvl.utils.errors import SampleError
 
 _READ = frozenset(
