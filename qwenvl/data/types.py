@@ -9,8 +9,11 @@ from typing import Any, Literal
 from qwenvl.utils.errors import Origin
 
 Role = Literal["system", "user", "assistant", "tool"]
-TRAINING_OPTIONS = ("chat_template_kwargs", "history", "loss_on")
-"""Settings of training that a dataset's entry and a sample may have, over those of the run."""
+SAMPLE_OPTIONS = ("chat_template_kwargs", "loss_on")
+"""Settings of training that a sample may have, over those of its dataset."""
+
+TRAINING_OPTIONS = (*SAMPLE_OPTIONS, "history")
+"""Settings of training that a dataset's entry may have, over those of the run."""
 
 Source = str | bytes  # of a picture or video: where it is, or the file itself
 
@@ -78,7 +81,7 @@ class Sample:
 
     def setting(self, key: str) -> Any:
         """Return one of :data:`TRAINING_OPTIONS`: the sample's own, else its dataset's; None where neither says any."""
-        own = self.record.get(key)
+        own = self.record.get(key) if key in SAMPLE_OPTIONS else None
         return self.options.get(key) if own is None else own
 
 

@@ -146,8 +146,8 @@ class ChatTemplate:
         """
         conversation = self.with_thoughts_apart(conversation)
         arguments = self.arguments(conversation, None)
-        text = self._render_messages(conversation, None, arguments)
         self._require_written(conversation, arguments)
+        text = self._render_messages(conversation, None, arguments)
         return self._spans(text, conversation.messages, self._ends_by_markers(text, conversation, arguments), arguments)
 
     def render_prompt(self, conversation: Conversation) -> Rendering:

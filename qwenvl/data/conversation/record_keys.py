@@ -12,13 +12,13 @@ from typing import Any
 from qwenvl.data.conversation.media_items import MEDIA_FIELDS, media_keys
 from qwenvl.data.conversation.turns import AUDIO_FIELDS, unread_keys_of_turns
 from qwenvl.data.sources.record_forms import TURN_FIELDS
-from qwenvl.data.types import TRAINING_OPTIONS
+from qwenvl.data.types import SAMPLE_OPTIONS
 from qwenvl.utils.errors import SampleError
 
 _READ = frozenset(
     (
         *(*TURN_FIELDS, *MEDIA_FIELDS, *AUDIO_FIELDS, "system", "tools"),  # messages
-        *("id", "bbox_format", *TRAINING_OPTIONS),  # annotations, boxes, training
+        *("id", "bbox_format", *SAMPLE_OPTIONS),  # annotations, boxes, training
         *("label", "masks", "kto_tag"),  # tasks; the last one is KTO's, see below
         *("answers", "metric"),  # evaluation
     )

@@ -39,14 +39,14 @@ from typing import Any
 
 from qwenvl.data.sources.record_forms import FORM_FIELDS
 from qwenvl.data.sources.registry_paths import annotation_paths, data_folder
-from qwenvl.data.types import TRAINING_OPTIONS, DatasetSpec, HuggingFaceDataset
+from qwenvl.data.types import SAMPLE_OPTIONS, TRAINING_OPTIONS, DatasetSpec, HuggingFaceDataset
 from qwenvl.utils.errors import UserError, nearest
 
 DEFAULT_REGISTRY = Path(__file__).resolve().parents[3] / "data"
 SOURCE_KEYS = ("annotation_path", "hf_dataset")  # an entry has one of them
 RECORD_FIELDS = (
     *("conversations", "messages", "image", "images", "video", "videos"),
-    *("system", "tools", "id", "bbox_format", "objects", "label", "masks", *TRAINING_OPTIONS),
+    *("system", "tools", "id", "bbox_format", "objects", "label", "masks", *SAMPLE_OPTIONS),
     *FORM_FIELDS,
 )  # that "columns" can name
 

@@ -120,7 +120,7 @@ def test_reasoning_that_says_nothing_more_is_taken() -> None:
         (" <think></think>", ("", "")),
         ("A <think>x</think>", None),
         ("<think>x", None),
-        ("x</think>A", None),
+        ("x</think>A", ("x", "A")),
         ("<think>a</think>b<think>c</think>", None),
         ("<think>a</think>b</think>c", None),
         ("A", None),

@@ -250,15 +250,16 @@ def test_history_decides_the_rows(
     history: str, rows: list[tuple[int, ...]], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     encoder, _ = opened(str(tiny_checkpoint("qwen3_5")))
-    plans = encoder.plans(sample(TWO, history=history))
+    one = replace(sample(TWO), options={"history": history})
+    plans = encoder.plans(one)
     assert [plan.rendering.turns for plan in plans] == rows
-    measured = encoder.measure(sample(TWO, history=history))
+    measured = encoder.measure(one)
     assert measured.samples == 1
     assert measured.tokens == sum(len(plan.tokens) for plan in plans)
     assert measured.trained_tokens == sum(int((plan.tokens.labels != IGNORE_INDEX).sum()) for plan in plans)
     assert measured.tokens_squared == sum(len(plan.tokens) ** 2 for plan in plans)
     with pytest.raises(SampleError, match="'history' is 'lst', not one of exact, last, as_rendered"):
-        encoder.plans(sample(TWO, history="lst"))
+        encoder.plans(replace(one, options={"history": "lst"}))
 
 
 def test_tool_loops_share_one_row(shared_folder: Path) -> None:
