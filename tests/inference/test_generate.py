@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from qwenvl.families import get_family
 from qwenvl.inference.generate import Answerer, Decoding, encode_prompts, generate, open_answerer
 from qwenvl.inference.prompts import Prompt, open_exercise
 from qwenvl.utils.errors import Origin, SampleError, UserError
+from tests.data.clips import UNEVEN, encode
 
 TASKS = ("digits", "comparisons", "grounding", "motion")
 
@@ -105,6 +107,19 @@ def test_inputs_are_those_of_the_processor_alone(
         assert set(ours) == set(theirs)
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_uneven_frames_have_the_times_of_training(family: str, tmp_path: Path, opened: Callable[[str], Opened]) -> None:
+    """Of a video without a constant rate: the prompt has the timestamps of training."""
+    encode(tmp_path / "a.mp4", "libx264", UNEVEN)
+    turns = [{"from": "human", "value": "<video>When?"}, {"from": "gpt", "value": "Late."}]
+    sample = Sample(Origin("d", "f", 1), {"video": "a.mp4", "conversations": turns}, str(tmp_path))
+    answerer, encoder = opened(family)
+    asked = encode_prompts(answerer, [open_exercise(sample, encoder).prompt])["input_ids"][0]
+    decode = answerer.processor.tokenizer.decode
+    times = [re.findall(r"<(\d+\.\d) seconds>", decode(ids)) for ids in (asked, encoder.plan(sample).tokens.input_ids)]
+    assert times[0] == times[1] == (["0.4", "9.7"] if family == "qwen3_vl" else [])
 
 
 def stock_part(part: object, sample: Sample) -> dict[str, object]:
