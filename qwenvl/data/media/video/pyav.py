@@ -189,8 +189,6 @@ class _FrameReader:
     def _forward(self, pts: int) -> Any:
         """Decode up to a frame; None where it does not come."""
         for frame in self._frames:
-            if frame.is_corrupt:
-                raise SampleError("unreadable_file", f"PyAV cannot decode it: a frame is damaged. {_CURE}.")
             self._place = place = frame.dts if frame.pts is None else frame.pts
             if place >= pts:
                 return frame if place == pts else None

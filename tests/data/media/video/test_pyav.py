@@ -91,3 +91,20 @@ def test_a_codec_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
         read_header(bytes(content))
     assert caught.value.category == "unreadable_file"
     assert "mpeg4" in caught.value.reason or "no frames" in caught.value.reason
+
+
+def test_frames_before_an_edit_list_are_not_counted(tmp_path: Path) -> None:
+    """As of a phone clip that was trimmed without being encoded anew: they only serve to decode the others."""
+    content = bytearray(encode(tmp_path / "a.mp4", "libx264").read_bytes())
+    place = content.find(b"elst") + 16
+    start = int.from_bytes(content[place : place + 4], "big")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        three = round(0.3 / container.streams.video[0].time_base)
+    content[place : place + 4] = (start + three).to_bytes(4, "big")
+    (tmp_path / "cut.mp4").write_bytes(content)
+    _, expected = in_order(tmp_path / "cut.mp4")
+    header = read_header(str(tmp_path / "cut.mp4"))
+    assert header.num_frames == len(expected) == 17
+    indices = np.array([0, 1, 16])
+    assert torch.equal(PyAvBackend().frames(str(tmp_path / "cut.mp4"), indices), expected[indices])
+    assert torch.equal(expected[0], in_order(tmp_path / "a.mp4")[1][3])
