@@ -140,7 +140,7 @@ def _as_record(plan: Plan, encoded: EncodedSample, patchify: Patchify) -> dict[s
     patches = [patchify(medium.frames.flatten(), [medium.shape]) for medium in encoded.media]
     record: dict[str, Any] = {
         "turns": list(plan.rendering.turns),
-        "chat_template_kwargs": [dict(arguments) for arguments in plan.rendering.arguments],
+        "chat_template_kwargs": _arguments(plan),
         "input_ids": plan.tokens.input_ids.tolist(),
         "labels": plan.tokens.labels.tolist(),
         "position_ids": plan.tokens.position_ids[1:].tolist(),
@@ -154,6 +154,13 @@ def _as_record(plan: Plan, encoded: EncodedSample, patchify: Patchify) -> dict[s
         record[grid_name] = grids or None
         record[name] = _statistics(torch.cat(pixels)) if pixels else None
     return record
+
+
+def _arguments(plan: Plan) -> dict[str, Any] | list[dict[str, Any]]:
+    """Return the template arguments of a training row; those of each of its answers where they differ."""
+    arguments = [dict(one) for one in plan.rendering.arguments]
+    same = all(one == arguments[0] for one in arguments)
+    return (arguments[0] if arguments else {}) if same else arguments
 
 
 def _statistics(values: torch.Tensor) -> dict[str, Any]:
@@ -186,7 +193,7 @@ def _show_row(console: Console, plan: Plan, tokenizer: Any) -> None:
         f"positions up to temporal {last[0]}, height {last[1]}, width {last[2]}",
         style="bold",
     )
-    for event in plan.events:
+    for event in (event for event in plan.events if event.kind != "unread_key"):  # named for all samples together
         said = f"A sample {REMARKS[event.kind]}." if event.kind in REMARKS else event.message
         console.print(Text(said, style="yellow"))
     for media in plan.media:

@@ -187,3 +187,23 @@ def test_a_folder_with_a_processor_alone_counts_seconds_as_published(
     )
     assert len(temporal) > 1
     assert temporal[1] - temporal[0] == pytest.approx(2 * 2, abs=1)  # two frames, a second apart; 8 by the default
+
+
+def test_each_training_row_is_a_line_with_its_turns_and_arguments(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [("user", "1?"), ("assistant", "<think>\na\n</think>\n\n1"), ("user", "2?"), ("assistant", "2")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"id": "x", "messages": messages}) + "\n")
+    flags = ["--annotation_path", str(tmp_path / "d.jsonl"), "--data_path", str(tmp_path), "--all"]
+    flags += ["--model_name_or_path", str(tiny_checkpoint("qwen3_5"))]
+    assert main([*flags, "--json", str(tmp_path / "o.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["turns"], row["chat_template_kwargs"]) for row in rows] == [
+        ("x", [1], {"enable_thinking": True}),
+        ("x", [3], {"enable_thinking": False}),
+    ]
+    capsys.readouterr()
+    assert main(flags) == 0
+    shown = capsys.readouterr().out
+    assert "training row 2 of 2" in shown and 'message 3: template arguments {"enable_thinking": false}' in shown

@@ -269,7 +269,7 @@ numbers = st.integers(0, 2**62)
 
 
 @given(
-    st.dictionaries(st.integers(0, 30), st.tuples(*[numbers] * 8), min_size=1),
+    st.dictionaries(st.integers(0, 30), st.tuples(*[numbers] * (len(MEASURES) - 1)), min_size=1),
     st.integers(0, 31 * RECORD.itemsize),
     st.integers(0, 3 * RECORD.itemsize),
 )
