@@ -279,7 +279,7 @@ def test_of_a_write_that_was_cut_off_whole_records_are_kept_and_no_others(
     """A crash may lose any bytes of what was written, and leave zeros there."""
     path, rows = tmp_path / "counts", np.array(sorted(written), np.int64)
     path.unlink(missing_ok=True)
-    measures = np.array([(1, *written[row], 0, 0, 1) for row in rows.tolist()], MEASURES)
+    measures = np.array([(1, *written[row]) for row in rows.tolist()], MEASURES)
     LengthCache(path, 31).write(rows, measures)
     whole = LengthCache(path, 31).read()
     assert whole[rows].tolist() == measures.tolist()
