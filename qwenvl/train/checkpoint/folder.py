@@ -20,6 +20,7 @@ from qwenvl.models.lora.files import start_anew
 from qwenvl.train.checkpoint import manifest
 from qwenvl.train.checkpoint.weight_files import remove_older_weights
 from qwenvl.train.records.run_info import find_versions
+from qwenvl.train.records.serving import SERVING
 from qwenvl.utils.distributed import rank, wait_for_all
 from qwenvl.utils.errors import UserError
 from qwenvl.utils.permissions import follow_umask
@@ -28,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 DRAFTS = ".saving"
 """Folder inside the output folder in which checkpoints are written until they are whole."""
-
-SERVING = "serving.json"
-"""How requests to a server have to be made."""
 
 Engine = Literal["plain", "deepspeed", "fsdp"]
 """What trains: torch alone or with DDP, DeepSpeed, or FSDP."""

@@ -15,6 +15,7 @@ from qwenvl.config import ParsedArguments
 from qwenvl.models.lora.files import CONFIG_FILE
 from qwenvl.tasks.files import is_task_folder, read_record
 from qwenvl.train.records.run_info import UsedRows, rerun_command
+from qwenvl.train.records.serving import SERVING
 
 MARKER = "<!-- Written by qwenvl after training. Without this line it is yours, and no run replaces it. -->"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -89,6 +90,7 @@ class Card:
             f"# {Path(self.name).name}\n\n{kind} `{self.base}`.",
             f"## Use\n\n```python\n{loaded}\n```",
             _limits(folder),
+            _requests(folder),
             f"## Data\n\n{_table(('dataset', 'rows', 'for'), self._row_lines())}",
             "\n".join(f"- {line}" for line in self.left_out),
             f"## Results\n\n{_table(('', 'value'), _metrics(history))}",
@@ -133,6 +135,21 @@ def _limits(folder: Path) -> str:
         f"The processor resizes images to {image['shortest_edge']:,} to {image['longest_edge']:,} pixels, and takes "
         f"{video['min_frames']} to {video['max_frames']} frames of a video, {video['fps']:g} a second."
     )
+
+
+def _requests(folder: Path) -> str:
+    """Return how to ask for what was trained, from ``serving.json``; nothing where no template argument matters."""
+    path = folder / SERVING
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    of_datasets = [json.dumps(given) for given in record.get("datasets", {}).values()]
+    given = ([json.dumps(record["chat_template_kwargs"])] if record.get("chat_template_kwargs") else []) + of_datasets
+    said = [f"It was trained with `chat_template_kwargs` {' and '.join(dict.fromkeys(given))}."] if given else []
+    if record.get("enable_thinking") == "auto":
+        said.append(
+            "Thinking was on for answers with a thought and off for answers without one: ask with "
+            '`"chat_template_kwargs": {"enable_thinking": true}` or `false`.'
+        )
+    return " ".join(said)
 
 
 def _metrics(history: Sequence[Mapping[str, float]]) -> list[tuple[str, ...]]:

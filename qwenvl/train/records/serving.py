@@ -9,6 +9,9 @@ from qwenvl.data.conversation.chat_template import SWITCH
 from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.types import DatasetSpec
 
+SERVING = "serving.json"
+"""File of a saved folder that says how requests to a server have to be made."""
+
 
 def describe_serving(encoder: SampleEncoder, specs: Sequence[DatasetSpec]) -> dict[str, Any]:
     """Return the record that becomes ``serving.json``.
