@@ -17,6 +17,7 @@ from qwenvl.config.parsing.fields import Setting, convert
 from qwenvl.models.lora.files import start_anew
 from qwenvl.train.checkpoint.folder import read_step
 from qwenvl.train.records.run_info import setting_text
+from qwenvl.train.records.serving import SERVING
 from qwenvl.train.resume.hyperparameters import STATEFUL_SCHEDULES
 from qwenvl.train.resume.settings_table import Row, row_of
 from qwenvl.utils.errors import UserError
@@ -68,6 +69,8 @@ def compare_settings(checkpoint: str, given: Mapping[str, Any]) -> list[Change]:
         logger.warning("%s holds no %s: its settings cannot be compared.", checkpoint, SETTINGS_FILE)
         return []
     before, now = in_force(saved), in_force(given)
+    if not (Path(checkpoint) / SERVING).is_file() and "history" not in saved:
+        before["history"] = "as_rendered"  # all that there was when such checkpoints were written
     changes = [
         Change(name, row_of(name), before[name], value)
         for name, value in now.items()

@@ -21,6 +21,7 @@ from tests.e2e.runs import equal_bits, flags, train
 def _saved(folder: Path, **settings: Any) -> str:
     (folder / "training_args.yaml").write_text(yaml.safe_dump(settings))
     (folder / "trainer_state.json").write_text('{"global_step": 2}')
+    (folder / "serving.json").write_text("{}")
     return str(folder)
 
 
@@ -50,6 +51,18 @@ def test_rates_of_a_schedule_that_follows_the_run_are_refused(schedule: str, tmp
         compare_settings(checkpoint, {"lr_scheduler_type": schedule, "learning_rate": 1e-2})
     (change,) = compare_settings(checkpoint, {"lr_scheduler_type": schedule, "learning_rate": 1e-3})
     assert change.name == "weight_decay"
+
+
+def test_checkpoint_of_the_time_before_exact_contexts_says_that_they_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = _saved(tmp_path, learning_rate=1e-3)
+    (tmp_path / "serving.json").unlink()
+    assert [str(change) for change in compare_settings(checkpoint, {"learning_rate": 1e-3})] == [
+        "history: as_rendered -> exact"
+    ]
+    assert "history: as_rendered -> exact from step 3 on." in caplog.text
+    assert compare_settings(checkpoint, {"learning_rate": 1e-3, "history": "as_rendered"}) == []
 
 
 def test_checkpoint_without_a_record_of_settings_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
