@@ -78,14 +78,12 @@ def open_exercise(sample: Sample, encoder: SampleEncoder) -> Exercise:
         SampleError: the sample cannot be used, or does not end in an answer to a question.
     """
     reader = encoder.reader(sample, keep_images=True)
-    plan = encoder.plans(sample, reader)[-1]
+    plan = encoder.plans(sample, reader, asked=True)[-1]
     if encoder.targets is not None:
         return _open_labelled(sample, encoder, plan, reader)
     messages = plan.conversation.messages
     if messages[-1].role != "assistant" or len(messages) < 2:
         raise SampleError("no_answer", "the sample does not end in an answer to a question.", sample.origin)
-    if not plan.rendering.turns or plan.rendering.turns[-1] != len(messages) - 1:
-        raise SampleError("no_answer", "the last answer of the sample is not one that is trained.", sample.origin)
     (encoded,) = encoder.encode([plan], sample, reader)
     frames = tuple(medium.frames for medium in encoded.media)
     before = encoder.template.with_thoughts_apart(plan.conversation).messages[:-1]

@@ -93,10 +93,6 @@ class Comparison:
                 "video's frames; training has one pair a frame, as the official recipe"
             )
             return Finding("input ids", "known", f"{len(theirs) - len(ours)} more tokens: {reason}")
-        texts = [self.serving.processor.tokenizer.decode(ids) for ids in (ours, inner)]
-        if texts[0] == texts[1] and self._opens_with_newline():
-            reason = "an answer opens with a newline, which training tokenizes as the model would write it"
-            return Finding("input ids", "known", f"{detail}: {reason}")
         if self.causes and self._words(ours) == self._words(theirs):
             return Finding("input ids", "known", f"{detail}, in the tokens of media: see there")
         return Finding("input ids", "different", detail)
@@ -174,10 +170,6 @@ class Comparison:
         """Return the text without media tokens and timestamps."""
         special = torch.tensor(list(_vision_ids(self.serving.processor).values()))
         return _TIMESTAMP.sub("", self.serving.processor.tokenizer.decode(ids[~torch.isin(ids, special)]))
-
-    def _opens_with_newline(self) -> bool:
-        messages = self.plan.conversation.messages
-        return any(message.role == "assistant" and message.text.startswith("\n") for message in messages)
 
 
 def causes_of(way: Way, serving: Serving, plan: Plan, sample: Sample, served: ModelInputs) -> dict[str, str]:

@@ -191,7 +191,6 @@ def test_another_normalisation_is_noticed(saved: Path, check: Check, tmp_path: P
     [
         ("own", "apply_chat_template", "the sample has max_pixels of its own, which apply_chat_template does not read"),
         ("turned", "qwen-vl-utils", "does not turn pictures as their EXIF orientation says"),
-        ("newline", "apply_chat_template", "an answer opens with a newline"),
     ],
 )
 def test_known_differences_are_named(saved: Path, check: Check, dataset: str, way: str, reason: str) -> None:

@@ -101,7 +101,10 @@ def counted_when_decoded(item: Item) -> tuple[int, ...]:
     patches = sum(t * h * w for t, h, w in grids)
     squares = sum(length * length for length in lengths), sum(t * (h * w) ** 2 for t, h, w in grids)
     remarks = Counter(event.kind for event in item.events)
-    return len(lengths), sum(lengths), sum(trained), patches, *squares, *(remarks[kind] for kind in REMARKS)
+    samples, answers = len({sample.origin for sample in item.samples}), [len(one.tokens.starts) for one in item.samples]
+    thoughts = 0  # which only the rendering shows
+    counts = (samples, sum(lengths), sum(trained), patches, *squares, len(lengths), sum(answers), thoughts)
+    return (*counts, *(remarks[kind] for kind in REMARKS))
 
 
 def left_out_when_decoded(dataset: ConversationDataset) -> list[str]:

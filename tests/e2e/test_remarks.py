@@ -33,14 +33,18 @@ RECORDS = [
     [QUESTION, answer("", loss=False), QUESTION, answer(THOUGHT)],
     [QUESTION, answer(" \n")],
 ]
-COUNTS = {"thinking": {"thinking_mismatch": 1, "thoughts_left_out": 2, "empty_answers": 2}}
-COUNTS[""] = {"thinking_mismatch": 6, "empty_answers": 2}
-"""Of each kind, by template; without thoughts, all but the last are mismatches, and their text is written."""
+COUNTS = {
+    ("thinking", "exact"): {"empty_answers": 2},
+    ("thinking", "as_rendered"): {"thinking_mismatch": 1, "thoughts_left_out": 2, "empty_answers": 2},
+    ("", "exact"): {"thinking_mismatch": 6, "empty_answers": 2},
+}
+"""Of each kind, by template and history; without thoughts, all but the last are mismatches."""
 
 
-@pytest.mark.parametrize("template", ["thinking", ""])
+@pytest.mark.parametrize(("template", "history"), COUNTS)
 def test_every_command_says_the_same(
     template: str,
+    history: str,
     tmp_path: Path,
     tiny_checkpoint: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
@@ -52,22 +56,24 @@ def test_every_command_says_the_same(
     if not template:  # which has no place for a thought beside the text, and refuses it
         records[1] = records[0] | {"id": "again"}
     place.write(*records)
-    counts = COUNTS[template]
+    counts = COUNTS[template, history]
     wanted = sorted(f"{count} sample{'s' * (count != 1)} {REMARKS[kind]}." for kind, count in counts.items())
 
     def said(output: str) -> list[str]:
         lines = [line.partition("Dataset 'set': ")[2].strip() for line in output.splitlines()]
         return sorted(line for line in lines if any(meaning in line for meaning in REMARKS.values()))
 
-    flags = place.flags(max_steps=4)
+    flags = place.flags(max_steps=4, history=history)
     assert train([*flags, "--dry_run", "True"]) == 0
     assert said(capsys.readouterr().err) == wanted
-    assert train([*place.flags(dataset_use="set%200"), "--dry_run", "True"]) == 0  # from the cache, each counted once
+    assert (
+        train([*place.flags(dataset_use="set%200", history=history), "--dry_run", "True"]) == 0
+    )  # from the cache, each counted once
     assert said(capsys.readouterr().err) == wanted
     assert train(flags) == 0
     assert said(capsys.readouterr().err) == wanted
     data = ["--dataset_use", "set", "--dataset_registry", str(place.registry)]
-    model = ["--model_name_or_path", str(place.model)]
+    model = ["--model_name_or_path", str(place.model), "--history", history]
     check_image([*data, *model, "--output", str(tmp_path / "out"), "--workers", "0"])
     assert said(capsys.readouterr().out) == wanted
     assert show_sample([*data, *model, "--all"]) == 0

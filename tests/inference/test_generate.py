@@ -118,7 +118,9 @@ def test_uneven_frames_have_the_times_of_training(family: str, tmp_path: Path, o
     answerer, encoder = opened(family)
     asked = encode_prompts(answerer, [open_exercise(sample, encoder).prompt])["input_ids"][0]
     decode = answerer.processor.tokenizer.decode
-    times = [re.findall(r"<(\d+\.\d) seconds>", decode(ids)) for ids in (asked, encoder.plan(sample).tokens.input_ids)]
+    times = [
+        re.findall(r"<(\d+\.\d) seconds>", decode(ids)) for ids in (asked, encoder.plans(sample)[0].tokens.input_ids)
+    ]
     assert times[0] == times[1] == (["0.4", "9.7"] if family == "qwen3_vl" else [])
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
 from qwenvl.families import get_family
-from qwenvl.models import forward as vision
+from qwenvl.models import forward
 from qwenvl.models.attention.packed import attend_by_segments
 from qwenvl.models.attention.segments import sample_index
 from qwenvl.models.forward import encode
@@ -69,7 +69,7 @@ def test_removing_the_handle_restores_the_stock_model(load_tiny, mixture, make_b
     handle = install(model)
     handle.remove()
     handle.remove()
-    with pytest.raises(AssertionError, match="vision.install"):
+    with pytest.raises(AssertionError, match="forward.install"):
         causal_loss(model, make_batch("padded", [mixture("qwen3_vl")["image"]]), num_trained_tokens=1.0)
 
 
@@ -169,7 +169,7 @@ class TestReadout:
     def test_the_model_returns_what_the_module_of_a_task_found(self, load_tiny, mixture):
         model = load_tiny("qwen3_vl").eval()
         sample = mixture("qwen3_vl")["text"].inputs
-        vision.install(model, patchify_of(model.config._name_or_path), readout=Mean())
+        forward.install(model, patchify_of(model.config._name_or_path), readout=Mean())
         with torch.no_grad():
             hidden = model.model(**sample, output_hidden_states=True).hidden_states[1]
             output = model(**sample, readout_inputs={"factor": 3.0})
@@ -179,7 +179,7 @@ class TestReadout:
         """Here the projection does not run, which would have returned it; the next call is another."""
         model = load_tiny("qwen3_vl").eval()
         sample = mixture("qwen3_vl")["text"]
-        vision.install(model, patchify_of(model.config._name_or_path), readout=Mean())
+        forward.install(model, patchify_of(model.config._name_or_path), readout=Mean())
         with torch.no_grad():
             expected = model(**sample.inputs).logits
             model.model(**sample.inputs, readout_inputs={"factor": 1.0})
@@ -197,7 +197,7 @@ def test_no_number_is_read_from_the_device(family_name, layout, load_tiny, mixtu
     if get_family(family_name).linear_attention:
         pytest.skip("its stock mask of padding asks whether there is any, once a batch")
     model = load_tiny(family_name)
-    vision.install(model, copy.deepcopy(patchify_of(model.config._name_or_path)))
+    forward.install(model, copy.deepcopy(patchify_of(model.config._name_or_path)))
     attend_by_segments(model)
     batch = make_batch(layout, [mixture(family_name)[name] for name in ("text", "video, image")])
     on_meta = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}

@@ -195,17 +195,18 @@ class ChatTemplate:
         processor: Any = self._processor
         return [self._templates(), processor.tokenizer.special_tokens_map, self.kwargs, transformers.__version__]
 
-    def thinking_mismatch(self, conversation: Conversation) -> bool:
-        """Whether the last answer has a thought that the prompt does not open, or lacks one that it opens."""
-        answer = _last_answer(conversation)
-        thinks = answer is not None and ("<think>" in answer.text or bool(thought_of(answer)))
-        return answer is not None and thinks != self.opens_thinking
+    def thinking_mismatch(self, conversation: Conversation, whole: bool = False) -> bool:
+        """Whether a trained answer has a thought that its prompt does not open, or lacks one that it opens.
 
-    def lacks_thought(self, conversation: Conversation) -> bool:
-        """Whether an answer without a thought is trained though a prompt opens one and cannot be told not to."""
-        messages = self.with_thoughts_apart(conversation).messages
-        plain = (message for message in messages if message.role == "assistant" and message.trained)
-        return self.opens_thinking and not self.has_switch and any(not thought_of(message) for message in plain)
+        Args:
+            conversation: Turns of the sample.
+            whole: It is trained as the template renders it, where only the last answer keeps its thought.
+        """
+        answers = [message for message in conversation.messages if message.role == "assistant"]
+        chosen = answers[-1:] if whole else [message for message in answers if message.trained]
+        if self.has_switch and not whole:
+            return False
+        return any(bool(thought_of(message)) != self.opens_thinking for message in chosen)
 
     def _trained_turn(self, conversation: Conversation, index: int) -> TrainedTurn:
         answer = conversation.messages[index]

@@ -121,12 +121,13 @@ class SampleEncoder:
         """Fields of a record that the task reads."""
         return () if self.targets is None else self.targets.fields
 
-    def plans(self, sample: Sample, reader: MediaReader | None = None) -> tuple[Plan, ...]:
+    def plans(self, sample: Sample, reader: MediaReader | None = None, *, asked: bool = False) -> tuple[Plan, ...]:
         """Tokenize without decoding media.
 
         Args:
             sample: the record.
             reader: opens its media; None for one of this sample's own (:meth:`reader`).
+            asked: The last answer is one to ask for, whether or not the sample trains it.
 
         Returns:
             Its training rows, at least one. What there is to report stands in the first.
@@ -134,7 +135,7 @@ class SampleEncoder:
         Raises:
             SampleError: the sample cannot be used; says why, and where it stands.
         """
-        whole, kept = self._fit(sample, reader or self.reader(sample))
+        whole, kept = self._fit(sample, reader or self.reader(sample), asked)
         self.require_length(kept.length, sample)
         events = tuple(self._events(whole, kept, sample))
         plans = list[Plan]()
@@ -182,8 +183,7 @@ class SampleEncoder:
         if self.prompts:
             return {}
         conversation, whole = draft.conversation, self._options(sample)[0] == "as_rendered"
-        mismatch = self.template.thinking_mismatch if whole else self.template.lacks_thought
-        found = {"thinking_mismatch": ""} if mismatch(conversation) else {}
+        found = {"thinking_mismatch": ""} if self.template.thinking_mismatch(conversation, whole) else {}
         if left_out := [number for row in draft.rows for number in row.rendering.thoughts_left_out]:
             numbers = ", ".join(map(str, left_out))
             found["thoughts_left_out"] = f": the chat template leaves out the thought of answer {numbers}"
@@ -274,7 +274,7 @@ class SampleEncoder:
             *([] if self.targets is None else self.targets.identity()),
         )
 
-    def _fit(self, sample: Sample, reader: MediaReader) -> tuple[_Draft, _Draft]:
+    def _fit(self, sample: Sample, reader: MediaReader, asked: bool = False) -> tuple[_Draft, _Draft]:
         """Return the whole sample and what the over-length policy keeps of it: mostly the same."""
         try:
             conversation = build_conversation(
@@ -282,6 +282,9 @@ class SampleEncoder:
             )
             if self.prompts:
                 conversation = as_question(conversation)
+            elif asked:
+                *before, last = conversation.messages
+                conversation = replace(conversation, messages=(*before, replace(last, trained=True)))
             if self.targets is not None:
                 self.targets.check(sample, conversation)
             media = tuple(plan_item(item, reader, self.settings) for item in conversation.media())

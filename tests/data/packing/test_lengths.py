@@ -91,6 +91,9 @@ def test_lengths_are_those_of_training(
     encoder = make_encoder(limit, overlength=overlength)
     dataset = ConversationDataset([table_of(records, media)], encoder, skip_bad_samples=True)
     measured = measure_lengths(dataset, workers=0)
+    thoughts = measured.measures["thoughts"].copy()
+    assert (thoughts <= measured.measures["answers"]).all()
+    measured.measures["thoughts"] = 0
     assert measured.measures.tolist() == [counted_when_decoded(dataset[index]) for index in range(len(dataset))]
     assert [event.message for event in measured.events] == left_out_when_decoded(dataset)
 
