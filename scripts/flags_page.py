@@ -18,6 +18,8 @@ Every flag of `qwenvl/train/train_qwen.py` that this trainer adds or explains an
 of `transformers.TrainingArguments` are on [their own page](training_arguments.md). A flag is also the key in a recipe.
 Whole numbers may be expressions, such as `576*32*32`. `python scripts/flags_page.py` makes this page.
 """
+MOST_CHOICES = 12
+"""Choices that are shown: longer lists are those of the installed transformers, and change with it."""
 
 
 def page() -> str:
@@ -41,6 +43,8 @@ def _lines() -> Iterator[str]:
 def _row(setting: Setting) -> str:
     plain = setting.expected.replace(" (576*32*32 is one too)", "")
     takes = ", ".join(f"`{choice}`" for choice in setting.choices) or _cell(plain)
+    if len(setting.choices) > MOST_CHOICES:
+        takes = "a name that `--help` lists"
     return f"| `{setting.name}` | {takes} | {_default(setting.default)} | {_cell(setting.help)} |"
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ from qwenvl.cli.view_data.command import main as view_data
 from qwenvl.config import parse_arguments
 from qwenvl.config.parsing.parser import all_settings
 from qwenvl.data.conversation.messages import build_conversation
+from qwenvl.data.encoding.tokenization import IGNORE_INDEX
 from qwenvl.data.sources.registry import load_registry, parse_dataset_use
 from qwenvl.data.types import Sample
 from qwenvl.utils.errors import Origin
@@ -114,6 +116,22 @@ def test_show_sample(apples: Path, tiny_checkpoint: Callable[..., Path], capsys:
     assert "A red apple on a wooden table" in capsys.readouterr().out
 
 
+def test_the_sample_of_the_architecture_page_has_its_tensors(
+    apples: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    Image.new("RGB", (640, 480), "red").save(tmp_path / "images" / "001.jpg")
+    lines = tmp_path / "shown.jsonl"
+    flags = ["--dataset_use", "apples", "--model_name_or_path", str(tiny_checkpoint("qwen3_vl")), "--all"]
+    show_sample([*flags, "--json", str(lines), "--dataset_registry", str(apples)])
+    shown = json.loads(lines.read_text().splitlines()[0])
+    length, trained = len(shown["labels"]), sum(label != IGNORE_INDEX for label in shown["labels"])
+    (grid,) = shown["image_grid_thw"]
+    page = PAGES["docs/architecture.md"]
+    assert f"`labels` int64 [{length}] with {trained} trained tokens" in page
+    assert f"grid {tuple(grid)} in patches, {math.prod(grid) // 4} tokens" in page
+    assert f"patches {shown['pixel_values']['shape']} (" in page
+
+
 def test_view_data(apples: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     (command,) = commands("view_data.py")
     flags = shlex.split(command)[2:]
@@ -199,6 +217,12 @@ def test_scripts_of_commands_exist() -> None:
     for command in all_commands():
         for path in re.findall(r"(?:^|\s)((?:scripts|configs|tools|tests|qwenvl)/[\w./-]+)", command):
             assert (REPOSITORY / path).exists(), command
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_imports_of_python_blocks_work(name: str) -> None:
+    for block in blocks("python", PAGES[name]):
+        exec("\n".join(re.findall(r"^(?:from|import) .+$", block, flags=re.MULTILINE)), {})
 
 
 @pytest.mark.parametrize("name", PAGES)
