@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +18,23 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from transformers import AutoConfig
 
 from qwenvl.cli.check_image.command import main as check_image
+from qwenvl.cli.check_serving import main as check_serving
 from qwenvl.cli.evaluate.command import main as evaluate
 from qwenvl.cli.pack_data import main as pack_data
 from qwenvl.cli.predict.command import main as predict
 from qwenvl.cli.show_sample import main as show_sample
 from qwenvl.cli.view_data.command import main as view_data
-from qwenvl.config import parse_arguments
+from qwenvl.config import DataArguments, parse_arguments
 from qwenvl.config.parsing.parser import all_settings
 from qwenvl.data.conversation.messages import build_conversation
+from qwenvl.data.encoding.processor import build_encoder, open_processor, with_training_limits
 from qwenvl.data.encoding.tokenization import IGNORE_INDEX
 from qwenvl.data.sources.registry import load_registry, parse_dataset_use
 from qwenvl.data.types import Sample
+from qwenvl.families import get_family
 from qwenvl.utils.errors import Origin
 from scripts.flags_page import page as flags_page
 
@@ -152,6 +157,21 @@ def test_predict_and_evaluate(
             flags += ["--dataset_registry", str(apples), "--max_pixels", "64*64", "--min_pixels", "32*32"]
         assert (predict if "predict.py" in command else evaluate)(flags) == 0
     assert (tmp_path / "answers.jsonl").exists() and (tmp_path / "evaluation" / "evaluation.html").exists()
+
+
+def test_check_serving(
+    apples: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = tmp_path / "trained"
+    shutil.copytree(tiny_checkpoint("qwen3_vl"), trained)
+    config, processor = AutoConfig.from_pretrained(trained), open_processor(str(trained))
+    encoder = build_encoder(processor, config, get_family("qwen3_vl"), DataArguments(), 100)
+    with_training_limits(processor, encoder.settings).save_pretrained(trained)  # as training does
+    (command,) = commands("check_serving.py")
+    flags = shlex.split(command)[2:]
+    flags[flags.index("--model_name_or_path") + 1] = str(trained)
+    assert check_serving([*flags, "--dataset_registry", str(apples)]) == 0
+    assert "vllm serve" in capsys.readouterr().out
 
 
 def test_check_image_and_pack_data(
