@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,12 @@ def test_every_tool_is_a_command_with_the_same_code() -> None:
     tools = {main_of(path) for path in (ROOT / "tools").glob("*.py")}
     assert tools == {command.module for command in COMMANDS.values() if command.module.startswith("qwenvl.cli.")}
     assert COMMANDS["train"].module == train.__module__
+
+
+def test_the_page_on_installation_names_the_file_of_every_command() -> None:
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `qwenvl ([a-z-]+)` \| `(\S+\.py)` \|", page, re.MULTILINE)
+    assert [name for name, _ in rows] == list(COMMANDS)
+    for name, file in rows:
+        module = main_of(ROOT / file) if file.startswith("tools/") else file.removesuffix(".py").replace("/", ".")
+        assert module == COMMANDS[name].module
