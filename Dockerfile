@@ -21,11 +21,11 @@ WORKDIR /opt/qwenvl
 # Before the code, so that a change of code does not install torch anew.
 COPY requirements.txt .
 RUN python3 -m venv "${VIRTUAL_ENV}" \
-    && pip install --no-cache-dir -r requirements.txt "setuptools>=77"
+    && pip install --no-cache-dir -r requirements.txt
 
 COPY . .
 # Editable: configs/, scripts/ and the registry data/__init__.py of this folder are those that qwenvl finds.
-RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable .
+RUN pip install --no-cache-dir --no-deps --editable .
 
 WORKDIR /workspace
 ENTRYPOINT ["qwenvl"]
