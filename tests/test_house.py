@@ -192,7 +192,7 @@ def test_transformers_range_is_said_with_its_tested_ends() -> None:
 
 
 def test_requirements_name_no_host() -> None:
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "Dockerfile"):
         assert "://" not in (ROOT / name).read_text(encoding="utf-8")
 
 

@@ -8,4 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 from qwenvl.cli.make_demo_data.command import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

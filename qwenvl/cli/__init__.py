@@ -1,1 +1,1 @@
-"""Command-line tools; each is run as ``python tools/NAME.py`` and can be imported for its library function."""
+"""Commands: ``qwenvl NAME``, or ``python tools/NAME.py``; each module can be imported for its library function."""

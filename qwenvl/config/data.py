@@ -29,7 +29,11 @@ class DataArguments:
         },
     )
     dataset_registry: str | None = field(
-        default=None, metadata={"help": "Python file that defines data_dict. Default: data/__init__.py beside qwenvl."}
+        default=None,
+        metadata={
+            "help": "Python file that defines data_dict. Default: data/__init__.py of the repository, or of the "
+            "working folder where qwenvl was installed as a package."
+        },
     )
     eval_dataset_use: str = field(
         default="",

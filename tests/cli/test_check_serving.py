@@ -199,6 +199,12 @@ def test_known_differences_are_named(saved: Path, check: Check, dataset: str, wa
     assert [line for line in printed.splitlines() if reason in line and line.startswith(f"  {way}")]
 
 
+def test_an_answer_that_opens_with_a_newline_has_the_prompt_of_a_server(saved: Path, check: Check) -> None:
+    code, printed = check(saved, "newline")
+    assert code == 0, printed
+    assert _states(printed, "apply_chat_template", "input ids") == ["equal"]
+
+
 def test_a_sample_that_cannot_be_used_fails(saved: Path, check: Check) -> None:
     code, printed = check(saved, "bad")
     assert code == 1

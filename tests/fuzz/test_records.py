@@ -29,7 +29,7 @@ MESSAGES: dict[str, Any] = {
     "id": "two",
     "messages": [
         {"role": "user", "content": "Listen."},
-        {"role": "assistant", "content": "A bark.", "reasoning_content": "It barks."},
+        {"role": "assistant", "content": "A bark.", "reasoning_content": "It barks.", "loss": False},
         {
             "role": "user",
             "content": [

@@ -8,16 +8,14 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from qwenvl.cli.doctor.findings import Finding
 from qwenvl.data.media.video.decode import backend_name, choose_backend
+from qwenvl.utils.checkout import CHECKOUT
 from qwenvl.utils.errors import UserError
-
-REQUIREMENTS = Path(__file__).resolve().parents[3] / "requirements.txt"
 
 OPTIONAL: dict[str, tuple[str, str]] = {
     "flash_attn": ("flash-attn", "SDPA is used, exact and without a mask of the whole row, though slower"),
@@ -59,14 +57,19 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_required() -> Iterator[Finding]:
-    """Yield every package of requirements.txt that applies here."""
-    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        requirement = Requirement(text)
-        if requirement.marker is None or requirement.marker.evaluate():
+    """Yield every required package that applies here."""
+    for line in declared():
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield _check(requirement)
+
+
+def declared() -> list[str]:
+    """Return the requirements: lines of the repository's requirements.txt, else what the installed wheel declares."""
+    if CHECKOUT is None:
+        return metadata.requires("qwenvl") or []
+    lines = (CHECKOUT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [text for line in lines if (text := line.partition("#")[0].strip())]
 
 
 def _check(requirement: Requirement) -> Finding:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -237,17 +237,14 @@ _LAB = (
 TASKS: dict[Kind, tuple[Task, ...]] = {"demo": _DEMO, "lab": _LAB}
 
 
-def main() -> None:
-    """Read the command line and write the data."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line and write the data; return the exit code."""
     parser = argparse.ArgumentParser(description="Make the demo's data.")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     parser.add_argument("--kind", choices=list(TASKS), default="demo", help="what for")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--limit", type=int, help="most samples of a task and split; default: all")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     written = make_demo_data(arguments.output, kind=arguments.kind, seed=arguments.seed, limit=arguments.limit)
     print(f"{arguments.output} {'written' if written else 'is already complete'}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

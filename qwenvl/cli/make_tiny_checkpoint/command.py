@@ -10,6 +10,7 @@ image and video processor), written by the real classes, so that stock ``AutoMod
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -76,15 +77,15 @@ def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     )
 
 
-def main() -> None:
-    """Read the command line and write the folder."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line and write the folder; return the exit code."""
     parser = argparse.ArgumentParser(description="Make a random-weight checkpoint of a family.")
     parser.add_argument("--family", required=True, choices=list(FAMILIES))
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     parser.add_argument("--size", default="tiny", choices=["tiny", "demo"])
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--template", choices=TEMPLATES, help="kind of chat template; default: the family's own")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     build_tiny_checkpoint(
         arguments.family,
         arguments.output,
@@ -93,7 +94,4 @@ def main() -> None:
         template=arguments.template,
     )
     print(f"{arguments.family} ({arguments.size}) written to {arguments.output}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -76,9 +76,11 @@ def build_parser(
     settings: Mapping[str, Setting], groups: Mapping[type, str], page: HelpPage = TRAINING_PAGE
 ) -> argparse.ArgumentParser:
     """Return the parser of all flags; see :func:`read_flags` for the arguments."""
+    script, _, arguments = page.usage.partition(" ")
+    program = sys.argv[0] if sys.argv[0].startswith("qwenvl ") else script  # the command qwenvl and its subcommand
     parser = _Parser(
-        prog=page.usage.partition(" ")[0],
-        usage=page.usage,
+        prog=program,
+        usage=f"{program} {arguments}",
         description=page.description,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),

@@ -10,15 +10,15 @@ from typing import Any
 
 import yaml
 
+from qwenvl.utils.checkout import CHECKOUT
 from qwenvl.utils.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+")
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def find_file(path: str, what: str) -> Path:
-    """Return where a file of settings is: as given from the current folder, else from the repository's root.
+    """Return where a file of settings is: as given from the current folder, or in the repository (where there is one).
 
     Args:
         path: as the user wrote it.
@@ -28,10 +28,11 @@ def find_file(path: str, what: str) -> Path:
         UserError: it is in neither place.
     """
     given = Path(path).expanduser()
-    for candidate in (given, REPOSITORY / given):
+    candidates = [given] if CHECKOUT is None else [given, CHECKOUT / given]
+    for candidate in candidates:
         if candidate.is_file():
             return candidate
-    looked = f"{given}" if given.is_absolute() else f"{Path.cwd() / given} and {REPOSITORY / given}"
+    looked = " and ".join(dict.fromkeys(str(candidate.absolute()) for candidate in candidates))
     raise UserError(f"{what} {path!r} is not a file: looked for {looked}. Correct the path.")
 
 

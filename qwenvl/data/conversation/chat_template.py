@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import transformers
 
 from qwenvl.data.conversation.thoughts import thought_of, with_thoughts_apart, writes_thought
-from qwenvl.data.conversation.tool_calls import advice_on_calls, stand_ins
+from qwenvl.data.conversation.tool_calls import WAY_OUT, advice_on_calls, stand_ins
 from qwenvl.data.conversation.turn_marks import (
     as_template_message,
     ends_of_turns,
@@ -409,6 +409,8 @@ def _no_continuation(thought: str, arguments: Mapping[str, Any]) -> str:
             f'an answer has a thought, and {SWITCH} is false for it: the prompt closes the thought. Leave "{SWITCH}" '
             "out of chat_template_kwargs (or write auto), or take the thought out."
         )
+    if thought:
+        return f"the checkpoint's chat template leaves out the thought ('reasoning_content') of an answer. {WAY_OUT}"
     return (
         "the checkpoint's chat template does not write an answer of this sample as the continuation of its prompt, so "
         "that no server could ask for it. Look at the rendered text with tools/show_sample.py and reword the sample, "

@@ -17,7 +17,7 @@ from typing import Any
 from qwenvl.data.types import Conversation, Message
 from qwenvl.utils.errors import SampleError
 
-_WAY_OUT = (
+WAY_OUT = (
     "It would be neither seen nor learned, and a server would not write it either. Write it as text, in the form that "
     "the model is to read and write (calls and thoughts into the answer, tools into the system turn); or put a chat "
     "template that writes it into the checkpoint's folder."
@@ -112,7 +112,7 @@ class StandIns:
         """
         for what, numbers in self.wanted:
             if not any(number in rendered for number in numbers):
-                raise SampleError("template", f"the checkpoint's chat template leaves out {what}. {_WAY_OUT}")
+                raise SampleError("template", f"the checkpoint's chat template leaves out {what}. {WAY_OUT}")
 
 
 def stand_ins(conversation: Conversation, rendered: str) -> StandIns:

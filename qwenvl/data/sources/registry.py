@@ -21,6 +21,9 @@ Its entries have one of two keys, and any of the others:
 
 Relative paths in it start from the folder that holds it: for ``my_registry.py`` the folder of that file, for
 ``data/__init__.py`` the folder that holds ``data/``. They never depend on the working directory.
+
+Where no registry is named, it is ``data/__init__.py`` of the repository, or, where this package was installed from a
+wheel, of the working directory.
 """
 
 from __future__ import annotations
@@ -40,9 +43,9 @@ from typing import Any
 from qwenvl.data.sources.record_forms import FORM_FIELDS
 from qwenvl.data.sources.registry_paths import annotation_paths, data_folder
 from qwenvl.data.types import SAMPLE_OPTIONS, TRAINING_OPTIONS, DatasetSpec, HuggingFaceDataset
+from qwenvl.utils.checkout import CHECKOUT
 from qwenvl.utils.errors import UserError, nearest
 
-DEFAULT_REGISTRY = Path(__file__).resolve().parents[3] / "data"
 SOURCE_KEYS = ("annotation_path", "hf_dataset")  # an entry has one of them
 RECORD_FIELDS = (
     *("conversations", "messages", "image", "images", "video", "videos"),
@@ -75,12 +78,12 @@ def load_registry(path: str | None = None) -> Registry:
     """Read ``data_dict`` from a registry file.
 
     Args:
-        path: a ``.py`` file, or a folder with an ``__init__.py``; None for the ``data/`` folder beside this package.
+        path: a ``.py`` file, or a folder with an ``__init__.py``; None for the default one.
 
     Raises:
         UserError: the file is missing or does not run, or ``data_dict`` is missing or has names that cannot be used.
     """
-    file = _registry_file(Path(path).expanduser() if path is not None else DEFAULT_REGISTRY)
+    file = _registry_file(Path(path).expanduser() if path is not None else _default_registry())
     module = _run_file(file)
     entries = getattr(module, "data_dict", None)
     if not isinstance(entries, Mapping):
@@ -123,6 +126,10 @@ def parse_dataset_use(
             f"It has: {_known_names(registry)}."
         )
     return [_to_spec(name, registry, float(percent)) for name, percent in percents.items()]
+
+
+def _default_registry() -> Path:
+    return (CHECKOUT or Path.cwd()) / "data" / "__init__.py"
 
 
 def _registry_file(path: Path) -> Path:

@@ -35,8 +35,8 @@ def test_what_is_known_to_do_harm_makes_it_not_ready(monkeypatch: pytest.MonkeyP
 
 
 def test_a_missing_package_and_an_untested_one_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "requirements.txt").write_text("nothing-of-this-name>=1\nnumpy<1  # old\npytest\n")
-    monkeypatch.setattr(packages, "REQUIREMENTS", tmp_path / "requirements.txt")
+    (tmp_path / "requirements.txt").write_text("# Data\n\nnothing-of-this-name>=1\nnumpy<1  # old\npytest\n")
+    monkeypatch.setattr(packages, "CHECKOUT", tmp_path)
     assert [finding.level for finding in packages.check_required()] == ["bad", "warning", "good"]
 
 

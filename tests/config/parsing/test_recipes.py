@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from qwenvl.config.parsing.recipes import REPOSITORY, find_file, read_recipe
+from qwenvl.config.parsing.recipes import find_file, read_recipe
 from qwenvl.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def written(folder: Path, name: str, text: str | bytes) -> str:
@@ -85,7 +87,7 @@ def test_files_of_settings_are_looked_for_here_then_in_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_file("configs/zero3.json", "x").resolve() == REPOSITORY / "configs" / "zero3.json"
+    assert find_file("configs/zero3.json", "x").resolve() == ROOT / "configs" / "zero3.json"
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "zero3.json").write_text("{}")
     assert find_file("configs/zero3.json", "x").resolve() == (tmp_path / "configs" / "zero3.json").resolve()

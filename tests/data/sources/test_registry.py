@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenvl.data.sampler import sample_rows
-from qwenvl.data.sources.registry import DEFAULT_REGISTRY, Registry, load_registry, parse_dataset_use
+from qwenvl.data.sources.registry import Registry, load_registry, parse_dataset_use
 from qwenvl.data.types import DatasetSpec, HuggingFaceDataset
 from qwenvl.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -270,10 +272,21 @@ def test_the_shipped_registry_loads_from_any_folder(tmp_path: Path) -> None:
     """In a new process elsewhere, where another module called ``data`` stands in the way."""
     (tmp_path / "data.py").write_text("raise SystemExit('the wrong data module')\n")
     code = "from qwenvl.data.sources.registry import load_registry as f; print(sorted(f(None)))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(DEFAULT_REGISTRY.parent)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     for name in ("demo_digits", "demo_digits_heldout", "demo_comparisons", "demo_grounding", "demo_motion_heldout"):
         assert repr(name) in done.stdout
+
+
+def test_the_examples_of_the_shipped_registry_are_valid_and_come_first(tmp_path: Path) -> None:
+    text = (ROOT / "data" / "__init__.py").read_text(encoding="utf-8")
+    (tmp_path / "mine.py").write_text(text.replace("    # ", "    "))
+    registry = load_registry(str(tmp_path / "mine.py"))
+    assert list(registry)[:3] == ["my_dataset", "my_hf_dataset", "demo_digits"]
+    (spec,) = parse_dataset_use("my_hf_dataset", registry)
+    assert spec.hf_dataset == HuggingFaceDataset(name="owner/name", split="train", config=None, revision=None)
+    with pytest.raises(UserError, match=r"/data/my_dataset/annotations\.jsonl"):  # right but for the file
+        parse_dataset_use("my_dataset", registry)

@@ -1,0 +1,33 @@
+"""Entries of a dataset registry for what the demo makes."""
+
+from __future__ import annotations
+
+import os
+
+_TASKS = ("digits", "comparisons", "grounding", "motion")
+_SUFFIXES = {"train": "", "heldout": "_heldout"}
+
+
+def demo_datasets() -> dict[str, dict[str, str]]:
+    """Return the entries of ``demo_digits``, ``demo_digits_heldout`` and so on, for ``data_dict``.
+
+    The files are those that scripts/demo.sh and scripts/demo_masks.sh make: in the folder that the environment variable
+    ``DEMO_DIR`` names, or in ``demo`` beside the registry's folder.
+    """
+    folder = os.environ.get("DEMO_DIR", "demo")
+    tasks = {
+        f"demo_{task}{suffix}": {
+            "annotation_path": f"{folder}/data/{task}_{split}.jsonl",
+            "data_path": f"{folder}/data",
+        }
+        for task in _TASKS
+        for split, suffix in _SUFFIXES.items()
+    }
+    masks = {
+        f"demo_masks{suffix}": {
+            "annotation_path": f"{folder}/mask_scenes/scenes_{split}.jsonl",
+            "data_path": f"{folder}/mask_scenes",
+        }
+        for split, suffix in _SUFFIXES.items()
+    }
+    return {**tasks, **masks}
