@@ -209,6 +209,11 @@ class DataArguments:
                 f"--chat_template_kwargs: {taken[0]} is set by the trainer, which renders each turn as a server would. "
                 "Leave it out."
             )
+        if self.history == "as_rendered" and self.loss_on != "all":
+            raise UserError(
+                f"--loss_on {self.loss_on} goes with --history exact or last; a conversation as rendered trains all of "
+                "its answers. Leave one of them out."
+            )
         self.data_packing = self.data_packing or self.packing_plan is not None
         self.data_flatten = self.data_flatten or self.data_packing  # a pack is a flattened row
 

@@ -136,6 +136,11 @@ def _check_task(task: str, data: DataArguments, training: TrainingArguments) -> 
             f"--overlength truncate_turns leaves out turns from the end, where the question of --task {task} is. Use "
             "drop or error."
         )
+    if data.loss_on != "all" or data.history == "last":
+        flag = f"--loss_on {data.loss_on}" if data.loss_on != "all" else "--history last"
+        raise UserError(
+            f"{flag} is about the answers of a language model, and --task {task} learns none. Leave it out."
+        )
 
 
 def _check_frozen(model: ModelArguments, adapters: AdapterArguments) -> None:

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from qwenvl.utils.errors import Origin
 
 Role = Literal["system", "user", "assistant", "tool"]
+History = Literal["exact", "last", "as_rendered"]
+LossOn = Literal["all", "last_turn", "answers", "thoughts"]
+
 SAMPLE_OPTIONS = ("chat_template_kwargs", "loss_on")
 """Settings of training that a sample may have, over those of its dataset."""
 

@@ -11,7 +11,7 @@ from qwenvl.data.conversation.chat_template import ChatTemplate, Rendering
 from qwenvl.data.conversation.messages import build_conversation, examine
 from qwenvl.data.conversation.thoughts import is_empty_answer
 from qwenvl.data.encoding.encoded import EncodedSample, Event, Medium, Plan
-from qwenvl.data.encoding.rows import History, LossOn, training_rows
+from qwenvl.data.encoding.rows import training_rows
 from qwenvl.data.encoding.targets import TargetReader, as_question
 from qwenvl.data.encoding.tokenization import Encoding, Tokenizer, Tokens
 from qwenvl.data.media.pixels import read_resized
@@ -19,7 +19,7 @@ from qwenvl.data.media.reader import MediaReader
 from qwenvl.data.media.resize import MediaPlan, VisionSettings, plan_image, plan_video
 from qwenvl.data.media.video.decode import backend_name
 from qwenvl.data.sample_stats import NOTHING, Measures, measure_row
-from qwenvl.data.types import Conversation, ImageItem, Sample, VideoItem
+from qwenvl.data.types import Conversation, History, ImageItem, LossOn, Sample, VideoItem
 from qwenvl.utils.cache import fingerprint
 from qwenvl.utils.errors import SampleError
 
@@ -305,10 +305,15 @@ class SampleEncoder:
         """
         if self.targets is not None:
             return "as_rendered", "all"
-        return (
-            _chosen("history", sample.setting("history"), self.history, get_args(History)),
-            _chosen("loss_on", sample.setting("loss_on"), self.loss_on, get_args(LossOn)),
-        )
+        history = _chosen("history", sample.setting("history"), self.history, get_args(History))
+        loss_on = _chosen("loss_on", sample.setting("loss_on"), self.loss_on, get_args(LossOn))
+        if history == "as_rendered" and loss_on != "all":
+            raise SampleError(
+                "bad_record",
+                f"'loss_on' is {loss_on!r}, but its conversation is trained as rendered, with all of its answers. Take "
+                "one of them back.",
+            )
+        return history, loss_on
 
     def _tokenize(
         self, conversation: Conversation, media: tuple[MediaPlan, ...], history: History, loss_on: LossOn

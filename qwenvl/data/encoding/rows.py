@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from qwenvl.data.conversation.chat_template import Rendering, TrainedTurn
-
-History = Literal["exact", "last", "as_rendered"]
-LossOn = Literal["all", "last_turn", "answers", "thoughts"]
+from qwenvl.data.types import History, LossOn
 
 SameIds = Callable[[Sequence[str]], bool]
 """Whether pieces of text have the same ids one by one as in one piece."""

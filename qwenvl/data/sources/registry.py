@@ -38,11 +38,11 @@ from decimal import Decimal
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from qwenvl.data.sources.record_forms import FORM_FIELDS
 from qwenvl.data.sources.registry_paths import annotation_paths, data_folder
-from qwenvl.data.types import SAMPLE_OPTIONS, TRAINING_OPTIONS, DatasetSpec, HuggingFaceDataset
+from qwenvl.data.types import SAMPLE_OPTIONS, TRAINING_OPTIONS, DatasetSpec, History, HuggingFaceDataset, LossOn
 from qwenvl.utils.checkout import CHECKOUT
 from qwenvl.utils.errors import UserError, nearest
 
@@ -228,10 +228,19 @@ def _source_key(entry: Any, where: str) -> str:
         if key not in known:
             hint = nearest(str(key), known)
             raise UserError(f"{where} has {key!r}, which has no effect.{hint} It may have: {', '.join(known)}.")
+    _check_training_options(entry, where)
     for key in ("split", "config", "revision"):
         if key in entry and given != ["hf_dataset"]:
             raise UserError(f"{where} has {key!r}, which goes with 'hf_dataset' alone. Take it out.")
     return given[0]
+
+
+def _check_training_options(entry: Mapping[str, Any], where: str) -> None:
+    for key, choices in (("history", get_args(History)), ("loss_on", get_args(LossOn))):
+        if key in entry and entry[key] not in choices:
+            raise UserError(f"{where}: {key!r} is {entry[key]!r}, not one of {', '.join(choices)}.")
+    if not isinstance(entry.get("chat_template_kwargs", {}), Mapping):
+        raise UserError(f"{where}: 'chat_template_kwargs' must be a dict, not {entry['chat_template_kwargs']!r}.")
 
 
 def _hf_dataset(entry: Mapping[str, Any], base: Path, where: str) -> HuggingFaceDataset:

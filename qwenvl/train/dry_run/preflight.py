@@ -21,8 +21,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from qwenvl.config import ParsedArguments, TrainingArguments
 from qwenvl.data.collator import Collator, for_model
 from qwenvl.data.dataset import ConversationDataset
-from qwenvl.data.encoding.rows import History
 from qwenvl.data.packing.lengths import measure_lengths
+from qwenvl.data.types import History
 from qwenvl.profiling.activation_memory import StepMemory, measure_step
 from qwenvl.profiling.state_memory import StateMemory, estimate_states, read_sharing
 from qwenvl.train.build.data import RunData

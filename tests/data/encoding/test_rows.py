@@ -262,6 +262,12 @@ def test_history_decides_the_rows(
         encoder.plans(replace(one, options={"history": "lst"}))
 
 
+def test_a_conversation_as_rendered_trains_all_of_its_answers(tiny_checkpoint: Callable[..., Path]) -> None:
+    encoder, _ = opened(str(tiny_checkpoint("qwen3_5")))
+    with pytest.raises(SampleError, match="'loss_on' is 'answers', but its conversation is trained as rendered"):
+        encoder.plans(replace(sample(TWO, loss_on="answers"), options={"history": "as_rendered"}))
+
+
 def test_tool_loops_share_one_row(shared_folder: Path) -> None:
     tools = [{"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}]
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -35,6 +35,8 @@ def registry_file(tmp_path: Path) -> Path:
         "  'no_data_path': {'annotation_path': 'a.json'},\n"
         "  'text': 'a.json',\n"
         "  'option': {'annotation_path': 'a.json', 'data_path': '', 'bbox_fromat': 'pixel'},\n"
+        "  'history': {'annotation_path': 'a.json', 'data_path': '', 'history': 'lst'},\n"
+        "  'arguments': {'annotation_path': 'a.json', 'data_path': '', 'chat_template_kwargs': 3},\n"
         "}\n"
     )
     return file
@@ -202,6 +204,8 @@ def test_a_percent_must_be_a_number_above_zero(percent: str) -> None:
         ("typo", ["'typo'", "has no 'annotation_path'", "Did you mean 'annotation_pth'"]),
         ("no_data_path", ["has no 'data_path'", 'may be ""']),
         ("text", ["'text'", "an entry is a dict"]),
+        ("history", ["'history' is 'lst', not one of exact, last, as_rendered"]),
+        ("arguments", ["'chat_template_kwargs' must be a dict, not 3"]),
         ("option", ["'option'", "'bbox_fromat', which has no effect", "Did you mean 'bbox_format'"]),
     ],
 )
