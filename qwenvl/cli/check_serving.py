@@ -39,7 +39,7 @@ from qwenvl.models.lora.files import find_base
 from qwenvl.models.rope_scaling import context_length
 from qwenvl.serving.commands import Adapter, Served, notes, sglang_command, vllm_command
 from qwenvl.serving.compare import Comparison, Finding, State, Way, causes_of
-from qwenvl.serving.inputs import NOT_COMPARED, Serving, template_inputs, training_inputs, utils_inputs
+from qwenvl.serving.inputs import NOT_COMPARED, Serving, stock_target, template_inputs, training_inputs, utils_inputs
 from qwenvl.serving.readers import working_reader
 from qwenvl.serving.server import Server, compare_prompts
 from qwenvl.utils.errors import SampleError, UserError
@@ -264,11 +264,25 @@ def check_row(
             continue
         causes = causes_of(way, serving, plan, sample, served)
         columns[way] = Comparison(serving, plan, training, served, way, causes).findings()
+    if not plan.rendering.whole:
+        columns["apply_chat_template"].append(compare_target(serving, plan))
     if server is not None:
         columns["server"] = compare_prompts(server, serving, plan, sample)
     answer = "" if plan.rendering.whole else f", answer {plan.rendering.turns[-1]}"
     show(console, f"{sample.origin}{answer}{_request(plan)}", columns)
     return any(finding.state == "different" for findings in columns.values() for finding in findings)
+
+
+def compare_target(serving: Serving, plan: Plan) -> Finding:
+    """Compare what is trained of the last answer of a row with what the folder's template writes for it."""
+    served = stock_target(serving, plan)
+    trained = plan.tokens.input_ids[plan.tokens.starts[-1] :].tolist()
+    if served is None:
+        reason = "the answer has no thought, and the prompt opens one: an empty one is trained"
+        return Finding("target ids", "known", reason)
+    if served == trained:
+        return Finding("target ids", "equal", f"{len(trained)} tokens")
+    return Finding("target ids", "different", f"{len(trained)} tokens in training, {len(served)} of the template")
 
 
 def _request(plan: Plan) -> str:

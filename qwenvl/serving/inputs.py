@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.video_utils import VideoMetadata
 
 from qwenvl.data.collator import Collator
+from qwenvl.data.conversation.turn_marks import as_template_message
 from qwenvl.data.encoding.encoded import EncodedSample, Item, Plan
 from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.media.locate import MediaSources
@@ -130,6 +131,23 @@ def arguments_of(serving: Serving, plan: Plan) -> dict[str, Any]:
     """Return the template arguments that a server is sent for the last answer of a row."""
     own = plan.rendering.arguments[-1] if plan.rendering.arguments else {}
     return {**serving.template_kwargs, **own}
+
+
+def stock_target(serving: Serving, plan: Plan) -> list[int] | None:
+    """Return the ids of what the folder's template adds to the prompt of a row's last answer, once the answer is there.
+
+    None where the prompt does not stay as it was: the template opens a thought that the answer does not have.
+    """
+    answers = serving.encoder.template.with_thoughts_apart(plan.conversation).messages[: plan.rendering.turns[-1] + 1]
+    messages = [as_template_message(message, None) for message in answers]
+    tools = [dict(tool) for tool in plan.conversation.tools] or None
+    options = {"tools": tools, "tokenize": False, **arguments_of(serving, plan)}
+    prompt = serving.processor.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
+    whole = serving.processor.apply_chat_template(messages, **options)
+    if not whole.startswith(prompt):
+        return None
+    ids: list[int] = serving.processor.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def template_inputs(serving: Serving, plan: Plan, sample: Sample) -> ModelInputs:

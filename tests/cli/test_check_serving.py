@@ -203,6 +203,7 @@ def test_an_answer_that_opens_with_a_newline_has_the_prompt_of_a_server(saved: P
     code, printed = check(saved, "newline")
     assert code == 0, printed
     assert _states(printed, "apply_chat_template", "input ids") == ["equal"]
+    assert _states(printed, "apply_chat_template", "target ids") == ["equal"]
 
 
 def test_a_sample_that_cannot_be_used_fails(saved: Path, check: Check) -> None:
