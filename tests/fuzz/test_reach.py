@@ -232,8 +232,8 @@ def test_names_that_stand_for_other_files(world: World, backend: VideoBackend, m
         (world.media / name).write_bytes(VIDEOS["mp4"])
         assert world.open(name) == "wrong_type", "it is no picture"
         assert world.untouched(), name
-    for module in ("video", "video_pyav"):  # to give the name itself to FFmpeg
-        monkeypatch.setattr(f"qwenvl.data.{module}.opened_video", contextlib.nullcontext)
+    for module in ("decode", "pyav"):  # to give the name itself to FFmpeg
+        monkeypatch.setattr(f"qwenvl.data.media.video.{module}.opened_video", contextlib.nullcontext)
     for name in names:
         world.open(name)
         assert not world.untouched(), f"{name} leads nowhere, and shows nothing"

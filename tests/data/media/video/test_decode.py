@@ -170,11 +170,11 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "chosen"),
     [
-        ("data/test_video.py", "TorchcodecBackend or backends_agree or one_backend_is_chosen"),
-        pytest.param("data/test_video_timeout.py", "TorchcodecBackend", marks=slow),
-        pytest.param("evaluate/test_generate.py", "inputs_are_those", marks=slow),
-        pytest.param("hostile/test_media.py", "TorchcodecBackend", marks=slow),
-        pytest.param("hostile/test_reach.py", "TorchcodecBackend", marks=slow),
+        ("data/media/video/test_decode.py", "TorchcodecBackend or backends_agree or one_backend_is_chosen"),
+        pytest.param("data/media/test_video_timeout.py", "TorchcodecBackend", marks=slow),
+        pytest.param("inference/test_generate.py", "inputs_are_those", marks=slow),
+        pytest.param("fuzz/test_media.py", "TorchcodecBackend", marks=slow),
+        pytest.param("fuzz/test_reach.py", "TorchcodecBackend", marks=slow),
     ],
 )
 def test_without_ffmpeg_its_libraries_in_pyav_serve_torchcodec(tmp_path: Path, file: str, chosen: str) -> None:
