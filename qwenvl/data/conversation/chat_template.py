@@ -216,7 +216,7 @@ class ChatTemplate:
             raise SampleError(
                 "template",
                 "the conversation begins with an answer, which no server would ask for. Give that turn "
-                '"loss": false, or put the question before it.',
+                '"loss": false, put the question before it, or use --history as_rendered.',
             )
         prompt = self._render_messages(before, None, arguments, add_generation_prompt=True)
         thought = thought_of(answer)
