@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -307,19 +308,21 @@ def describe(
     arguments: ServingArguments, serving: Serving, adapter: Adapter | None, rows: Sequence[Any], *, carried: bool
 ) -> Served:
     """Return what is to be served, as the commands need it."""
-    counts = {"image": 0, "video": 0}
+    counts, requests = {"image": 0, "video": 0}, Counter[str]()
     for row in rows:
         try:
-            media = [] if isinstance(row, SampleError) else serving.encoder.plans(row)[0].conversation.media()
+            plans = [] if isinstance(row, SampleError) else serving.encoder.plans(row)
         except SampleError:  # reported above
             continue
+        media = plans[0].conversation.media() if plans else ()
         images = sum(isinstance(item, ImageItem) for item in media)
         counts = {"image": max(counts["image"], images), "video": max(counts["video"], len(media) - images)}
+        requests.update(json.dumps(dict(one)) for plan in plans for one in plan.rendering.arguments)
     settings = serving.encoder.settings
     limits = processor_limits(with_training_limits(serving.trained, settings))
     clips = settings.family.video_layout == "clip"
     length = serving.encoder.max_length
-    return Served(arguments.model_name_or_path, limits, carried, clips, length, counts, adapter)
+    return Served(arguments.model_name_or_path, limits, carried, clips, length, counts, adapter, requests)
 
 
 def show_commands(console: Console, served: Served, rows: Sequence[Any]) -> None:

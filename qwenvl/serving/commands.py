@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -45,6 +45,7 @@ class Served:
         max_length: most tokens of a prompt and its answer.
         counts: most images and videos of a sample.
         adapter: None for a whole model.
+        requests: Number of answers by the template arguments, as JSON, that they have to be asked for with.
     """
 
     folder: str
@@ -54,6 +55,7 @@ class Served:
     max_length: int
     counts: Mapping[str, int]
     adapter: Adapter | None = None
+    requests: Mapping[str, int] = field(default_factory=dict)
 
 
 def vllm_command(served: Served) -> str:
@@ -113,6 +115,11 @@ def notes(served: Served) -> list[str]:
         )
     elif served.counts["video"]:
         found.append("num_frames -1 has vLLM decode every frame, and the processor sample them as in training.")
+    found += [
+        f'Ask with "chat_template_kwargs": {arguments} for {count} of the answers looked at.'
+        for arguments, count in served.requests.items()
+        if arguments != "{}"
+    ]
     found.append("The numbers of images and videos are the most of the samples looked at.")
     return found
 

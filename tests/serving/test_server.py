@@ -109,7 +109,9 @@ def test_prompts_are_those_of_the_server(
     processor = AutoProcessor.from_pretrained(folder)
     with served(processor) as url:
         main([*data, "--model_name_or_path", str(folder), "--server", url])
-        said = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["server"]]
+        out = capsys.readouterr().out
+        assert '- Ask with "chat_template_kwargs": {"enable_thinking": false} for 1 of the answers looked at.' in out
+        said = [line for line in out.splitlines() if line.split()[:1] == ["server"]]
         assert said and all("equal" in line for line in said), said
         processor.chat_template = processor.chat_template.replace(
             "<|im_start|>assistant\\n", "<|im_start|>assistant\\n "
