@@ -18,9 +18,9 @@ from qwenvl.cli.connector_lab.runner import collapse_of, count_answers
 from qwenvl.cli.make_demo_data.command import make_demo_data
 from qwenvl.cli.make_tiny_checkpoint.parts import build_part
 from qwenvl.config import parse_arguments
-from qwenvl.config.parsing.recipes import REPOSITORY, read_recipe
+from qwenvl.config.parsing.recipes import read_recipe
 from tests.cli.pages import Page
-from tests.e2e.runs import changed, weights
+from tests.e2e.runs import REPOSITORY, changed, weights
 
 TRAIN = {
     "dataset_use": "lab_captions",

@@ -147,7 +147,8 @@ def test_thinking_that_does_not_fit_the_template_is_noticed(tiny_checkpoint: Cal
     thought = Conversation((user("Q"), answer("<think>\nhm\n</think>\n\nA")))
     assert not instruct.thinking_mismatch(plain)
     assert instruct.thinking_mismatch(thought)
-    assert thinking.thinking_mismatch(plain)
+    assert thinking.has_switch and not thinking.thinking_mismatch(plain), "the prompt is told not to think"
+    assert thinking.thinking_mismatch(plain, whole=True)
     assert not thinking.thinking_mismatch(thought)
 
 

@@ -86,7 +86,7 @@ def test_the_model_alone_is_pushed(
     last = hub.commits[-1][1]
     expected = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"}
     expected |= {"original_processor_limits.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert set(last) == expected | {"training_args.yaml", "versions.json"}
+    assert set(last) == expected | {"training_args.yaml", "versions.json", "serving.json"}
     assert all(last[name] == (output / name).read_bytes() for name in last)
     assert json.loads(last["config.json"])["dtype"] == "bfloat16"
     assert not [name for _, files in hub.commits for name in files if "/" in name or name.endswith((".pt", ".bin"))]
