@@ -18,7 +18,7 @@ from tests.slurm import cluster as slurm
 SCRIPTS = REPOSITORY / "scripts" / "slurm"
 SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "constant_with_warmup",  # the recipe warms up
-    "max_steps": 60,
+    "max_steps": 400,  # half a minute: a job must not end before it is signalled
     "save_strategy": "steps",
     "save_steps": 1000,
     "per_device_train_batch_size": 1,

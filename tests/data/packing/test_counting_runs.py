@@ -42,11 +42,17 @@ measure_lengths(open_records(Path(sys.argv[1])), Path(sys.argv[2]), workers=2)
 """
 
 ON_RANKS = """
-import logging, sys
+import logging, os, sys
 from pathlib import Path
 import torch.distributed as dist
 from qwenvl.utils.errors import SampleError
 from tests.data.packing.test_counting_runs import RECORDS, SampleEncoder, measure_lengths, open_records
+
+
+
+def say(line):
+    os.write(1, (line + chr(10)).encode())  # at once: the other rank writes to the same pipe
+
 
 dist.init_process_group("gloo")
 rank, counted = dist.get_rank(), []
@@ -55,11 +61,11 @@ SampleEncoder.measure = lambda self, sample: counted.append(1) or measure(self, 
 checkpoint, cache = Path(sys.argv[1]), Path(sys.argv[2])
 measured = measure_lengths(open_records(checkpoint, RECORDS[:50]), cache, workers=0)
 total = int(measured.measures["tokens"].sum())
-print(f"rank {rank} counted {len(counted)} and has {total} of {len(measured.measures)}", flush=True)
+say(f"rank {rank} counted {len(counted)} and has {total} of {len(measured.measures)}")
 try:
     measure_lengths(open_records(checkpoint, [*RECORDS[:50], "no record"]), cache, workers=0)
 except SampleError as error:
-    print(f"rank {rank} stops at row {error.origin.line}", flush=True)
+    say(f"rank {rank} stops at row {error.origin.line}")
 """
 
 
