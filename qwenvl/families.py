@@ -21,6 +21,7 @@ class Family:
         moe: feed-forward layers are mixtures of experts.
         linear_attention: some layers are linear attention, whose state crosses packed samples unless its kernels
             are told the boundaries.
+        mtp: Its checkpoints hold a layer for multi-token prediction (``mtp.*``), which transformers does not build.
         gated_vision: feed-forward layers of the vision tower are gated: three matrices rather than two.
         plain_positions: the language model counts tokens one by one, those of pictures too, rather than by M-RoPE.
         boxes: how coordinates of boxes and points are written. ``relative_1000``: whole numbers from 0 to 1000, the
@@ -34,6 +35,7 @@ class Family:
     timed_positions: bool = False
     moe: bool = False
     linear_attention: bool = False
+    mtp: bool = False
     gated_vision: bool = False
     plain_positions: bool = False
     boxes: Literal["relative_1000", "resized_pixels"] = "relative_1000"
@@ -47,8 +49,8 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2_5_vl", video_layout="clip", timed_positions=True, gated_vision=True, boxes="resized_pixels"),
         Family("qwen3_vl", video_layout="frames"),
         Family("qwen3_vl_moe", video_layout="frames", moe=True),
-        Family("qwen3_5", video_layout="frames", linear_attention=True),
-        Family("qwen3_5_moe", video_layout="frames", moe=True, linear_attention=True),
+        Family("qwen3_5", video_layout="frames", linear_attention=True, mtp=True),
+        Family("qwen3_5_moe", video_layout="frames", moe=True, linear_attention=True, mtp=True),
     )
 }
 """Those with published checkpoints."""

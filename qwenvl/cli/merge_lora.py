@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from qwenvl.config.export import shard_bytes
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
 from qwenvl.data.encoding.processor import open_processor
@@ -26,6 +27,8 @@ from qwenvl.models.fingerprints import differing, fingerprints, listed
 from qwenvl.models.lora.files import find_base
 from qwenvl.models.merging import TOLERANCE, distance, logits_of, merge, open_adapted, sample_inputs
 from qwenvl.models.precision import read_dtype
+from qwenvl.train.checkpoint.carried_tensors import carried_tensors, carry_over, log_carried
+from qwenvl.train.checkpoint.validate import read_source
 from qwenvl.utils.errors import UserError
 from qwenvl.utils.logging import setup_logging
 from qwenvl.utils.permissions import follow_umask
@@ -97,6 +100,10 @@ def run(arguments: MergeArguments) -> None:
         *(report.changed, report.effect, report.error, TOLERANCE, report.rounding),
     )
     save(model, processor, arguments)
+    carried = carried_tensors(read_source(base, **origin), model)
+    carry_over(output, carried, shard_bytes(arguments.max_shard_size))
+    log_carried(carried, model.config)
+    follow_umask(output)
     check(model, processor, output, arguments.device)
     logger.info("Saved to %s, and read again by stock transformers: the same weights and logits.", output)
 

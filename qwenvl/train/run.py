@@ -26,6 +26,7 @@ from qwenvl.train.build.data import RunData, open_config, open_data
 from qwenvl.train.build.model import open_model
 from qwenvl.train.callbacks import preemption as interruption
 from qwenvl.train.callbacks.run_report import RunReport, Sources, describe_setup
+from qwenvl.train.checkpoint.carried_tensors import carried_tensors, log_carried
 from qwenvl.train.checkpoint.folder import Engine, find_checkpoint, read_step, require_state_dict, require_writable
 from qwenvl.train.checkpoint.validate import read_source
 from qwenvl.train.dry_run.preflight import preflight
@@ -82,6 +83,8 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
         return 0
     model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective)
     source = read_source(parsed.model.model_name_or_path, cache_dir=args.cache_dir)
+    if not parsed.adapters.lora_enable:
+        log_carried(carried_tensors(source, model), config)
     serving = describe_serving(data.encoder, [table.table.spec for table in data.train.tables])
     records = Records(settings_yaml, processor_limits(data.processor), source, serving)
     trainer = build_trainer(parsed, model, data, records, questions)

@@ -22,6 +22,7 @@ from qwenvl.models.lora import files as adapter_files
 from qwenvl.models.lora.adapters import has_adapters
 from qwenvl.models.task_module import readout_of
 from qwenvl.tasks import files as task_files
+from qwenvl.train.checkpoint.carried_tensors import carried_tensors, carry_over
 from qwenvl.train.checkpoint.folder import published, refused_state_named, write_records
 from qwenvl.train.checkpoint.folder_check import Header
 from qwenvl.train.checkpoint.sharding import shard_on_cpu, tie_gathered
@@ -168,8 +169,9 @@ class SavingTrainer(Trainer):
             self.save_model(str(folder), _internal_call=True)
             if self.args.should_save:
                 rewrite_weights(folder, self.args.save_dtype, shard_bytes(self.args.max_shard_size))
+                self._carry_over(folder)
         if self.args.should_save:
-            require_whole(self.args.output_dir, self._records.source, self.model)
+            require_whole(self.args.output_dir, self._records.source)
             self.card = card
             self.create_model_card()
         if self.args.push_to_hub:
@@ -215,17 +217,24 @@ class SavingTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self._name_best(being_saved=self.state.global_step)
                 if self.args.should_save:
+                    self._carry_over(draft)
                     self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
                 self.save_position(draft)
             finally:
                 self._drafts = None
         if self.args.should_save:
-            require_whole(str(Path(self.args.output_dir) / name), self._records.source, self.model)
+            require_whole(str(Path(self.args.output_dir) / name), self._records.source)
             if self.args.push_to_hub and self.is_world_process_zero():
                 push_checkpoint(Path(self.args.output_dir) / name, self.hub_model_id, self.args)
             rotate_checkpoints(
                 self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
+
+    def _carry_over(self, folder: Path) -> None:
+        """Add what the starting checkpoint holds and transformers does not load to the weights in a folder."""
+        if not has_adapters(self.model):
+            tensors = carried_tensors(self._records.source or {}, self.model)
+            carry_over(folder, tensors, shard_bytes(self.args.max_shard_size))
 
     def _name_best(self, being_saved: int | None = None) -> None:
         """Name the best checkpoint by its place in the output folder: the Trainer looks for it among the drafts.

@@ -152,18 +152,18 @@ def test_what_is_missing_or_wrong_is_named(
     message: str,
 ) -> None:
     source = read_source(str(tiny_checkpoint("qwen3_vl")))
-    require_whole(str(whole), source, None)
+    require_whole(str(whole), source)
     shutil.copytree(whole, tmp_path / "run")
     damage(tmp_path / "run")
     with pytest.raises(UserError, match=f"was saved, but is not whole:\n  .*{message}"):
-        require_whole(str(tmp_path / "run"), source, None)
+        require_whole(str(tmp_path / "run"), source)
 
 
 def test_a_missing_part_of_the_weights_is_named(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "run")
     (tmp_path / "run" / "model-00002-of-00004.safetensors").unlink()
     with pytest.raises(UserError, match=r"weight files are missing that .*index.json names: model-00002-of-00004"):
-        require_whole(str(tmp_path / "run"), None, None)
+        require_whole(str(tmp_path / "run"), None)
 
 
 class _Forgetful(MeasuredTrainer):
@@ -211,7 +211,7 @@ def test_an_adapter_folder_is_opened_with_its_base(
     adapted.save_pretrained(tmp_path / "adapter")
     for name in ("chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(whole / name, tmp_path / "adapter")
-    require_whole(str(tmp_path / "adapter"), None, None)
+    require_whole(str(tmp_path / "adapter"), None)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         logits = adapted(input_ids=ids).logits[0]
@@ -228,7 +228,7 @@ def test_an_adapter_folder_is_opened_with_its_base(
     half = {name: tensor for name, tensor in tensors.items() if "layers.0" not in name or "lora_A" in name}
     save_file(half, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(UserError, match="the adapter holds one half alone of .*layers.0"):
-        require_whole(str(tmp_path / "adapter"), None, None)
+        require_whole(str(tmp_path / "adapter"), None)
 
 
 @pytest.mark.slow

@@ -12,19 +12,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from qwenvl.cli.make_tiny_checkpoint.processor import TEMPLATES, Template, build_processor, default_template
 from qwenvl.cli.make_tiny_checkpoint.shapes import Size, build_config
 from qwenvl.cli.make_tiny_checkpoint.tokenizer import build_tokenizer
-from qwenvl.families import FAMILIES
+from qwenvl.families import FAMILIES, get_family
+from qwenvl.models.mtp import MTP, MultiTokenPrediction
 from qwenvl.utils.permissions import follow_umask
 
 
@@ -48,13 +53,31 @@ def build_tiny_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        mtp = _draw_mtp(model) if get_family(family).mtp else None
     if size == "demo":
         _strengthen_positions(model)
     model.generation_config = _generation_config(tokenizer)
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
+    if mtp is not None:
+        _add_to_weights(output / SAFE_WEIGHTS_NAME, mtp)
     build_processor(family, tokenizer, template or default_template(family)).save_pretrained(output)
     follow_umask(output)
+
+
+def _draw_mtp(model: Any) -> MultiTokenPrediction:
+    """Return the layer for multi-token prediction with random weights, as wide as those of the model."""
+    mtp = MultiTokenPrediction(model.model.language_model)
+    for parameter in mtp.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=model.config.get_text_config().initializer_range)
+    return mtp
+
+
+def _add_to_weights(file: Path, mtp: MultiTokenPrediction) -> None:
+    """Add the layer to the weights of a checkpoint, where published ones have it."""
+    tensors = load_file(file) | {f"{MTP}.{name}": value for name, value in mtp.state_dict().items()}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _strengthen_positions(model: PreTrainedModel) -> None:

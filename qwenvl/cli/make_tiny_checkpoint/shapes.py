@@ -125,6 +125,8 @@ def _text_settings(family: str, shape: Shape, tokenizer: PreTrainedTokenizerBase
     if get_family(family).linear_attention:
         settings["rope_parameters"] |= {"partial_rotary_factor": 0.25, "rope_theta": 10_000_000.0}
         settings |= _linear_attention_settings(shape)
+    if get_family(family).mtp:
+        settings["mtp_num_hidden_layers"] = 1
     if get_family(family).moe:
         settings |= _moe_settings(family, shape)
     return settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +55,12 @@ def read_headers(files: Collection[Path]) -> dict[str, Header]:
     return found
 
 
-def problems_of(folder: Path, source: Mapping[str, Header] | None = None, ignored: Sequence[str] = ()) -> list[str]:
+def problems_of(folder: Path, source: Mapping[str, Header] | None = None) -> list[str]:
     """Return what is wrong with a saved folder, a sentence each; nothing where it is whole.
 
     Args:
         folder: of a model, or of an adapter.
         source: tensors of the checkpoint that training started from; None where that is not known.
-        ignored: patterns of names that transformers leaves out on purpose when it loads the source.
     """
     problems = [*_processor_problems(folder)]
     if (folder / CONFIG_FILE).is_file():
@@ -81,7 +79,7 @@ def problems_of(folder: Path, source: Mapping[str, Header] | None = None, ignore
         problems += _tying_problems(config, headers)
         problems += _dtype_problems(config, headers, source or {})
         if source:
-            problems += _naming_problems(headers, source, ignored, tied=_is_tied(config))
+            problems += _naming_problems(headers, source, tied=_is_tied(config))
     return problems
 
 
@@ -160,13 +158,10 @@ def _dtype_problems(
     return [f"config.json says {said}, but tensors are of another precision: {_listed(other)}"] if other else []
 
 
-def _naming_problems(
-    headers: Mapping[str, Header], source: Mapping[str, Header], ignored: Sequence[str], *, tied: bool
-) -> list[str]:
+def _naming_problems(headers: Mapping[str, Header], source: Mapping[str, Header], *, tied: bool) -> list[str]:
     """Name the tensors that the checkpoint has and the folder does not, and the other way round."""
-    free = [re.compile(pattern) for pattern in ignored] + [re.compile(rf"{re.escape(_HEAD)}$")] * tied
     gone, new = (
-        sorted(name for name in one.keys() - other.keys() if not any(pattern.search(name) for pattern in free))
+        sorted(name for name in one.keys() - other.keys() if not (tied and name.endswith(_HEAD)))
         for one, other in ((source, headers), (headers, source))
     )
     found = [f"missing: {_listed(gone)}"] * bool(gone) + [f"new: {_listed(new)}"] * bool(new)

@@ -22,19 +22,17 @@ def read_source(model_name_or_path: str, **origin: Any) -> dict[str, Header]:
     return read_headers([Path(file) for file in weight_files(model_name_or_path, origin)])
 
 
-def require_whole(folder: str, source: Mapping[str, Header] | None, model: Any) -> None:
+def require_whole(folder: str, source: Mapping[str, Header] | None) -> None:
     """Check that a saved folder holds all that it needs to be used alone; only small files and headers are read.
 
     Args:
         folder: that was saved.
         source: from :func:`read_source`.
-        model: that was saved; knows which tensors of checkpoints it leaves out on purpose.
 
     Raises:
         UserError: it does not.
     """
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    problems = problems_of(Path(folder), source, ignored)
+    problems = problems_of(Path(folder), source)
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise UserError(f"{folder} was saved, but is not whole:{lines}\n{BLAME}")

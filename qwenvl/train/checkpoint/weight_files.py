@@ -47,7 +47,25 @@ def rewrite_weights(folder: Path, dtype: str, max_bytes: int) -> None:
     for name in names:
         (rewritten / name).replace(folder / name)
     shutil.rmtree(rewritten)
-    _describe(folder, dtype, dict(zip(names, shards, strict=True)))
+    _describe(folder, dtype, names)
+
+
+def add_tensors(folder: Path, tensors: Mapping[str, Header], max_bytes: int) -> None:
+    """Add tensors of other files to the weights in a folder, bit for bit, in files of their own behind the others.
+
+    Args:
+        folder: Folder of a model that was just saved.
+        tensors: Tensors to copy, by the names that they get.
+        max_bytes: Largest size of one new file in bytes; a tensor is never split.
+    """
+    old = sorted(folder.glob("model*.safetensors"))
+    shards = list(_shards(tensors, "auto", max_bytes))
+    names = _file_names(len(old) + len(shards))
+    for file, name in zip(old, names, strict=False):
+        file.rename(folder / name)
+    for shard, name in zip(shards, names[len(old) :], strict=True):
+        save_file(dict(_read(tensors, shard, "auto")), folder / name, metadata={"format": "pt"})
+    _describe(folder, "auto", names)
 
 
 def remove_older_weights(folder: Path, written: Sequence[str]) -> None:
@@ -99,21 +117,21 @@ def _read(headers: Mapping[str, Header], names: Sequence[str], dtype: str) -> It
         yield name, tensor
 
 
-def _describe(folder: Path, dtype: str, shards: Mapping[str, Sequence[str]]) -> None:
+def _describe(folder: Path, dtype: str, files: Sequence[str]) -> None:
     """Write the index of the files, where there are several, and the precision into the config."""
-    headers = read_headers([folder / name for name in shards])
+    headers = read_headers([folder / name for name in files])
     (folder / INDEX).unlink(missing_ok=True)
-    if len(shards) > 1:
+    if len(files) > 1:
         total = {
             "total_parameters": sum(int(torch.Size(header.shape).numel()) for header in headers.values()),
             "total_size": sum(_size(header, "auto") for header in headers.values()),
         }
         placed = {name: header.file.name for name, header in sorted(headers.items())}
-        _write_json(folder / INDEX, {"metadata": total, "weight_map": placed})
+        write_json(folder / INDEX, {"metadata": total, "weight_map": placed})
     config = folder / "config.json"
     if dtype != "auto" and config.is_file():
         said = json.loads(config.read_text(encoding="utf-8"))
-        _write_json(config, _with_dtype(said, dtype))
+        write_json(config, _with_dtype(said, dtype))
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -123,5 +141,6 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a file of JSON as transformers lays it out."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

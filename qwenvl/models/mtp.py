@@ -1,0 +1,57 @@
+"""The layer for multi-token prediction (MTP) of Qwen3.5 and newer checkpoints, which transformers does not build.
+
+It predicts the token after the next, and a server uses it as the draft model of speculative decoding. From the hidden
+state of position t, after the language model's last norm, and the embedding of token t + 1 it computes the hidden state
+that gives token t + 2 through the model's own ``lm_head``:
+
+    x[t] = fc([norm(embedding(token[t + 1])), norm(hidden[t])])      mtp.pre_fc_norm_embedding, mtp.pre_fc_norm_hidden
+    h[t] = norm(decoder layer with full attention(x)[t])             mtp.layers.0, mtp.norm
+
+The names are those of the published files; vLLM computes it so in ``vllm/model_executor/models/qwen3_next_mtp.py``. The
+idea is DeepSeek-V3's (arXiv 2412.19437, section 2.2).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MTP = "mtp"
+"""Name of the layer in a checkpoint's files."""
+
+
+class MultiTokenPrediction(nn.Module):
+    """The layer, made of the classes of its language model.
+
+    Args:
+        language_model: Stock language model with gated full attention; its own parameters are not touched.
+    """
+
+    def __init__(self, language_model: Any) -> None:
+        super().__init__()
+        config = copy.deepcopy(language_model.config)
+        config.layer_types = ["full_attention"]
+        config.num_hidden_layers = 1
+        norm, layer = type(language_model.norm), type(language_model.layers[0])
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.pre_fc_norm_embedding = norm(width, eps=eps)
+        self.pre_fc_norm_hidden = norm(width, eps=eps)
+        self.fc = nn.Linear(2 * width, width, bias=False)
+        self.layers = nn.ModuleList([layer(config, 0)])
+        self.norm = norm(width, eps=eps)
+
+    def forward(self, embeddings: Tensor, hidden_states: Tensor, **options: Any) -> Tensor:
+        """Return hidden states [B, T, H] that give the token after the next.
+
+        Args:
+            embeddings: [B, T, H], of the next token at each position.
+            hidden_states: [B, T, H], after the language model's last norm.
+            options: What a decoder layer takes: ``position_embeddings``, ``attention_mask`` and the like.
+        """
+        joined = torch.cat([self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden_states)], dim=-1)
+        states: Tensor = self.layers[0](self.fc(joined), **options)
+        normed: Tensor = self.norm(states)
+        return normed

@@ -1,0 +1,79 @@
+"""Tensors that a checkpoint holds and transformers does not load, carried over into what is saved from it.
+
+Qwen3.5 and newer checkpoints hold a layer for multi-token prediction (``mtp.*``), which vLLM and SGLang use as a draft
+model. transformers builds no module for it, so ``save_pretrained`` leaves it out, and a server that is started with
+speculative decoding does not find it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwenvl.train.checkpoint.folder_check import Header
+from qwenvl.train.checkpoint.weight_files import add_tensors, write_json
+
+logger = logging.getLogger(__name__)
+
+_MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
+MTP_LAYERS = "mtp_num_hidden_layers"
+
+
+def carried_tensors(source: Mapping[str, Header], model: Any) -> dict[str, Header]:
+    """Return the tensors of a checkpoint that transformers leaves out when it loads the model.
+
+    Args:
+        source: Tensors of the checkpoint.
+        model: Stock model that was loaded from it; names them by patterns.
+    """
+    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    return {name: header for name, header in source.items() if any(pattern.search(name) for pattern in patterns)}
+
+
+def carry_over(folder: Path, tensors: Mapping[str, Header], max_bytes: int) -> None:
+    """Copy tensors into a folder of weights that was just saved, bit for bit, and make its config true to them.
+
+    Args:
+        folder: Folder with ``config.json`` and ``model*.safetensors``.
+        tensors: From :func:`carried_tensors`.
+        max_bytes: Largest size of one new file in bytes.
+
+    Raises:
+        OSError, SafetensorError: A file cannot be read or written.
+    """
+    if tensors:
+        add_tensors(folder, tensors, max_bytes)
+    layers = _count_mtp_layers(tensors)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text_config = config.get("text_config", config)
+    if text_config.get(MTP_LAYERS, layers) != layers:
+        text_config[MTP_LAYERS] = layers
+        write_json(path, config)
+
+
+def log_carried(tensors: Mapping[str, Header], config: Any) -> None:
+    """Say once, at the start of a run, what saved folders hold beside what is trained.
+
+    Args:
+        tensors: From :func:`carried_tensors`.
+        config: Config of the model; its text config may name a number of layers for multi-token prediction.
+    """
+    if tensors:
+        prefixes = ", ".join(sorted({f"{name.partition('.')[0]}.*" for name in tensors}))
+        logger.info("Saved bit for bit as in the checkpoint, not trained: %d tensors (%s).", len(tensors), prefixes)
+    layers = getattr(config.get_text_config(), MTP_LAYERS, 0) or 0
+    if layers != _count_mtp_layers(tensors):
+        logger.warning(
+            "config.json says %s %d, but the checkpoint holds %d such layers (mtp.layers.*), and saved folders say %d. "
+            "Take the published checkpoint if you serve with multi-token prediction.",
+            *(MTP_LAYERS, layers, _count_mtp_layers(tensors), _count_mtp_layers(tensors)),
+        )
+
+
+def _count_mtp_layers(tensors: Mapping[str, Header]) -> int:
+    return len({found[1] for name in tensors if (found := _MTP_LAYER.match(name))})

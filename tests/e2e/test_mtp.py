@@ -1,0 +1,109 @@
+"""Layers for multi-token prediction: transformers does not load them, and nothing that is saved loses them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from qwenvl.cli.merge_lora import main as merge_main
+from tests.e2e.runs import LORA, REPOSITORY, flags, run_on_two_ranks, train, weights
+from tests.e2e.test_engines import FSDP2
+
+ONE_STEP: dict[str, Any] = {"max_steps": 1, "dataset_use": "pictures,text", "data_flatten": False}
+
+
+def mtp(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights(folder).items() if name.startswith("mtp.")}
+
+
+def require_carried(folder: Path, source: Path) -> None:
+    """The layer is that of the source to the bit, the index knows where it is, and transformers opens the folder."""
+    wanted, found = mtp(source), mtp(folder)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == wanted[name].dtype for name in wanted)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    held = {name: file.name for file in folder.glob("model-*.safetensors") for name in load_file(file)}
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights(folder).values())
+    assert json.loads((folder / "config.json").read_text())["text_config"]["mtp_num_hidden_layers"] == 1
+    _, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+
+
+@pytest.fixture
+def bfloat16_layer(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A checkpoint in float32 whose layer for multi-token prediction is in bfloat16."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint("qwen3_5"), source)
+    file = source / "model.safetensors"
+    tensors = {name: t.bfloat16() if name.startswith("mtp.") else t for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return source
+
+
+def test_checkpoints_and_finished_folders_hold_the_layer_as_it_was(
+    bfloat16_layer: Path, registry: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever type and size the files are asked to have; and a run resumes from such a checkpoint."""
+    caplog.set_level(logging.INFO)
+    settings = {**ONE_STEP, "save_strategy": "steps", "save_steps": 1, "save_dtype": "bfloat16", "max_shard_size": "9KB"}
+    output = train(bfloat16_layer, tmp_path / "run", registry, **settings, verify_export=True)
+    require_carried(output, bfloat16_layer)
+    require_carried(output / "checkpoint-1", bfloat16_layer)
+    assert "Saved bit for bit as in the checkpoint, not trained: 15 tensors (mtp.*)." in caplog.text
+    train(bfloat16_layer, tmp_path / "run", registry, **settings | {"max_steps": 2})
+    require_carried(output / "checkpoint-2", bfloat16_layer)
+    again = train(output, tmp_path / "again", registry, **ONE_STEP)
+    require_carried(again, bfloat16_layer)
+
+
+def test_merged_folders_hold_the_layer_and_adapters_need_none(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    base = tiny_checkpoint("qwen3_5_moe")
+    adapter = train(base, tmp_path / "adapter", registry, **ONE_STEP, **LORA)
+    assert not any("mtp." in name for name in weights(adapter))
+    assert merge_main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
+    require_carried(tmp_path / "merged", base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "settings"),
+    [("ZeRO-3", {"deepspeed": str(REPOSITORY / "configs" / "zero3.json")}), ("FSDP2", FSDP2)],
+    ids=["zero3", "fsdp2"],
+)
+def test_every_engine_carries_the_layer(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, engine: str, settings: dict[str, Any]
+) -> None:
+    source = tiny_checkpoint("qwen3_5")
+    asked = {**ONE_STEP, **settings, "save_strategy": "steps", "save_steps": 1}
+    command = flags(source, tmp_path / "run", registry, **asked)
+    output = run_on_two_ranks(tmp_path, {"run": command}, engine)["run"]
+    require_carried(output, source)
+    require_carried(output / "checkpoint-1", source)
+
+
+def test_a_config_that_promises_a_layer_that_is_not_there_is_said_and_mended(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As folders that stock transformers saved are."""
+    source = tmp_path / "stock"
+    shutil.copytree(tiny_checkpoint("qwen3_5"), source)
+    file = source / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("mtp.")}
+    save_file(tensors, file, metadata={"format": "pt"})
+    output = train(source, tmp_path / "run", registry, **ONE_STEP)
+    assert "config.json says mtp_num_hidden_layers 1, but the checkpoint holds 0 such layers" in caplog.text
+    assert json.loads((output / "config.json").read_text())["text_config"]["mtp_num_hidden_layers"] == 0
+    assert (output / "model.safetensors").is_file() and not mtp(output)
