@@ -22,7 +22,7 @@ host has to know, it is told (lengths, sizes, counts).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from qwenvl.models.attention.linear_segments import SegmentedLinearAttention, missing_kernels
 from qwenvl.models.attention.segments import sample_index
 from qwenvl.models.loss.fused_lm_head import LossHead, SummedLoss, linear_cross_entropy
 from qwenvl.models.task_module import Readout, attach
@@ -157,6 +158,15 @@ def _deepstack(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor]) 
     return {"visual_pos_masks": rows, "deepstack_visual_embeds": spread}
 
 
+def _separate_linear_attention(language_model: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Exchange the linear attention layers; yield owner, name and stock layer of each."""
+    for layer in language_model.layers:
+        stock = getattr(layer, "linear_attn", None)
+        if stock is not None:
+            layer.linear_attn = SegmentedLinearAttention(stock)
+            yield layer, "linear_attn", stock
+
+
 def _has_linear_attention(language_model: Any) -> bool:
     return "linear_attention" in (getattr(language_model.config, "layer_types", None) or ())
 
@@ -238,7 +248,7 @@ def install(
     """Teach a stock model the arguments ``vision_inputs``, ``kept_positions``, ``targets`` and ``readout_inputs``.
 
     Install once, before the model is wrapped (DDP, DeepSpeed, PEFT). Saved files and ``generate`` are not affected:
-    the two layers that are exchanged hold the same parameters under the same names.
+    the layers that are exchanged hold the same parameters under the same names.
 
     Args:
         model: a stock ``...ForConditionalGeneration`` of a family this trainer knows.
@@ -254,6 +264,8 @@ def install(
     if hasattr(visual, "patch_embed"):  # the lab's encoders lie deeper, and stay as they are
         stock += ((visual.patch_embed, "proj", visual.patch_embed.proj),)
         visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
+    if missing_kernels():
+        stock += tuple(_separate_linear_attention(language_model))
     model.lm_head = head = LossHead(model.lm_head, summed_loss)
     hooks = _Hooks(visual, head, patchify, readout)
     if readout is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from qwenvl.connector_lab.registration import register
-from qwenvl.families import LAB, Family, get_family
+from qwenvl.families import LAB, get_family
+from qwenvl.models.attention.linear_segments import import_obstacle
 from qwenvl.models.moe_checkpoint import experts_read_as_stored
 from qwenvl.models.quantization import refuse_quantized
 from qwenvl.models.task_module import is_readout
@@ -29,9 +29,6 @@ _INSTALL = {
     "flash_attention_3": "pip install flash-attn-3 (a Hopper GPU, compute capability 9.0)",
     "flash_attention_2": "pip install flash-attn --no-build-isolation (a GPU of compute capability 8.0 or higher)",
 }
-
-LINEAR_ATTENTION_PACKAGES = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
-"""Modules that keep packed samples apart in linear attention, and the packages that hold them."""
 
 _LISTED_KEYS = 8
 
@@ -265,7 +262,7 @@ def _flash_obstacle(name: str, half_precision: bool) -> str:
     major, minor = torch.cuda.get_device_capability()
     if not _has_kernels(name, major):
         return f"the GPU's compute capability is {major}.{minor}"
-    return _import_obstacle(ATTENTION_PACKAGES[name])
+    return import_obstacle(ATTENTION_PACKAGES[name])
 
 
 def _has_kernels(name: str, major: int) -> bool:
@@ -274,41 +271,3 @@ def _has_kernels(name: str, major: int) -> bool:
     Version 3 is for Hopper's instructions alone, and has no kernels for what came after.
     """
     return major == 9 if name == "flash_attention_3" else major >= 8
-
-
-def _import_obstacle(module: str) -> str:
-    """Why a module cannot be used; empty where it can. Imports it: a build for another torch is found, but fails."""
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        return f"{module} cannot be imported ({_first_line(error)})"
-    return ""
-
-
-def refuse_flattening(config: Any, family: Family) -> None:
-    """Refuse to pack samples into one row where the model would let them see each other.
-
-    Softmax attention keeps packed samples apart by their positions. Linear attention carries a state along the row,
-    and only its kernels can be told where to clear it; older transformers go on without them and leak silently.
-
-    Args:
-        config: of the model that is to train.
-        family: its family.
-
-    Raises:
-        UserError: the family has linear attention and its kernels cannot run here.
-    """
-    layers = getattr(config.get_text_config(), "layer_types", None) or ()
-    if not family.linear_attention or "linear_attention" not in layers:
-        return
-    obstacles = [_import_obstacle(module) for module in LINEAR_ATTENTION_PACKAGES]
-    obstacles = [obstacle for obstacle in obstacles if obstacle]
-    if not obstacles and not torch.cuda.is_available():
-        obstacles = ["there is no CUDA device"]
-    if obstacles:
-        packages = " ".join(LINEAR_ATTENTION_PACKAGES.values())
-        raise UserError(
-            f"--data_flatten or --data_packing with {family.model_type}: its linear attention can't keep packed "
-            f"samples apart here: {'; '.join(obstacles)}. On a GPU, pip install {packages}; or train "
-            "with --data_flatten False --data_packing False, which pads and is right everywhere."
-        )

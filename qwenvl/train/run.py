@@ -18,7 +18,8 @@ from qwenvl.data.encoding.processor import (
     with_training_limits,
 )
 from qwenvl.families import LAB, Family, get_family
-from qwenvl.models.loading import read_trainable_type, refuse_flattening
+from qwenvl.models.attention.linear_segments import PACKAGES, missing_kernels
+from qwenvl.models.loading import read_trainable_type
 from qwenvl.models.rope_scaling import require_same_context
 from qwenvl.models.task_module import readout_of
 from qwenvl.tasks import files as task_files
@@ -71,7 +72,7 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
         )
     config = open_config(parsed)
     if parsed.data.data_flatten:
-        refuse_flattening(config, family)
+        _tell_slow_packing(family)
     require_writable(args.output_dir)
     checkpoint, changes = (None, []) if args.dry_run else from_main_process(lambda: _find_checkpoint(parsed, engine))
     if checkpoint is not None:
@@ -225,6 +226,16 @@ def _refuse_engine(engine: Engine, family: Family) -> None:
         raise UserError(
             f"--{engine} with {family.model_type}: its encoders run once for each size of picture, so that ranks which "
             f"share weights out would wait for each other. Train it with DDP: leave --{engine} out."
+        )
+
+
+def _tell_slow_packing(family: Family) -> None:
+    """Say once that packed rows are right and slow, where kernels of linear attention are missing."""
+    if family.linear_attention and (obstacle := missing_kernels()):
+        logger.warning(
+            "--data_flatten or --data_packing with %s: its linear attention runs one sample after the other, which is "
+            "exact and slow, because its kernels cannot run here: %s. On a GPU: pip install %s.",
+            *(family.model_type, obstacle, " ".join(PACKAGES.values())),
         )
 
 

@@ -11,8 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.families import FAMILIES, get_family
-from qwenvl.train.train_qwen import main
-from tests.e2e.runs import changed, flags, history, train, weights
+from tests.e2e.runs import changed, history, train, weights
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is here?"}]}]
 
@@ -41,15 +40,13 @@ def test_family_trains_saves_and_reloads(
     checkpoint = tiny_checkpoint(family)
     # All samples in every step, so that the losses of the steps can be compared.
     settings = {"data_flatten": layout == "flattened", "per_device_train_batch_size": 11}
-    if layout == "flattened" and get_family(family).linear_attention and not torch.cuda.is_available():
-        assert main(flags(checkpoint, tmp_path / "out", registry, **settings)) == 1
-        assert "pip install flash-linear-attention causal-conv1d" in caplog.text
-        assert "--data_flatten False" in caplog.text
-        return
     folder = train(checkpoint, tmp_path / "out", registry, **settings)
     before, after = weights(checkpoint), weights(folder)
     assert before.keys() == after.keys()
-    assert changed(checkpoint, folder) == set(before), "a tensor did not train"
+    trained = {name for name in before if not name.startswith("mtp.")}
+    assert changed(checkpoint, folder) == trained, "a tensor did not train"
+    slow = get_family(family).linear_attention and layout == "flattened" and not torch.cuda.is_available()
+    assert slow == ("its linear attention runs one sample after the other" in caplog.text)
     losses = history(folder)
     assert len(losses) == 3 and losses[0] > losses[1] > losses[2]
     assert _answers(folder, registry.parent / "1-0.png")

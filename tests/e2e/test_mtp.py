@@ -56,7 +56,13 @@ def test_checkpoints_and_finished_folders_hold_the_layer_as_it_was(
 ) -> None:
     """Whatever type and size the files are asked to have; and a run resumes from such a checkpoint."""
     caplog.set_level(logging.INFO)
-    settings = {**ONE_STEP, "save_strategy": "steps", "save_steps": 1, "save_dtype": "bfloat16", "max_shard_size": "9KB"}
+    settings = {
+        **ONE_STEP,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_dtype": "bfloat16",
+        "max_shard_size": "9KB",
+    }
     output = train(bfloat16_layer, tmp_path / "run", registry, **settings, verify_export=True)
     require_carried(output, bfloat16_layer)
     require_carried(output / "checkpoint-1", bfloat16_layer)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from qwenvl.families import FAMILIES, get_family
+from qwenvl.families import FAMILIES
 from qwenvl.models.loss.causal_lm import tell_host
 from qwenvl.models.vision.patchify import MediumShape
 from tests.patches import frames_of
@@ -191,10 +191,8 @@ def family_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=["padded", "flattened"])
-def layout(request: pytest.FixtureRequest, family_name: str) -> str:
-    """Both batch layouts, where the family can be flattened without linear-attention kernels."""
-    if request.param == "flattened" and get_family(family_name).linear_attention:
-        pytest.skip("linear attention needs its kernels to keep packed samples apart")
+def layout(request: pytest.FixtureRequest) -> str:
+    """Both batch layouts."""
     return str(request.param)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +80,7 @@ def test_saved_files_do_not_change(tmp_path: Path, family_name, load_tiny, tiny_
         safe_open(tmp_path / "model.safetensors", "pt") as saved,
         safe_open(tiny_checkpoint(family_name) / "model.safetensors", "pt") as original,
     ):
-        assert set(saved.keys()) == set(original.keys())
+        assert set(saved.keys()) == {name for name in original.keys() if not name.startswith("mtp.")}  # noqa: SIM118
     AutoModelForImageTextToText.from_pretrained(tmp_path)
 
 
@@ -222,8 +221,7 @@ def test_linear_attention_alone_is_told_the_samples_of_a_row(family, load_tiny, 
     first.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs.get("seq_idx")), with_kwargs=True)
     samples = [mixture(family)["text"], mixture(family)["image"]]
     for layout in ("padded", "flattened"):
-        with contextlib.suppress(ValueError):  # no kernels
-            causal_loss(model, make_batch(layout, samples), num_trained_tokens=1.0)
+        causal_loss(model, make_batch(layout, samples), num_trained_tokens=1.0)
     lengths = [sample.labels.shape[1] for sample in samples]
     assert seen[0] is None
     if family == "qwen3_5":

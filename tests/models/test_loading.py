@@ -12,19 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from qwenvl.families import get_family
 from qwenvl.models.loading import (
     ATTENTION_PACKAGES,
     _has_kernels,
     choose_attention,
     flash_obstacles,
     load_model,
-    refuse_flattening,
 )
-from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.models.precision import resolve_dtype
 from qwenvl.utils.errors import UserError
-from tests.patches import install
 
 
 def load(path: Path | str):
@@ -245,34 +241,3 @@ def test_dtype_mistakes():
         resolve_dtype("half", bf16=False, fp16=False, masters=False)
     with pytest.raises(UserError, match="does not go with --fp16"):
         resolve_dtype("bfloat16", bf16=False, fp16=True, masters=False)
-
-
-class TestFlattening:
-    def test_softmax_families_are_not_refused(self, family_name, load_tiny):
-        family = get_family(family_name)
-        if not family.linear_attention:
-            refuse_flattening(load_tiny(family_name).config, family)
-
-    @pytest.mark.parametrize("family_name", ["qwen3_5", "qwen3_5_moe"])
-    def test_linear_attention_without_kernels_is_refused_with_what_to_install(self, family_name, load_tiny):
-        if torch.cuda.is_available():
-            pytest.skip("this machine has a GPU")
-        with pytest.raises(UserError, match=r"pip install flash-linear-attention causal-conv1d.*--data_flatten False"):
-            refuse_flattening(load_tiny(family_name).config, get_family(family_name))
-
-    @pytest.mark.parametrize("family_name", ["qwen3_5", "qwen3_5_moe"])
-    def test_what_is_refused_would_not_work(self, family_name, load_tiny, mixture, make_batch):
-        """Without kernels that heed the boundaries, newer transformers refuse them and older ones leak silently."""
-        if torch.cuda.is_available():
-            pytest.skip("this machine has a GPU")
-        samples = list(mixture(family_name).values())
-        model = load_tiny(family_name)
-        install(model)
-        padded = causal_loss(model, make_batch("padded", samples), num_trained_tokens=1.0)
-        assert padded.isfinite()
-        try:
-            flattened = causal_loss(model, make_batch("flattened", samples), num_trained_tokens=1.0)
-        except ValueError as error:
-            assert "can't keep packed sequences apart" in str(error)
-        else:
-            assert abs(flattened.item() - padded.item()) > 1e-5 * padded.item()

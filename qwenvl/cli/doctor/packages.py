@@ -21,17 +21,23 @@ OPTIONAL: dict[str, tuple[str, str]] = {
     "flash_attn": ("flash-attn", "SDPA is used, exact and without a mask of the whole row, though slower"),
     "liger_kernel": ("liger-kernel", "needed for --use_liger_kernel alone"),
     "bitsandbytes": ("bitsandbytes", "needed for --quantization_bit and 8-bit optimizers alone"),
-    "fla": ("flash-linear-attention", "needed for flattened and packed Qwen3.5"),
-    "causal_conv1d": ("causal-conv1d", "needed for flattened and packed Qwen3.5"),
+    "fla": (
+        "flash-linear-attention",
+        "packed rows of Qwen3.5 to 3.8 run sample by sample, exact and slow",
+    ),
+    "causal_conv1d": (
+        "causal-conv1d",
+        "packed rows of Qwen3.5 to 3.8 run sample by sample, exact and slow",
+    ),
 }
 """Modules that are used where they are installed: package, and what is different without it."""
 
 KNOWN_BAD: tuple[tuple[str, str, str], ...] = (
     (
         "deepspeed",
-        "<0.19",
+        "<0.19.8",
         "overlap_comm under ZeRO-1 and ZeRO-2 corrupts gradients: the loss is 0 or NaN from the second step on. "
-        "pip install 'deepspeed>=0.19'",
+        "pip install 'deepspeed>=0.19.8'",
     ),
     (
         "transformers",
