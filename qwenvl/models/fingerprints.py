@@ -30,9 +30,17 @@ def checksum(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
     return zlib.crc32(data)
 
 
-def fingerprints(model: nn.Module) -> Fingerprints:
-    """Return the fingerprints of a model's parameters in their own types; not sharded."""
-    return {name: {_name_of(value.dtype): checksum(value)} for name, value in model.named_parameters()}
+def fingerprints(model: nn.Module, opened_dtype: torch.dtype) -> Fingerprints:
+    """Return the fingerprints of a model's parameters in their own types and in the one they are opened in again.
+
+    Args:
+        model: Model that is not sharded.
+        opened_dtype: Type that transformers opens the saved folder in.
+    """
+    return {
+        name: {_name_of(dtype): checksum(value, dtype) for dtype in (value.dtype, opened_dtype)}
+        for name, value in model.named_parameters()
+    }
 
 
 def trained_fingerprints(model: Any, save_dtype: str, opened_dtype: torch.dtype) -> Fingerprints:

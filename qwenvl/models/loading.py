@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from qwenvl.connector_lab.registration import register
 from qwenvl.families import LAB, get_family
 from qwenvl.models.attention.linear_segments import import_obstacle
-from qwenvl.models.moe_checkpoint import experts_read_as_stored
+from qwenvl.models.moe_checkpoint import experts_read_as_stored, weight_files
+from qwenvl.models.precision import read_dtype
 from qwenvl.models.quantization import refuse_quantized
 from qwenvl.models.task_module import is_readout
 from qwenvl.utils.errors import UserError
@@ -85,7 +87,26 @@ def load_model(
     model: PreTrainedModel = loaded[0]
     _refuse_incomplete(model_name_or_path, loaded[1])
     _save_as_read(model)
+    if not on_meta and not is_deepspeed_zero3_enabled():
+        _keep_float32(model, model_name_or_path, origin)
     return model
+
+
+def _keep_float32(model: PreTrainedModel, path: str, origin: Mapping[str, Any]) -> None:
+    """Give back their float32 to the tensors of a half-precision checkpoint that are stored in it.
+
+    Qwen3.5 stores ``A_log`` and the norms of linear attention so, and servers compute with them as they are;
+    ``from_pretrained`` rounds them to the type of the others. DeepSpeed gives all parameters one type, whatever is done
+    here.
+    """
+    if model.dtype == torch.float32 or read_dtype(path, **origin) == torch.float32:
+        return
+    parameters = dict(model.named_parameters())
+    for file in weight_files(path, dict(origin)):
+        with safe_open(file, "pt") as tensors:
+            for name in parameters.keys() & set(tensors.keys()):
+                if tensors.get_slice(name).get_dtype() == "F32":
+                    parameters[name].data = tensors.get_tensor(name).to(parameters[name].device)
 
 
 def _save_as_read(model: PreTrainedModel) -> None:

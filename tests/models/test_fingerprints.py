@@ -21,15 +21,21 @@ def test_every_change_of_a_tensor_is_seen(dtype: torch.dtype) -> None:
 
 def test_a_tensor_may_be_opened_wider_but_not_narrower() -> None:
     model = nn.Linear(4, 3, dtype=torch.bfloat16)
-    known = fingerprints(model)
+    known = fingerprints(model, torch.bfloat16)
     wide = {name: value.float() for name, value in model.named_parameters()}
+    narrow = {name: value.bfloat16() for name, value in wide.items()}
     assert differing(known, wide) == []
-    assert differing(fingerprints(model.float()), {name: value.bfloat16() for name, value in wide.items()}) == [
-        "weight",
-        "bias",
-    ]
+    assert differing(fingerprints(model.float(), torch.float32), narrow) == ["weight", "bias"]
     wide["weight"] = wide["weight"] * (1 + 2**-7)
     assert differing(known, wide) == ["weight"]
+
+
+def test_a_float32_tensor_may_be_opened_in_the_type_of_the_others() -> None:
+    model = nn.Linear(4, 3)
+    known = fingerprints(model, torch.bfloat16)
+    narrow = {name: value.bfloat16() for name, value in model.named_parameters()}
+    assert differing(known, narrow) == []
+    assert differing(known, narrow | {"bias": narrow["bias"] + 1}) == ["bias"]
 
 
 def test_missing_tensors_differ() -> None:

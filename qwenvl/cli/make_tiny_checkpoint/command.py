@@ -1,6 +1,7 @@
 """Make a random-weight checkpoint of any supported family, small enough for tests or for the demo.
 
-    python tools/make_tiny_checkpoint.py --family qwen3_vl --output DIR [--size demo] [--seed 0] [--template thinking]
+    python tools/make_tiny_checkpoint.py --family qwen3_vl --output DIR [--size demo] [--seed 0] [--dtype bfloat16]
+        [--template thinking]
 
 The folder holds what a real one holds (weights in safetensors, config, generation config, tokenizer, chat template,
 image and video processor), written by the real classes, so that stock ``AutoModelForImageTextToText`` and
@@ -32,9 +33,17 @@ from qwenvl.families import FAMILIES, get_family
 from qwenvl.models.mtp import MTP, MultiTokenPrediction
 from qwenvl.utils.permissions import follow_umask
 
+_FLOAT32 = ("linear_attn.A_log", "linear_attn.norm.weight")
+
 
 def build_tiny_checkpoint(
-    family: str, output: Path, *, size: Size = "tiny", seed: int = 0, template: Template | None = None
+    family: str,
+    output: Path,
+    *,
+    size: Size = "tiny",
+    seed: int = 0,
+    template: Template | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a random-weight checkpoint folder.
 
@@ -44,6 +53,8 @@ def build_tiny_checkpoint(
         size: ``tiny`` (well under 1 M parameters, for tests) or ``demo`` (2 to 5 M, learns simple pictures).
         seed: of the random weights; the caller's random state is left as it was.
         template: kind of chat template; None for the family's own.
+        dtype: Type of the weights. In bfloat16, those of linear attention that Qwen3.5 was published with in float32
+            stay so (``A_log`` and the norms).
 
     Raises:
         UserError: unknown family.
@@ -56,13 +67,22 @@ def build_tiny_checkpoint(
         mtp = _draw_mtp(model) if get_family(family).mtp else None
     if size == "demo":
         _strengthen_positions(model)
+    _cast(model, dtype)
     model.generation_config = _generation_config(tokenizer)
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
     if mtp is not None:
-        _add_to_weights(output / SAFE_WEIGHTS_NAME, mtp)
+        _add_to_weights(output / SAFE_WEIGHTS_NAME, mtp.to(dtype))
     build_processor(family, tokenizer, template or default_template(family)).save_pretrained(output)
     follow_umask(output)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give weights a type, but for those of linear attention that published checkpoints hold in float32."""
+    kept = {name: value.data for name, value in model.named_parameters() if name.endswith(_FLOAT32)}
+    model.to(dtype)
+    for name, value in kept.items():
+        model.get_parameter(name).data = value
 
 
 def _draw_mtp(model: Any) -> MultiTokenPrediction:
@@ -107,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     parser.add_argument("--size", default="tiny", choices=["tiny", "demo"])
     parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="type of the weights")
     parser.add_argument("--template", choices=TEMPLATES, help="kind of chat template; default: the family's own")
     arguments = parser.parse_args(argv)
     build_tiny_checkpoint(
@@ -115,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         size=arguments.size,
         seed=arguments.seed,
         template=arguments.template,
+        dtype=getattr(torch, arguments.dtype),
     )
     print(f"{arguments.family} ({arguments.size}) written to {arguments.output}")
     return 0

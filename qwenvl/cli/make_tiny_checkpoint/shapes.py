@@ -79,7 +79,7 @@ def build_config(family: str, tokenizer: PreTrainedTokenizerBase, size: Size = "
     shape = TINY if size == "tiny" else DEMO
     if get_family(family).linear_attention:  # a quarter of each head is rotated, so heads must be wider
         head_dim = 2 * shape.head_dim
-        shape = replace(shape, head_dim=head_dim, mrope_section=_section(head_dim // 4))
+        shape = replace(shape, head_dim=head_dim, mrope_section=_section(head_dim // 4), num_hidden_layers=4)
     tied = family in TIED_FAMILIES
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
     return CONFIG_MAPPING[family](
@@ -126,16 +126,18 @@ def _text_settings(family: str, shape: Shape, tokenizer: PreTrainedTokenizerBase
         settings["rope_parameters"] |= {"partial_rotary_factor": 0.25, "rope_theta": 10_000_000.0}
         settings |= _linear_attention_settings(shape)
     if get_family(family).mtp:
-        settings["mtp_num_hidden_layers"] = 1
+        # the model's end of sequence is not the tokenizer's; generation_config.json names both
+        settings |= {"mtp_num_hidden_layers": 1, "eos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>")}
     if get_family(family).moe:
         settings |= _moe_settings(family, shape)
     return settings
 
 
 def _linear_attention_settings(shape: Shape) -> Mapping[str, Any]:
-    """Return the gated delta layers of Qwen3.5; the last layer is full attention, as every fourth of the real ones."""
+    """Return the gated delta layers of Qwen3.5; every fourth layer is full attention, as in the real ones."""
     return {
-        "layer_types": ["linear_attention"] * (shape.num_hidden_layers - 1) + ["full_attention"],
+        "layer_types": ["full_attention" if n % 4 == 3 else "linear_attention" for n in range(shape.num_hidden_layers)],
+        "mamba_ssm_dtype": "float32",
         "linear_conv_kernel_dim": 4,
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,

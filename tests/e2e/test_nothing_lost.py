@@ -1,4 +1,4 @@
-"""Layers for multi-token prediction: transformers does not load them, and nothing that is saved loses them."""
+"""Nothing that Qwen3.5 checkpoints hold is lost: layers for multi-token prediction, and the types of tensors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from qwenvl.cli.make_tiny_checkpoint.command import build_tiny_checkpoint
 from qwenvl.cli.merge_lora import main as merge_main
-from tests.e2e.runs import LORA, REPOSITORY, flags, run_on_two_ranks, train, weights
+from tests.e2e.runs import LORA, REPOSITORY, changed, flags, run_on_two_ranks, train, weights
 from tests.e2e.test_engines import FSDP2
 
 ONE_STEP: dict[str, Any] = {"max_steps": 1, "dataset_use": "pictures,text", "data_flatten": False}
@@ -40,19 +41,16 @@ def require_carried(folder: Path, source: Path) -> None:
     assert not any(report.values())
 
 
-@pytest.fixture
-def bfloat16_layer(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A checkpoint in float32 whose layer for multi-token prediction is in bfloat16."""
-    source = tmp_path / "source"
-    shutil.copytree(tiny_checkpoint("qwen3_5"), source)
-    file = source / "model.safetensors"
-    tensors = {name: t.bfloat16() if name.startswith("mtp.") else t for name, t in load_file(file).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
-    return source
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in bfloat16, with ``A_log`` and norms of linear attention in float32, as Qwen3.5 was published."""
+    folder = tmp_path_factory.mktemp("half")
+    build_tiny_checkpoint("qwen3_5", folder, dtype=torch.bfloat16)
+    return folder
 
 
 def test_checkpoints_and_finished_folders_hold_the_layer_as_it_was(
-    bfloat16_layer: Path, registry: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    half: Path, registry: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever type and size the files are asked to have; and a run resumes from such a checkpoint."""
     caplog.set_level(logging.INFO)
@@ -63,14 +61,34 @@ def test_checkpoints_and_finished_folders_hold_the_layer_as_it_was(
         "save_dtype": "bfloat16",
         "max_shard_size": "9KB",
     }
-    output = train(bfloat16_layer, tmp_path / "run", registry, **settings, verify_export=True)
-    require_carried(output, bfloat16_layer)
-    require_carried(output / "checkpoint-1", bfloat16_layer)
+    output = train(half, tmp_path / "run", registry, **settings, verify_export=True)
+    require_carried(output, half)
+    require_carried(output / "checkpoint-1", half)
     assert "Saved bit for bit as in the checkpoint, not trained: 15 tensors (mtp.*)." in caplog.text
-    train(bfloat16_layer, tmp_path / "run", registry, **settings | {"max_steps": 2})
-    require_carried(output / "checkpoint-2", bfloat16_layer)
+    train(half, tmp_path / "run", registry, **settings | {"max_steps": 2})
+    require_carried(output / "checkpoint-2", half)
     again = train(output, tmp_path / "again", registry, **ONE_STEP)
-    require_carried(again, bfloat16_layer)
+    require_carried(again, half)
+
+
+def types(folder: Path) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in weights(folder).items()}
+
+
+def test_tensors_have_the_types_of_the_source(half: Path, registry: Path, tmp_path: Path) -> None:
+    """Trained in bfloat16, merged after adapters were trained beside them, or cast at the end."""
+    source = types(half)
+    wide = {name for name, dtype in source.items() if dtype == torch.float32}
+    assert {name.rpartition("linear_attn.")[2] for name in wide} == {"A_log", "norm.weight"}
+    trained = train(half, tmp_path / "run", registry, **ONE_STEP, model_dtype="bfloat16", verify_export=True)
+    assert types(trained) == source
+    assert changed(half, trained) >= {name for name in wide if name.endswith("A_log")}
+    adapter = train(half, tmp_path / "adapter", registry, **ONE_STEP, **LORA, bf16=True, verify_export=True)
+    assert merge_main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
+    assert types(tmp_path / "merged") == source
+    assert not changed(half, tmp_path / "merged") & wide
+    cast = train(half, tmp_path / "cast", registry, **ONE_STEP, save_dtype="bfloat16")
+    assert set(types(cast).values()) == {torch.bfloat16}
 
 
 def test_merged_folders_hold_the_layer_and_adapters_need_none(
