@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Full fine-tuning of Qwen3-VL-32B with the values of configs/sft_qwen3vl_32b.yaml, which is the place to change them for good.
+# Full fine-tuning of Qwen3-VL-32B with the values of configs/sft_qwen3vl_32b.yaml. Written by scripts/recipes.py.
 #
 #   DATASETS=my_dataset%50,other OUTPUT_DIR=output/my_run scripts/sft_qwen3vl_32b.sh [--flag VALUE ...]
 #

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# LoRA on Qwen3.8-27B with the values of configs/lora_qwen3_8_27b.yaml. Written by scripts/recipes.py.
+#
+#   DATASETS=my_dataset%50,other OUTPUT_DIR=output/my_run scripts/lora_qwen3_8_27b.sh [--flag VALUE ...]
+#
+# What the environment overrides is listed in scripts/sft.sh; train_qwen.py --help explains the flags.
+set -euo pipefail
+exec "$(dirname -- "${BASH_SOURCE[0]}")/sft.sh" lora_qwen3_8_27b "$@"
