@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a tiny Qwen3-VL from random weights on pictures and short clips, asks it about ones it has never seen, prints its
+# Trains a tiny Qwen3-VL from random weights on images and short clips, asks it about ones it has never seen, prints its
 # answers and writes a page with them. A few minutes on two cores; uses a GPU where there is one.
 #
 #   bash scripts/demo.sh [--flag VALUE ...]     flags of train_qwen.py, such as --max_steps 20 for a quick look
