@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal
+
+from transformers import PretrainedConfig
 
 from qwenvl.utils.errors import UserError
 
@@ -24,6 +30,7 @@ class Family:
         mtp: Its checkpoints hold a layer for multi-token prediction (``mtp.*``), which transformers does not build.
         gated_vision: feed-forward layers of the vision tower are gated: three matrices rather than two.
         plain_positions: the language model counts tokens one by one, those of pictures too, rather than by M-RoPE.
+        sharded: Weights may be sharded over ranks: all ranks run the same modules, whatever their samples hold.
         boxes: how coordinates of boxes and points are written. ``relative_1000``: whole numbers from 0 to 1000, the
             left or top edge to the right or bottom one; ``resized_pixels``: pixels of the picture after resizing.
         box_text: Written form of a box that stands alone. ``tokens``: between special tokens, as Qwen2-VL was trained
@@ -38,6 +45,7 @@ class Family:
     mtp: bool = False
     gated_vision: bool = False
     plain_positions: bool = False
+    sharded: bool = True
     boxes: Literal["relative_1000", "resized_pixels"] = "relative_1000"
     box_text: Literal["tokens", "list"] = "list"
 
@@ -55,9 +63,6 @@ FAMILIES: dict[str, Family] = {
 }
 """Those with published checkpoints."""
 
-LAB = Family("connector_lab", video_layout="clip", plain_positions=True)
-"""Models that are put together of any vision encoder, connector and language model; see :mod:`qwenvl.connector_lab`."""
-
 
 def get_family(model_type: str) -> Family:
     """Return the family of a checkpoint's ``config.model_type``.
@@ -65,11 +70,42 @@ def get_family(model_type: str) -> Family:
     Raises:
         UserError: this trainer does not know the model type.
     """
-    if model_type == LAB.model_type:
-        return LAB
-    if model_type not in FAMILIES:
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    own = _own_family(model_type)
+    if own is None:
         raise UserError(
             f"model_type {model_type!r} of the checkpoint's config.json is not one this trainer knows: "
             f"{', '.join(FAMILIES)}. Point --model_name_or_path at a checkpoint of one of them."
         )
-    return FAMILIES[model_type]
+    family: Family = own.FAMILY
+    return family
+
+
+def register_classes(model_type: str) -> None:
+    """Make transformers' Auto classes know those of a family, where it is one of this package."""
+    own = _own_family(model_type)
+    if own is not None:
+        own.register()
+
+
+def register_classes_of(model_name_or_path: str, cache_dir: str | None = None) -> None:
+    """Do what :func:`register_classes` does for a checkpoint that the Auto classes are to open next.
+
+    What cannot be read of it is left to them to say.
+    """
+    with suppress(OSError, ValueError):
+        config, _ = PretrainedConfig.get_config_dict(model_name_or_path, cache_dir=cache_dir)
+        register_classes(str(config.get("model_type")))
+
+
+def _own_family(model_type: str) -> ModuleType | None:
+    """Return the module ``family`` of the package's folder that is named as a model type; None without one.
+
+    It has ``FAMILY``, the record, and ``register()``, which makes transformers know the classes. So a folder makes a
+    family, and nothing else has to name it.
+    """
+    if not model_type.isidentifier() or find_spec(f"qwenvl.{model_type}") is None:
+        return None
+    name = f"qwenvl.{model_type}.family"
+    return importlib.import_module(name) if find_spec(name) is not None else None
