@@ -15,6 +15,45 @@ from qwenvl.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """Where a model has its parts: dotted names, from the ``...ForConditionalGeneration`` on.
+
+    Args:
+        vision: Vision tower, its mergers included.
+        mergers: Modules that make tokens of the tower's features.
+        patches: First layer of the tower, a convolution whose patches do not overlap; None to leave it alone.
+        language: Language model, with ``layers``, ``norm`` and ``embed_tokens``.
+        head: Projection to the vocabulary.
+        stacked_experts: Modules that hold all experts of a layer in one tensor, from a layer of the language model on.
+        linear_attention: Linear attention of a layer of the language model, in the layers that have it.
+        sharded: Weights may be sharded over ranks: all ranks run the same modules, whatever their samples hold.
+    """
+
+    vision: str = "model.visual"
+    mergers: tuple[str, ...] = ("model.visual.merger",)
+    patches: str | None = "model.visual.patch_embed.proj"
+    language: str = "model.language_model"
+    head: str = "lm_head"
+    stacked_experts: str = "mlp.experts"
+    linear_attention: str = "linear_attn"
+    sharded: bool = True
+
+    @property
+    def embeddings(self) -> str:
+        """Embeddings of tokens."""
+        return f"{self.language}.embed_tokens"
+
+
+_WITH_DEEPSTACK = ModelLayout(mergers=("model.visual.merger", "model.visual.deepstack_merger_list"))
+
+OLDER_NAMES = {
+    r"^model\.(?=layers\.|embed_tokens\.|norm\.)": "model.language_model.",
+    r"^visual\.": "model.visual.",
+}
+"""How transformers before 4.52 named the layers of Qwen2-VL and Qwen2.5-VL: patterns, and what is there now."""
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """What the code has to know of one ``config.model_type``.
 
@@ -30,11 +69,11 @@ class Family:
         mtp: Its checkpoints hold a layer for multi-token prediction (``mtp.*``), which transformers does not build.
         gated_vision: feed-forward layers of the vision tower are gated: three matrices rather than two.
         plain_positions: the language model counts tokens one by one, those of pictures too, rather than by M-RoPE.
-        sharded: Weights may be sharded over ranks: all ranks run the same modules, whatever their samples hold.
         boxes: how coordinates of boxes and points are written. ``relative_1000``: whole numbers from 0 to 1000, the
             left or top edge to the right or bottom one; ``resized_pixels``: pixels of the picture after resizing.
         box_text: Written form of a box that stands alone. ``tokens``: between special tokens, as Qwen2-VL was trained
             (its model card); ``list``: numbers in square brackets, as the JSON of the newer cookbooks has it.
+        layout: Where its model has its parts.
     """
 
     model_type: str
@@ -45,9 +84,9 @@ class Family:
     mtp: bool = False
     gated_vision: bool = False
     plain_positions: bool = False
-    sharded: bool = True
     boxes: Literal["relative_1000", "resized_pixels"] = "relative_1000"
     box_text: Literal["tokens", "list"] = "list"
+    layout: ModelLayout = ModelLayout()
 
 
 FAMILIES: dict[str, Family] = {
@@ -55,8 +94,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("qwen2_vl", video_layout="clip", box_text="tokens"),
         Family("qwen2_5_vl", video_layout="clip", timed_positions=True, gated_vision=True, boxes="resized_pixels"),
-        Family("qwen3_vl", video_layout="frames"),
-        Family("qwen3_vl_moe", video_layout="frames", moe=True),
+        Family("qwen3_vl", video_layout="frames", layout=_WITH_DEEPSTACK),
+        Family("qwen3_vl_moe", video_layout="frames", moe=True, layout=_WITH_DEEPSTACK),
         Family("qwen3_5", video_layout="frames", linear_attention=True, mtp=True),
         Family("qwen3_5_moe", video_layout="frames", moe=True, linear_attention=True, mtp=True),
     )

@@ -8,9 +8,9 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.connector_lab.config import MODEL_TYPE, LabConfig
-from qwenvl.families import Family
+from qwenvl.families import Family, ModelLayout
 
-FAMILY = Family(MODEL_TYPE, video_layout="clip", plain_positions=True, sharded=False)
+FAMILY = Family(MODEL_TYPE, video_layout="clip", plain_positions=True, layout=ModelLayout(patches=None, sharded=False))
 
 
 def register() -> None:

@@ -222,7 +222,7 @@ def _engine(args: TrainingArguments) -> Engine:
 
 
 def _refuse_engine(engine: Engine, family: Family) -> None:
-    if not family.sharded:
+    if not family.layout.sharded:
         raise UserError(
             f"--{engine} with {family.model_type}: its encoders run once for each size of picture, so that ranks which "
             f"share weights out would wait for each other. Train it with DDP: leave --{engine} out."

@@ -262,10 +262,12 @@ class SampleEncoder:
     def fingerprint(self) -> str:
         """Return a hash of all that lengths depend on besides the samples; another one once any of it has changed."""
         limit = self.max_length if self.overlength == "truncate_turns" else None  # else it is applied afterwards
+        settings = asdict(self.settings)
+        del settings["family"]["layout"]  # of the model
         return fingerprint(
             self.template.identity(),
             self.tokenizer.identity(),
-            asdict(self.settings),
+            settings,
             sorted(self.reserved_tokens),
             self.allow_remote,
             limit,
