@@ -2,10 +2,55 @@
 
 from __future__ import annotations
 
+import importlib
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal
 
+from transformers import PretrainedConfig
+
 from qwenvl.utils.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """Where a model has its parts: dotted names, from the ``...ForConditionalGeneration`` on.
+
+    Args:
+        vision: Vision tower, its mergers included.
+        mergers: Modules that make tokens of the tower's features.
+        patches: First layer of the tower, a convolution whose patches do not overlap; None to leave it alone.
+        language: Language model, with ``layers``, ``norm`` and ``embed_tokens``.
+        head: Projection to the vocabulary.
+        stacked_experts: Modules that hold all experts of a layer in one tensor, from a layer of the language model on.
+        linear_attention: Linear attention of a layer of the language model, in the layers that have it.
+        sharded: Weights may be sharded over ranks: all ranks run the same modules, whatever their samples hold.
+    """
+
+    vision: str = "model.visual"
+    mergers: tuple[str, ...] = ("model.visual.merger",)
+    patches: str | None = "model.visual.patch_embed.proj"
+    language: str = "model.language_model"
+    head: str = "lm_head"
+    stacked_experts: str = "mlp.experts"
+    linear_attention: str = "linear_attn"
+    sharded: bool = True
+
+    @property
+    def embeddings(self) -> str:
+        """Embeddings of tokens."""
+        return f"{self.language}.embed_tokens"
+
+
+_WITH_DEEPSTACK = ModelLayout(mergers=("model.visual.merger", "model.visual.deepstack_merger_list"))
+
+OLDER_NAMES = {
+    r"^model\.(?=layers\.|embed_tokens\.|norm\.)": "model.language_model.",
+    r"^visual\.": "model.visual.",
+}
+"""How transformers before 4.52 named the layers of Qwen2-VL and Qwen2.5-VL: patterns, and what is there now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +73,7 @@ class Family:
             left or top edge to the right or bottom one; ``resized_pixels``: pixels of the picture after resizing.
         box_text: Written form of a box that stands alone. ``tokens``: between special tokens, as Qwen2-VL was trained
             (its model card); ``list``: numbers in square brackets, as the JSON of the newer cookbooks has it.
+        layout: Where its model has its parts.
     """
 
     model_type: str
@@ -40,6 +86,7 @@ class Family:
     plain_positions: bool = False
     boxes: Literal["relative_1000", "resized_pixels"] = "relative_1000"
     box_text: Literal["tokens", "list"] = "list"
+    layout: ModelLayout = ModelLayout()
 
 
 FAMILIES: dict[str, Family] = {
@@ -47,16 +94,13 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("qwen2_vl", video_layout="clip", box_text="tokens"),
         Family("qwen2_5_vl", video_layout="clip", timed_positions=True, gated_vision=True, boxes="resized_pixels"),
-        Family("qwen3_vl", video_layout="frames"),
-        Family("qwen3_vl_moe", video_layout="frames", moe=True),
+        Family("qwen3_vl", video_layout="frames", layout=_WITH_DEEPSTACK),
+        Family("qwen3_vl_moe", video_layout="frames", moe=True, layout=_WITH_DEEPSTACK),
         Family("qwen3_5", video_layout="frames", linear_attention=True, mtp=True),
         Family("qwen3_5_moe", video_layout="frames", moe=True, linear_attention=True, mtp=True),
     )
 }
 """Those with published checkpoints."""
-
-LAB = Family("connector_lab", video_layout="clip", plain_positions=True)
-"""Models that are put together of any vision encoder, connector and language model; see :mod:`qwenvl.connector_lab`."""
 
 
 def get_family(model_type: str) -> Family:
@@ -65,11 +109,42 @@ def get_family(model_type: str) -> Family:
     Raises:
         UserError: this trainer does not know the model type.
     """
-    if model_type == LAB.model_type:
-        return LAB
-    if model_type not in FAMILIES:
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    own = _own_family(model_type)
+    if own is None:
         raise UserError(
             f"model_type {model_type!r} of the checkpoint's config.json is not one this trainer knows: "
             f"{', '.join(FAMILIES)}. Point --model_name_or_path at a checkpoint of one of them."
         )
-    return FAMILIES[model_type]
+    family: Family = own.FAMILY
+    return family
+
+
+def register_classes(model_type: str) -> None:
+    """Make transformers' Auto classes know those of a family, where it is one of this package."""
+    own = _own_family(model_type)
+    if own is not None:
+        own.register()
+
+
+def register_classes_of(model_name_or_path: str, cache_dir: str | None = None) -> None:
+    """Do what :func:`register_classes` does for a checkpoint that the Auto classes are to open next.
+
+    What cannot be read of it is left to them to say.
+    """
+    with suppress(OSError, ValueError):
+        config, _ = PretrainedConfig.get_config_dict(model_name_or_path, cache_dir=cache_dir)
+        register_classes(str(config.get("model_type")))
+
+
+def _own_family(model_type: str) -> ModuleType | None:
+    """Return the module ``family`` of the package's folder that is named as a model type; None without one.
+
+    It has ``FAMILY``, the record, and ``register()``, which makes transformers know the classes. So a folder makes a
+    family, and nothing else has to name it.
+    """
+    if not model_type.isidentifier() or find_spec(f"qwenvl.{model_type}") is None:
+        return None
+    name = f"qwenvl.{model_type}.family"
+    return importlib.import_module(name) if find_spec(name) is not None else None

@@ -19,6 +19,10 @@ MAX_FILE_LINES = 500
 DOCUMENTED = ("qwenvl", "tools")
 # Qwen-VL's special tokens and the id of "assistant": a checkpoint's own tokenizer says them.
 TOKEN_IDS = {*range(151643, 151659), 77091}
+MODULE_NAMES = {
+    *("visual", "merger", "deepstack_merger_list", "patch_embed", "language_model", "embed_tokens", "lm_head"),
+    *("experts", "linear_attn"),
+}
 
 
 def tracked_files() -> list[Path]:
@@ -97,6 +101,29 @@ def test_the_package_logs_and_does_not_print() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "breakpoint")
     ]
     assert not prints, "\n".join(prints)
+
+
+def test_where_parts_of_models_are_is_said_in_one_place() -> None:
+    """Modules of a family are named in its record alone, as attributes or in names of modules and tensors."""
+    owners = ("qwenvl/families.py", "qwenvl/connector_lab/", "qwenvl/cli/connector_lab/")
+    named = [
+        f"{place(path, node)}: {name}"
+        for path in PACKAGE
+        if not path.relative_to(ROOT).as_posix().startswith(owners)
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Attribute | ast.Constant)
+        for name in [node.attr if isinstance(node, ast.Attribute) else node.value]
+        if isinstance(name, str) and re.fullmatch(r"[\w.]+", name) and not MODULE_NAMES.isdisjoint(name.split("."))
+        if isinstance(node, ast.Attribute) or name not in ("merger", "experts")  # words for a group of parameters
+    ]
+    assert not named, "\n".join(named)
+
+
+def test_no_module_knows_the_connector_lab() -> None:
+    """It is found by its folder's name, as any family of one's own would be; its commands are its own."""
+    owners = ("qwenvl/connector_lab/", "qwenvl/cli/connector_lab/", "qwenvl/cli/main.py")
+    others = [path for path in PACKAGE if not path.relative_to(ROOT).as_posix().startswith(owners)]
+    assert not [path for path in others if "connector_lab" in path.read_text(encoding="utf-8")]
 
 
 def test_no_token_id_is_written_by_hand() -> None:

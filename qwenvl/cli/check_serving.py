@@ -36,6 +36,8 @@ from qwenvl.data.dataset import open_tables
 from qwenvl.data.encoding.encoded import EncodedSample, Plan
 from qwenvl.data.encoding.processor import build_encoder, open_processor, processor_limits, with_training_limits
 from qwenvl.data.types import ImageItem, Sample
+from qwenvl.families import get_family
+from qwenvl.models.loading import read_model_type
 from qwenvl.models.lora.files import find_base
 from qwenvl.models.rope_scaling import context_length
 from qwenvl.serving.commands import Adapter, Served, notes, sglang_command, vllm_command
@@ -185,15 +187,17 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter | None:
     if not (folder / "adapter_config.json").is_file():
         return None
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    below = find_base(folder, base)
     reasons = ["DoRA"] if config.get("use_dora") else []
     reasons += ["weights that were trained whole (modules_to_save)"] if config.get("modules_to_save") else []
     if (folder / "adapter_model.safetensors").is_file():
         with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
             names = list(tensors.keys())
-        reasons += ["adapters of the vision tower"] if any(".visual." in name for name in names) else []
+        vision = get_family(read_model_type(below)).layout.vision
+        reasons += ["adapters of the vision tower"] if any(f".{vision}." in name for name in names) else []
     ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
     obstacle = f"Not every server loads {' or '.join(reasons)}" if reasons else ""
-    return Adapter(find_base(folder, base), max(ranks), obstacle)
+    return Adapter(below, max(ranks), obstacle)
 
 
 def select_samples(arguments: ServingArguments) -> Iterator[Sample | SampleError]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from transformers import AutoConfig, PretrainedConfig
 
-from qwenvl.families import LAB
-
-MODEL_TYPE = LAB.model_type
+MODEL_TYPE = "connector_lab"  # the name of this folder, by which its family is found
 
 Connector = Literal["qformer", "resampler", "mlp", "merger", "mean_pool"]
 CONNECTORS: tuple[Connector, ...] = ("qformer", "resampler", "mlp", "merger", "mean_pool")
@@ -91,6 +90,40 @@ class LabVisionConfig(PretrainedConfig):
     def encoder_width(self) -> int:
         """Width of the encoder's features: Qwen2-VL's ``hidden_size`` is that behind its merger."""
         return int(getattr(self.encoder_config, "embed_dim", None) or self.encoder_config.hidden_size)
+
+    def products(self) -> Iterator[tuple[Any, ...]]:
+        """Yield the matrix products of encoder and connector that grow with patches.
+
+        Each is what a :class:`qwenvl.profiling.flops.Product` is made of. What learned queries cost beside their
+        attention to patches is the same for each picture, and is not counted, nor is a class token. Sources:
+        :mod:`qwenvl.connector_lab.connectors`, ``CLIPVisionModel`` and ``Blip2QFormerModel`` of transformers.
+        """
+        encoder, width, out, queries = (
+            self.encoder_config,
+            self.encoder_width,
+            self.out_hidden_size,
+            self.num_queries,
+        )
+        inner = int(width * encoder.mlp_ratio) if hasattr(encoder, "mlp_ratio") else encoder.intermediate_size
+        layers = getattr(encoder, "depth", None) or encoder.num_hidden_layers
+        pixels = self.in_channels * self.temporal_patch_size * self.patch_size**2
+        yield ("vision", "patches", 2.0 * pixels * width, "pixels")
+        yield ("vision", "patches", 2.0 * layers * (4 * width * width + 2 * width * inner))
+        yield ("vision", "patches_squared", 4.0 * layers * width, "attention")
+        merged = width * self.spatial_merge_size**2
+        hidden, crossing = (
+            self.connector_hidden_size,
+            -(-self.connector_layers // 2),
+        )  # every other layer, from the first
+        weights, attention = {
+            "mlp": (width * out + out * out, 0),
+            "merger": ((merged * merged + merged * out) / self.spatial_merge_size**2, 0),
+            "mean_pool": (0, 0),
+            "qformer": (2 * crossing * width * hidden, 2 * crossing * queries * hidden),
+            "resampler": (width * out + 2 * out * out, 2 * queries * out),
+        }[self.connector]
+        yield ("merger", "patches", 2.0 * weights)
+        yield ("merger", "patches", 2.0 * attention, "attention")
 
 
 class LabConfig(PretrainedConfig):

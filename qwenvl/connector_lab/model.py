@@ -8,16 +8,19 @@ lm_head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from qwenvl.connector_lab.config import LabConfig, LabVisionConfig
 from qwenvl.connector_lab.connectors import Sizes, build_connector
-from qwenvl.connector_lab.encoder import build_encoder, encode_patches
+from qwenvl.connector_lab.encoder import TOWERS, build_encoder, encode_patches
 from qwenvl.connector_lab.encoder import frame_sizes as read_sizes
+from qwenvl.models.vision.grid_inputs import describe_grids
 
 
 class LabPreTrainedModel(PreTrainedModel):
@@ -51,6 +54,11 @@ class LabVisionModel(LabPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave connectors as torch and their own classes made them: at a scale that goes with their width."""
+
+    def describe_grids(self, grids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:
+        """Return what :meth:`forward` takes beside the patches; see :mod:`qwenvl.models.vision.grid_inputs`."""
+        of_encoder = describe_grids(self.encoder, grids, device) if self.encoder.config.model_type in TOWERS else {}
+        return {**of_encoder, "frame_sizes": read_sizes(grids)}
 
     def forward(
         self,

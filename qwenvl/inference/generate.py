@@ -139,8 +139,8 @@ def open_answerer(
         UserError: the folder cannot be opened.
     """
     device = device or default_device()
-    processor = open_processor(processor_folder(folder, base))
     below = base_of(folder, base)
+    processor = open_processor(processor_folder(folder, base))
     if below == folder and device.startswith("cpu"):
         _refuse_quantized_without_gpu(folder)
     try:

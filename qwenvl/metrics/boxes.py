@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from qwenvl.data.conversation.boxes.forms import read
 from qwenvl.metrics.base import Case, Metric, Scored
 
 Box = tuple[float, float, float, float]
@@ -21,22 +22,23 @@ MIN_OVERLAP = 0.5
 """Intersection over union from which a box counts as found (PASCAL VOC, Everingham et al. 2010)."""
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-_JSON = re.compile(rf"[\"']bbox(?:_2d)?[\"']\s*:\s*\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _LIST = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
-_TOKENS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)")
+_POINTS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)")
 
 
 def read_boxes(text: str, *, bare: bool = False) -> list[Box]:
-    """Return the boxes of an answer in the forms that Qwen writes, in order; nothing where there are none.
+    """Return the boxes of an answer in the forms that training converts, in order; nothing where there are none.
 
-    ``{"bbox_2d": [x1, y1, x2, y2], ...}`` (or ``"bbox"``) alone, in lists or fenced, also where the JSON around it is
-    cut short; or ``<|box_start|>(x1,y1),(x2,y2)<|box_end|>``, also without its tokens, which decoding leaves out.
+    Those of four numbers in :mod:`qwenvl.data.conversation.boxes.forms`, such as ``{"bbox_2d": [x1, y1, x2, y2]}``
+    alone, in lists or fenced, also where the JSON around it is cut short; or else ``(x1,y1),(x2,y2)``, which decoding
+    leaves of ``<|box_start|>(x1,y1),(x2,y2)<|box_end|>``.
 
     Args:
         text: Answer.
         bare: Also read ``[x1, y1, x2, y2]`` by itself, which may be anything where boxes are not asked for.
     """
-    found = _JSON.findall(text) or _TOKENS.findall(text) or (_LIST.findall(text) if bare else [])
+    written = [numbers for numbers in read(text) if len(numbers) == 4]
+    found = written or _POINTS.findall(text) or (_LIST.findall(text) if bare else [])
     return [(float(a), float(b), float(c), float(d)) for a, b, c, d in found]
 
 

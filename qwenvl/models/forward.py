@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 from qwenvl.models.attention.linear_segments import SegmentedLinearAttention, missing_kernels
 from qwenvl.models.attention.segments import sample_index
 from qwenvl.models.loss.fused_lm_head import LossHead, SummedLoss, linear_cross_entropy
+from qwenvl.models.parts import decoder_layers, language_model, layout_of, output_head, vision_tower
 from qwenvl.models.task_module import Readout, attach
 from qwenvl.models.vision.grid_inputs import PatchProjection, describe_grids
 from qwenvl.models.vision.inputs import VisionInputs
@@ -158,13 +159,14 @@ def _deepstack(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor]) 
     return {"visual_pos_masks": rows, "deepstack_visual_embeds": spread}
 
 
-def _separate_linear_attention(language_model: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _separate_linear_attention(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Exchange the linear attention layers; yield owner, name and stock layer of each."""
-    for layer in language_model.layers:
-        stock = getattr(layer, "linear_attn", None)
+    name = layout_of(model).linear_attention
+    for layer in decoder_layers(model):
+        stock = getattr(layer, name, None)
         if stock is not None:
-            layer.linear_attn = SegmentedLinearAttention(stock)
-            yield layer, "linear_attn", stock
+            setattr(layer, name, SegmentedLinearAttention(stock))
+            yield layer, name, stock
 
 
 def _has_linear_attention(language_model: Any) -> bool:
@@ -178,7 +180,7 @@ class _Hooks:
     A class rather than closures: a deep copy or a pickle of the model then refers to its own tower.
     """
 
-    visual: PreTrainedModel
+    tower: PreTrainedModel
     head: LossHead
     patchify: Patchify
     readout: Readout | None = None
@@ -200,7 +202,7 @@ class _Hooks:
             kwargs |= self.readout.start(self.readout_inputs)
         inputs: VisionInputs | None = kwargs.pop("vision_inputs", None)
         if inputs is not None:
-            kwargs |= place(kwargs["inputs_embeds"], inputs.mask, encode(self.visual, self.patchify, inputs))
+            kwargs |= place(kwargs["inputs_embeds"], inputs.mask, encode(self.tower, self.patchify, inputs))
         if kwargs.get("cu_seq_lens_q") is not None and _has_linear_attention(language_model):
             kwargs.setdefault("seq_idx", sample_index(kwargs["cu_seq_lens_q"], kwargs["inputs_embeds"].shape[1]))
         return args, kwargs
@@ -259,20 +261,27 @@ def install(
     Returns:
         A handle that undoes it; a readout stays where it is.
     """
-    visual, language_model = model.model.visual, model.model.language_model
-    stock: tuple[tuple[nn.Module, str, nn.Module], ...] = ((model, "lm_head", model.lm_head),)
-    if hasattr(visual, "patch_embed"):  # the lab's encoders lie deeper, and stay as they are
-        stock += ((visual.patch_embed, "proj", visual.patch_embed.proj),)
-        visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
+    layout, text = layout_of(model), language_model(model)
+    head = LossHead(output_head(model), summed_loss)
+    stock = [_exchange(model, layout.head, head)]
+    if layout.patches is not None:
+        stock.append(_exchange(model, layout.patches, PatchProjection(model.get_submodule(layout.patches))))
     if missing_kernels():
-        stock += tuple(_separate_linear_attention(language_model))
-    model.lm_head = head = LossHead(model.lm_head, summed_loss)
-    hooks = _Hooks(visual, head, patchify, readout)
+        stock += _separate_linear_attention(model)
+    hooks = _Hooks(vision_tower(model), head, patchify, readout)
     if readout is not None:
         attach(model, readout)
     handles = (
-        language_model.register_forward_pre_hook(hooks.before, with_kwargs=True),
-        language_model.register_forward_hook(hooks.after),
-        *(() if readout is None else readout.watch(language_model)),
+        text.register_forward_pre_hook(hooks.before, with_kwargs=True),
+        text.register_forward_hook(hooks.after),
+        *(() if readout is None else readout.watch(text)),
     )
-    return Installed(handles, stock)
+    return Installed(handles, tuple(stock))
+
+
+def _exchange(model: nn.Module, path: str, layer: nn.Module) -> tuple[nn.Module, str, nn.Module]:
+    """Put a layer in the place of another; return the owner, the name and the layer that was there."""
+    above, _, name = path.rpartition(".")
+    owner, before = model.get_submodule(above), model.get_submodule(path)
+    setattr(owner, name, layer)
+    return owner, name, before

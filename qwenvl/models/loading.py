@@ -13,8 +13,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from qwenvl.connector_lab.registration import register
-from qwenvl.families import LAB, get_family
+from qwenvl.families import get_family, register_classes
 from qwenvl.models.attention.linear_segments import import_obstacle
 from qwenvl.models.moe_checkpoint import experts_read_as_stored, weight_files
 from qwenvl.models.precision import read_dtype
@@ -189,8 +188,7 @@ def _read_config(model_name_or_path: str, cache_dir: str | None) -> dict[str, An
         ) from error
     if "model_type" not in config:
         raise UserError(f"--model_name_or_path {model_name_or_path}: its config.json has no model_type.")
-    if config["model_type"] == LAB.model_type:
-        register()
+    register_classes(str(config["model_type"]))
     return dict(config)
 
 

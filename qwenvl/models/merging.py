@@ -15,12 +15,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qwenvl.families import OLDER_NAMES
 from qwenvl.models.fingerprints import checksum
 from qwenvl.models.float32 import computing_in_float32
 from qwenvl.models.loading import load_model
 from qwenvl.models.lora.files import (
     CONFIG_FILE,
-    OLDER_NAMES,
     WEIGHTS_FILE,
     newer_name,
     read_config,
@@ -63,7 +63,7 @@ def open_adapted(
 ) -> Any:
     """Open a checkpoint with a folder of adapters on it, by PEFT; every tensor of the folder finds its place.
 
-    Names of older transformers (:data:`~qwenvl.models.lora.files.OLDER_NAMES`) are read too.
+    Names of older transformers (:data:`~qwenvl.families.OLDER_NAMES`) are read too.
 
     Args:
         base: checkpoint that the adapters were trained on.

@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from qwenvl.families import get_family
 from qwenvl.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def experts_read_as_stored(model_name_or_path: str, model_type: str, **origin: A
     """
     usual = get_checkpoint_conversion_mapping(model_type) or []
     undecided = [rule for rule in usual if any(map(_goes_by_shape, getattr(rule, "operations", ())))]
-    transposed = _stored_transposed(model_name_or_path, origin) if undecided else None
+    transposed = _stored_transposed(model_name_or_path, model_type, origin) if undecided else None
     if transposed is None:
         yield
         return
@@ -60,7 +61,7 @@ def _goes_by_shape(operation: Any) -> bool:
     return bool(getattr(operation, "check_dims", False))
 
 
-def _stored_transposed(path: str, origin: dict[str, Any]) -> bool | None:
+def _stored_transposed(path: str, model_type: str, origin: dict[str, Any]) -> bool | None:
     """Return whether the experts are stored as [experts, in, out]; None without fused experts of a shape that fits.
 
     Never undecided by square ones: the first projection is [2 x width, hidden] and the second [hidden, width], and at
@@ -70,7 +71,7 @@ def _stored_transposed(path: str, origin: dict[str, Any]) -> bool | None:
     hidden, width = config.hidden_size, config.moe_intermediate_size
     in_memory = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
     found: dict[bool, str] = {}
-    for name, shape in _expert_shapes(path, origin):
+    for name, shape in _expert_shapes(path, get_family(model_type).layout.stacked_experts, origin):
         expected = in_memory.get(name.rpartition(".")[2], ())
         if shape != shape[::-1] and shape in (expected, expected[::-1]):
             found[shape != expected] = name
@@ -89,12 +90,12 @@ def _stored_transposed(path: str, origin: dict[str, Any]) -> bool | None:
     return transposed
 
 
-def _expert_shapes(path: str, origin: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expert_shapes(path: str, experts: str, origin: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield name and shape, without that of the experts' dimension, of every tensor that holds fused experts."""
     for file in weight_files(path, origin):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a dict
-                if ".mlp.experts." in name:
+                if f".{experts}." in name:
                     yield name, tuple(tensors.get_slice(name).get_shape()[1:])
 
 

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
+from qwenvl.families import ModelLayout
 from qwenvl.utils.errors import UserError
 
-_KEPT = ("model.visual", "lm_head")
-"""Parts that stay as they are: the tower is small and sensitive, and the projection gives the loss."""
 
-
-def quantization(bits: int) -> Any:
+def quantization(bits: int, layout: ModelLayout) -> Any:
     """Return how transformers is to hold frozen weights, or None for 0 bits.
+
+    The tower stays as it is, as it is small and sensitive, and so does the projection, which gives the loss.
 
     Args:
         bits: 4 (NF4, its scales quantized once more, as in the paper) or 0.
+        layout: Where the model has its parts.
     """
     if not bits:
         return None
@@ -27,7 +28,7 @@ def quantization(bits: int) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=list(_KEPT),
+        llm_int8_skip_modules=[layout.vision, layout.head],
     )
 
 

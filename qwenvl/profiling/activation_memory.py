@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AttentionInterface, PreTrainedModel
 
 from qwenvl.models.attention.probe import show
+from qwenvl.models.parts import output_head
 from qwenvl.tasks.objective import Objective, batch_loss
 
 NAME = "attention_shapes"
@@ -132,7 +133,7 @@ def measure_step(model: PreTrainedModel, batch: Mapping[str, Any], objective: Ob
         if parameter.requires_grad:  # gradients are counted elsewhere
             parameter.grad = torch.empty_like(parameter)
             memory.add(parameter.grad.untyped_storage(), counted=False)
-    with _peak_within(model.lm_head, memory) as of_head, memory:
+    with _peak_within(output_head(model), memory) as of_head, memory:
         batch_loss(objective or Objective(), model, moved, units=1.0)[0].backward()
     model.zero_grad()
     logits = max(0, memory.peak - max(of_head)) if of_head[1] == memory.peak else 0

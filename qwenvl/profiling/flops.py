@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qwenvl.families import LAB, Family
+from qwenvl.families import Family
 
 Part = Literal["vision", "merger", "language"]
 
@@ -113,8 +113,9 @@ def training_flops(config: Any, family: Family, trained: Trained, *, causal: boo
 def products(config: Any, family: Family, *, causal: bool = True) -> tuple[Product, ...]:
     """Return the matrix products of a model's forward pass; see :func:`training_flops`."""
     share = 0.5 if causal else 1.0
-    vision = _lab_vision if family is LAB else _vision
-    return (*vision(config.vision_config, family), *_language(config.get_text_config(), family, share))
+    own = getattr(config.vision_config, "products", None)  # of a tower that is none of transformers
+    vision = _vision(config.vision_config, family) if own is None else (Product(*product) for product in own())
+    return (*vision, *_language(config.get_text_config(), family, share))
 
 
 def _adapters(config: Any, trained: Trained) -> Iterator[Product]:
@@ -169,42 +170,6 @@ def _vision(config: Any, family: Family) -> Iterator[Product]:
     out = getattr(config, "out_hidden_size", config.hidden_size)
     share = mergers / config.spatial_merge_size**2
     yield Product("merger", "patches", 2.0 * share * (merged * merged + merged * out))
-
-
-def _lab_vision(config: Any, family: Family) -> Iterator[Product]:
-    """Products of a lab's encoder and connector that grow with patches.
-
-    What learned queries cost beside their attention to patches is the same for each picture, and is not counted, nor is
-    a class token. Sources: ``qwenvl.connector_lab.connectors``, ``CLIPVisionModel`` and ``Blip2QFormerModel`` of
-    transformers.
-    """
-    del family
-    encoder, width, out, queries = (
-        config.encoder_config,
-        config.encoder_width,
-        config.out_hidden_size,
-        config.num_queries,
-    )
-    inner = int(width * encoder.mlp_ratio) if hasattr(encoder, "mlp_ratio") else encoder.intermediate_size
-    layers = getattr(encoder, "depth", None) or encoder.num_hidden_layers
-    pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    yield Product("vision", "patches", 2.0 * pixels * width, "pixels")
-    yield Product("vision", "patches", 2.0 * layers * (4 * width * width + 2 * width * inner))
-    yield Product("vision", "patches_squared", 4.0 * layers * width, "attention")
-    merged = width * config.spatial_merge_size**2
-    hidden, crossing = (
-        config.connector_hidden_size,
-        -(-config.connector_layers // 2),
-    )  # every other layer, from the first
-    weights, attention = {
-        "mlp": (width * out + out * out, 0),
-        "merger": ((merged * merged + merged * out) / config.spatial_merge_size**2, 0),
-        "mean_pool": (0, 0),
-        "qformer": (2 * crossing * width * hidden, 2 * crossing * queries * hidden),
-        "resampler": (width * out + 2 * out * out, 2 * queries * out),
-    }[config.connector]
-    yield Product("merger", "patches", 2.0 * weights)
-    yield Product("merger", "patches", 2.0 * attention, "attention")
 
 
 def _language(config: Any, family: Family, share: float) -> Iterator[Product]:

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_fun
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qwenvl.models.parts import language_model, vision_tower
 from qwenvl.profiling.device_specs import name_device
 from qwenvl.profiling.profile_table import LEFT_OUT, Profile, format_profile, measure_operators
 from qwenvl.utils.distributed import from_main_process, is_main_process
@@ -168,12 +169,10 @@ class StepProfile(TrainerCallback):
     def _begin(self, model: nn.Module) -> None:
         """Watch the parts of the model from now on."""
         self._phases = PhaseClock(self._device)
-        parts = {"visual": (Phase.VISION, Phase.OTHER), "language_model": (Phase.LANGUAGE, Phase.LOSS)}
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] in parts:
-                before, after = parts[name.rpartition(".")[2]]
-                self._handles.append(module.register_forward_pre_hook(lambda *_, phase=before: self.enter(phase)))
-                self._handles.append(module.register_forward_hook(lambda *_, phase=after: self.enter(phase)))
+        parts = ((vision_tower(model), Phase.VISION, Phase.OTHER), (language_model(model), Phase.LANGUAGE, Phase.LOSS))
+        for module, before, after in parts:
+            self._handles.append(module.register_forward_pre_hook(lambda *_, phase=before: self.enter(phase)))
+            self._handles.append(module.register_forward_hook(lambda *_, phase=after: self.enter(phase)))
         self.enter(Phase.OTHER)
 
     def _stop(self) -> profile | None:

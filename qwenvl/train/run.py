@@ -17,7 +17,7 @@ from qwenvl.data.encoding.processor import (
     processor_limits,
     with_training_limits,
 )
-from qwenvl.families import LAB, Family, get_family
+from qwenvl.families import Family, get_family
 from qwenvl.models.attention.linear_segments import PACKAGES, missing_kernels
 from qwenvl.models.loading import read_trainable_type
 from qwenvl.models.rope_scaling import require_same_context
@@ -222,7 +222,7 @@ def _engine(args: TrainingArguments) -> Engine:
 
 
 def _refuse_engine(engine: Engine, family: Family) -> None:
-    if family is LAB:
+    if not family.layout.sharded:
         raise UserError(
             f"--{engine} with {family.model_type}: its encoders run once for each size of picture, so that ranks which "
             f"share weights out would wait for each other. Train it with DDP: leave --{engine} out."

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from qwenvl.cli.connector_lab.build import ConnectorSettings, build_lab
 from qwenvl.connector_lab.config import CONNECTORS, Connector
+from qwenvl.connector_lab.family import FAMILY
 from qwenvl.data.encoding.processor import open_processor
 from qwenvl.data.media.resize import ImagePlan
 from qwenvl.data.sample_stats import MEASURES, measure_row
 from qwenvl.data.types import ImageItem
-from qwenvl.families import LAB
 from qwenvl.profiling.flops import Trained, training_flops
 from qwenvl.utils.errors import UserError
 from tests.e2e.runs import weights
@@ -92,7 +92,7 @@ def test_operations_grow_with_a_picture_as_they_are_counted(connector: Connector
     """Differences of two sizes: what is the same for every picture is not counted."""
     visual = AutoModelForImageTextToText.from_pretrained(lab("siglip", connector=connector)).model.visual
     config = AutoModelForImageTextToText.from_pretrained(lab("siglip", connector=connector)).config
-    flops = training_flops(config, LAB, NOTHING)
+    flops = training_flops(config, FAMILY, NOTHING)
     found, said = [], []
     for grid in ((1, 4, 8), (1, 8, 8)):
         patches = torch.zeros(grid[1] * grid[2], 3 * 8 * 8)

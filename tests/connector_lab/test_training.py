@@ -12,12 +12,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from qwenvl.cli.predict.command import main as predict
 from qwenvl.config import DataArguments, parse_arguments
 from qwenvl.connector_lab.config import CONNECTORS, Connector
+from qwenvl.connector_lab.family import FAMILY
 from qwenvl.data.collator import Collator, for_model
 from qwenvl.data.encoding.encoded import Item
 from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.encoding.processor import build_encoder, open_processor
 from qwenvl.data.types import Sample
-from qwenvl.families import LAB
 from qwenvl.inference.generate import Answerer, encode_prompts
 from qwenvl.inference.prompts import open_exercise
 from qwenvl.models.forward import install
@@ -52,7 +52,7 @@ def encoder_of(folder: Path) -> SampleEncoder:
         video_max_frames=4,
         video_min_frames=2,
     )
-    return build_encoder(open_processor(str(folder)), model.config, LAB, limits, 4096)
+    return build_encoder(open_processor(str(folder)), model.config, FAMILY, limits, 4096)
 
 
 def samples_of(registry: Path) -> list[Sample]:

@@ -186,6 +186,23 @@ def test_what_is_no_box_is_wrong_and_counted(answer: str) -> None:
         assert (scored.value, scored.readable) == (0, False)
 
 
+@pytest.mark.parametrize(
+    ("answer", "boxes"),
+    [
+        ('{"bbox_2d": [[1, 2, 3, 4], [5, 6, 7, 8]]}', [(1, 2, 3, 4), (5, 6, 7, 8)]),
+        ('[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [5, 6, 7, 80', [(1, 2, 3, 4)]),  # may have been 800
+        ("<bbox>1 2 3 4</bbox>", [(1, 2, 3, 4)]),
+        ("scroll(start_box='(1,2,3,4)')", [(1, 2, 3, 4)]),
+        *(
+            (answer, [])
+            for answer in ("drag(1, 2, 3, 4)", "click(3, 4)", '{"point_2d": [1, 2]}', '"bbox": [1, x, 3, 4]')
+        ),
+    ],
+)
+def test_boxes_are_read_in_the_forms_that_training_converts(answer: str, boxes: list[Box]) -> None:
+    assert read_boxes(answer) == boxes
+
+
 def test_half_an_overlap_is_enough_and_less_is_not() -> None:
     expected = as_answer((0, 0, 100, 100))
     assert score("box_accuracy", as_answer((0, 0, 100, 50)), expected) == 1

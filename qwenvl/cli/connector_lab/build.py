@@ -28,9 +28,9 @@ from transformers import (
 
 from qwenvl.connector_lab.config import MODEL_TYPE, Connector, LabConfig, LabVisionConfig
 from qwenvl.connector_lab.encoder import TOWERS, WHOLE_PICTURES
+from qwenvl.connector_lab.family import register
 from qwenvl.connector_lab.model import LabForConditionalGeneration
 from qwenvl.connector_lab.processor import END, MEDIA_TOKENS, START, LabProcessor, with_pictures
-from qwenvl.connector_lab.registration import register
 from qwenvl.models.lora.new_tokens import make_room
 from qwenvl.models.quantization import refuse_quantized
 from qwenvl.utils.errors import UserError

@@ -31,9 +31,8 @@ from qwenvl.cli.make_tiny_checkpoint.shapes import Size, build_config
 from qwenvl.cli.make_tiny_checkpoint.tokenizer import build_tokenizer
 from qwenvl.families import FAMILIES, get_family
 from qwenvl.models.mtp import MTP, MultiTokenPrediction
+from qwenvl.models.parts import language_model, layout_of, vision_tower
 from qwenvl.utils.permissions import follow_umask
-
-_FLOAT32 = ("linear_attn.A_log", "linear_attn.norm.weight")
 
 
 def build_tiny_checkpoint(
@@ -79,7 +78,9 @@ def build_tiny_checkpoint(
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give weights a type, but for those of linear attention that published checkpoints hold in float32."""
-    kept = {name: value.data for name, value in model.named_parameters() if name.endswith(_FLOAT32)}
+    layer = layout_of(model).linear_attention
+    published = (f"{layer}.A_log", f"{layer}.norm.weight")
+    kept = {name: value.data for name, value in model.named_parameters() if name.endswith(published)}
     model.to(dtype)
     for name, value in kept.items():
         model.get_parameter(name).data = value
@@ -87,7 +88,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def _draw_mtp(model: Any) -> MultiTokenPrediction:
     """Return the layer for multi-token prediction with random weights, as wide as those of the model."""
-    mtp = MultiTokenPrediction(model.model.language_model)
+    mtp = MultiTokenPrediction(language_model(model))
     for parameter in mtp.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=model.config.get_text_config().initializer_range)
@@ -106,7 +107,7 @@ def _strengthen_positions(model: PreTrainedModel) -> None:
     Patches sum 1,536 products and come out near 1, position embeddings as small as any weight: a model that starts so
     takes several times longer to learn where something is.
     """
-    tower = model.model.visual
+    tower = vision_tower(model)
     if hasattr(tower, "pos_embed"):  # the older families have rotary positions alone
         with torch.no_grad():
             tower.pos_embed.weight.div_(tower.pos_embed.weight.std())

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import transformers
+from transformers import ProcessorMixin
+from transformers.utils.chat_template_utils import _compile_jinja_template  # the one that apply_chat_template renders
 
 from qwenvl.data.conversation.thoughts import thought_of, with_thoughts_apart, writes_thought
 from qwenvl.data.conversation.tool_calls import WAY_OUT, advice_on_calls, stand_ins
@@ -33,6 +35,7 @@ THOUGHT = "reasoning_content"
 _ANSWER = "\ue000"  # of a conversation that is rendered to see what the template writes around it
 SWITCH = "enable_thinking"
 """Template argument that turns thinking on and off, in the templates that have it."""
+_NONE = {"tools": None, "documents": None, "add_generation_prompt": False}  # what templates are given in any case
 
 
 class ChatProcessor(Protocol):
@@ -107,6 +110,7 @@ class ChatTemplate:
 
     def __init__(self, processor: ChatProcessor, template_kwargs: Mapping[str, Any] | None = None) -> None:
         self._processor = processor
+        self._source = _template_source(processor)
         self.kwargs = dict(template_kwargs or {})
         question = {"role": "user", "content": "Q"}
         prompt = self._render([question])
@@ -135,8 +139,9 @@ class ChatTemplate:
         """
         conversation = self.with_thoughts_apart(conversation)
         self._require_written(conversation, self.arguments(conversation, _last_answer(conversation)))
+        written = [as_template_message(message, None) for message in conversation.messages]
         indices = [n for n, message in enumerate(conversation.messages) if message.role == "assistant"]
-        return [self._trained_turn(conversation, n) for n in indices if conversation.messages[n].trained]
+        return [self._trained_turn(conversation, written, n) for n in indices if conversation.messages[n].trained]
 
     def render(self, conversation: Conversation) -> Rendering:
         """Render a conversation as a whole, as the official recipe does: earlier turns as the template writes history.
@@ -178,7 +183,7 @@ class ChatTemplate:
         """Return a conversation with thoughts apart from texts, where the template writes thoughts."""
         return with_thoughts_apart(conversation) if self.writes_thoughts else conversation
 
-    def _finds_switch(self, question: Mapping[str, Any]) -> bool:
+    def _finds_switch(self, question: dict[str, Any]) -> bool:
         """Whether ``enable_thinking`` changes the prompt; a template that does not name it is not asked."""
         if not any(SWITCH in str(template) for template in self._templates()):
             return False
@@ -208,34 +213,27 @@ class ChatTemplate:
             return False
         return any(bool(thought_of(message)) != self.opens_thinking for message in chosen)
 
-    def _trained_turn(self, conversation: Conversation, index: int) -> TrainedTurn:
+    def _trained_turn(self, conversation: Conversation, written: list[dict[str, Any]], index: int) -> TrainedTurn:
         answer = conversation.messages[index]
         arguments = self.arguments(conversation, answer)
-        before = replace(conversation, messages=conversation.messages[:index])
-        if not any(message.role != "system" for message in before.messages):
+        if not any(message.role != "system" for message in conversation.messages[:index]):
             raise SampleError(
                 "template",
                 "the conversation begins with an answer, which no server would ask for. Give that turn "
                 '"loss": false, put the question before it, or use --history as_rendered.',
             )
-        prompt = self._render_messages(before, None, arguments, add_generation_prompt=True)
+        prompt = self._render_written(conversation, written[:index], arguments, add_generation_prompt=True)
         thought = thought_of(answer)
-        target = self._continuation(prompt, before, answer, arguments)
+        whole = self._render_written(conversation, written[: index + 1], arguments)
+        target = whole[len(prompt) :] if whole.startswith(prompt) else None
         if target is None and not thought and opens_thought(prompt[prompt.rindex(self.header) :]):
-            marked = replace(answer, extra={**answer.extra, THOUGHT: _ANSWER})
-            target = self._continuation(prompt, before, marked, arguments)
-            target = None if target is None else target.replace(_ANSWER, "", 1)
+            marked = as_template_message(replace(answer, extra={**answer.extra, THOUGHT: _ANSWER}), None)
+            whole = self._render_written(conversation, [*written[:index], marked], arguments)
+            target = whole[len(prompt) :].replace(_ANSWER, "", 1) if whole.startswith(prompt) else None
         if target is None or thought not in target:
             raise SampleError("template", _no_continuation(thought, arguments))
         length = target.index(thought) + len(thought) if thought else 0
         return TrainedTurn(prompt, target, index, arguments, _end_of_thought(target, length) if thought else 0)
-
-    def _continuation(
-        self, prompt: str, before: Conversation, answer: Message, arguments: Mapping[str, Any]
-    ) -> str | None:
-        """Return what the template adds to a prompt for the answer to it; None where the prompt does not stay."""
-        whole = self._render_messages(replace(before, messages=(*before.messages, answer)), None, arguments)
-        return whole[len(prompt) :] if whole.startswith(prompt) else None
 
     def _require_written(self, conversation: Conversation, arguments: Mapping[str, Any], **kwargs: Any) -> None:
         """Check that the template writes late system turns, tools, calls and the last thought of a conversation."""
@@ -337,23 +335,36 @@ class ChatTemplate:
     def _render_messages(
         self, conversation: Conversation, marker: str | None, arguments: Mapping[str, Any], **kwargs: Any
     ) -> str:
-        messages = [as_template_message(message, marker) for message in conversation.messages]
+        written = [as_template_message(message, marker) for message in conversation.messages]
+        return self._render_written(conversation, written, arguments, **kwargs)
+
+    def _render_written(
+        self, conversation: Conversation, written: list[dict[str, Any]], arguments: Mapping[str, Any], **kwargs: Any
+    ) -> str:
+        """Render the first turns of a conversation, written as templates take them."""
         tools = [dict(tool) for tool in conversation.tools] or None
         try:
-            return self._render(messages, tools=tools, **{**arguments, **kwargs})
+            return self._render(written, tools=tools, **{**arguments, **kwargs})
         except Exception as error:  # templates raise whatever their author chose (jinja2, TypeError, ...)
             said = str(error).strip().rstrip(".") or type(error).__name__
-            advice = advice_on_calls(conversation)
+            advice = advice_on_calls(replace(conversation, messages=conversation.messages[: len(written)]))
             raise SampleError(
                 "template", f"the checkpoint's chat template refuses this sample: {said}.{advice}"
             ) from error
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
+    def _render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
         arguments = {**self.kwargs, **kwargs}
         if arguments.get(SWITCH) == "auto":
             del arguments[SWITCH]
+        processor: Any = self._processor
+        if self._source is not None and _is_plain(messages, arguments):
+            special = processor.tokenizer.special_tokens_map
+            rendered = _compile_jinja_template(self._source).render(
+                messages=messages, **{**_NONE, **special, **arguments}
+            )
+            return str(rendered)
         try:
-            rendered = self._processor.apply_chat_template(list(messages), tokenize=False, **arguments)
+            return str(processor.apply_chat_template(messages, tokenize=False, **arguments))
         except ValueError as error:
             if "chat_template" not in str(error) and "chat template" not in str(error):
                 raise
@@ -361,7 +372,24 @@ class ChatTemplate:
                 "The checkpoint's processor has no chat template. Copy the original checkpoint's chat_template.jinja "
                 "or chat_template.json into its folder."
             ) from error
-        return str(rendered)
+
+
+def _template_source(processor: Any) -> str | None:
+    """Return the text of the template that ``apply_chat_template`` renders; None where only itself can tell."""
+    stock = getattr(type(processor), "apply_chat_template", None) is ProcessorMixin.apply_chat_template
+    source = processor.chat_template if stock else None
+    return source if isinstance(source, str) else None
+
+
+def _is_plain(messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> bool:
+    """Whether ``apply_chat_template`` hands everything to the template as it is.
+
+    Calls, thoughts, tools and rich values it prepares first, in each version otherwise. Turns of text and media it does
+    not change, and takes as long for as the template itself.
+    """
+    return all(len(message) == 2 for message in messages) and all(
+        value is None or type(value) in (bool, int, float, str) for value in arguments.values()
+    )
 
 
 def _without_late_system_turns(conversation: Conversation) -> Conversation:

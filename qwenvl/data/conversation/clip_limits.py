@@ -34,6 +34,8 @@ def with_limits(record: Mapping[str, Any], messages: Sequence[Message]) -> tuple
         SampleError: there are several that it could limit, a value is wrong, or differs from the item's own
             (``bad_record``).
     """
+    if LIMIT_FIELDS.keys().isdisjoint(record):
+        return list(messages), []
     media = [part for message in messages for part in message.parts if isinstance(part, ImageItem | VideoItem)]
     videos = [item for item in media if isinstance(item, VideoItem)]
     read, settings = list[str](), dict[str, Any]()

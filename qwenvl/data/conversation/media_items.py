@@ -40,9 +40,10 @@ class MediaPool:
     """
 
     def __init__(self, fields: Mapping[str, Any], outer: MediaPool | None = None) -> None:
+        keys = media_keys(fields)
         self._items: dict[Kind, list[Any]] = {
-            "image": [image_item(value) for value in _listed(fields, "image")],
-            "video": [video_item(value) for value in _listed(fields, "video")],
+            "image": [image_item(value) for value in _listed(fields, keys.get("image", []))],
+            "video": [video_item(value) for value in _listed(fields, keys.get("video", []))],
         }
         self._tags: dict[Kind, int] = {"image": 0, "video": 0}
         self._outer = outer
@@ -192,8 +193,7 @@ def _is_given(value: Any) -> bool:
     return value is not None and value not in ("", [])
 
 
-def _listed(fields: Mapping[str, Any], kind: Kind) -> list[Any]:
-    keys = media_keys(fields).get(kind, [])
+def _listed(fields: Mapping[str, Any], keys: list[str]) -> list[Any]:
     numbered = all(key[-1].isdigit() for key in keys)
     if len(keys) > 1 and not numbered:
         raise SampleError("bad_record", f"it has both {keys[0]!r} and {keys[1]!r}. Keep one of them.")

@@ -33,6 +33,7 @@ _MEAN_NOTHING = frozenset(
     )
 )
 """Where a sample comes from, and what the file of its image says as well."""
+_KNOWN = _READ | _MEAN_NOTHING
 
 _KTO = ("label", "kto_tag")
 NO_AUDIO = "The models cannot hear. Take the sample out, or write down what is heard."
@@ -49,9 +50,10 @@ def check_keys(record: Mapping[str, Any], turns: Iterable[Any], task_fields: Col
     Raises:
         SampleError: there is such a key (``bad_record``).
     """
-    for fields, where in ((record, "the sample"), *((turn, f"turn {n}") for n, turn in enumerate(turns, start=1))):
-        for key in AUDIO_FIELDS:
-            if isinstance(fields, Mapping) and fields.get(key) not in (None, "", []):
+    for number, fields in enumerate((record, *turns)):
+        for key in AUDIO_FIELDS if isinstance(fields, Mapping) else ():
+            if fields.get(key) not in (None, "", []):
+                where = f"turn {number}" if number else "the sample"
                 raise SampleError("bad_record", f"{where} has {key!r}. {NO_AUDIO}")
     for key in _KTO:
         if record.get(key) is False and key not in task_fields:
@@ -70,7 +72,8 @@ def unread_keys(record: Mapping[str, Any], turns: Iterable[Any], read: Collectio
         turns: Its turns, as they are written.
         read: Keys of this record that are read, besides those of every record.
     """
-    media = [key for keys in media_keys(record).values() for key in keys]
-    known = {*_READ, *_MEAN_NOTHING, *read, *media}
-    found = [key for key in record if record[key] is not None and key not in known]
+    found = [key for key in record if record[key] is not None and key not in _KNOWN and key not in read]
+    if found:
+        media = [key for keys in media_keys(record).values() for key in keys]
+        found = [key for key in found if key not in media]
     return (*sorted(repr(str(key)[:80]) for key in found), *unread_keys_of_turns(turns))

@@ -14,7 +14,7 @@ _THOUGHT_FIRST = re.compile(r"\s*(?:<think>)?((?:(?!</?think>).)*)</think>\s*((?
 
 def split_thought(text: str) -> tuple[str, str] | None:
     """Return the thought in front of an answer and the answer, or None where it does not start by one thought."""
-    found = _THOUGHT_FIRST.fullmatch(text)
+    found = _THOUGHT_FIRST.fullmatch(text) if "</think>" in text else None
     return (found[1].strip(), found[2]) if found is not None else None
 
 
@@ -33,8 +33,9 @@ def writes_thought(message: Message, written: str) -> bool:
 
 def is_empty_answer(message: Message) -> bool:
     """Return whether a turn is an answer that is trained and says nothing: no words, no thought, no call."""
-    says = message.text.strip() or message.extra.get("tool_calls") or thought_of(message)
-    return message.role == "assistant" and message.trained and not says
+    if message.role != "assistant" or not message.trained:
+        return False
+    return not (message.text.strip() or message.extra.get("tool_calls") or thought_of(message))
 
 
 def with_thoughts_apart(conversation: Conversation) -> Conversation:

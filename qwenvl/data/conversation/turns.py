@@ -106,8 +106,10 @@ def unread_keys_of_turns(turns: Iterable[Any]) -> list[str]:
     known = [turn for turn in turns if isinstance(turn, Mapping)]
     lists = [turn[key] for turn in known for key in ("value", "content") if isinstance(turn.get(key), list)]
     texts = [part for parts in lists for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
-    media = {key for turn in known for keys in media_keys(turn).values() for key in keys}
-    found = sorted(_given(known) - _READ - media), sorted(_given(texts) - {"type", "text"})
+    unread, unread_of_texts = _given(known) - _READ, _given(texts) - {"type", "text"}
+    if unread:
+        unread -= {key for turn in known for keys in media_keys(turn).values() for key in keys}
+    found = sorted(unread), sorted(unread_of_texts)
     return [
         f"{key[:80]!r} of {what}" for keys, what in zip(found, ("turns", "text parts"), strict=True) for key in keys
     ]

@@ -24,6 +24,7 @@ from qwenvl.utils.cache import fingerprint
 from qwenvl.utils.errors import SampleError
 
 Overlength = Literal["drop", "error", "truncate_turns"]
+_HISTORIES, _LOSSES = get_args(History), get_args(LossOn)
 
 
 class OverlengthError(SampleError):
@@ -261,10 +262,12 @@ class SampleEncoder:
     def fingerprint(self) -> str:
         """Return a hash of all that lengths depend on besides the samples; another one once any of it has changed."""
         limit = self.max_length if self.overlength == "truncate_turns" else None  # else it is applied afterwards
+        settings = asdict(self.settings)
+        del settings["family"]["layout"]  # of the model
         return fingerprint(
             self.template.identity(),
             self.tokenizer.identity(),
-            asdict(self.settings),
+            settings,
             sorted(self.reserved_tokens),
             self.allow_remote,
             limit,
@@ -305,8 +308,8 @@ class SampleEncoder:
         """
         if self.targets is not None:
             return "as_rendered", "all"
-        history = _chosen("history", sample.setting("history"), self.history, get_args(History))
-        loss_on = _chosen("loss_on", sample.setting("loss_on"), self.loss_on, get_args(LossOn))
+        history = _chosen("history", sample.setting("history"), self.history, _HISTORIES)
+        loss_on = _chosen("loss_on", sample.setting("loss_on"), self.loss_on, _LOSSES)
         if history == "as_rendered" and loss_on != "all":
             raise SampleError(
                 "bad_record",
@@ -322,7 +325,7 @@ class SampleEncoder:
         for rendering in self._renderings(conversation, history, loss_on):
             whole = self.prompts or history == "as_rendered"
             messages = conversation.messages if whole else conversation.messages[: rendering.turns[-1] + 1]
-            used = media[: len(replace(conversation, messages=messages).media())]
+            used = media[: len(Conversation(messages).media())]
             encoding = self.tokenizer.encode(rendering, used, answered=not self.prompts)
             rows.append(_Row(rendering, used, encoding))
         return _Draft(conversation, media, tuple(rows))

@@ -12,12 +12,11 @@ from transformers import AddedToken, AutoProcessor, PretrainedConfig, ProcessorM
 from transformers.image_utils import PILImageResampling
 
 from qwenvl.config import DataArguments
-from qwenvl.connector_lab.registration import register
 from qwenvl.data.conversation.chat_template import ChatTemplate
 from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.encoding.tokenization import Tokenizer, VisionTokens
 from qwenvl.data.media.resize import VisionSettings
-from qwenvl.families import Family
+from qwenvl.families import Family, register_classes_of
 from qwenvl.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ def open_processor(
         UserError: the folder holds no complete processor: tokenizer with the tokens of pictures, image processor and
             video processor.
     """
-    register()
+    register_classes_of(model_name_or_path, cache_dir)
     try:
         processor = AutoProcessor.from_pretrained(
             model_name_or_path, cache_dir=cache_dir, trust_remote_code=trust_remote_code

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qwenvl.config.lora import Part, contradiction, target_parts
+from qwenvl.models.parts import decoder_layers, vision_tower
 from qwenvl.models.task_module import is_readout
 from qwenvl.models.token_rows import is_row
 from qwenvl.models.trainable.freezing import ModuleGroup, parameter_modules
@@ -115,8 +116,7 @@ def targeted_layers(model: PreTrainedModel, target: str) -> list[str]:
 
 def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, ModuleGroup]]:
     groups = parameter_modules(model)
-    blocks = {id(module) for module in model.model.language_model.layers.modules()}
-    blocks |= {id(module) for module in model.model.visual.modules()}
+    blocks = {id(module) for part in (decoder_layers(model), vision_tower(model)) for module in part.modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and id(module) in blocks and min(module.out_features, module.in_features) > 1:
             yield name, groups[f"{name}.weight"]
@@ -130,7 +130,7 @@ def _holds_experts(module: nn.Module) -> bool:
 
 def count_experts(model: PreTrainedModel) -> int:
     """Return how many weights the stacked experts of a mixture hold; 0 for other models."""
-    modules = model.model.language_model.layers.modules()
+    modules = decoder_layers(model).modules()
     stacked = [parameter for module in modules if _holds_experts(module) for parameter in module.parameters()]
     return sum(full_size(parameter) for parameter in stacked)
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from qwenvl.families import OLDER_NAMES
 from qwenvl.models.loading import read_model_type
 from qwenvl.models.lora.adapters import is_adapter, trains_whole
 from qwenvl.models.task_module import is_readout
@@ -34,12 +35,6 @@ TRAINED_CONFIG = "trained_config.json"
 
 Under its usual name, transformers would take the folder for one of a whole model.
 """
-
-OLDER_NAMES = {
-    r"^model\.(?=layers\.|embed_tokens\.|norm\.)": "model.language_model.",
-    r"^visual\.": "model.visual.",
-}
-"""How transformers before 4.52 named the layers of Qwen2-VL and Qwen2.5-VL: patterns, and what is there now."""
 
 _PREFIX = "base_model.model."
 _LISTED = 6

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwenvl.models.loss.fused_lm_head import LossHead
+from qwenvl.models.parts import output_head
 from qwenvl.models.token_rows import RowsEmbedding
 from qwenvl.models.trainable.sharded_params import whole
 from qwenvl.utils.errors import UserError
@@ -59,7 +60,7 @@ def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
         model: after :func:`qwenvl.models.forward.install`; changed in place.
         ids: of the tokens.
     """
-    embedding, head = model.get_input_embeddings(), model.lm_head
+    embedding, head = model.get_input_embeddings(), output_head(model)
     assert isinstance(head, LossHead)
     tied = head.weight is embedding.weight
     rows = _copy_rows(embedding.weight, ids)

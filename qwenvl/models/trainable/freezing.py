@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from qwenvl.models.parts import language_model, mergers, output_head, vision_tower
 from qwenvl.models.task_module import Readout, is_readout, readout_of
 from qwenvl.models.trainable.sharded_params import full_size
 from qwenvl.utils.errors import UserError
@@ -37,16 +38,14 @@ class ModuleSummary:
 def parameter_modules(model: PreTrainedModel) -> dict[str, ModuleGroup]:
     """Return the module group of every parameter, by its name.
 
-    ``merger``: ``visual.merger`` and, where present, ``visual.deepstack_merger_list``. ``vision``: the rest of
-    ``visual``. ``head``: the module of a task (:mod:`qwenvl.models.task_module`). ``language``: everything else:
-    language model, embeddings, ``lm_head`` (tied or not).
+    ``merger``: the mergers, DeepStack's too. ``vision``: the rest of the tower. ``head``: the module of a task
+    (:mod:`qwenvl.models.task_module`). ``language``: everything else: language model, embeddings, ``lm_head`` (tied or
+    not).
 
     Decided by the modules that hold a parameter, not by letters in a name; a tied tensor appears once.
     """
-    visual = model.model.visual
-    mergers = [getattr(visual, name) for name in ("merger", "deepstack_merger_list") if hasattr(visual, name)]
-    merger = {id(parameter) for module in mergers for parameter in module.parameters()}
-    vision = {id(parameter) for parameter in visual.parameters()} - merger
+    merger = {id(parameter) for module in mergers(model) for parameter in module.parameters()}
+    vision = {id(parameter) for parameter in vision_tower(model).parameters()} - merger
     groups: dict[str, ModuleGroup] = {}
     for name, parameter in model.named_parameters():
         key = id(parameter)
@@ -93,9 +92,10 @@ def freeze_unused(model: PreTrainedModel, readout: Readout) -> None:
     The vocabulary projection, which does not run (one that is tied trains as the embeddings), and layers above the
     hidden states that are read.
     """
-    if model.lm_head.weight is not model.get_input_embeddings().weight:
-        model.lm_head.weight.requires_grad_(False)
-    for module in readout.unused(model.model.language_model):
+    head = output_head(model)
+    if head.weight is not model.get_input_embeddings().weight:
+        head.weight.requires_grad_(False)
+    for module in readout.unused(language_model(model)):
         module.requires_grad_(False)
 
 
@@ -106,7 +106,7 @@ def refuse_unused(model: PreTrainedModel) -> None:
         UserError: some are in layers that the module of a task does not depend on.
     """
     readout = readout_of(model)
-    for module in () if readout is None else readout.unused(model.model.language_model):
+    for module in () if readout is None else readout.unused(language_model(model)):
         if any(parameter.requires_grad for parameter in module.parameters()):
             raise UserError(
                 "--lora_target names layers above --hidden_layer, whose adapters would never train. Read the last "
@@ -138,7 +138,7 @@ def summarize(model: PreTrainedModel, learning_rates: Mapping[ModuleGroup, float
 
 def checkpointed_parts(model: PreTrainedModel) -> list[ModuleGroup]:
     """Return the parts whose layers keep their inputs alone, after :func:`configure_checkpointing`."""
-    parts: dict[ModuleGroup, nn.Module] = {"language": model.model.language_model, "vision": model.model.visual}
+    parts: dict[ModuleGroup, nn.Module] = {"language": language_model(model), "vision": vision_tower(model)}
     return [
         name
         for name, part in parts.items()
@@ -168,8 +168,8 @@ def configure_checkpointing(model: PreTrainedModel, parts: CheckpointedParts | N
         parameter.requires_grad and groups[name] == "vision" for name, parameter in model.named_parameters()
     )
     wanted = {
-        model.model.language_model: parts in ("language", "both"),
-        model.model.visual: parts in ("vision", "both") and tower_trains,
+        language_model(model): parts in ("language", "both"),
+        vision_tower(model): parts in ("vision", "both") and tower_trains,
     }
     if any(wanted.values()):
         _enable_checkpointing(model)

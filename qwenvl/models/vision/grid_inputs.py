@@ -21,9 +21,6 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from qwenvl.connector_lab.encoder import TOWERS, frame_sizes
-from qwenvl.connector_lab.model import LabVisionModel
-
 
 def describe_grids(visual: PreTrainedModel, grids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:
     """Return the arguments of a stock vision tower that depend on the pictures' sizes alone.
@@ -36,13 +33,12 @@ def describe_grids(visual: PreTrainedModel, grids: Sequence[Sequence[int]], devi
     Returns:
         ``grid_thw`` and, as the tower has use for them, ``position_ids``, ``interp_indices``, ``interp_weights``,
         ``window_index``, ``cu_seqlens`` and ``cu_window_seqlens`` with their maxima. On the device; but the borders
-        ``cu_*`` stay on the host where the attention splits tensors by them. For the connector lab, what its encoder
-        has use for, and ``frame_sizes``, Python numbers.
+        ``cu_*`` stay on the host where the attention splits tensors by them. A tower with a method ``describe_grids``
+        says itself what it has use for.
     """
-    if isinstance(visual, LabVisionModel):
-        of_encoder = describe_grids(visual.encoder, grids, device) if visual.encoder.config.model_type in TOWERS else {}
-        on_device = _to_device(torch.tensor([tuple(grid) for grid in grids]), device)
-        return {"grid_thw": on_device, **of_encoder, "frame_sizes": frame_sizes(grids)}
+    if hasattr(visual, "describe_grids"):
+        own: dict[str, Any] = visual.describe_grids(grids, device)
+        return {"grid_thw": _to_device(torch.tensor([tuple(grid) for grid in grids]), device), **own}
     config: Any = visual.config
     on_host = torch.tensor([tuple(grid) for grid in grids])
     flash = config._attn_implementation.startswith("flash")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qwenvl.inference.generate import Answerer, encode_prompts, open_answerer
 from qwenvl.inference.prompts import Prompt
+from qwenvl.models.parts import language_model
 from qwenvl.tasks import files as task_files
 from qwenvl.tasks.heads.head import HeadSpec, TaskHead
 from qwenvl.tasks.heads.objective import describe_scores
@@ -82,7 +83,7 @@ class TaskModel:
         units = [pooled_rows(spec.pooling, [one], mask, by_picture=spec.task == "ranking") for one in places]
         rows = torch.cat([one.rows for one in units]).to(model.device)
         lengths = [length for one in units for length in one.lengths]
-        handles = self.head.watch(stock.model.language_model)
+        handles = self.head.watch(language_model(stock))
         try:
             with torch.no_grad():
                 self.head.start({})

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin, set_
 
 from qwenvl.config import ParsedArguments, TrainingArguments
 from qwenvl.data.encoding.processor import AddedTokens
+from qwenvl.families import get_family
 from qwenvl.models.attention.packed import attend_by_segments, refuse_unknown_switches
 from qwenvl.models.forward import install
 from qwenvl.models.loading import choose_attention, load_model
@@ -18,6 +19,7 @@ from qwenvl.models.lora.files import describe_base
 from qwenvl.models.lora.new_tokens import make_room, train_rows
 from qwenvl.models.loss.fused_lm_head import linear_cross_entropy
 from qwenvl.models.loss.liger import open_liger_loss
+from qwenvl.models.parts import decoder_layers
 from qwenvl.models.precision import resolve_dtype
 from qwenvl.models.quantization import quantization
 from qwenvl.models.task_module import Readout
@@ -53,12 +55,13 @@ def open_model(
     attention = choose_attention(objective.attention or arguments.attn_implementation, half_precision=half_precision)
     if attention == "sdpa":
         refuse_unknown_switches(config, shows_maps=objective.attention is not None)
+    layout = get_family(config.model_type).layout
     model = load_model(
         arguments.model_name_or_path,
         dtype=compute_type(parsed) if on_meta else dtype,
         attn_implementation=attention,
         config=config,
-        quantization=None if on_meta else quantization(parsed.adapters.quantization_bit),
+        quantization=None if on_meta else quantization(parsed.adapters.quantization_bit, layout),
         on_meta=on_meta,
         **origin_options(parsed),
     )
@@ -128,7 +131,7 @@ def _compile_layers(model: PreTrainedModel, args: TrainingArguments) -> None:
     that saved names stay; the Trainer's own way wraps the whole model.
     """
     if args.torch_compile:
-        for layer in model.model.language_model.layers:
+        for layer in decoder_layers(model):
             layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
         args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qwenvl.families import ModelLayout, get_family
 from qwenvl.models.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from qwenvl.utils.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -21,7 +23,6 @@ _PROCESSOR = (
     ("image processor", ("processor_config.json", "preprocessor_config.json")),
     ("tokenizer", ("tokenizer.json", "vocab.json")),
 )
-_HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 _LISTED = 6
 
 
@@ -70,16 +71,20 @@ def problems_of(folder: Path, source: Mapping[str, Header] | None = None) -> lis
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         headers, broken = _open_weights(folder)
+        layout = get_family(str(config.get("model_type"))).layout
     except FileNotFoundError:
         return problems
+    except UserError as error:
+        return [*problems, str(error)]
     except (OSError, ValueError, SafetensorError) as error:
         return [*problems, f"its weights or config.json cannot be read: {error}"]
     problems += broken
     if not broken:
-        problems += _tying_problems(config, headers)
+        problems += _tying_problems(config, headers, layout)
         problems += _dtype_problems(config, headers, source or {})
         if source:
-            problems += _naming_problems(headers, source, tied=_is_tied(config))
+            projection = f"{layout.head}.weight"
+            problems += _naming_problems(headers, source, tied=projection if _is_tied(config) else "")
     return problems
 
 
@@ -123,18 +128,21 @@ def _is_tied(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
 
 
-def _tying_problems(config: Mapping[str, Any], headers: Mapping[str, Header]) -> list[str]:
+def _tying_problems(config: Mapping[str, Any], headers: Mapping[str, Header], layout: ModelLayout) -> list[str]:
     """Compare what the config says of tied embeddings with the tensors that there are."""
-    embeddings = [name for name in headers if name.endswith(f"language_model.{_EMBEDDINGS}")]
-    embeddings = embeddings or [name for name in headers if name.endswith(_EMBEDDINGS)]
-    head = next((name for name in headers if name.endswith(_HEAD)), None)
+    wanted, projection = f"{layout.embeddings}.weight", f"{layout.head}.weight"
+    older = wanted.removeprefix(f"{layout.language}.")
+    embeddings = [name for name in headers if name == wanted] or [name for name in headers if name.endswith(older)]
+    head = next((name for name in headers if name.endswith(projection)), None)
     if not embeddings:
         return [] if _is_tied(config) and head else ["the token embeddings are missing from the weights"]
     if not _is_tied(config):
-        return [] if head else [f"{_HEAD} is missing from the weights, and config.json does not tie it"]
+        return [] if head else [f"{projection} is missing from the weights, and config.json does not tie it"]
     if head is None or torch.equal(_tensor(headers, head), _tensor(headers, embeddings[0])):
         return []
-    return [f"config.json ties {_HEAD} to {embeddings[0]}, but the files hold two different tensors: one would be lost"]
+    return [
+        f"config.json ties {projection} to {embeddings[0]}, but the files hold two different tensors: one would be lost"
+    ]
 
 
 def _tensor(headers: Mapping[str, Header], name: str) -> torch.Tensor:
@@ -158,10 +166,16 @@ def _dtype_problems(
     return [f"config.json says {said}, but tensors are of another precision: {_listed(other)}"] if other else []
 
 
-def _naming_problems(headers: Mapping[str, Header], source: Mapping[str, Header], *, tied: bool) -> list[str]:
-    """Name the tensors that the checkpoint has and the folder does not, and the other way round."""
+def _naming_problems(headers: Mapping[str, Header], source: Mapping[str, Header], *, tied: str) -> list[str]:
+    """Name the tensors that the checkpoint has and the folder does not, and the other way round.
+
+    Args:
+        headers: Tensors of the folder.
+        source: Tensors of the checkpoint.
+        tied: Projection to the vocabulary that may be left out, as it is the embeddings; empty where it is not.
+    """
     gone, new = (
-        sorted(name for name in one.keys() - other.keys() if not (tied and name.endswith(_HEAD)))
+        sorted(name for name in one.keys() - other.keys() if not (tied and name.endswith(tied)))
         for one, other in ((source, headers), (headers, source))
     )
     found = [f"missing: {_listed(gone)}"] * bool(gone) + [f"new: {_listed(new)}"] * bool(new)

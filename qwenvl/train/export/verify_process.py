@@ -4,7 +4,7 @@
                                            [--reduced bfloat16]
 
 The model is stock: ``AutoModelForImageTextToText``, ``AutoProcessor`` and, for an adapter, PEFT; of this trainer come
-the classes of the connector lab, which transformers does not have, and the head of a task.
+the classes of its own families, which transformers does not have, and the head of a task.
 CASES holds, for each sample numbered from 0, ``N.input_ids`` int64 [1, T], ``N.rows`` int64 [n], ``N.logits`` float32
 [n, V]; what the model's ``forward`` takes of its media; and ``N.scores`` where a task has a head. Positions are left to
 the model. WEIGHTS holds ``tensors``, checksums as of :mod:`qwenvl.models.fingerprints`, and
@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qwenvl.connector_lab.registration import register
+from qwenvl.families import register_classes_of
 from qwenvl.models.fingerprints import adapter_scales, differing, listed, opened_tensors
 from qwenvl.models.float32 import computing_in_float32
 from qwenvl.models.task_module import NAME
@@ -54,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", help="of the base model of an adapter")
     parser.add_argument("--reduced", choices=["bfloat16", "float16"], help="what training computed in, if not float32")
     arguments = parser.parse_args(argv)
-    register()
     differences: list[dict[str, float]] = []
     try:
         model, problems = open_model(arguments.folder, arguments.dtype)
@@ -76,10 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def open_model(folder: Path, dtype: str) -> tuple[Any, list[str]]:
     """Return the model, and what is wrong with its weights."""
     path = folder / "adapter_config.json"
-    if path.is_file():
+    adapted = path.is_file()
+    base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapted else str(folder)
+    register_classes_of(base)
+    if adapted:
         from peft import PeftModel
 
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
         return PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base, dtype=dtype), folder), []
     model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
     names = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}

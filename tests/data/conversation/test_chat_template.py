@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from qwenvl.data.conversation.chat_template import ChatTemplate, Rendering
+from qwenvl.data.conversation.turn_marks import as_template_message
 from qwenvl.data.types import Conversation, ImageItem, Message, Part, TextPart, VideoItem
 from qwenvl.utils.errors import SampleError, UserError
 
@@ -87,8 +89,53 @@ def test_a_prompt_ends_with_the_header_of_the_answer(processor: Any) -> None:
     assert stock.endswith(("<|im_start|>assistant\n", "<think>\n"))
 
 
+@given(conversation=conversations(), numbered=st.booleans())
+def test_prompts_are_what_the_processor_itself_renders(
+    processor: Any, conversation: Conversation, numbered: bool
+) -> None:
+    """Media, thoughts and template arguments included; most of them are rendered without its function."""
+    template = ChatTemplate(processor, {"add_vision_id": numbered})
+    written = [as_template_message(one, None) for one in template.with_thoughts_apart(conversation).messages]
+    stock = processor.apply_chat_template(written, add_generation_prompt=True, add_vision_id=numbered)
+    assert template.render_prompt(conversation).text == stock
+
+
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% endfor %}"
 HEADER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize("style", ["plain", 3, None, ["a", {"b": None}]])
+def test_a_template_is_given_what_the_processor_gives_it(
+    processor: Any, style: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    besides = "{{ eos_token }} {{ tools is none }} {{ documents is none }} {{ style }}\n"
+    monkeypatch.setattr(processor, "chat_template", besides + TURNS + HEADER)
+    prompt = ChatTemplate(processor, {"style": style}).trained_turns(ask_and_answer("Q", "A"))[0].prompt
+    stock = [{"role": "user", "content": "Q"}]
+    assert prompt == processor.apply_chat_template(stock, add_generation_prompt=True, style=style)
+    assert prompt.startswith(f"<|im_end|> True True {style}\n")
+
+
+def test_thoughts_reach_a_template_by_every_name_that_the_processor_gives_them(
+    processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "chat_template", TURNS.replace("m.content", "m.thinking or m.content") + HEADER)
+    answer = Message("assistant", (TextPart("A"),), {"reasoning_content": "so"})
+    question = Message("user", (TextPart("Q"),))
+    stock = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "reasoning_content": "so"}]
+    prompt = ChatTemplate(processor).render_prompt(Conversation((question, answer))).text
+    assert prompt == processor.apply_chat_template(stock, add_generation_prompt=True)
+
+
+def test_a_processor_with_a_function_of_its_own_is_asked(processor: Any) -> None:
+    class Shouting:
+        chat_template, tokenizer = processor.chat_template, processor.tokenizer
+
+        def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+            return processor.apply_chat_template(conversation, **kwargs).replace("softly", "LOUDLY")
+
+    question = Conversation((Message("user", (TextPart("Say softly"),)),))
+    assert "Say LOUDLY" in ChatTemplate(Shouting()).render_prompt(question).text
 
 
 @pytest.mark.parametrize(

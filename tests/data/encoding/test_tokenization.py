@@ -14,7 +14,7 @@ from qwenvl.data.conversation.chat_template import Rendering
 from qwenvl.data.encoding.tokenization import IGNORE_INDEX, Tokenizer, Tokens, VisionTokens
 from qwenvl.data.media.resize import MediaPlan, VideoPlan, plan_image
 from qwenvl.data.types import ImageItem, VideoItem
-from qwenvl.families import LAB
+from qwenvl.families import Family
 from qwenvl.utils.errors import SampleError
 from tests.tasks.heads.test_labels import Pipeline
 
@@ -119,7 +119,9 @@ def test_seconds_of_a_patch_set_its_positions_where_time_counts(clips: Pipeline)
 def test_models_of_plain_positions_count_all_tokens_in_a_row(
     clips: Pipeline, tokens_per_frame: int | None, count: int
 ) -> None:
-    tokenizer = tokenizer_of(clips, family=LAB, tokens_per_frame=tokens_per_frame)
+    tokenizer = tokenizer_of(
+        clips, family=Family("plain", video_layout="clip", plain_positions=True), tokens_per_frame=tokens_per_frame
+    )
     tokens = tokenizer(rendering_of("A", clips.processor.video_token, "Yes."), [CLIP])
     assert int(tokens.vision_mask.sum()) == count
     assert tokens.position_ids[[0, 3]].tolist() == [[*range(len(tokens))]] * 2

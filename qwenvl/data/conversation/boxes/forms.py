@@ -90,6 +90,23 @@ def rewrite(text: str, write: Write) -> str:
     return _WRITTEN.sub(box, text)
 
 
+def read(text: str) -> list[tuple[float, ...]]:
+    """Return the numbers of each box and point that a text has under a key or mark, in order.
+
+    Without those that hold anything but numbers, and without a last one that is cut off.
+    """
+    found: list[tuple[float, ...]] = []
+
+    def note(items: Sequence[str], kind: str, shown: str) -> Sequence[str]:
+        numbers = tuple(number for item in items if (number := as_number(item)) is not None)
+        if kind in (*KEYS, *MARKS) and len(numbers) == len(items) and shown[-1] in "])>":
+            found.append(numbers)
+        return items
+
+    rewrite(text, note)
+    return found
+
+
 def rewrite_value(value: str, key: str, write: Write) -> str:
     """Write the box in a text anew that stands alone under a key of :data:`KEYS`, such as ``(150,112)``."""
     before = f'"{key}": "'
