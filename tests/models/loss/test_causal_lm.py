@@ -219,6 +219,18 @@ def test_the_last_token_of_a_flattened_sample_predicts_nothing():
     assert all(type(length) is int for length in told["segments"].lengths), "a tensor would be read from the device"
 
 
+def test_weights_travel_as_bits():
+    """DeepSpeed and FSDP2 round the numbers that a model is given to the type that it computes in."""
+    labels = torch.tensor([[-100, 4, 5, -100, 6, 7]])
+    weights = torch.rand(1, 6).where(labels != -100, 0.0)
+    assert "target_weights" not in tell_host({"labels": labels})
+    batch = {"labels": labels, "loss_weights": weights}
+    bits = tell_host(batch)["target_weights"]
+    assert bits.dtype == torch.int32
+    assert torch.equal(bits.view(torch.float32), weights[0, [1, 2, 4, 5]])
+    assert total_weight(batch) == pytest.approx(float(weights[0, [1, 2, 4, 5]].sum()))
+
+
 def test_router_logits_are_returned_on_request(load_tiny, mixture, make_batch):
     model = load_tiny("qwen3_vl_moe")
     install(model)
