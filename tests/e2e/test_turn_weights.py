@@ -36,13 +36,14 @@ def record(number: int, given: tuple[Any, ...], factor: float = 1.0) -> dict[str
 
 @pytest.fixture(scope="module")
 def weighted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry: ``weighted``; without any; 1 everywhere; and all of 1 or of 2."""
+    """A registry: ``weighted``; without any; and those in which all answers have one weight."""
     folder = tmp_path_factory.mktemp("weighted")
     sets = {
         "weighted": [record(number, given) for number, given in enumerate(WEIGHTS)],
         "none": [record(number, (None,) * len(given)) for number, given in enumerate(WEIGHTS)],
         "ones": [record(number, (1.0,) * len(given)) for number, given in enumerate(WEIGHTS)],
         "twos": [record(number, (1.0,) * len(given), 2.0) for number, given in enumerate(WEIGHTS)],
+        "hundredths": [record(number, (1.0,) * len(given), 0.01) for number, given in enumerate(WEIGHTS)],
     }
     for name, records in sets.items():
         (folder / f"{name}.json").write_text(json.dumps(records))
@@ -121,13 +122,15 @@ def test_the_layout_makes_no_difference(weighted: Path, tiny_checkpoint: Callabl
 
 
 def test_equal_weights_are_as_none(weighted: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    none, ones, twos = (
+    """Also where the weights of a step add up to less than 1."""
+    none, ones, twos, hundredths = (
         train(tiny_checkpoint("qwen3_vl"), tmp_path / name, weighted, **{**DESCENT, "dataset_use": name})
-        for name in ("none", "ones", "twos")
+        for name in ("none", "ones", "twos", "hundredths")
     )
     assert equal_bits(none, ones) and history(none) == history(ones)
-    assert history(twos) == pytest.approx(history(none), rel=1e-6)
-    assert largest_difference(twos, none) < 1e-6
+    for run in (twos, hundredths):
+        assert history(run) == pytest.approx(history(none), rel=1e-6)
+        assert largest_difference(run, none) < 1e-6
 
 
 @pytest.mark.slow
