@@ -10,13 +10,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from qwenvl.connector_lab.registration import register
 from qwenvl.families import LAB, Family, get_family
-from qwenvl.models.moe_checkpoint import experts_read_as_stored
-from qwenvl.models.quantization import refuse_quantized
+from qwenvl.models.moe_checkpoint import experts_read_as_stored, weight_files
+from qwenvl.models.quantization import (
+    dequantizing,
+    finish_dequantizing,
+    is_fp8,
+    refuse_quantized,
+    require_whole_blocks,
+)
 from qwenvl.models.task_module import is_readout
 from qwenvl.utils.errors import UserError
 
@@ -49,6 +55,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a checkpoint as what its ``config.json`` says it is; the folder's name decides nothing.
 
+    FP8 weights are dequantized, on every device: the same numbers are trained on, merged into and compared.
+
     Args:
         model_name_or_path: folder, or repository on the Hugging Face hub.
         dtype: of the weights in memory.
@@ -68,7 +76,12 @@ def load_model(
             weights that are missing, unexpected or of another shape.
     """
     origin = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    family = get_family(read_trainable_type(model_name_or_path, cache_dir=cache_dir))
+    own = read_trainable(model_name_or_path, cache_dir=cache_dir, adapted=True)
+    family = get_family(str(own["model_type"]))
+    if is_fp8(own):
+        files, block = weight_files(model_name_or_path, origin), own["quantization_config"]["weight_block_size"]
+        require_whole_blocks(files, block, f"--model_name_or_path {model_name_or_path}")
+        config = dequantizing(config or AutoConfig.from_pretrained(model_name_or_path, **origin), own)
     try:
         with experts_read_as_stored(model_name_or_path, family.model_type, **origin):
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -88,6 +101,10 @@ def load_model(
     model: PreTrainedModel = loaded[0]
     _refuse_incomplete(model_name_or_path, loaded[1])
     _save_as_read(model)
+    if is_fp8(own):
+        finish_dequantizing(model, dtype)
+        size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 2**30
+        logger.info("%s: FP8 weights, dequantized: %.1f GiB as %s.", model_name_or_path, size, str(dtype)[6:])
     return model
 
 
@@ -132,15 +149,20 @@ def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> st
     return str(_read_config(model_name_or_path, cache_dir)["model_type"])
 
 
-def read_trainable_type(model_name_or_path: str, cache_dir: str | None = None) -> str:
-    """Do what :func:`read_model_type` does, for a checkpoint that is trained or merged into.
+def read_trainable(model_name_or_path: str, cache_dir: str | None = None, *, adapted: bool) -> dict[str, Any]:
+    """Return the ``config.json`` of a checkpoint that is trained or merged into.
+
+    Args:
+        model_name_or_path: folder, or repository on the Hugging Face hub.
+        cache_dir: where downloads are kept.
+        adapted: adapters train, or are merged.
 
     Raises:
-        UserError: as there, or its weights are quantized.
+        UserError: as :func:`read_model_type`, or its weights are quantized in a way that cannot be trained so.
     """
     config = _read_config(model_name_or_path, cache_dir)
-    refuse_quantized(config, f"--model_name_or_path {model_name_or_path}")
-    return str(config["model_type"])
+    refuse_quantized(config, f"--model_name_or_path {model_name_or_path}", adapted=adapted)
+    return config
 
 
 def _read_config(model_name_or_path: str, cache_dir: str | None) -> dict[str, Any]:
