@@ -53,9 +53,7 @@ def load_model(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint as what its ``config.json`` says it is; the folder's name decides nothing.
-
-    FP8 weights are dequantized, on every device: the same numbers are trained on, merged into and compared.
+    """Load a checkpoint as what its ``config.json`` says it is; its folder's name decides nothing. FP8 is dequantized.
 
     Args:
         model_name_or_path: folder, or repository on the Hugging Face hub.
@@ -79,9 +77,7 @@ def load_model(
     own = read_trainable(model_name_or_path, cache_dir=cache_dir, adapted=True)
     family = get_family(str(own["model_type"]))
     if is_fp8(own):
-        files, block = weight_files(model_name_or_path, origin), own["quantization_config"]["weight_block_size"]
-        require_whole_blocks(files, block, f"--model_name_or_path {model_name_or_path}")
-        config = dequantizing(config or AutoConfig.from_pretrained(model_name_or_path, **origin), own)
+        config = _dequantizing(model_name_or_path, config, own, origin)
     try:
         with experts_read_as_stored(model_name_or_path, family.model_type, **origin):
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -103,9 +99,26 @@ def load_model(
     _save_as_read(model)
     if is_fp8(own):
         finish_dequantizing(model, dtype)
-        size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 2**30
-        logger.info("%s: FP8 weights, dequantized: %.1f GiB as %s.", model_name_or_path, size, str(dtype)[6:])
+        _log_dequantized(model_name_or_path, model, dtype)
     return model
+
+
+def _dequantizing(
+    path: str, config: PreTrainedConfig | None, own: Mapping[str, Any], origin: dict[str, Any]
+) -> PreTrainedConfig:
+    """Return the config with which the weights of an FP8 checkpoint load dequantized.
+
+    Raises:
+        UserError: transformers would dequantize some of them wrongly.
+    """
+    block = own["quantization_config"]["weight_block_size"]
+    require_whole_blocks(weight_files(path, origin), block, f"--model_name_or_path {path}")
+    return dequantizing(config or AutoConfig.from_pretrained(path, **origin), own)
+
+
+def _log_dequantized(path: str, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    size = model.num_parameters() * dtype.itemsize / 2**30
+    logger.info("%s: FP8 weights, dequantized: %.1f GiB as %s.", path, size, str(dtype).removeprefix("torch."))
 
 
 def _save_as_read(model: PreTrainedModel) -> None:

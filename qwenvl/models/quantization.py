@@ -73,8 +73,8 @@ def refuse_quantized(config: Mapping[str, Any], named: str, *, adapted: bool = F
         )
     raise UserError(
         f"{found}, and can neither be trained nor merged into. Name the unquantized checkpoint of the same model "
-        "(below adapters, by --base); with --lora_enable True --quantization_bit 4 its frozen weights take 4 bits in training "
-        "(QLoRA)."
+        "(below adapters, by --base); with --lora_enable True --quantization_bit 4 its frozen weights take 4 bits in "
+        "training (QLoRA)."
     )
 
 

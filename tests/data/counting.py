@@ -103,7 +103,11 @@ def counted_when_decoded(item: Item) -> tuple[int, ...]:
     remarks = Counter(event.kind for event in item.events)
     samples, answers = len({sample.origin for sample in item.samples}), [len(one.tokens.starts) for one in item.samples]
     thoughts = 0  # which only the rendering shows
-    counts = (samples, sum(lengths), sum(trained), patches, *squares, len(lengths), sum(answers), thoughts)
+    weights = [(sample.tokens.weights, sample.tokens.starts) for sample in item.samples]
+    weighted = sum(
+        float(of_tokens[start]) != 1 for of_tokens, starts in weights if of_tokens is not None for start in starts
+    )
+    counts = (samples, sum(lengths), sum(trained), patches, *squares, len(lengths), sum(answers), thoughts, weighted)
     return (*counts, *(remarks[kind] for kind in REMARKS))
 
 
