@@ -4,9 +4,10 @@ r"""Show samples as the model sees them: rendered text with trained tokens in co
     python tools/show_sample.py --annotation_path FILE --data_path DIR --model_name_or_path MODEL --all --json OUT.jsonl
 
 Takes the data flags of training (``--max_pixels``, ``--video_fps``, ``--add_vision_id``, ...) with their defaults.
-MODEL is a checkpoint, or a folder with a processor alone. With ``--json``, one line a sample: ``id``, ``input_ids``,
-``labels``, ``position_ids`` (3 x T: temporal, height, width), ``image_grid_thw``, ``video_grid_thw``, ``pixel_values``
-and ``pixel_values_videos`` (shape, mean, std), or ``id`` and ``error``.
+MODEL is a checkpoint, or a folder with a processor alone. With ``--json``, one line a training row: ``id``, ``turns``,
+``chat_template_kwargs``, ``input_ids``, ``labels``, ``loss_weights`` (T, where a turn has a weight), ``position_ids``
+(3 x T: temporal, height, width), ``image_grid_thw``, ``video_grid_thw``, ``pixel_values`` and ``pixel_values_videos``
+(shape, mean, std), or ``id`` and ``error``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rich.text import Text
 from qwenvl.cli.data_args import ToolArguments, chosen_datasets, open_encoder
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
+from qwenvl.data.conversation.chat_template import weight_lines
 from qwenvl.data.dataset import open_tables
 from qwenvl.data.encoding.encoded import EncodedSample, Plan
 from qwenvl.data.encoding.encoder import SampleEncoder
@@ -143,6 +145,7 @@ def _as_record(plan: Plan, encoded: EncodedSample, patchify: Patchify) -> dict[s
         "chat_template_kwargs": _arguments(plan),
         "input_ids": plan.tokens.input_ids.tolist(),
         "labels": plan.tokens.labels.tolist(),
+        **({"loss_weights": plan.tokens.weights.tolist()} if plan.tokens.weights is not None else {}),
         "position_ids": plan.tokens.position_ids[1:].tolist(),
     }
     for name, grid_name, wanted in (
@@ -208,6 +211,8 @@ def _show_row(console: Console, plan: Plan, tokenizer: Any) -> None:
     for turn, arguments in zip(plan.rendering.turns, plan.rendering.arguments, strict=True):
         if arguments:
             console.print(f"message {turn}: template arguments {json.dumps(dict(arguments), ensure_ascii=False)}")
+    for line in weight_lines(plan.rendering):
+        console.print(line)
 
 
 def _coloured(plan: Plan, tokenizer: Any) -> Text:

@@ -21,7 +21,8 @@ class Collator:
     [B, T] and ``num_vision_tokens``, an int, the number of True in it; ``num_samples``, an int, its usable samples;
     where it holds media, in token order, ``pixels`` uint8, the values of all their frames one after another, and
     ``media``, (frames, temporal, height, width) of each in frames and patches, ints that stay on the host;
-    ``sample_targets``, of its usable samples, where there is a task;
+    ``sample_targets``, of its usable samples, where there is a task; ``loss_weights`` float32 [B, T], factors of the
+    tokens' loss, where one of its answers has a weight other than 1;
     ``attention_mask`` int64 [B, T] if padded; ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [samples + 1],
     ``max_length_q`` and ``max_length_k`` if flattened; ``events``, ``error`` and ``origins``, of its samples, for the
     trainer.
@@ -40,6 +41,9 @@ class Collator:
         samples = usable or [self._empty_sample()]
         tokens = [sample.tokens for sample in samples]
         batch = self._flattened(tokens) if self.flatten else self._padded(tokens)
+        if any(one.weights is not None for one in tokens):
+            weights = [_weights(one) for one in tokens]
+            batch["loss_weights"] = torch.cat(weights)[None] if self.flatten else pad_sequence(weights, True, 0.0)
         batch["num_samples"] = len(usable)
         batch["num_vision_tokens"] = int(batch["vision_mask"].sum())
         media = [medium for sample in samples for medium in sample.media]
@@ -84,6 +88,11 @@ class Collator:
         ids = torch.full((2,), self.pad_token_id)
         positions = torch.arange(2).expand(4, 2).clone()
         return EncodedSample(Tokens(ids, torch.full_like(ids, IGNORE_INDEX), positions, torch.zeros(2).bool()))
+
+
+def _weights(tokens: Tokens) -> torch.Tensor:
+    """Return the factor of each token's loss, 0 where it is not trained: float32 [T]."""
+    return tokens.weights if tokens.weights is not None else (tokens.labels != IGNORE_INDEX).float()
 
 
 def for_model(batch: dict[str, Any]) -> dict[str, Any]:

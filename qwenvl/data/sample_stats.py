@@ -25,6 +25,7 @@ class Measures(NamedTuple):
         rows: Training rows; more than the samples where a conversation has several contexts.
         answers: Trained answers.
         thoughts: Trained answers with a thought.
+        weighted: Trained answers with a weight other than 1.
         thinking_mismatch: samples of this kind, as the next ones: see :data:`REMARKS`.
         thoughts_left_out: samples of this kind.
         empty_answers: samples of this kind.
@@ -40,6 +41,7 @@ class Measures(NamedTuple):
     rows: int = 0
     answers: int = 0
     thoughts: int = 0
+    weighted: int = 0
     thinking_mismatch: int = 0
     thoughts_left_out: int = 0
     empty_answers: int = 0

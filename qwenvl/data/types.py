@@ -151,13 +151,18 @@ class Message:
         role: who speaks.
         parts: text and media in the order they are rendered.
         extra: the turn's other keys that chat templates know (``tool_calls``, ``reasoning_content``, ...).
-        trained: whether an assistant turn is trained; other turns never are.
+        weight: Factor of the loss of an assistant turn's tokens; 0 where it is not trained. Other turns never are.
     """
 
     role: Role
     parts: tuple[Part, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
-    trained: bool = True
+    weight: float = 1.0
+
+    @property
+    def trained(self) -> bool:
+        """Whether an assistant turn is trained."""
+        return self.weight > 0
 
     @property
     def text(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qwenvl.inference.other_images import VIEWS, View, key_of
-from qwenvl.metrics.base import Metric, mean
+from qwenvl.metrics.base import Metric
 from qwenvl.metrics.bootstrap import Interval, difference_interval, score_interval
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.metrics.registry import score_lines
@@ -131,5 +131,6 @@ def _usable(line: Prediction) -> bool:
 
 
 def _per_token(sums: np.ndarray, count: int) -> float:
-    """Return the mean loss of trained tokens; sums are (loss, trained tokens)."""
-    return mean(sums, round(float(sums[1])))
+    """Return the mean loss of trained tokens; sums are (loss, trained tokens by their weights)."""
+    del count
+    return float(sums[0] / sums[1]) if sums[1] else 0.0

@@ -22,10 +22,11 @@ from qwenvl.data.encoding.processor import open_processor
 from qwenvl.data.media.resize import MediaPlan, VideoPlan
 from qwenvl.data.types import Conversation
 from qwenvl.inference.prompts import Prompt
+from qwenvl.models.loading import load_model
 from qwenvl.models.lora.files import CONFIG_FILE, find_base, read_config
 from qwenvl.models.merging import open_adapted
 from qwenvl.models.precision import read_dtype
-from qwenvl.models.quantization import quantization_method
+from qwenvl.models.quantization import is_fp8, quantization_method
 from qwenvl.utils.distributed import local_rank
 from qwenvl.utils.errors import UserError
 
@@ -141,11 +142,9 @@ def open_answerer(
     device = device or default_device()
     below = base_of(folder, base)
     processor = open_processor(processor_folder(folder, base))
-    if below == folder and device.startswith("cpu"):
-        _refuse_quantized_without_gpu(folder)
     try:
         model: Any = (
-            AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
+            _open_whole(folder, device, dtype)
             if below == folder
             else open_adapted(below, folder, dtype or read_dtype(below))
         )
@@ -157,13 +156,17 @@ def open_answerer(
     return Answerer(model.to(device).eval(), processor)
 
 
-def _refuse_quantized_without_gpu(folder: str) -> None:
-    method = quantization_method(AutoConfig.from_pretrained(folder).to_dict())
-    if method:
+def _open_whole(folder: str, device: str, dtype: torch.dtype | None) -> Any:
+    """Open a whole model with the stock class; FP8 weights are dequantized on a CPU, which has no products of them."""
+    own = AutoConfig.from_pretrained(folder).to_dict() if device.startswith("cpu") else {}
+    if is_fp8(own):
+        return load_model(folder, dtype=dtype or read_dtype(folder), attn_implementation="sdpa")
+    if method := quantization_method(own):
         raise UserError(
             f"{folder}: its weights are quantized ({method}), which takes a GPU. Ask the unquantized checkpoint, or a "
             "server such as vLLM."
         )
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
 
 
 def generate(

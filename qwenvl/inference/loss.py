@@ -15,11 +15,11 @@ from qwenvl.inference.prompts import Exercise
 from qwenvl.models.vision.patchify import Patchify
 
 
-def exercise_loss(answerer: Answerer, exercise: Exercise) -> tuple[float, int]:
+def exercise_loss(answerer: Answerer, exercise: Exercise) -> tuple[float, float]:
     """Return the cross entropy of a sample's trained tokens, summed, in nats, and how many they are.
 
-    Tokens, labels, positions and pixels are those of training. The model is called as transformers has it, so that
-    adapters of any kind may be in it.
+    Where answers have weights, each token counts by its own in both. Tokens, labels, positions and pixels are those of
+    training. The model is called as transformers has it, so that adapters of any kind may be in it.
     """
     device = answerer.model.device
     tokens = exercise.encoded.tokens
@@ -33,8 +33,11 @@ def exercise_loss(answerer: Answerer, exercise: Exercise) -> tuple[float, int]:
             **_pixels(answerer, exercise, device),
         ).logits[0]
         targets = tokens.labels[kept + 1].to(device)
-        loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return float(loss), len(kept)
+        if tokens.weights is None:
+            return float(functional.cross_entropy(logits.float(), targets, reduction="sum")), len(kept)
+        losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+    weights = tokens.weights[kept + 1]
+    return float(losses.cpu() @ weights), float(weights.sum())
 
 
 def _pixels(answerer: Answerer, exercise: Exercise, device: torch.device) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ class Prediction:
         metric: what the sample or its dataset wants to be measured by.
         canvas: (width, height) of the picture in what boxes count, where boxes are expected.
         loss: cross entropy of the trained tokens, summed, in nats; where it was asked for.
-        trained_tokens: how many of them there are.
+        trained_tokens: how many of them there are; where answers have weights, the loss and this are by them.
         task: that a head predicts; None for an answer in words. ``expected`` is the sample's label then.
         scores: probabilities of classes by their names, or scores of the pictures.
     """
@@ -75,7 +75,7 @@ class Prediction:
     metric: str | None = None
     canvas: tuple[int, int] | None = None
     loss: float | None = None
-    trained_tokens: int | None = None
+    trained_tokens: float | None = None
     task: str | None = None
     scores: Any = None
 

@@ -195,6 +195,7 @@ class _Hooks:
         kwargs = dict(kwargs)
         self.kept_positions = kwargs.pop("kept_positions", None)
         self.head.targets = kwargs.pop("targets", None)
+        self.head.target_weights = kwargs.pop("target_weights", None)
         self.head.passed = None
         self.readout_inputs = kwargs.pop("readout_inputs", None)
         if self.readout_inputs is not None:
@@ -247,7 +248,7 @@ def install(
     summed_loss: SummedLoss = linear_cross_entropy,
     readout: Readout | None = None,
 ) -> Installed:
-    """Teach a stock model the arguments ``vision_inputs``, ``kept_positions``, ``targets`` and ``readout_inputs``.
+    """Teach a stock model the arguments ``vision_inputs``, ``kept_positions``, ``targets`` and others.
 
     Install once, before the model is wrapped (DDP, DeepSpeed, PEFT). Saved files and ``generate`` are not affected:
     the layers that are exchanged hold the same parameters under the same names.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -17,7 +17,13 @@ from qwenvl.families import get_family, register_classes
 from qwenvl.models.attention.linear_segments import import_obstacle
 from qwenvl.models.moe_checkpoint import experts_read_as_stored, weight_files
 from qwenvl.models.precision import read_dtype
-from qwenvl.models.quantization import refuse_quantized
+from qwenvl.models.quantization import (
+    dequantizing,
+    finish_dequantizing,
+    is_fp8,
+    refuse_quantized,
+    require_whole_blocks,
+)
 from qwenvl.models.task_module import is_readout
 from qwenvl.utils.errors import UserError
 
@@ -45,7 +51,7 @@ def load_model(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint as what its ``config.json`` says it is; the folder's name decides nothing.
+    """Load a checkpoint as what its ``config.json`` says it is; its folder's name decides nothing. FP8 is dequantized.
 
     Args:
         model_name_or_path: folder, or repository on the Hugging Face hub.
@@ -66,7 +72,10 @@ def load_model(
             weights that are missing, unexpected or of another shape.
     """
     origin = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    family = get_family(read_trainable_type(model_name_or_path, cache_dir=cache_dir))
+    own = read_trainable(model_name_or_path, cache_dir=cache_dir, adapted=True)
+    family = get_family(str(own["model_type"]))
+    if is_fp8(own):
+        config = _dequantizing(model_name_or_path, config, own, origin)
     try:
         with experts_read_as_stored(model_name_or_path, family.model_type, **origin):
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -86,7 +95,10 @@ def load_model(
     model: PreTrainedModel = loaded[0]
     _refuse_incomplete(model_name_or_path, loaded[1])
     _save_as_read(model)
-    if not on_meta and not is_deepspeed_zero3_enabled():
+    if is_fp8(own):
+        finish_dequantizing(model, dtype)
+        _log_dequantized(model_name_or_path, model, dtype)
+    elif not on_meta and not is_deepspeed_zero3_enabled():
         _keep_float32(model, model_name_or_path, origin)
     return model
 
@@ -106,6 +118,24 @@ def _keep_float32(model: PreTrainedModel, path: str, origin: Mapping[str, Any]) 
             for name in parameters.keys() & set(tensors.keys()):
                 if tensors.get_slice(name).get_dtype() == "F32":
                     parameters[name].data = tensors.get_tensor(name).to(parameters[name].device)
+
+
+def _dequantizing(
+    path: str, config: PreTrainedConfig | None, own: Mapping[str, Any], origin: dict[str, Any]
+) -> PreTrainedConfig:
+    """Return the config with which the weights of an FP8 checkpoint load dequantized.
+
+    Raises:
+        UserError: transformers would dequantize some of them wrongly.
+    """
+    block = own["quantization_config"]["weight_block_size"]
+    require_whole_blocks(weight_files(path, origin), block, f"--model_name_or_path {path}")
+    return dequantizing(config or AutoConfig.from_pretrained(path, **origin), own)
+
+
+def _log_dequantized(path: str, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    size = model.num_parameters() * dtype.itemsize / 2**30
+    logger.info("%s: FP8 weights, dequantized: %.1f GiB as %s.", path, size, str(dtype).removeprefix("torch."))
 
 
 def _save_as_read(model: PreTrainedModel) -> None:
@@ -149,15 +179,20 @@ def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> st
     return str(_read_config(model_name_or_path, cache_dir)["model_type"])
 
 
-def read_trainable_type(model_name_or_path: str, cache_dir: str | None = None) -> str:
-    """Do what :func:`read_model_type` does, for a checkpoint that is trained or merged into.
+def read_trainable(model_name_or_path: str, cache_dir: str | None = None, *, adapted: bool) -> dict[str, Any]:
+    """Return the ``config.json`` of a checkpoint that is trained or merged into.
+
+    Args:
+        model_name_or_path: folder, or repository on the Hugging Face hub.
+        cache_dir: where downloads are kept.
+        adapted: adapters train, or are merged.
 
     Raises:
-        UserError: as there, or its weights are quantized.
+        UserError: as :func:`read_model_type`, or its weights are quantized in a way that cannot be trained so.
     """
     config = _read_config(model_name_or_path, cache_dir)
-    refuse_quantized(config, f"--model_name_or_path {model_name_or_path}")
-    return str(config["model_type"])
+    refuse_quantized(config, f"--model_name_or_path {model_name_or_path}", adapted=adapted)
+    return config
 
 
 def _read_config(model_name_or_path: str, cache_dir: str | None) -> dict[str, Any]:

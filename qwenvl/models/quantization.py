@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
+from safetensors import safe_open
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from qwenvl.families import ModelLayout
+from qwenvl.families import FAMILIES, ModelLayout
 from qwenvl.utils.errors import UserError
 
 
@@ -48,20 +51,95 @@ def quantization_method(config: Mapping[str, Any]) -> str:
     return str(known.get("quant_method") or by_bits)
 
 
-def refuse_quantized(config: Mapping[str, Any], named: str) -> None:
-    """Refuse a checkpoint whose weights are quantized, where they are to be trained or merged into.
+def refuse_quantized(config: Mapping[str, Any], named: str, *, adapted: bool = False) -> None:
+    """Refuse a checkpoint whose weights are quantized, where they cannot be trained or merged into.
 
     Args:
         config: Its ``config.json``.
         named: The flag and the checkpoint, for the message.
+        adapted: Adapters train beside its weights, which stay frozen: FP8 is dequantized for them.
 
     Raises:
         UserError: They are.
     """
     method = quantization_method(config)
-    if method:
+    if not method or (adapted and is_fp8(config)):
+        return
+    found = f"{named}: its weights are quantized ({method}, says quantization_config of its config.json)"
+    if is_fp8(config):
         raise UserError(
-            f"{named}: its weights are quantized ({method}, says quantization_config of its config.json), and can "
-            "neither be trained nor merged into. Name the unquantized checkpoint of the same model (below adapters, by "
-            "--base); with --lora_enable True --quantization_bit 4 its frozen weights take 4 bits in training (QLoRA)."
+            f"{found}, which cannot be trained themselves. Train adapters on them, dequantized, by --lora_enable True "
+            "(and --tune_mm_llm False); or name the unquantized checkpoint of the same model."
         )
+    raise UserError(
+        f"{found}, and can neither be trained nor merged into. Name the unquantized checkpoint of the same model "
+        "(below adapters, by --base); with --lora_enable True --quantization_bit 4 its frozen weights take 4 bits in "
+        "training (QLoRA)."
+    )
+
+
+def is_fp8(config: Mapping[str, Any]) -> bool:
+    """Whether a dense checkpoint is quantized as Qwen publishes FP8: each block of a weight has a scale.
+
+    Args:
+        config: Its ``config.json``.
+    """
+    given, family = config.get("quantization_config") or {}, FAMILIES.get(str(config.get("model_type")))
+    dense = family is not None and not family.moe
+    return dense and quantization_method(config) == "fp8" and bool(given.get("weight_block_size"))
+
+
+def dequantizing(config: PreTrainedConfig, own: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return a config with which ``from_pretrained`` dequantizes FP8, on every device; the same for other checkpoints.
+
+    Args:
+        config: To build the model from; that of a folder of adapters does not say how their base is quantized.
+        own: The ``config.json`` of the checkpoint.
+    """
+    if not is_fp8(own):
+        return config
+    config = copy.deepcopy(config)
+    config.quantization_config = {**own["quantization_config"], "dequantize": True}
+    return config
+
+
+def finish_dequantizing(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a dequantized model one type, and let it be saved as it is.
+
+    transformers leaves what was not quantized in the type of the files, and would quantize on saving.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model._weight_conversions = [one for one in getattr(model, "_weight_conversions", None) or () if not _fp8_rule(one)]
+
+
+def _fp8_rule(conversion: Any) -> bool:
+    return any(isinstance(one, Fp8Dequantize) for one in getattr(conversion, "operations", None) or ())
+
+
+def require_whole_blocks(files: Sequence[str], block: Sequence[int], named: str) -> None:
+    """Check that FP8 weights are cut into whole blocks: of other grids, transformers takes the blocks for smaller.
+
+    Args:
+        files: Of the checkpoint.
+        block: (rows, columns) of a block.
+        named: The flag and the checkpoint, for the message.
+
+    Raises:
+        UserError: Some weight has another grid.
+    """
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for scales in (name for name in tensors.keys() if name.endswith("_scale_inv")):  # noqa: SIM118  not a dict
+                weight = scales.removesuffix("_scale_inv")
+                shape, grid = (tensors.get_slice(name).get_shape() for name in (weight, scales))
+                if not all(_whole(*sizes) for sizes in zip(shape, grid, block, strict=True)):
+                    raise UserError(
+                        f"{named}: {scales} has {grid} scales for a weight of {shape}, which transformers would not "
+                        f"dequantize in blocks of {list(block)}. Name the unquantized checkpoint of the same model."
+                    )
+
+
+def _whole(size: int, scales: int, block: int) -> bool:
+    """Whether a dimension is cut into blocks of one size, or is a single one."""
+    return (scales == 1 and size <= block) or size == scales * block

@@ -4,13 +4,15 @@
     collator     batch["sample_targets"]: the targets of its samples, in order
     prepare      batch -> what the model takes, and ``readout_inputs``: what its Readout has to know      on the host
     count        how many units a batch holds: trained tokens, labelled samples, phrases                  on the host
+    total_weight their weights, added up: their number, but where answers have weights                    on the host
     forward      Readout (qwenvl.models.task_module), a module of the model: hidden states, attention -> a tensor
     summed_loss  that tensor and the targets -> the sum over the batch's units
     records      that tensor and the targets -> a record for each unit that was evaluated
     metrics      all records of all ranks -> numbers
 
-The trainer divides the sum by the units of the whole optimizer step, over all ranks and accumulation steps. So a task's
-loss, like that of language modelling, does not depend on how samples are split, padded or packed, as long as
+The trainer divides the sum by the weights of the units of the whole optimizer step, over all ranks and accumulation
+steps. So a task's loss, like that of language modelling, does not depend on how samples are split, padded or packed, as
+long as
 ``summed_loss`` is a sum over units that do not see each other. Whatever has parameters belongs into the readout, which
 runs inside the model's ``forward``, where every engine's hooks work; ``summed_loss`` has none.
 
@@ -28,7 +30,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from qwenvl.models.loss.causal_lm import IGNORED_LABEL, Balance, run_model, tell_host, with_balance
+from qwenvl.models.loss.causal_lm import Balance, count_targets, run_model, tell_host, total_weight, with_balance
 from qwenvl.models.task_module import Readout
 
 
@@ -64,7 +66,11 @@ class Objective:
 
     def count(self, batch: Mapping[str, Any]) -> int:
         """Return the units of a batch of the collator, on the host."""
-        return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+        return count_targets(batch)
+
+    def total_weight(self, batch: Mapping[str, Any]) -> float:
+        """Return what the summed loss of a batch of the collator is divided by for a mean, on the host."""
+        return total_weight(batch) if "loss_weights" in batch else self.count(batch)
 
     def summed_loss(self, output: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Return the loss summed over the units of a batch: float32 [].
@@ -109,7 +115,7 @@ def batch_loss(
         objective: what is learned.
         model: a model with :func:`qwenvl.models.forward.install`, wrapped or not.
         batch: from ``objective.prepare``, on the device.
-        units: what to divide by: those of the whole optimizer step.
+        units: what to divide by: those of the whole optimizer step, by their weights.
         balance: adds the auxiliary loss of a mixture of experts.
 
     Returns:

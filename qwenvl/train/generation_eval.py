@@ -20,7 +20,7 @@ from qwenvl.inference.generate import Answer, Decoding, generate
 from qwenvl.inference.other_images import VIEWS, View
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.models.attention import packed as attention
-from qwenvl.models.loss.causal_lm import causal_loss, tell_host
+from qwenvl.models.loss.causal_lm import causal_loss, tell_host, total_weight
 from qwenvl.train.eval_prompts import HeldOutQuestions
 from qwenvl.train.trainer import QwenVLTrainer
 from qwenvl.utils.distributed import gather_objects
@@ -94,10 +94,10 @@ class AskingTrainer(QwenVLTrainer):
             items = [Item((questions.view(number, view),)) for number in mine]
             collated = self.data_collator(items or [Item()])  # without a sample, it keeps in step
             self._receive(collated)
+            totals[1] += total_weight(collated)
             inputs = self._prepare_inputs(tell_host(collated))
             with torch.no_grad(), self.compute_loss_context_manager():
                 totals[0] += causal_loss(self.model, inputs, num_trained_tokens=1.0)
-            totals[1] += len(inputs["targets"])
         sums: list[float] = self.accelerator.reduce(totals, reduction="sum").tolist()
         return sums
 

@@ -19,7 +19,8 @@ from qwenvl.data.encoding.processor import (
 )
 from qwenvl.families import Family, get_family
 from qwenvl.models.attention.linear_segments import PACKAGES, missing_kernels
-from qwenvl.models.loading import read_trainable_type
+from qwenvl.models.loading import read_trainable
+from qwenvl.models.quantization import is_fp8
 from qwenvl.models.rope_scaling import require_same_context
 from qwenvl.models.task_module import readout_of
 from qwenvl.tasks import files as task_files
@@ -61,7 +62,7 @@ def run(parsed: ParsedArguments) -> int:
 def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     args = parsed.training
     engine = _engine(args)
-    family = get_family(read_trainable_type(parsed.model.model_name_or_path, cache_dir=args.cache_dir))
+    family = _family(parsed, engine)
     if engine != "plain":
         _require_launcher(engine, args.dry_run)
         _refuse_engine(engine, family)
@@ -219,6 +220,23 @@ def _held_out_questions(parsed: ParsedArguments, data: RunData) -> HeldOutQuesti
 
 def _engine(args: TrainingArguments) -> Engine:
     return "deepspeed" if args.deepspeed else "fsdp" if args.fsdp else "plain"
+
+
+def _family(parsed: ParsedArguments, engine: Engine) -> Family:
+    """Return the family of the checkpoint.
+
+    Raises:
+        UserError: its weights are quantized in a way that cannot be trained with these settings.
+    """
+    path, adapters = parsed.model.model_name_or_path, parsed.adapters
+    own = read_trainable(path, cache_dir=parsed.training.cache_dir, adapted=adapters.lora_enable)
+    other = f"--{engine}" if engine != "plain" else f"--quantization_bit {adapters.quantization_bit}"
+    if is_fp8(own) and (engine != "plain" or adapters.quantization_bit):
+        raise UserError(
+            f"--model_name_or_path {path} has FP8 weights, which are dequantized for adapters; that does not go with "
+            f"{other}. Leave it out (several GPUs train by DDP), or name the unquantized checkpoint of the same model."
+        )
+    return get_family(str(own["model_type"]))
 
 
 def _refuse_engine(engine: Engine, family: Family) -> None:

@@ -1,7 +1,7 @@
 """The Hugging Face Trainer with our batches, our loss and our checkpoints. Subclassed; nothing of it is replaced.
 
 What is learned is up to an :class:`~qwenvl.tasks.objective.Objective`. Its loss is divided by its units of the whole
-optimizer step: trained tokens, where language is modelled.
+optimizer step: trained tokens, where language is modelled, by their weights where answers have any.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class QwenVLTrainer(FeedingTrainer):
         shapes = [(tuple(batch["input_ids"].shape), batch.get("media", ())) for batch in batch_samples]
         lines = "".join(f"\n  {sample}" for sample in self._samples)
         self._watchdog.watch(f"step {self.state.global_step + 1}, batches of {shapes}, with the samples{lines}")
-        return sum(self.objective.count(batch) for batch in batch_samples)
+        return sum(self.objective.total_weight(batch) for batch in batch_samples)
 
     def compute_loss(
         self,
@@ -146,13 +146,13 @@ class QwenVLTrainer(FeedingTrainer):
     ) -> Tensor:
         """Return this micro-batch's part of the loss of the optimizer step.
 
-        Sum of the loss over its units / units of the step over all ranks and accumulation steps; times the number of
-        ranks, because DDP, DeepSpeed and FSDP average gradients over them. With
+        Sum of the loss over its units / units of the step over all ranks and accumulation steps, each unit times its
+        weight; times the number of ranks, because DDP, DeepSpeed and FSDP average gradients over them. With
         ``--average_tokens_across_devices False`` the count is this rank's own, and ranks weigh alike.
         """
         assert not return_outputs and num_items_in_batch is not None
         # A step in which every sample was left out has no unit: its loss is zero, not NaN.
-        units = max(float(num_items_in_batch), 1.0)
+        units = float(num_items_in_batch) or 1.0
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         loss, _ = batch_loss(self.objective, model, inputs, units=units, balance=self._balance(ranks))
         return loss * ranks
@@ -252,22 +252,23 @@ class QwenVLTrainer(FeedingTrainer):
         model = self._wrap_model(self.model, training=False)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        totals, records = self._zeros(2), list[Any]()
+        totals, records = self._zeros(3), list[Any]()
         for batch in dataloader:
             self._receive(batch)
-            totals[1] += self.objective.count(batch)
+            totals[1] += self.objective.total_weight(batch)
+            totals[2] += self.objective.count(batch)
             inputs = self._prepare_inputs(self.objective.prepare(batch))
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss, output = batch_loss(self.objective, model, inputs, units=1.0)
             totals[0] += loss
             records += self.objective.records(output, inputs)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        loss_sum, units = self.accelerator.reduce(totals, reduction="sum").tolist()
+        loss_sum, weight, units = self.accelerator.reduce(totals, reduction="sum").tolist()
         records = list(itertools.chain(*gather_objects(records)))
         if self.is_world_process_zero():
             self.objective.draw(records, Path(self.args.output_dir))
         found = {
-            "loss": loss_sum / units if units else math.nan,  # 0 would pass for the best loss
+            "loss": loss_sum / weight if weight else math.nan,  # 0 would pass for the best loss
             self.objective.unit: int(units),
             **self.objective.metrics(records),
         }

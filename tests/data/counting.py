@@ -103,7 +103,10 @@ def counted_when_decoded(item: Item) -> tuple[int, ...]:
     remarks = Counter(event.kind for event in item.events)
     samples, answers = len({sample.origin for sample in item.samples}), [len(one.tokens.starts) for one in item.samples]
     thoughts = 0  # which only the rendering shows
-    counts = (samples, sum(lengths), sum(trained), patches, *squares, len(lengths), sum(answers), thoughts)
+    all_tokens = [sample.tokens for sample in item.samples]
+    weights = [one.weights[list(one.starts)] for one in all_tokens if one.weights is not None]
+    weighted = sum(int((of_answers != 1).sum()) for of_answers in weights)
+    counts = (samples, sum(lengths), sum(trained), patches, *squares, len(lengths), sum(answers), thoughts, weighted)
     return (*counts, *(remarks[kind] for kind in REMARKS))
 
 

@@ -117,3 +117,16 @@ def test_a_filler_is_one_row_of_two_tokens_that_are_attended() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1]]
     assert batch["position_ids"].tolist() == [[[0, 1]]] * 4
     assert "media" not in batch
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_weights_are_there_where_a_sample_has_any(flatten: bool) -> None:
+    plain, other = sample(3), sample(4)
+    weights = torch.tensor([0.0, 0.5, 0.5, 2.0])
+    weighted = replace(other, tokens=replace(other.tokens, weights=weights))
+    collate = Collator(PAD, flatten=flatten)
+    assert "loss_weights" not in collate([Item((plain, other))])
+    found = collate([Item((plain,)), Item((weighted,))])["loss_weights"]
+    ours, padding = [0.0, 1.0, 1.0], [] if flatten else [0.0]
+    assert found.dtype == torch.float32
+    assert found.flatten().tolist() == [*ours, *padding, *weights.tolist()]

@@ -128,6 +128,6 @@ def test_a_config_that_promises_a_layer_that_is_not_there_is_said_and_mended(
     tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("mtp.")}
     save_file(tensors, file, metadata={"format": "pt"})
     output = train(source, tmp_path / "run", registry, **ONE_STEP)
-    assert "config.json says mtp_num_hidden_layers 1, but the checkpoint holds 0 such layers" in caplog.text
+    assert "config.json says mtp_num_hidden_layers 1, but 0 such layers" in caplog.text
     assert json.loads((output / "config.json").read_text())["text_config"]["mtp_num_hidden_layers"] == 0
     assert (output / "model.safetensors").is_file() and not mtp(output)

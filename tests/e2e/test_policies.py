@@ -171,6 +171,19 @@ def test_keys_that_nothing_reads_are_named_once(place: Place, capsys: pytest.Cap
     assert said() == [text.replace("'set'", repr(place.annotations.stem)) for text in named]
 
 
+def test_a_key_of_a_single_row_is_named_before_training(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """By check_image and the dry run alike: both read all rows."""
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    rows: list[dict[str, Any]] = [{"id": str(number), "conversations": turns} for number in range(2000)]
+    rows[1501]["score"] = 3
+    place.write(*rows)
+    assert main([*place.flags(max_steps=1), "--dry_run", "True"]) == 0
+    assert "dataset 'set': nothing reads 'score'." in capsys.readouterr().err
+    flags = ["--annotation_path", str(place.annotations), "--data_path", str(place.folder)]
+    check_image.main([*flags, "--output", str(place.folder), "--workers", "0"])
+    assert "nothing reads 'score'" in capsys.readouterr().out
+
+
 def test_coordinates_that_are_not_converted_are_said(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     """Once, with the count of samples, in training; and by the dry run, show_sample and check_image alike."""
     point, words = '{"x": 3, "y": 4}', "Nothing to click."

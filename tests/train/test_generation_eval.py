@@ -59,10 +59,28 @@ def test_a_run_that_asks_trains_the_same_bits(
     assert len({tuple(found[key]) for key in KEYS}) == len(KEYS)
 
 
+def with_weights(registry: Path, folder: Path) -> Path:
+    """Return a registry of the same samples, whose answers have weights."""
+    (spec,) = parse_dataset_use("mixed", load_registry(str(registry)))
+    records = json.loads(Path(spec.annotation_paths[0]).read_text())
+    for number, record in enumerate(records):
+        record["conversations"][1]["weight"] = (0.25, 1, 4)[number % 3]
+    (folder / "weighted.json").write_text(json.dumps(records))
+    entry = {"annotation_path": str(folder / "weighted.json"), "data_path": spec.data_path, "metric": "chrf"}
+    (folder / "registry.py").write_text(f"data_dict = {{'mixed': {entry!r}}}\n")
+    return folder / "registry.py"
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_evaluation_of_the_folder_says_the_same_as_training(
-    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weighted: bool,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The stock model of the saved folder, asked by the tool, against the model in training; all eleven samples."""
+    registry = with_weights(registry, tmp_path) if weighted else registry
     folder = train(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, **{**ASKING, "max_steps": 2})
     monkeypatch.chdir(tmp_path)
     asked = ["--model_name_or_path", str(folder), "--dataset_registry", str(registry), "--dataset_use", "mixed"]
@@ -79,6 +97,7 @@ def test_evaluation_of_the_folder_says_the_same_as_training(
     lines = [json.loads(line) for line in (tmp_path / "evaluation" / "predictions.jsonl").read_text().splitlines()]
     losses, tokens = sum(line["loss"] for line in lines), sum(line["trained_tokens"] for line in lines)
     assert trained["eval_loss"] == [pytest.approx(losses / tokens, rel=1e-4)]
+    assert history(folder, "eval_trained_tokens")[0] != tokens or not weighted
     for view in ("shown", "blank", "swapped"):
         assert trained[f"eval_loss_{view}"] == [pytest.approx(blind["losses"][view]["value"], rel=1e-4)], view
 

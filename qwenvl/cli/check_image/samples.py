@@ -16,7 +16,7 @@ from qwenvl.data.conversation.messages import Examined, examine
 from qwenvl.data.conversation.thoughts import is_empty_answer
 from qwenvl.data.encoding.encoder import SampleEncoder, plan_item
 from qwenvl.data.encoding.processor import vision_settings
-from qwenvl.data.encoding.targets import TargetReader
+from qwenvl.data.encoding.targets import TargetReader, require_no_weights
 from qwenvl.data.media.reader import MediaReader
 from qwenvl.data.media.resize import ImagePlan, MediaPlan, VisionSettings
 from qwenvl.data.sample_stats import REMARKS
@@ -135,6 +135,7 @@ class SampleChecker:
     def _label_problems(self, sample: Sample, examined: Examined) -> Iterator[SampleError]:
         if self.labels is not None:
             try:
+                require_no_weights(examined.conversation)
                 self.labels.check(sample, examined.conversation)
             except SampleError as error:
                 yield error

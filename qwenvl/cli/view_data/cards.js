@@ -118,6 +118,7 @@ const cards = (() => {
       made.append(element("p", { class: "note" }, "Boxes not drawn, since it " +
         `cannot be told in which picture they lie: ${sample.boxes_left}.`));
     }
+    if (sample.weights?.length) made.append(element("p", { class: "note" }, `${sample.weights.join("; ")}.`));
     if (sample.runs) made.append(...conversation(sample.runs));
     if (sample.raw) made.append(element("pre", { class: "raw" }, sample.raw));
     made.append(element("p", { class: "note place" }, sample.place));

@@ -10,6 +10,7 @@ from typing import Any
 from qwenvl.cli.view_data.answers import find_boxes
 from qwenvl.cli.view_data.images import PictureFiles, medium_record
 from qwenvl.cli.view_data.pieces import pieces_of
+from qwenvl.data.conversation.chat_template import weight_lines
 from qwenvl.data.encoding.encoded import EncodedSample, Plan
 from qwenvl.data.encoding.encoder import OverlengthError, SampleEncoder
 from qwenvl.data.encoding.tokenization import IGNORE_INDEX
@@ -137,6 +138,7 @@ class Presenter:
             "trained": int((plan.tokens.labels != IGNORE_INDEX).sum()),
             "vision": int(plan.tokens.vision_mask.sum()),
             "turns": len(plan.conversation.messages),
+            "weights": weight_lines(plan.rendering),
             "runs": pieces_of(plan.tokens, self.tokenizer),
             "media": media,
             "boxes_left": boxes.left,

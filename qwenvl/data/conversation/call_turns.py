@@ -83,7 +83,7 @@ def _is_typed_text(content: Any) -> bool:
 
 
 def join_calls(messages: Iterable[Message], are_calls: Sequence[bool]) -> list[Message]:
-    """Put calls into the answer right before them, where that is trained alike and they have no thought of their own.
+    """Put calls into the answer right before them, where both have one weight and the calls no thought of their own.
 
     Args:
         messages: turns.
@@ -102,4 +102,4 @@ def join_calls(messages: Iterable[Message], are_calls: Sequence[bool]) -> list[M
 
 def _belong_together(before: Message, call: Message) -> bool:
     thinks = bool(call.parts or call.extra.get("reasoning_content"))
-    return before.role == "assistant" and before.trained == call.trained and not thinks
+    return before.role == "assistant" and before.weight == call.weight and not thinks

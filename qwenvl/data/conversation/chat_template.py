@@ -11,7 +11,7 @@ of them. Words that users type (``assistant``, ``<|im_end|>``, whole turns) cann
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -55,6 +55,7 @@ class TrainedTurn:
         message: Index of the answer in the conversation's messages.
         arguments: Arguments that the template was rendered with.
         thought: Characters of the target that are its thought, closing tag included; 0 without a thought.
+        weight: Factor of the loss of the target's tokens.
     """
 
     prompt: str
@@ -62,6 +63,7 @@ class TrainedTurn:
     message: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     thought: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Rendering:
         arguments: Template arguments of each span.
         untrained: (start, stop) in characters of parts of spans that are not trained, such as a thought.
         thinks: Whether the answer of each span has a thought.
+        weights: Factor of the loss of each span's tokens; empty where all are 1.
         whole: The conversation as the template renders it; each answer may have been asked for by another prompt.
         thoughts_left_out: Numbers, from 1, of answers with a thought that the template leaves out of the whole.
     """
@@ -86,6 +89,7 @@ class Rendering:
     arguments: tuple[Mapping[str, Any], ...] = ()
     untrained: tuple[tuple[int, int], ...] = ()
     thinks: tuple[bool, ...] = ()
+    weights: tuple[float, ...] = ()
     whole: bool = False
     thoughts_left_out: tuple[int, ...] = ()
 
@@ -233,7 +237,8 @@ class ChatTemplate:
         if target is None or thought not in target:
             raise SampleError("template", _no_continuation(thought, arguments))
         length = target.index(thought) + len(thought) if thought else 0
-        return TrainedTurn(prompt, target, index, arguments, _end_of_thought(target, length) if thought else 0)
+        end = _end_of_thought(target, length) if thought else 0
+        return TrainedTurn(prompt, target, index, arguments, end, answer.weight)
 
     def _require_written(self, conversation: Conversation, arguments: Mapping[str, Any], **kwargs: Any) -> None:
         """Check that the template writes late system turns, tools, calls and the last thought of a conversation."""
@@ -328,6 +333,7 @@ class ChatTemplate:
             tuple(turns),
             (arguments,) * len(spans),
             thinks=tuple(bool(thought_of(messages[turn])) for turn in turns),
+            weights=weights_of(messages[turn].weight for turn in turns),
             whole=True,
             thoughts_left_out=tuple(_left_out(text, spans, turns, messages)),
         )
@@ -413,6 +419,18 @@ def _left_out(
     for (start, stop), turn in zip(spans, turns, strict=True):
         if not writes_thought(messages[turn], text[start:stop]):
             yield answers.index(turn) + 1
+
+
+def weights_of(weights: Iterable[float]) -> tuple[float, ...]:
+    """Return the weights of answers, or none where all are 1: without any, nothing is carried along and computed."""
+    found = tuple(weights)
+    return found if any(weight != 1 for weight in found) else ()
+
+
+def weight_lines(rendering: Rendering) -> list[str]:
+    """Return a line for people on each answer with a weight other than 1."""
+    weights = zip(rendering.turns, rendering.weights, strict=True) if rendering.weights else ()
+    return [f"message {turn}: weight {weight:g}" for turn, weight in weights if weight != 1]
 
 
 def opens_thought(prompt: str) -> bool:

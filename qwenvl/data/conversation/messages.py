@@ -27,7 +27,7 @@ from qwenvl.data.conversation.media_items import IMG_TAG, KINDS, MediaPool, turn
 from qwenvl.data.conversation.record_keys import NO_AUDIO, check_keys, unread_keys
 from qwenvl.data.conversation.thoughts import without_repeated_thought
 from qwenvl.data.conversation.tool_calls import as_function_tool
-from qwenvl.data.conversation.turns import read_extra, read_trained
+from qwenvl.data.conversation.turns import read_extra, read_weight
 from qwenvl.data.sources.record_forms import TURN_FIELDS, as_messages, form_of, missing_turns
 from qwenvl.data.types import Conversation, ImageItem, Message, Part, Role, Sample, TextPart, VideoItem
 from qwenvl.utils.errors import SampleError, nearest
@@ -235,13 +235,13 @@ def _message(turn: Any, number: int, pool: MediaPool) -> Message:
         raise SampleError("bad_record", f"turn {number} must be an object, not {type(turn).__name__}.")
     speaker = _either(turn, "from", "role", number)
     role = _role(speaker, number)
-    extra, trained = read_extra(turn, role, number), read_trained(turn, role, number)
+    extra, weight = read_extra(turn, role, number), read_weight(turn, role, number)
     content = _either(turn, "value", "content", number)
     where = f"turn {number} ({role})"
     own = turn_pool(turn, where, pool)
     if is_call_turn(speaker):
         where = f"turn {number} ({speaker})"
-        call = replace(read_call_turn(content, extra, where), trained=trained)
+        call = replace(read_call_turn(content, extra, where), weight=weight)
         return without_repeated_thought(call, where)
     parts = _parts(content, role, where, own)
     parts = parts if own is pool else _with_own_media(parts, own, role, where)
@@ -249,7 +249,7 @@ def _message(turn: Any, number: int, pool: MediaPool) -> Message:
     may_be_empty = role == "system" or answers or extra.get("tool_calls") or extra.get("reasoning_content")
     if not parts and not may_be_empty:
         raise SampleError("bad_record", f"{where} has neither text nor media. Write it, or take the turn out.")
-    return without_repeated_thought(Message(role, parts, extra, trained), where)
+    return without_repeated_thought(Message(role, parts, extra, weight), where)
 
 
 def _is_empty_system(message: Message) -> bool:

@@ -1,4 +1,4 @@
-"""The keys of a turn besides who speaks and what is said: calls, thoughts, and whether it is trained."""
+"""The keys of a turn besides who speaks and what is said: calls, thoughts, and how much it is trained."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ TURN_EXTRAS: dict[str, Any] = {
     "tool_call_id": str,
 }
 """Keys that chat templates know, and those of the same meaning: ``reasoning`` of vLLM, the older ``function_call``."""
-TRAIN_KEYS = ("loss", "weight", "train", "loss_mask")
-"""Of ms-swift, OpenAI, axolotl and UI-TARS: whether an answer is trained."""
+FLAG_KEYS = ("loss", "train", "loss_mask")
+"""Of ms-swift, axolotl and UI-TARS: whether an answer is trained."""
+WEIGHT_KEYS = ("weight", "loss_scale", "loss_weight")
+"""Of OpenAI, ms-swift and LLaMA-Factory: factor of the loss of an answer's tokens."""
+_LEAST, _MOST = 0.001, 1000.0
+"""Limits of a weight other than 0: numbers beyond them are something else, or a slip."""
 AUDIO_FIELDS = ("audio", "audios")
 """Refused where they hold something; see :mod:`qwenvl.data.conversation.record_keys`."""
 
 _TYPE_NAMES: dict[Any, str] = {list: "a list", Mapping: "an object", str: "a string"}
-_READ = frozenset(("from", "value", "role", "content", *TURN_EXTRAS, *TRAIN_KEYS, *MEDIA_FIELDS, *AUDIO_FIELDS))
+_READ = frozenset(
+    ("from", "value", "role", "content", *TURN_EXTRAS, *FLAG_KEYS, *WEIGHT_KEYS, *MEDIA_FIELDS, *AUDIO_FIELDS)
+)
 
 
 def read_extra(turn: Mapping[str, Any], role: Role, number: int) -> dict[str, Any]:
@@ -67,34 +73,46 @@ def _rename(extra: dict[str, Any], other: str, name: str, number: int) -> None:
         extra[name] = value
 
 
-def read_trained(turn: Mapping[str, Any], role: Role, number: int) -> bool:
-    """Return whether a turn is trained, as far as it says so itself.
+def read_weight(turn: Mapping[str, Any], role: Role, number: int) -> float:
+    """Return the factor of the loss of a turn, as far as it says so itself; 0 where it is not trained.
 
     Raises:
-        SampleError: a value is neither true nor false, two contradict each other, or another turn than an answer is to
-            be trained (``bad_record``).
+        SampleError: a value is no flag or no weight, two contradict each other, or another turn than an answer is to be
+            trained (``bad_record``).
     """
-    given = {key: _flag(key, turn[key], number) for key in TRAIN_KEYS if turn.get(key) is not None}
-    if len(set(given.values())) > 1:
+    flags = {key: _flag(key, turn[key], number) for key in FLAG_KEYS if turn.get(key) is not None}
+    weights = {key: _weight(key, turn[key], number) for key in WEIGHT_KEYS if turn.get(key) is not None}
+    given = flags | weights
+    if len({bool(one) for one in given.values()}) > 1 or len(set(weights.values())) > 1:
         raise SampleError("bad_record", f"turn {number}: {' and '.join(map(repr, given))} differ. Keep one of them.")
-    trained = next(iter(given.values()), True)
-    if given and trained and role != "assistant":
+    weight = float(next(iter((weights or flags).values()), 1))
+    if given and weight and role != "assistant":
         raise SampleError(
             "bad_record",
             f"turn {number} ({role}): {next(iter(given))!r} asks for training, but only assistant turns are trained. "
             "Take it out.",
         )
-    return trained
+    return weight
 
 
 def _flag(key: str, value: Any, number: int) -> bool:
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
-    weights = " Weights in between are not supported." if isinstance(value, float | int) else ""
+    weigh = " 'weight' is the key of a turn's weight." if isinstance(value, float | int) else ""
     raise SampleError(
         "bad_record",
         f"turn {number}: {key!r} must be true or 1 (trained), or false or 0 (not trained), not {reprlib.repr(value)}."
-        + weights,
+        + weigh,
+    )
+
+
+def _weight(key: str, value: Any, number: int) -> float:
+    if isinstance(value, bool | int | float) and (value == 0 or _LEAST <= value <= _MOST):
+        return float(value)
+    raise SampleError(
+        "bad_record",
+        f"turn {number}: {key!r} must be 0 (not trained) or a number from {_LEAST:g} to {_MOST:g}, the factor of the "
+        f"turn's loss, not {reprlib.repr(value)}.",
     )
 
 

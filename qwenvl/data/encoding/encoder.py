@@ -12,7 +12,7 @@ from qwenvl.data.conversation.messages import build_conversation, examine
 from qwenvl.data.conversation.thoughts import is_empty_answer
 from qwenvl.data.encoding.encoded import EncodedSample, Event, Medium, Plan
 from qwenvl.data.encoding.rows import training_rows
-from qwenvl.data.encoding.targets import TargetReader, as_question
+from qwenvl.data.encoding.targets import TargetReader, as_question, require_no_weights
 from qwenvl.data.encoding.tokenization import Encoding, Tokenizer, Tokens
 from qwenvl.data.media.pixels import read_resized
 from qwenvl.data.media.reader import MediaReader
@@ -176,8 +176,9 @@ class SampleEncoder:
         for row in kept.rows:
             measures = measures.plus(measure_row(row.encoding.length, row.encoding.trained, row.media))
         answers = [thinks for row in kept.rows for thinks in row.rendering.thinks]
+        weighted = sum(weight != 1 for row in kept.rows for weight in row.rendering.weights)
         remarks = dict.fromkeys(self._remarks(kept, sample), 1)
-        return measures._replace(samples=1, answers=len(answers), thoughts=sum(answers), **remarks)
+        return measures._replace(samples=1, answers=len(answers), thoughts=sum(answers), weighted=weighted, **remarks)
 
     def _remarks(self, draft: _Draft, sample: Sample) -> dict[str, str]:
         """Return the kinds of :data:`~qwenvl.data.sample_stats.REMARKS` that a sample is of, each with words on it."""
@@ -283,11 +284,13 @@ class SampleEncoder:
             conversation = build_conversation(
                 sample, self.reserved_tokens, answered=not self.prompts, task_fields=self.task_fields
             )
+            if self.targets is not None:
+                require_no_weights(conversation)
             if self.prompts:
                 conversation = as_question(conversation)
             elif asked:
                 *before, last = conversation.messages
-                conversation = replace(conversation, messages=(*before, replace(last, trained=True)))
+                conversation = replace(conversation, messages=(*before, replace(last, weight=last.weight or 1.0)))
             if self.targets is not None:
                 self.targets.check(sample, conversation)
             media = tuple(plan_item(item, reader, self.settings) for item in conversation.media())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwenvl.data.conversation.chat_template import Rendering, TrainedTurn
+from qwenvl.data.conversation.chat_template import Rendering, TrainedTurn, weights_of
 from qwenvl.data.types import History, LossOn
 
 SameIds = Callable[[Sequence[str]], bool]
@@ -30,6 +30,7 @@ class _Row:
     arguments: list[Mapping[str, Any]] = field(default_factory=list)
     untrained: list[tuple[int, int]] = field(default_factory=list)
     thinks: list[bool] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
     def add(self, turn: TrainedTurn, header: str, loss_on: LossOn) -> None:
         """Add an answer, whose prompt begins with the text of the row."""
@@ -40,6 +41,7 @@ class _Row:
         self.turns.append(turn.message)
         self.arguments.append(turn.arguments)
         self.thinks.append(turn.thought > 0)
+        self.weights.append(turn.weight)
         if loss_on == "answers" and turn.thought:
             self.untrained.append((start, start + turn.thought))
         if loss_on == "thoughts":
@@ -87,4 +89,5 @@ def _finished(row: _Row) -> Rendering:
         arguments=tuple(row.arguments),
         untrained=tuple(row.untrained),
         thinks=tuple(row.thinks),
+        weights=weights_of(row.weights),
     )

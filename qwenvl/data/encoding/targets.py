@@ -24,6 +24,20 @@ def as_question(conversation: Conversation) -> Conversation:
     return replace(conversation, messages=messages)
 
 
+def require_no_weights(conversation: Conversation) -> None:
+    """Check that no answer has a weight, which a task would not heed: its loss is not one of the answers' tokens.
+
+    Raises:
+        SampleError: one has.
+    """
+    if any(message.weight not in (0, 1) for message in conversation.messages):
+        raise SampleError(
+            "bad_record",
+            "a turn has a weight other than 0 and 1, which --task does not read: answers are not what it learns. Take "
+            "it out.",
+        )
+
+
 class TargetReader(Protocol):
     """Reads the target of each sample. Safe to send to other processes.
 

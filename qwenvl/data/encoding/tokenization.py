@@ -59,6 +59,7 @@ class Tokens:
         position_ids: int64 [4, T]; see :mod:`qwenvl.data.encoding.mrope`.
         vision_mask: bool [T]; True at image and video placeholders.
         starts: Index of the first token of each trained answer.
+        weights: float32 [T], factor of each token's loss, 0 where nothing is trained; None where all are 1.
     """
 
     input_ids: torch.Tensor
@@ -66,6 +67,7 @@ class Tokens:
     position_ids: torch.Tensor
     vision_mask: torch.Tensor
     starts: tuple[int, ...] = ()
+    weights: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -81,12 +83,14 @@ class Encoding:
         blocks: (merged grid, temporal step) of every placeholder, in order.
         length: tokens of the sample, once the placeholders are repeated.
         trained: how many of them are trained.
+        weights: Factor of the loss of each answer; empty where all are 1.
     """
 
     stretches: tuple[tuple[list[int], list[bool] | None], ...]
     blocks: tuple[tuple[tuple[int, int, int], float], ...]
     length: int
     trained: int
+    weights: tuple[float, ...] = ()
 
 
 class Tokenizer:
@@ -142,7 +146,8 @@ class Tokenizer:
             )
         if answered and not trained_words:
             raise SampleError("no_answer", "no token of the sample would be trained: it has no answer.")
-        return Encoding(stretches, blocks, words + sum(t * h * w for (t, h, w), _ in blocks), trained_words)
+        length = words + sum(t * h * w for (t, h, w), _ in blocks)
+        return Encoding(stretches, blocks, length, trained_words, rendering.weights)
 
     def expand(self, encoding: Encoding) -> Tokens:
         """Repeat every placeholder as often as its picture has tokens, and give all tokens labels and positions."""
@@ -162,7 +167,8 @@ class Tokenizer:
         borders = np.cumsum([0, *(len(part) for part, _ in encoding.stretches)])
         answers = [flags is not None for _, flags in encoding.stretches]
         first = tuple(places[borders[:-1][answers]].tolist())
-        return Tokens(input_ids, labels, position_ids(len(input_ids), spans), mask, first)
+        weights = _token_weights(encoding, labels, places[borders]) if encoding.weights else None
+        return Tokens(input_ids, labels, position_ids(len(input_ids), spans), mask, first, weights)
 
     def same_ids(self, pieces: Sequence[str]) -> bool:
         """Whether pieces of text have the same ids one by one as in one piece."""
@@ -246,3 +252,18 @@ class Tokenizer:
         # no constant rate: the model was trained so, and a server can send nothing else.
         seconds = self._settings.temporal_patch_size / plan.sampled_fps
         return [((temporal, height, width), self._vision.tokens_per_second * seconds)]
+
+
+def _token_weights(encoding: Encoding, labels: torch.Tensor, borders: np.ndarray) -> torch.Tensor:
+    """Return the weight of each token of a sample: float32 [T].
+
+    Args:
+        encoding: With weights.
+        labels: int64 [T].
+        borders: int64 [stretches + 1], tokens before each stretch, and all of them.
+    """
+    weights, of_answers = torch.zeros(len(labels)), iter(encoding.weights)
+    for number, (_, trained) in enumerate(encoding.stretches):
+        if trained is not None:
+            weights[borders[number] : borders[number + 1]] = next(of_answers)
+    return weights.where(labels != IGNORE_INDEX, 0.0)

@@ -26,7 +26,7 @@ from qwenvl.utils.errors import UserError
 from qwenvl.utils.logging import shows_bars
 from qwenvl.utils.processes import in_processes
 
-_COUNTING = 3  # to be raised when what is counted of a sample changes, so that older caches are not read
+_COUNTING = 4  # to be raised when what is counted of a sample changes, so that older caches are not read
 _ROWS_A_TASK = 64  # done together, and counted again if the run is killed meanwhile
 
 logger = logging.getLogger(__name__)

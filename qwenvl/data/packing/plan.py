@@ -24,7 +24,7 @@ from qwenvl.data.sample_stats import MEASURES, Measures
 from qwenvl.utils.cache import array_hash, fingerprint, replacing
 from qwenvl.utils.errors import UserError
 
-_VERSION = 3
+_VERSION = 4
 _METADATA_KEY = b"qwenvl_plan"
 _MEANING = {
     "model_max_length": "--model_max_length",

@@ -31,21 +31,38 @@ def tell_host(batch: dict[str, Any]) -> dict[str, Any]:
         kept          .     x    x    .     .       kept_positions 1 2, targets 7 8
 
     Args:
-        batch: of the collator, on the host; ``labels`` int64 [B, T], -100 where a token is not trained.
+        batch: of the collator, on the host; ``labels`` int64 [B, T], -100 where a token is not trained;
+            ``loss_weights`` float32 [B, T], factors of the tokens' loss, where any is not 1.
 
     Returns:
-        The batch without ``labels``, with ``kept_positions`` int64 [n], in the batch's rows one after another;
-        ``targets`` int64 [n]; and ``segments``.
+        The batch without ``labels`` and ``loss_weights``, with ``kept_positions`` int64 [n], in the batch's rows one
+        after another; ``targets`` int64 [n]; ``target_weights`` int32 [n], their factors in the bits of float32, which
+        no engine rounds on the way to the model as it does with numbers (DeepSpeed, FSDP2), where any is not 1; and
+        ``segments``.
     """
     batch = dict(batch)
     labels: Tensor = batch.pop("labels")
+    weights: Tensor | None = batch.pop("loss_weights", None)
     kept = torch.zeros_like(labels, dtype=torch.bool)
     kept[:, :-1] = labels[:, 1:] != IGNORED_LABEL
+    if weights is not None:
+        batch["target_weights"] = weights[:, 1:][kept[:, :-1]].view(torch.int32)
     return batch | {
         "kept_positions": kept.flatten().nonzero().squeeze(1),
         "targets": labels[:, 1:][kept[:, :-1]],
         "segments": segments_of(batch, labels),
     }
+
+
+def count_targets(batch: Mapping[str, Any]) -> int:
+    """Return the trained tokens of a batch of the collator."""
+    return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+
+
+def total_weight(batch: Mapping[str, Any]) -> float:
+    """Return the weights of the trained tokens of a batch of the collator, added up: their number where all are 1."""
+    weights: Tensor | None = batch.get("loss_weights")
+    return count_targets(batch) if weights is None else float(weights[:, 1:].double().sum())
 
 
 def segments_of(batch: Mapping[str, Any], labels: Tensor) -> Segments:
@@ -96,13 +113,14 @@ def causal_loss(
             ``segments``; ``pixels`` and ``media`` where it holds media (see
             :class:`~qwenvl.models.vision.inputs.VisionInputs`), ``attention_mask`` if padded, ``cu_seq_lens_q`` and the
             like if flattened.
-        num_trained_tokens: what to divide by: the trained tokens of the whole optimizer step, over all ranks and
-            accumulation steps, so that the parts' sum does not depend on the split.
+        num_trained_tokens: what to divide by: the trained tokens (:func:`total_weight`) of the whole optimizer step,
+            over all ranks and accumulation steps, so that the parts' sum does not depend on the split.
         balance: adds the auxiliary loss of a mixture of experts.
 
     Returns:
-        float32 scalar: sum of cross entropy over the batch's trained tokens, in nats, / ``num_trained_tokens``; with
-        ``balance``, plus its coefficient x the batch's auxiliary loss summed over tokens / ``num_tokens``.
+        float32 scalar: sum of weight x cross entropy over the batch's trained tokens, in nats, /
+        ``num_trained_tokens``; with ``balance``, plus its coefficient x the batch's auxiliary loss summed over tokens /
+        ``num_tokens``.
     """
     output = run_model(model, batch, router_logits=balance is not None)
     # without our head a stock model takes the arguments it does not know without a word

@@ -22,15 +22,24 @@ from qwenvl.models.token_rows import ROWS, with_rows
 CHUNK_ELEMENTS = 1 << 27
 """Logits held at a time: 883 rows of 151,936 columns, 0.5 GB in float32."""
 
-SummedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(hidden states [n, H], weight [V, H], targets int64 [n]) to the sum of cross entropy, float32, in nats."""
+SummedLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(hidden states [n, H], weight [V, H], targets int64 [n], factors float32 [n] or None for 1) to the sum of factor x
+cross entropy, float32, in nats."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of cross entropy of ``hidden @ weight.T``; both gradients are ready when forward ends."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        factors: Tensor | None,
+        rows: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         matrix = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -40,10 +49,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             states = hidden[part].to(dtype)
             logits = states @ matrix.T
-            total += functional.cross_entropy(logits.to(total.dtype), targets[part], reduction="sum")
+            scale = None if factors is None else factors[part].to(total.dtype)
+            total += _cross_entropy(logits.to(total.dtype), targets[part], scale)
             if not (needs_hidden or needs_weight):
                 continue
-            slope = _gradient_of_logits(logits, targets[part])
+            slope = _gradient_of_logits(logits, targets[part], scale)
             if grad_hidden is not None:
                 grad_hidden[part] = slope @ matrix
             if grad_weight is not None:
@@ -55,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if part is None else part.mul_(grad.to(part.dtype)) for part in ctx.saved_tensors)
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -63,10 +73,19 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _gradient_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return softmax(logits) - one_hot(targets), [n, V], in the type of the logits."""
+def _cross_entropy(logits: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
+    """Return the sum of cross entropy, each row times its factor."""
+    if factors is None:
+        return functional.cross_entropy(logits, targets, reduction="sum")
+    return functional.cross_entropy(logits, targets, reduction="none") @ factors
+
+
+def _gradient_of_logits(logits: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
+    """Return factor x (softmax(logits) - one_hot(targets)), [n, V], in the type of the logits."""
     slope = logits.softmax(-1, dtype=_exact(logits.dtype))
     slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
+    if factors is not None:
+        slope *= factors[:, None]
     return slope.to(logits.dtype)
 
 
@@ -79,7 +98,12 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_elements: int = CHUNK_ELEMENTS
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    factors: Tensor | None = None,
+    *,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
     """Return the summed cross entropy of a projection to the vocabulary.
 
@@ -89,6 +113,7 @@ def linear_cross_entropy(
         hidden: [n, H] hidden states.
         weight: [V, H], of the projection.
         targets: int64 [n], the token that each row predicts, 0 to V - 1.
+        factors: float32 [n], of each row's cross entropy; None where all are 1.
         chunk_elements: logits held at a time.
 
     Returns:
@@ -98,7 +123,7 @@ def linear_cross_entropy(
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
     rows = max(1, chunk_elements // len(weight))
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, rows, dtype)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, factors, rows, dtype)
     return total
 
 
@@ -118,8 +143,9 @@ class LossHead(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         self.summed_loss = summed_loss
-        self.targets: Tensor | None = None  # for the next call, and for that alone
-        self.passed: Tensor | None = None  # what the next call returns, where a task has a module of its own
+        self.targets: Tensor | None = None  # for the next call, and for that alone; so are the next ones
+        self.target_weights: Tensor | None = None
+        self.passed: Tensor | None = None  # what the call returns, where a task has a module of its own
         self.row_ids: list[int] = []
         self.rows: nn.Parameter | None
         self.register_parameter(ROWS, None)
@@ -135,12 +161,17 @@ class LossHead(nn.Linear):
         self.rows = rows
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return logits [..., V]; or, with ``targets`` set, the summed cross entropy of all rows, float32 scalar."""
+        """Return logits [..., V]; or, with ``targets`` set, the summed cross entropy of all rows, float32 scalar.
+
+        ``target_weights`` are factors of the rows, in the bits of float32: int32 [n].
+        """
         targets, self.targets = self.targets, None
+        weights, self.target_weights = self.target_weights, None
         passed, self.passed = self.passed, None
         if passed is not None:
             return passed
         weight = self.weight if self.rows is None else with_rows(self.weight, self.row_ids, self.rows)
         if targets is None:
             return functional.linear(hidden, weight)
-        return self.summed_loss(hidden.flatten(0, -2), weight, targets)
+        factors = None if weights is None else weights.view(torch.float32)
+        return self.summed_loss(hidden.flatten(0, -2), weight, targets, factors)

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenvl.models.loss.fused_lm_head import SummedLoss
+from qwenvl.models.loss.fused_lm_head import SummedLoss, linear_cross_entropy
 from qwenvl.utils.errors import UserError
 
 
 def open_liger_loss() -> SummedLoss:
     """Return Liger Kernel's loss in the form of :func:`qwenvl.models.loss.fused_lm_head.linear_cross_entropy`.
+
+    Its kernel has no factors of rows: of a batch in which answers have weights, that function computes the loss.
 
     Raises:
         UserError: there is no CUDA device, or the package is missing or too old.
@@ -37,7 +39,9 @@ def load_liger_loss() -> SummedLoss:
         ) from error
     function = module.LigerFusedLinearCrossEntropyFunction
 
-    def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None = None) -> Tensor:
+        if factors is not None:
+            return linear_cross_entropy(hidden, weight, targets, factors)
         # positional, as autograd functions are called: no bias, no class weights, -100 ignored, no z-loss, no smoothing
         outcome = function.apply(hidden, weight, targets, None, None, -100, 0.0, 0.0, "sum")
         total: Tensor = outcome[0] if isinstance(outcome, tuple) else outcome

@@ -100,7 +100,7 @@ class FirstStep:
             raise UserError(f"The loss of the first step is {loss}. {_CAUSES}")
         if loss == 0 and units > 0:
             raise UserError(
-                f"The loss of the first step is 0 for {units:.0f} {self._unit}: no model is that sure. Look at "
+                f"The loss of the first step is 0 for {units:g} {self._unit}: no model is that sure. Look at "
                 " the labels with tools/show_sample.py, and at the checkpoint's weights."
             )
         if missing:

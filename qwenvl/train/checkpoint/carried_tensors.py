@@ -26,12 +26,15 @@ MTP_LAYERS = "mtp_num_hidden_layers"
 def carried_tensors(source: Mapping[str, Header], model: Any) -> dict[str, Header]:
     """Return the tensors of a checkpoint that transformers leaves out when it loads the model.
 
+    Those of an FP8 checkpoint are none: the model was dequantized, and FP8 tensors beside it would be misread.
+
     Args:
         source: Tensors of the checkpoint.
         model: Stock model that was loaded from it; names them by patterns.
     """
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    return {name: header for name, header in source.items() if any(pattern.search(name) for pattern in patterns)}
+    found = {name: header for name, header in source.items() if any(pattern.search(name) for pattern in patterns)}
+    return {} if any(header.dtype.startswith("F8") for header in found.values()) else found
 
 
 def carry_over(folder: Path, tensors: Mapping[str, Header], max_bytes: int) -> None:
@@ -69,8 +72,8 @@ def log_carried(tensors: Mapping[str, Header], config: Any) -> None:
     layers = getattr(config.get_text_config(), MTP_LAYERS, 0) or 0
     if layers != _count_mtp_layers(tensors):
         logger.warning(
-            "config.json says %s %d, but the checkpoint holds %d such layers (mtp.layers.*), and saved folders say %d. "
-            "Take the published checkpoint if you serve with multi-token prediction.",
+            "config.json says %s %d, but %d such layers (mtp.layers.*) of the checkpoint can be saved with the model, "
+            "and saved folders say %d. Take the published checkpoint in bfloat16 if you serve with multi-token prediction.",
             *(MTP_LAYERS, layers, _count_mtp_layers(tensors), _count_mtp_layers(tensors)),
         )
 

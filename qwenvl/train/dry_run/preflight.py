@@ -7,6 +7,7 @@ assumed).
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ from typing import Any, get_args
 
 import numpy as np
 from rich.table import Table
+from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from qwenvl.config import ParsedArguments, TrainingArguments
 from qwenvl.data.collator import Collator, for_model
-from qwenvl.data.dataset import ConversationDataset
+from qwenvl.data.dataset import ConversationDataset, SampledTable
+from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.packing.lengths import measure_lengths
 from qwenvl.data.types import History
 from qwenvl.profiling.activation_memory import StepMemory, measure_step
@@ -32,16 +35,18 @@ from qwenvl.train.measured_trainer import flops_of
 from qwenvl.train.records.summary import describe_budget, describe_data, describe_model, describe_remarks
 from qwenvl.train.schedule import plan_schedule, slowest_over_mean
 from qwenvl.utils.cache import cache_folder
+from qwenvl.utils.cores import available_cores
 from qwenvl.utils.distributed import world_size
 from qwenvl.utils.errors import SampleError, UserError
+from qwenvl.utils.processes import in_processes
 from qwenvl.utils.tables import as_text
 
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 20
 """Rows of a dataset of which one has to be decodable."""
-_READ = 1000
-"""Rows of a dataset whose keys are looked at."""
+_ROWS_A_TASK = 256
+"""Rows of which one process looks at the keys at a time."""
 
 
 def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) -> None:
@@ -115,19 +120,33 @@ def decode_one_of_each(dataset: ConversationDataset) -> None:
             )
 
 
-def name_unread_keys(dataset: ConversationDataset) -> None:
-    """Say which keys of the records nothing reads; of large datasets, in rows spread evenly over them."""
-    for table in dataset.tables:
-        rows = np.unique(table.rows)
-        chosen = rows[np.unique(np.linspace(0, len(rows) - 1, _READ).astype(int))]
+class _KeysOfRows(Dataset[list[str]]):
+    """Keys of the records of a table that nothing reads, as messages; some rows an index, usable or not."""
+
+    def __init__(self, table: SampledTable, encoder: SampleEncoder) -> None:
+        self._table, self._encoder = table.table, encoder
+        self._rows = np.unique(table.rows)
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // _ROWS_A_TASK)
+
+    def __getitem__(self, index: int) -> list[str]:
         messages = dict[str, None]()
-        for row in chosen.tolist():
+        for row in self._rows[index * _ROWS_A_TASK : (index + 1) * _ROWS_A_TASK].tolist():
             try:
-                samples = table.table[row]
+                samples = self._table[row]
             except SampleError:  # which training leaves out, or which has stopped the run before
                 continue
-            messages |= dict.fromkeys(event.message for one in samples for event in dataset.encoder.unread_keys(one))
-        for message in messages:
+            messages |= dict.fromkeys(event.message for one in samples for event in self._encoder.unread_keys(one))
+        return list(messages)
+
+
+def name_unread_keys(dataset: ConversationDataset) -> None:
+    """Say which keys of the records nothing reads; of all rows, which takes a part of what counting them takes."""
+    for table in dataset.tables:
+        tasks = _KeysOfRows(table, dataset.encoder)
+        found = in_processes(tasks, len(tasks), available_cores())
+        for message in dict.fromkeys(itertools.chain.from_iterable(found)):
             logger.warning("%s.", message)
 
 

@@ -4,7 +4,7 @@
                                            [--reduced bfloat16]
 
 The model is stock: ``AutoModelForImageTextToText``, ``AutoProcessor`` and, for an adapter, PEFT; of this trainer come
-the classes of its own families, which transformers does not have, and the head of a task.
+the classes of its own families, which transformers does not have, the head of a task, and one type for an FP8 base.
 CASES holds, for each sample numbered from 0, ``N.input_ids`` int64 [1, T], ``N.rows`` int64 [n], ``N.logits`` float32
 [n, V]; what the model's ``forward`` takes of its media; and ``N.scores`` where a task has a head. Positions are left to
 the model. WEIGHTS holds ``tensors``, checksums as of :mod:`qwenvl.models.fingerprints`, and
@@ -30,11 +30,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.families import register_classes_of
 from qwenvl.models.fingerprints import adapter_scales, differing, listed, opened_tensors
 from qwenvl.models.float32 import computing_in_float32
+from qwenvl.models.quantization import dequantizing, finish_dequantizing
 from qwenvl.models.task_module import NAME
 from qwenvl.tasks import files as task_files
 
@@ -81,7 +82,12 @@ def open_model(folder: Path, dtype: str) -> tuple[Any, list[str]]:
     if adapted:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base, dtype=dtype), folder), []
+        config = AutoConfig.from_pretrained(base)
+        whole = dequantizing(config, config.to_dict())
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, config=whole)
+        if whole is not config:
+            finish_dequantizing(model, getattr(torch, dtype))
+        return PeftModel.from_pretrained(model, folder), []
     model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
     names = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     problems = [f"{kind.replace('_', ' ')}: {', '.join(found[:6])}" for kind, found in names.items() if found]

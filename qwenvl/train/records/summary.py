@@ -187,17 +187,29 @@ def _measured_table(
         reasons = [f"{count:,} {why.replace('_', ' ')}" for (of, why), count in sorted(left_out.items()) if of == name]
         missing = f"{left_out.total():,}" if name == "all" else ", ".join(reasons) or "0"
         rows.append([name, *(f"{count:,}" for count in _sums(part)), *_contexts(part), missing])
-    headings = ["dataset", "samples", "tokens", "trained", "patches", "longest", "rows", "thoughts", "left out"]
+    headings = [
+        "dataset",
+        "samples",
+        "tokens",
+        "trained",
+        "patches",
+        "longest",
+        "rows",
+        "thoughts",
+        "weighted",
+        "left out",
+    ]
     several, thoughts = (measures["rows"] > measures["samples"]).any(), thinking or measures["thoughts"].any()
-    chosen = [number for number, one in enumerate([*(True,) * 6, several, thoughts, True]) if one]
+    weighted = measures["weighted"].any()
+    chosen = [number for number, one in enumerate([*(True,) * 6, several, thoughts, weighted, True]) if one]
     cells = [[row[number] for number in chosen] for row in rows]
     return table("Samples to train on", [headings[number] for number in chosen], cells, words=(0, len(chosen) - 1))
 
 
 def _contexts(part: np.ndarray) -> list[str]:
-    """Return the training rows of some samples, and how many of their answers have a thought."""
-    rows, answers, thoughts = (int(part[field].sum()) for field in ("rows", "answers", "thoughts"))
-    return [f"{rows:,}", f"{thoughts:,} of {answers:,} answers"]
+    """Return the training rows of some samples, how many answers have a thought, and how many a weight other than 1."""
+    rows, answers, *some = (int(part[field].sum()) for field in ("rows", "answers", "thoughts", "weighted"))
+    return [f"{rows:,}", *(f"{count:,} of {answers:,} answers" for count in some)]
 
 
 def describe_remarks(tables: Sequence[SampledTable], measures: np.ndarray) -> Iterator[str]:

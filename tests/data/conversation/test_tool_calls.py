@@ -241,8 +241,8 @@ def test_turns_that_are_not_trained(template: ChatTemplate, key: str, untrained:
 @pytest.mark.parametrize(
     ("turn", "expected"),
     [
-        ({"loss": 0.5}, "'loss' must be true or 1 (trained), or false or 0 (not trained), not 0.5. Weights in between"),
-        ({"weight": 2}, "'weight' must be true or 1"),
+        ({"loss": 0.5}, "'loss' must be true or 1 (trained), or false or 0 (not trained), not 0.5. 'weight' is"),
+        ({"loss_mask": 2}, "'loss_mask' must be true or 1"),
         ({"train": "false"}, "'train' must be true or 1 (trained), or false or 0 (not trained), not 'false'."),
         ({"loss_mask": [1, 0]}, "'loss_mask' must be"),
         ({"loss": True, "weight": 0}, "'loss' and 'weight' differ"),

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from qwenvl.models.attention.packed import attend_by_segments
-from qwenvl.models.loss.causal_lm import GradientWatch, causal_loss, count_tokens, run_model, tell_host
+from qwenvl.models.loss.causal_lm import GradientWatch, causal_loss, count_tokens, run_model, tell_host, total_weight
 from qwenvl.models.trainable.freezing import parameter_modules
+from tests.models.conftest import BATCHES
 from tests.patches import install
 
 TOLERANCE = 1e-5
@@ -81,6 +84,41 @@ def test_equals_stock_one_by_one(family_name, layout, attention, dtype, load_tin
         attend_by_segments(model)
     total = sum(sample.trained_tokens for sample in samples)
     loss = causal_loss(model, make_batch(layout, samples), num_trained_tokens=total)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=PRECISIONS[dtype])
+    errors = gradient_errors(model, stock)
+    assert max(errors.values()) < COARSE.get((family_name, dtype), PRECISIONS[dtype]), errors
+
+
+def weighted_stock_loss(model: PreTrainedModel, samples: list[Any], weights: list[Tensor]) -> Tensor:
+    """The weighted mean of the stock model's cross entropy of each trained token, one sample at a time."""
+    total, divisor = torch.zeros(()), 0.0
+    for sample, weight in zip(samples, weights, strict=True):
+        logits = model(**sample.inputs).logits[0, :-1]
+        losses = functional.cross_entropy(logits, sample.labels[0, 1:], reduction="none")  # 0 for untrained ones
+        total = total + (losses * weight[0, 1:]).sum()
+        divisor += float(weight[0, 1:][sample.labels[0, 1:] != -100].sum())
+    return total / divisor
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_weights_equal_a_weighted_mean_of_stock_losses(family_name, layout, dtype, load_tiny, mixture, make_batch):
+    samples = in_precision(list(mixture(family_name).values()), dtype)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.rand(sample.labels.shape, generator=generator) * 3 for sample in samples]
+    weights = [one.where(sample.labels != -100, 0.0) for one, sample in zip(weights, samples, strict=True)]
+    model = load_tiny(family_name, "sdpa").to(dtype)
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")
+    expected = weighted_stock_loss(model, samples, weights)
+    expected.backward()
+    stock = gradients(model)
+    model.zero_grad()
+    install(model)
+    rows = pad_sequence([one[0] for one in weights], True) if layout == "padded" else torch.cat(weights, dim=1)
+    batch = BATCHES[layout](samples) | {"loss_weights": rows}
+    divisor = total_weight(batch)
+    loss = causal_loss(model, tell_host(batch), num_trained_tokens=divisor)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=PRECISIONS[dtype])
     errors = gradient_errors(model, stock)
@@ -179,6 +217,18 @@ def test_the_last_token_of_a_flattened_sample_predicts_nothing():
     assert told["targets"].tolist() == [4, 5, 6, 7]
     assert told["segments"].lengths == (3, 3)
     assert all(type(length) is int for length in told["segments"].lengths), "a tensor would be read from the device"
+
+
+def test_weights_travel_as_bits():
+    """DeepSpeed and FSDP2 round the numbers that a model is given to the type that it computes in."""
+    labels = torch.tensor([[-100, 4, 5, -100, 6, 7]])
+    weights = torch.rand(1, 6).where(labels != -100, 0.0)
+    assert "target_weights" not in tell_host({"labels": labels})
+    batch = {"labels": labels, "loss_weights": weights}
+    bits = tell_host(batch)["target_weights"]
+    assert bits.dtype == torch.int32
+    assert torch.equal(bits.view(torch.float32), weights[0, [1, 2, 4, 5]])
+    assert total_weight(batch) == pytest.approx(float(weights[0, [1, 2, 4, 5]].sum()))
 
 
 def test_router_logits_are_returned_on_request(load_tiny, mixture, make_batch):

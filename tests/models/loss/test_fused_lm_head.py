@@ -36,6 +36,19 @@ def test_chunks_of_any_size_give_the_loss_and_gradients_of_the_whole(rows, colum
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@settings(max_examples=60)
+@given(st.integers(1, 40), st.integers(2, 50), st.integers(1, 400), st.integers(0, 1000), st.floats(-3, 3))
+def test_factors_of_rows_weigh_loss_and_gradients(rows, columns, chunk, seed, factor):
+    hidden, weight, targets = make(rows, columns, seed)
+    factors = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) * 3
+    whole = (functional.cross_entropy(hidden @ weight.T, targets, reduction="none") * factors.double()).sum()
+    ours = linear_cross_entropy(hidden, weight, targets, factors, chunk_elements=chunk)
+    for found, expected in zip(
+        gradients(ours * factor, hidden, weight), gradients(whole * factor, hidden, weight), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
 def test_what_is_frozen_gets_no_gradient(frozen):
     hidden, weight, targets = make(9, 20, 0)
@@ -100,6 +113,13 @@ def test_the_head_returns_logits_where_no_targets_are_set_and_uses_targets_once(
     head.targets = torch.arange(6)
     assert head(hidden).shape == ()
     assert torch.equal(head(hidden), linear(hidden))
+    factors = torch.tensor([0.3, 2.0, 1.0, 0.7, 1.0, 5.0])
+    head.targets, head.target_weights = torch.arange(6), factors.view(torch.int32)
+    expected = functional.cross_entropy(linear(hidden[0]), torch.arange(6), reduction="none") @ factors
+    torch.testing.assert_close(head(hidden), expected)
+    head.targets = torch.arange(6)  # without weights of their own
+    plain = functional.cross_entropy(linear(hidden[0]), torch.arange(6), reduction="sum")
+    torch.testing.assert_close(head(hidden), plain)
     assert head.state_dict().keys() == linear.state_dict().keys() and head.weight is linear.weight
 
 

@@ -20,6 +20,9 @@ from qwenvl.models.loss.liger import load_liger_loss
 torch.manual_seed(0)
 hidden, weight = torch.randn(37, 32, requires_grad=True), torch.randn(301, 32, requires_grad=True)
 targets = torch.randint(0, 301, (37,))
+factors = torch.rand(37)
+weighted = [loss(hidden, weight, targets, factors) for loss in (load_liger_loss(), linear_cross_entropy)]
+assert torch.equal(*weighted)
 for factor in (1.0, 0.01):
     found = []
     for loss in (load_liger_loss(), linear_cross_entropy):
