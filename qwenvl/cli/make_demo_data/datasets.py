@@ -11,8 +11,8 @@ _SUFFIXES = {"train": "", "heldout": "_heldout"}
 def demo_datasets() -> dict[str, dict[str, str]]:
     """Return the entries of ``demo_digits``, ``demo_digits_heldout`` and so on, for ``data_dict``.
 
-    The files are those that scripts/demo.sh and scripts/demo_masks.sh make: in the folder that the environment variable
-    ``DEMO_DIR`` names, or in ``demo`` beside the registry's folder.
+    The files are those that scripts/demo.sh, demo_masks.sh and demo_thinking.sh make: in the folder that the
+    environment variable ``DEMO_DIR`` names, or in ``demo`` beside the registry's folder.
     """
     folder = os.environ.get("DEMO_DIR", "demo")
     tasks = {
@@ -30,4 +30,12 @@ def demo_datasets() -> dict[str, dict[str, str]]:
         }
         for split, suffix in _SUFFIXES.items()
     }
-    return {**tasks, **masks}
+    comparisons = {
+        f"demo_{name}": {"annotation_path": f"{folder}/data/{name}.jsonl", "data_path": f"{folder}/data"}
+        for name in ("compare_plain_heldout", "compare_thinking_heldout")
+    }
+    comparisons["demo_compare"] = {
+        "annotation_path": f"{folder}/data/compare_train.jsonl",
+        "data_path": f"{folder}/data",
+    }
+    return {**tasks, **masks, **comparisons}

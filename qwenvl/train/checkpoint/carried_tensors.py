@@ -73,7 +73,7 @@ def log_carried(tensors: Mapping[str, Header], config: Any) -> None:
     if layers != _count_mtp_layers(tensors):
         logger.warning(
             "config.json says %s %d, but %d such layers (mtp.layers.*) of the checkpoint can be saved with the model, "
-            "and saved folders say %d. Take the published checkpoint in bfloat16 if you serve with multi-token prediction.",
+            "and saved folders say %d. Take the published bfloat16 checkpoint to serve with multi-token prediction.",
             *(MTP_LAYERS, layers, _count_mtp_layers(tensors), _count_mtp_layers(tensors)),
         )
 
