@@ -96,8 +96,7 @@ def load_model(
     _refuse_incomplete(model_name_or_path, loaded[1])
     _save_as_read(model)
     if is_fp8(own):
-        finish_dequantizing(model, dtype)
-        _log_dequantized(model_name_or_path, model, dtype)
+        _finish_fp8(model_name_or_path, model, dtype)
     elif not on_meta and not is_deepspeed_zero3_enabled():
         _keep_float32(model, model_name_or_path, origin)
     return model
@@ -133,7 +132,8 @@ def _dequantizing(
     return dequantizing(config or AutoConfig.from_pretrained(path, **origin), own)
 
 
-def _log_dequantized(path: str, model: PreTrainedModel, dtype: torch.dtype) -> None:
+def _finish_fp8(path: str, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    finish_dequantizing(model, dtype)
     size = model.num_parameters() * dtype.itemsize / 2**30
     logger.info("%s: FP8 weights, dequantized: %.1f GiB as %s.", path, size, str(dtype).removeprefix("torch."))
 
