@@ -30,6 +30,7 @@ from qwenvl.train.callbacks.run_report import RunReport, Sources, describe_setup
 from qwenvl.train.checkpoint.carried_tensors import carried_tensors, log_carried
 from qwenvl.train.checkpoint.folder import Engine, find_checkpoint, read_step, require_state_dict, require_writable
 from qwenvl.train.checkpoint.validate import read_source
+from qwenvl.train.checkpointing_trainer import Records
 from qwenvl.train.dry_run.preflight import preflight
 from qwenvl.train.eval_prompts import HeldOutQuestions
 from qwenvl.train.export.model_card import describe_run
@@ -39,7 +40,6 @@ from qwenvl.train.records.serving import describe_serving
 from qwenvl.train.records.summary import log_start
 from qwenvl.train.resume.settings import Change, compare_settings, forgets_best
 from qwenvl.train.resume.zero_universal import fitted_to_ranks
-from qwenvl.train.saving_trainer import Records
 from qwenvl.train.verify_export import verify_export
 from qwenvl.utils.distributed import from_main_process, is_main_process
 from qwenvl.utils.errors import UserError
@@ -92,7 +92,7 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     report = _open_report(parsed, trainer, data, warnings)
     if checkpoint is not None:
         task_files.require_same_task(readout_of(model), checkpoint)
-        args.ignore_data_skip = from_main_process(partial(trainer.begins_again, checkpoint))
+        args.ignore_data_skip = from_main_process(partial(trainer.position.begins_again, checkpoint, trainer.sharding))
         trainer.forgets_best = forgets_best(changes)
     _take_up_records(trainer, checkpoint)
     trainer.data_report.add(data.arranged.events, common=True)

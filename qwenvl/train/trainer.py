@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qwenvl.config import TrainingArguments
 from qwenvl.data.collator import Collator
-from qwenvl.data.sampler import SampleOrder
+from qwenvl.data.sampler import SampleOrder, Sharding
 from qwenvl.models.loss.causal_lm import Balance, count_tokens
 from qwenvl.models.trainable.param_groups import parameter_groups
 from qwenvl.tasks.objective import Objective, batch_loss
@@ -31,17 +31,17 @@ from qwenvl.train.callbacks.freeze_unused_vision import UnusedVision
 from qwenvl.train.callbacks.nonfinite_guard import FirstStep, StepGuard
 from qwenvl.train.callbacks.preemption import StopRequest
 from qwenvl.train.callbacks.watchdog import Watchdog
-from qwenvl.train.dataloading_trainer import FeedingTrainer
+from qwenvl.train.checkpointing_trainer import CheckpointingTrainer, Records
+from qwenvl.train.dataloader import build_loader
 from qwenvl.train.records.skipped_samples import DataReport
 from qwenvl.train.running_loss import RunningLoss
-from qwenvl.train.saving_trainer import Records
 from qwenvl.utils.distributed import gather_objects
 from qwenvl.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-class QwenVLTrainer(FeedingTrainer):
+class QwenVLTrainer(CheckpointingTrainer):
     """Trains on conversations; the loss is per unit of its objective of the whole optimizer step.
 
     Args:
@@ -82,6 +82,17 @@ class QwenVLTrainer(FeedingTrainer):
         self._units = 0.0  # of it, that the loss is a mean of
         self._tokens = 0.0  # of it, over all ranks
         self._first_step: FirstStep | None = FirstStep(self.model, self.objective.unit)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return this rank's training batches."""
+        return build_loader(self.train_dataset, self.data_collator, self.args, self._order, self.sharding)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return this rank's evaluation batches."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        sharding = Sharding(self.args.eval_batch_size, self.args.world_size, self.args.process_index)
+        order = SampleOrder(len(dataset), shuffle=False)
+        return build_loader(dataset, self.data_collator, self.args, order, sharding)
 
     def save_position(self, folder: Path) -> None:
         """Write how far the data are used, what their order is made of, and the loss that is not logged yet."""

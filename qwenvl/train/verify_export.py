@@ -31,9 +31,9 @@ from qwenvl.models.task_module import readout_of
 from qwenvl.models.vision.patchify import Patchify
 from qwenvl.tasks.heads.objective import HeadObjective
 from qwenvl.train.checkpoint.validate import BLAME
+from qwenvl.train.checkpointing_trainer import CheckpointingTrainer
 from qwenvl.train.export.cases import Case, short_cases, stock_inputs
 from qwenvl.train.export.verify_process import OUT_OF_MEMORY
-from qwenvl.train.saving_trainer import SavingTrainer
 from qwenvl.train.trainer import QwenVLTrainer
 from qwenvl.utils.cores import available_cores
 from qwenvl.utils.distributed import from_main_process
@@ -92,7 +92,7 @@ def verify_export(trainer: QwenVLTrainer, datasets: Sequence[ConversationDataset
     from_main_process(partial(_compare, folder, tensors, known, trainer))
 
 
-def trainer_logits(trainer: SavingTrainer, case: Case) -> tuple[Tensor, Tensor]:
+def trainer_logits(trainer: CheckpointingTrainer, case: Case) -> tuple[Tensor, Tensor]:
     """Return which positions of a sample are compared, and what the model in training computes there.
 
     Returns:
@@ -146,7 +146,9 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def _compare(folder: Path, tensors: Mapping[str, Tensor], known: Mapping[str, Any], trainer: SavingTrainer) -> None:
+def _compare(
+    folder: Path, tensors: Mapping[str, Tensor], known: Mapping[str, Any], trainer: CheckpointingTrainer
+) -> None:
     """Run the fresh process and judge what it says.
 
     Raises:
@@ -193,7 +195,7 @@ def require_same(folder: Path, said: Mapping[str, Any], reduced: str | None) -> 
             )
 
 
-def _reduced_type(trainer: SavingTrainer) -> str | None:
+def _reduced_type(trainer: CheckpointingTrainer) -> str | None:
     """Return the type of half precision that training or the files have; None where both are float32."""
     args = trainer.args
     types = {str(trainer.model.dtype).removeprefix("torch."), args.save_dtype}

@@ -21,9 +21,9 @@ from qwenvl.data.encoding.processor import processor_limits
 from qwenvl.families import get_family
 from qwenvl.train.build.data import open_config, open_data
 from qwenvl.train.build.model import open_model
+from qwenvl.train.checkpointing_trainer import Records
 from qwenvl.train.measured_trainer import MeasuredTrainer
 from qwenvl.train.run import build_trainer
-from qwenvl.train.saving_trainer import Records
 from qwenvl.train.train_qwen import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -29,9 +29,9 @@ from qwenvl.profiling.flops import Flops, Trained, training_flops
 from qwenvl.profiling.throughput import Throughput, measure_batch
 from qwenvl.train.build.data import open_data
 from qwenvl.train.build.model import open_model
+from qwenvl.train.checkpointing_trainer import Records
 from qwenvl.train.measured_trainer import MeasuredTrainer
 from qwenvl.train.run import build_trainer
-from qwenvl.train.saving_trainer import Records
 from tests.e2e.runs import flags, history, train
 
 CPU = torch.device("cpu")

@@ -45,6 +45,36 @@ def own_loss(trainer: MeasuredTrainer, loader: Any) -> tuple[float, int]:
     return total, tokens
 
 
+def origins(loader: Any) -> list[list[int]]:
+    """Return the rows of each batch of a loader, by their numbers in the file."""
+    return [[origin.line for origin in batch["origins"]] for batch in loader]
+
+
+def test_evaluation_takes_the_rows_in_their_order_and_its_own_batch_size(
+    trainer_of: Open,
+) -> None:
+    trainer = trainer_of(**{**EVALUATION, "eval_dataset_use": "mixed"})
+    (*whole, last) = origins(trainer.get_eval_dataloader())
+    first = whole[0][0]
+    assert [*itertools.chain(*whole), *last] == list(range(first, first + 11))
+    assert {len(batch) for batch in whole} == {3} and len(last) == 2
+    other = trainer_of(**EVALUATION)
+    assert [len(batch) for batch in origins(trainer.get_eval_dataloader(other.eval_dataset))] == [3, 1]
+
+
+def test_training_takes_every_row_once_an_epoch_in_an_order_of_its_seed(
+    trainer_of: Open,
+) -> None:
+    runs = [
+        origins(trainer_of(**seed).get_train_dataloader())
+        for seed in ({}, {"data_seed": 1}, {"data_seed": 1, "seed": 5})
+    ]
+    rows = [list(itertools.chain(*batches)) for batches in runs]
+    assert all(len(set(order)) == 11 and order != sorted(order) for order in rows)
+    assert rows[0] != rows[1] == rows[2]
+    assert [len(batch) for batch in runs[0]] == [2, 2, 2, 2, 2, 1]
+
+
 class TestStep:
     def test_loss_is_the_mean_over_the_trained_tokens_of_all_micro_batches(self, trainer_of: Open) -> None:
         trainer = trainer_of()
