@@ -32,14 +32,14 @@ from qwenvl.train.checkpoint.folder import Engine, find_checkpoint, read_step, r
 from qwenvl.train.checkpoint.validate import read_source
 from qwenvl.train.checkpointing_trainer import Records
 from qwenvl.train.dry_run.preflight import preflight
-from qwenvl.train.eval_prompts import HeldOutQuestions
+from qwenvl.train.eval_prompts import EvalPrompts
 from qwenvl.train.export.model_card import describe_run
-from qwenvl.train.measured_trainer import MeasuredTrainer
 from qwenvl.train.records.run_info import used_rows
 from qwenvl.train.records.serving import describe_serving
 from qwenvl.train.records.summary import log_start
 from qwenvl.train.resume.settings import Change, compare_settings, forgets_best
 from qwenvl.train.resume.zero_universal import fitted_to_ranks
+from qwenvl.train.trainer import Trainer
 from qwenvl.train.verify_export import verify_export
 from qwenvl.utils.distributed import from_main_process, is_main_process
 from qwenvl.utils.errors import UserError
@@ -78,7 +78,7 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     if checkpoint is not None:
         require_same_context(config, checkpoint)
     data = open_data(parsed, family, config)
-    questions = _held_out_questions(parsed, data)
+    prompts = _eval_prompts(parsed, data)
     if args.dry_run:
         from_main_process(lambda: preflight(parsed, data, config))
         return 0
@@ -88,8 +88,8 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
         log_carried(carried_tensors(source, model), config)
     serving = describe_serving(data.encoder, [table.table.spec for table in data.train.tables])
     records = Records(settings_yaml, processor_limits(data.processor), source, serving)
-    trainer = build_trainer(parsed, model, data, records, questions)
-    report = _open_report(parsed, trainer, data, warnings)
+    trainer = build_trainer(parsed, model, data, records, prompts)
+    report = _open_report(parsed, trainer, data, prompts, warnings)
     if checkpoint is not None:
         task_files.require_same_task(readout_of(model), checkpoint)
         args.ignore_data_skip = from_main_process(partial(trainer.position.begins_again, checkpoint, trainer.sharding))
@@ -113,7 +113,7 @@ def _find_checkpoint(parsed: ParsedArguments, engine: Engine) -> tuple[str | Non
     return checkpoint, compare_settings(checkpoint, parsed.given)
 
 
-def _finish(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData, report: RunReport) -> int:
+def _finish(parsed: ParsedArguments, trainer: Trainer, data: RunData, report: RunReport) -> int:
     """Save and report what was trained; return the exit code."""
     if trainer.stop_request.stopped_at is not None:
         stopped = f"Stopped on request after step {trainer.stop_request.stopped_at} of {trainer.state.max_steps}"
@@ -132,7 +132,7 @@ def _finish(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData, re
     return 0
 
 
-def _evaluate_at_end(trainer: MeasuredTrainer) -> None:
+def _evaluate_at_end(trainer: Trainer) -> None:
     """Evaluate the finished model, unless the last step was evaluated; every rank has to call it."""
     evaluated = [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
     if trainer.state.global_step not in evaluated:
@@ -140,10 +140,14 @@ def _evaluate_at_end(trainer: MeasuredTrainer) -> None:
 
 
 def _open_report(
-    parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData, warnings: Sequence[str]
+    parsed: ParsedArguments,
+    trainer: Trainer,
+    data: RunData,
+    prompts: EvalPrompts | None,
+    warnings: Sequence[str],
 ) -> RunReport:
     """Have the run's page written at every evaluation."""
-    sources = Sources(trainer.data_report, trainer.answers, trainer.questions, warnings)
+    sources = Sources(trainer.data_report, trainer.answers, prompts, warnings)
     rows = used_rows(data)
     report = RunReport(
         parsed.training.output_dir, describe_setup(parsed, trainer.model, trainer.objective.unit), rows, sources
@@ -152,7 +156,7 @@ def _open_report(
     return report
 
 
-def _take_up_records(trainer: MeasuredTrainer, checkpoint: str | None) -> None:
+def _take_up_records(trainer: Trainer, checkpoint: str | None) -> None:
     """Go on with what a run has written beside its checkpoints, up to the one it resumes from; or start them anew."""
     if checkpoint is None:
         trainer.data_report.start_over()
@@ -165,7 +169,7 @@ def _take_up_records(trainer: MeasuredTrainer, checkpoint: str | None) -> None:
         trainer.answers.take_up(read_step(checkpoint))
 
 
-def _save_and_verify(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData) -> None:
+def _save_and_verify(parsed: ParsedArguments, trainer: Trainer, data: RunData) -> None:
     """Save the finished model, and see whether anybody else can use it."""
     trainer.save_state()
     summary = trainer.data_report.summary()
@@ -182,12 +186,12 @@ def build_trainer(
     model: PreTrainedModel,
     data: RunData,
     records: Records,
-    questions: HeldOutQuestions | None = None,
-) -> MeasuredTrainer:
+    prompts: EvalPrompts | None = None,
+) -> Trainer:
     """Put model, data and settings together."""
     tokenizer: Any = data.processor.tokenizer
     training_limits = parsed.data.save_processor_limits == "training"
-    return MeasuredTrainer(
+    return Trainer(
         model=model,
         args=parsed.training,
         train_dataset=data.train,
@@ -197,11 +201,11 @@ def build_trainer(
         processor=with_training_limits(data.processor, data.encoder.settings) if training_limits else data.processor,
         records=records,
         objective=data.objective,
-        questions=questions,
+        prompts=prompts,
     )
 
 
-def _held_out_questions(parsed: ParsedArguments, data: RunData) -> HeldOutQuestions | None:
+def _eval_prompts(parsed: ParsedArguments, data: RunData) -> EvalPrompts | None:
     """Choose the samples that are asked at evaluations, where any are.
 
     Raises:
@@ -210,11 +214,11 @@ def _held_out_questions(parsed: ParsedArguments, data: RunData) -> HeldOutQuesti
     args = parsed.training
     if not args.eval_generate or data.evaluation is None:
         return None
-    questions = HeldOutQuestions(data.evaluation, data.processor, args.eval_generate, args.data_seed or 0)
+    prompts = EvalPrompts(data.evaluation, data.processor, args.eval_generate, args.data_seed or 0)
     if args.metric_for_best_model is not None:
-        available = available_metrics(parsed.tasks.task, questions.metrics, blind=args.eval_blind)
+        available = available_metrics(parsed.tasks.task, prompts.metrics, blind=args.eval_blind)
         require_metric(args.metric_for_best_model, available, " The expected answers decide which metrics there are.")
-    return questions
+    return prompts
 
 
 def _engine(args: TrainingArguments) -> Engine:

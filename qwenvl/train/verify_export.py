@@ -34,7 +34,7 @@ from qwenvl.train.checkpoint.validate import BLAME
 from qwenvl.train.checkpointing_trainer import CheckpointingTrainer
 from qwenvl.train.export.cases import Case, short_cases, stock_inputs
 from qwenvl.train.export.verify_process import OUT_OF_MEMORY
-from qwenvl.train.trainer import QwenVLTrainer
+from qwenvl.train.trainer import Trainer
 from qwenvl.utils.cores import available_cores
 from qwenvl.utils.distributed import from_main_process
 from qwenvl.utils.errors import UserError
@@ -53,7 +53,7 @@ _ROWS = 32  # positions whose logits are compared
 _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def verify_export(trainer: QwenVLTrainer, datasets: Sequence[ConversationDataset | None], processor: Any) -> None:
+def verify_export(trainer: Trainer, datasets: Sequence[ConversationDataset | None], processor: Any) -> None:
     """Have a fresh process open the finished folder, and compare its logits with the trainer's; every rank calls it.
 
     The head of a task is opened there too, and its scores of the same samples are compared.
@@ -111,7 +111,7 @@ def trainer_logits(trainer: CheckpointingTrainer, case: Case) -> tuple[Tensor, T
     return rows, logits[0].float().cpu()
 
 
-def trainer_scores(trainer: QwenVLTrainer, case: Case) -> dict[str, Tensor]:
+def trainer_scores(trainer: Trainer, case: Case) -> dict[str, Tensor]:
     """Return ``scores`` float32 [units, outputs], what the head of a task says of a sample; nothing without one."""
     if readout_of(trainer.model) is None or not isinstance(trainer.objective, HeadObjective):
         return {}

@@ -18,15 +18,15 @@ from torch.utils.data import DataLoader
 from qwenvl.models.loss.causal_lm import causal_loss, run_model, tell_host
 from qwenvl.models.loss.moe_aux_loss import sample_of_tokens, summed_balance
 from qwenvl.tasks.objective import Objective
-from qwenvl.train.measured_trainer import MeasuredTrainer
+from qwenvl.train.trainer import Trainer
 from qwenvl.utils.errors import SampleError, UserError
 from tests.e2e.runs import LORA
 
-Open = Callable[..., MeasuredTrainer]
+Open = Callable[..., Trainer]
 EVALUATION = {"eval_dataset_use": "held_out", "eval_strategy": "steps", "per_device_eval_batch_size": 3}
 
 
-def step_of(trainer: MeasuredTrainer, batches: int = 2) -> tuple[list[dict[str, Any]], float, Tensor]:
+def step_of(trainer: Trainer, batches: int = 2) -> tuple[list[dict[str, Any]], float, Tensor]:
     """Return the micro-batches of the first step, the units it is divided by, and the sum of their losses."""
     micro, units = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), batches, torch.device("cpu"))
     with torch.no_grad():
@@ -34,7 +34,7 @@ def step_of(trainer: MeasuredTrainer, batches: int = 2) -> tuple[list[dict[str, 
     return micro, units, torch.stack(losses).sum()
 
 
-def own_loss(trainer: MeasuredTrainer, loader: Any) -> tuple[float, int]:
+def own_loss(trainer: Trainer, loader: Any) -> tuple[float, int]:
     """Return the summed loss and the trained tokens of all batches of a loader."""
     total, tokens = 0.0, 0
     with torch.no_grad():
@@ -360,7 +360,6 @@ def test_sums_over_ranks_are_exact(trainer_of: Open) -> None:
     """In float32, 2^24 + 1 tokens are 2^24."""
     trainer = trainer_of()
     assert trainer._over_ranks(2**24 + 1, True, False) == [2**24 + 1, 1.0, 0.0]
-    assert trainer._zeros(2).tolist() == [0.0, 0.0]
 
 
 def test_running_loss_and_position_are_saved(trainer_of: Open, tmp_path: Path) -> None:
