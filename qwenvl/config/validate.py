@@ -79,7 +79,7 @@ def check_together(
     check_schedule(training)
     training.check_questions()
     _check_evaluation(data, training)
-    _check_best_metric(training, tasks.task)
+    _check_best_metric(training, tasks.metrics)
 
 
 def _check_choice(name: str, value: str | None, choices: Callable[[], Sequence[str]]) -> None:
@@ -110,7 +110,7 @@ def _check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
         )
 
 
-def _check_best_metric(training: TrainingArguments, task: str | None) -> None:
+def _check_best_metric(training: TrainingArguments, of_task: Sequence[str]) -> None:
     """Check the flags that choose a checkpoint, as far as they can be checked without data."""
     metric: Any = training.metric_for_best_model
     if metric is None:
@@ -121,8 +121,8 @@ def _check_best_metric(training: TrainingArguments, task: str | None) -> None:
             "there are none: add --eval_strategy steps or epoch."
         )
     answers = OF_ANSWERS if training.eval_generate else ()
-    advice = "" if training.eval_generate or task else " Metrics of answers need --eval_generate 100, say."
-    require_metric(metric, available_metrics(task, answers, blind=training.eval_blind), advice)
+    advice = "" if training.eval_generate or of_task else " Metrics of answers need --eval_generate 100, say."
+    require_metric(metric, available_metrics(of_task, answers, blind=training.eval_blind), advice)
 
 
 _SWITCHES: dict[Part, str] = {"vision": "tune_mm_vision", "merger": "tune_mm_mlp", "language": "tune_mm_llm"}

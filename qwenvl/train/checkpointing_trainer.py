@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PretrainedConfig, ProcessorMixin, Trainer
+from transformers import PretrainedConfig, ProcessorMixin
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -56,7 +57,7 @@ class Records:
     serving: Mapping[str, Any] = field(default_factory=dict)
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(transformers.Trainer):
     """A Trainer that saves folders which load alone.
 
     The processor stays out of the stock Trainer's hands: it would write the tokenizer's special tokens over those that

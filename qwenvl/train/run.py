@@ -216,7 +216,7 @@ def _eval_prompts(parsed: ParsedArguments, data: RunData) -> EvalPrompts | None:
         return None
     prompts = EvalPrompts(data.evaluation, data.processor, args.eval_generate, args.data_seed or 0)
     if args.metric_for_best_model is not None:
-        available = available_metrics(parsed.tasks.task, prompts.metrics, blind=args.eval_blind)
+        available = available_metrics(parsed.tasks.metrics, prompts.metrics, blind=args.eval_blind)
         require_metric(args.metric_for_best_model, available, " The expected answers decide which metrics there are.")
     return prompts
 

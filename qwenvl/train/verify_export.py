@@ -27,9 +27,7 @@ from qwenvl.models.lora.adapters import has_adapters
 from qwenvl.models.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from qwenvl.models.loss.causal_lm import run_model, tell_host
 from qwenvl.models.moe_checkpoint import weight_files
-from qwenvl.models.task_module import readout_of
 from qwenvl.models.vision.patchify import Patchify
-from qwenvl.tasks.heads.objective import HeadObjective
 from qwenvl.train.checkpoint.validate import BLAME
 from qwenvl.train.checkpointing_trainer import CheckpointingTrainer
 from qwenvl.train.export.cases import Case, short_cases, stock_inputs
@@ -112,15 +110,14 @@ def trainer_logits(trainer: CheckpointingTrainer, case: Case) -> tuple[Tensor, T
 
 
 def trainer_scores(trainer: Trainer, case: Case) -> dict[str, Tensor]:
-    """Return ``scores`` float32 [units, outputs], what the head of a task says of a sample; nothing without one."""
-    if readout_of(trainer.model) is None or not isinstance(trainer.objective, HeadObjective):
-        return {}
+    """Return ``scores`` float32 [units, outputs], what a task says of a sample; nothing where it compares none."""
     assert trainer.data_collator is not None
     batch = for_model(trainer.data_collator([Item((case.encoded,))]))
     inputs = trainer._prepare_inputs(trainer.objective.prepare(batch))
     model = trainer._wrap_model(trainer.model, training=False)
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        return {"scores": run_model(model, inputs).logits.float().cpu()}
+        scores = trainer.objective.scores(model, inputs)
+    return {} if scores is None else {"scores": scores.float().cpu()}
 
 
 def _obstacle(folder: Path) -> str:

@@ -162,8 +162,8 @@ class Doubled(Objective):
     def count(self, batch: Any) -> int:
         return 2 * super().count(batch)
 
-    def records(self, output: Tensor, batch: Any) -> list[float]:
-        return [output.item() / len(batch["targets"])]
+    def records(self, output: Any, batch: Any) -> list[float]:
+        return [output.logits.item() / len(batch["targets"])]
 
     def metrics(self, records: Sequence[float]) -> dict[str, float]:
         return {"batches": len(records), "worst": max(records)}
@@ -212,7 +212,7 @@ class TestBalance:
         auxiliary = 0.0
         with torch.no_grad():
             for batch in micro:
-                logits = run_model(trainer.model, batch, router_logits=True).router_logits
+                logits = run_model(trainer.model, {**batch, "output_router_logits": True}).router_logits
                 auxiliary += summed_balance(logits, balance.top_k, *sample_of_tokens(batch)).item()
         without = step_of(plain)[2].item()
         assert loss.item() - without == pytest.approx(10 * auxiliary / tokens, rel=1e-3)

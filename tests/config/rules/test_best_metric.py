@@ -6,7 +6,8 @@ import inspect
 
 import pytest
 
-from qwenvl.config.rules.best_metric import OF_ANSWERS, OF_TASKS, OF_VIEWS
+from qwenvl.config import tasks
+from qwenvl.config.rules.best_metric import OF_ANSWERS, OF_VIEWS
 from qwenvl.inference.other_images import VIEWS
 from qwenvl.metrics.registry import METRICS, choose_metric
 from qwenvl.tasks.grounding import metrics as mask_metrics
@@ -73,5 +74,5 @@ def test_the_names_are_those_of_the_metrics_themselves() -> None:
     assert [name for name in OF_ANSWERS if name not in chosen] == []
     assert {f"loss_{view}" for view in VIEWS} == set(OF_VIEWS)
     source = inspect.getsource(task_metrics) + inspect.getsource(mask_metrics)
-    named = [name for names in OF_TASKS.values() for name in names]
+    named = [name for names in tasks.METRICS.values() for name in names]
     assert [name for name in named if f'"{name}":' not in source] == []
