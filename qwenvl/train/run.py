@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from qwenvl.data.encoding.processor import (
     with_training_limits,
 )
 from qwenvl.families import LAB, Family, get_family
+from qwenvl.metrics.registry import METRICS
 from qwenvl.models.attention.linear_segments import PACKAGES, missing_kernels
 from qwenvl.models.loading import read_trainable_type
 from qwenvl.models.rope_scaling import require_same_context
@@ -61,6 +62,7 @@ def run(parsed: ParsedArguments) -> int:
 def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     args = parsed.training
     engine = _engine(args)
+    _require_best_metric(parsed, METRICS)
     family = get_family(read_trainable_type(parsed.model.model_name_or_path, cache_dir=args.cache_dir))
     if engine != "plain":
         _require_launcher(engine, args.dry_run)
@@ -215,10 +217,21 @@ def _eval_prompts(parsed: ParsedArguments, data: RunData) -> EvalPrompts | None:
     if not args.eval_generate or data.evaluation is None:
         return None
     prompts = EvalPrompts(data.evaluation, data.processor, args.eval_generate, args.data_seed or 0)
-    if args.metric_for_best_model is not None:
-        available = available_metrics(parsed.tasks.metrics, prompts.metrics, blind=args.eval_blind)
-        require_metric(args.metric_for_best_model, available, " The expected answers decide which metrics there are.")
+    advice = " The expected answers decide which metrics there are."
+    _require_best_metric(parsed, prompts.metrics, advice)
     return prompts
+
+
+def _require_best_metric(parsed: ParsedArguments, answers: Iterable[str], advice: str = "") -> None:
+    """Check that ``--metric_for_best_model`` is one that evaluations give, where the model answers.
+
+    Raises:
+        UserError: it is none of them, nor of the metrics of answers.
+    """
+    args = parsed.training
+    if args.eval_generate and args.metric_for_best_model is not None:
+        available = available_metrics(parsed.tasks.metrics, answers, blind=args.eval_blind)
+        require_metric(args.metric_for_best_model, available, advice)
 
 
 def _engine(args: TrainingArguments) -> Engine:

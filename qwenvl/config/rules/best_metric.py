@@ -6,9 +6,6 @@ from collections.abc import Iterable
 
 from qwenvl.utils.errors import UserError, nearest
 
-OF_ANSWERS = ("exact_match", "multiple_choice", "box_accuracy", "json_equal", "chrf")
-"""Metrics that ``--eval_generate`` chooses from by the expected answers."""
-
 OF_VIEWS = ("loss_shown", "loss_blank", "loss_swapped")
 """Losses that ``--eval_blind`` adds."""
 
