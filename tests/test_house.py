@@ -188,6 +188,23 @@ def test_tasks_are_asked_for_by_their_methods() -> None:
     assert not asked, "\n".join(asked)
 
 
+def test_each_task_stands_alone() -> None:
+    """What lies in ``qwenvl/tasks`` is the seam, or one task, which imports no other one and not the registry."""
+    tasks, seam = ROOT / "qwenvl" / "tasks", ("objective", "files")
+    mixed = []
+    for path in PACKAGE:
+        if tasks not in path.parents or path == tasks / "registry.py":
+            continue
+        own = path.relative_to(tasks).with_suffix("").parts[0]
+        found = re.findall(r"qwenvl\.tasks(?:\.| import )(\w+)", "\n".join(imports_of(path)))
+        mixed += [f"{path.relative_to(ROOT)}: {name}" for name in found if name not in (own, *seam)]
+    assert not mixed, "\n".join(mixed)
+
+
+def imports_of(path: Path) -> list[str]:
+    return [ast.unparse(node) for node in ast.walk(parse(path)) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def test_one_trainer_stands_over_one_that_checkpoints() -> None:
     """What else a run needs is a callback or an object that the Trainer calls."""
     found = {
