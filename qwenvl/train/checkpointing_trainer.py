@@ -65,9 +65,9 @@ class CheckpointingTrainer(transformers.Trainer):
 
     Args:
         order: Order in which samples are trained on, whose position is saved with every checkpoint.
-        processor: saved with every checkpoint.
-        records: saved with every checkpoint.
-        options: of the stock Trainer.
+        processor: Processor that is saved with every checkpoint.
+        records: Records that are saved with every checkpoint.
+        options: Options of the stock Trainer.
     """
 
     args: TrainingArguments

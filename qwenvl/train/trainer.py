@@ -55,14 +55,14 @@ class Trainer(CheckpointingTrainer):
     """Trains on conversations; the loss is per unit of its objective of the whole optimizer step.
 
     Args:
-        order: in which samples are trained on.
-        collator: makes batches.
-        processor: saved with every checkpoint.
-        records: saved with every checkpoint.
-        objective: what is learned; None for language modelling, where a unit is a trained token.
+        order: Order in which samples are trained on.
+        collator: Collator of batches.
+        processor: Processor that is saved with every checkpoint.
+        records: Records that are saved with every checkpoint.
+        objective: What is learned; None for language modelling, where a unit is a trained token.
         prompts: Samples that the model answers at evaluations; None for the loss alone.
-        options: of the stock Trainer: the model, with frozen and trainable parts set and the vision call installed;
-            training arguments; training samples, and evaluation samples or None.
+        options: Options of the stock Trainer: the model, with frozen and trainable parts set and the vision call
+            installed; training arguments; training samples, and evaluation samples or None.
     """
 
     args: TrainingArguments
