@@ -188,6 +188,61 @@ def imported_names(path: Path) -> set[str]:
     return {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
 
 
+def class_names(paths: list[Path]) -> set[str]:
+    return {node.name for path in paths for node in ast.walk(parse(path)) if isinstance(node, ast.ClassDef)}
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """The last parts of all names that stand in an expression."""
+    found = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+    return found | {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
+def test_tasks_are_asked_for_by_their_methods() -> None:
+    """Outside of ``qwenvl/tasks`` nothing asks whether an object is of a class of a task."""
+    tasks = ROOT / "qwenvl" / "tasks"
+    classes = class_names([path for path in PACKAGE if tasks in path.parents])
+    assert {"Objective", "HeadObjective", "Grounding", "LabelReader", "MaskReader"} <= classes
+    asked = [
+        f"{place(path, node)} {ast.unparse(node)}"
+        for path in PACKAGE
+        if tasks not in path.parents
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("isinstance", "issubclass")
+        and names_in(node.args[1]) & classes
+    ]
+    assert not asked, "\n".join(asked)
+
+
+def test_each_task_stands_alone() -> None:
+    """What lies in ``qwenvl/tasks`` is the seam, or one task, which imports no other one and not the registry."""
+    tasks, seam = ROOT / "qwenvl" / "tasks", ("objective", "files")
+    mixed = []
+    for path in PACKAGE:
+        if tasks not in path.parents or path == tasks / "registry.py":
+            continue
+        own = path.relative_to(tasks).with_suffix("").parts[0]
+        found = re.findall(r"qwenvl\.tasks(?:\.| import )(\w+)", "\n".join(imports_of(path)))
+        mixed += [f"{path.relative_to(ROOT)}: {name}" for name in found if name not in (own, *seam)]
+    assert not mixed, "\n".join(mixed)
+
+
+def imports_of(path: Path) -> list[str]:
+    return [ast.unparse(node) for node in ast.walk(parse(path)) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def test_one_trainer_stands_over_one_that_checkpoints() -> None:
+    """What else a run needs is a callback or an object that the Trainer calls."""
+    found = {
+        node.name: [ast.unparse(base) for base in node.bases]
+        for path in PACKAGE
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Trainer") for base in node.bases)
+    }
+    assert found == {"CheckpointingTrainer": ["transformers.Trainer"], "Trainer": ["CheckpointingTrainer"]}
+
+
 def test_the_registry_example_has_its_two_keys() -> None:
     spec = importlib.util.spec_from_file_location("registry_example", ROOT / "data" / "__init__.py")
     assert spec is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,8 @@ from qwenvl.inference.generate import Answerer, Decoding, base_of, config_of, op
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.models.loading import read_model_type
 from qwenvl.models.rope_scaling import context_length
-from qwenvl.tasks.files import is_task_folder, read_record
-from qwenvl.tasks.heads.head import HeadSpec
-from qwenvl.tasks.heads.labelling import label
-from qwenvl.tasks.heads.labels import LabelReader
-from qwenvl.tasks.heads.predict import TaskModel, open_head
+from qwenvl.tasks.files import read_record
+from qwenvl.tasks.registry import saved_predictor
 from qwenvl.utils.distributed import is_main_process
 from qwenvl.utils.errors import UserError
 
@@ -94,15 +92,8 @@ def open_asking_encoder(arguments: AskArguments) -> SampleEncoder:
     values = {one.name: getattr(arguments, one.name) for one in fields(DataArguments)} | missing
     prepare_backend()
     encoder = build_encoder(processor, config, family, DataArguments(**values), ANY_LENGTH, context_length(config))
-    if not is_task_folder(arguments.model_name_or_path):
-        return encoder
-    record = read_record(arguments.model_name_or_path)
-    if record.get("task") == "grounding":  # the model answers as before
-        return encoder
-    spec = HeadSpec.from_record(record)
-    needs_media = spec.pooling == "vision_mean"
-    labels = LabelReader(spec.task, spec.classes, len(spec.means), needs_media, not spec.keep_answer, optional=True)
-    return replace(encoder, targets=labels)
+    predictor = saved_predictor(folder)
+    return encoder if predictor is None else replace(encoder, targets=predictor.reader(read_record(folder)))
 
 
 def open_job(arguments: AskArguments) -> Job:
@@ -117,24 +108,27 @@ def open_job(arguments: AskArguments) -> Job:
 
 
 def answer_all(arguments: AskArguments, job: Job, output: Path, what: str = "Answering") -> list[Prediction]:
-    """Answer the rows of a job, or label them where the model has the head of a task; every process has to call it.
+    """Answer the rows of a job, or predict them as the task of the model does; every process has to call it.
 
     Raises:
         UserError: the model cannot be opened, or the output not be used.
     """
-    if job.encoder.targets is None:
+    predictor = saved_predictor(arguments.model_name_or_path)
+    if predictor is None:
         return answer_rows(job, output, lambda: open_model(arguments, job.encoder), progress_bar(what))
-    return answer_rows(job, output, lambda: open_labeller(arguments, job.encoder), progress_bar(what), label)
+    opened = partial(open_predictor, arguments, job.encoder)
+    return answer_rows(job, output, opened, progress_bar(what), predictor.answer)
 
 
-def open_labeller(arguments: AskArguments, encoder: SampleEncoder) -> TaskModel:
-    """Open the model of a task, to label what an encoder has opened.
+def open_predictor(arguments: AskArguments, encoder: SampleEncoder) -> Any:
+    """Open the model of a task, to predict what an encoder has opened.
 
     Raises:
         UserError: it cannot be opened.
     """
-    opened = open_model(arguments, encoder)
-    return TaskModel(opened, open_head(arguments.model_name_or_path).to(opened.model.device))
+    predictor = saved_predictor(arguments.model_name_or_path)
+    assert predictor is not None, "a model that answers in words"
+    return predictor.open(open_model(arguments, encoder), arguments.model_name_or_path)
 
 
 def open_model(arguments: AskArguments, encoder: SampleEncoder) -> Answerer:

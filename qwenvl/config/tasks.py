@@ -23,6 +23,15 @@ LOSSES: dict[TaskName, tuple[TaskLoss, ...]] = {
 }
 """The losses of each task that has a choice; the first is the default."""
 
+METRICS: dict[TaskName, tuple[str, ...]] = {
+    "classification": ("accuracy", "macro_f1"),
+    "multilabel": ("map", "micro_f1", "macro_f1"),
+    "regression": ("mae", "rmse", "r2"),
+    "ranking": ("pairwise_accuracy", "ndcg", "kendall_tau"),
+    "grounding": ("miou", "ciou", "acc_at_50", "miou_whole"),
+}
+"""Metrics of each task that the best checkpoint can be chosen by, besides the loss."""
+
 
 @dataclass
 class TaskArguments(GroundingArguments):
@@ -101,6 +110,11 @@ class TaskArguments(GroundingArguments):
             raise UserError(f"--class_names: --task {self.task} has no classes. Leave it out.")
         self.weights_by_name()
         self.check_grounding()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics of the task, besides the loss; none without a task."""
+        return () if self.task is None else METRICS[self.task]
 
     @property
     def chosen_pooling(self) -> Pooling:

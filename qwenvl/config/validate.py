@@ -14,7 +14,7 @@ from qwenvl.config.data import DataArguments
 from qwenvl.config.lora import AdapterArguments, Part, contradiction, target_parts
 from qwenvl.config.model import ModelArguments
 from qwenvl.config.optimizers import check_optimizer
-from qwenvl.config.rules.best_metric import OF_ANSWERS, available_metrics, require_metric
+from qwenvl.config.rules.best_metric import available_metrics, require_metric
 from qwenvl.config.rules.engines import read_settings
 from qwenvl.config.rules.hf_arguments import WARNED
 from qwenvl.config.schedules import check_schedule
@@ -79,7 +79,7 @@ def check_together(
     check_schedule(training)
     training.check_questions()
     _check_evaluation(data, training)
-    _check_best_metric(training, tasks.task)
+    _check_best_metric(training, tasks.metrics)
 
 
 def _check_choice(name: str, value: str | None, choices: Callable[[], Sequence[str]]) -> None:
@@ -110,7 +110,7 @@ def _check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
         )
 
 
-def _check_best_metric(training: TrainingArguments, task: str | None) -> None:
+def _check_best_metric(training: TrainingArguments, of_task: Sequence[str]) -> None:
     """Check the flags that choose a checkpoint, as far as they can be checked without data."""
     metric: Any = training.metric_for_best_model
     if metric is None:
@@ -120,9 +120,9 @@ def _check_best_metric(training: TrainingArguments, task: str | None) -> None:
             "--metric_for_best_model, --save_strategy best and --load_best_model_at_end choose by evaluations, and "
             "there are none: add --eval_strategy steps or epoch."
         )
-    answers = OF_ANSWERS if training.eval_generate else ()
-    advice = "" if training.eval_generate or task else " Metrics of answers need --eval_generate 100, say."
-    require_metric(metric, available_metrics(task, answers, blind=training.eval_blind), advice)
+    if not training.eval_generate:  # else the metrics of answers are known when the data are open
+        advice = "" if of_task else " Metrics of answers need --eval_generate 100, say."
+        require_metric(metric, available_metrics(of_task, (), blind=training.eval_blind), advice)
 
 
 _SWITCHES: dict[Part, str] = {"vision": "tune_mm_vision", "merger": "tune_mm_mlp", "language": "tune_mm_llm"}

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qwenvl.families import Family
+from qwenvl.families import Family, get_family
+from qwenvl.models.lora.adapters import adapter_sizes, trains_whole
+from qwenvl.models.trainable.freezing import parameter_modules
 
 Part = Literal["vision", "merger", "language"]
 
@@ -224,3 +226,12 @@ def _feed_forward(config: Any, family: Family, layer: int) -> float:
     experts = 3.0 * hidden * config.num_experts_per_tok * config.moe_intermediate_size
     shared = getattr(config, "shared_expert_intermediate_size", 0)
     return experts + hidden * config.num_experts + (3.0 * hidden * shared + hidden if shared else 0.0)
+
+
+def flops_of(model: Any) -> Flops:
+    """Return what samples cost a model that is ready for training."""
+    adapters = adapter_sizes(model)
+    groups = parameter_modules(model)
+    whole = {groups[name] for name, value in model.named_parameters() if value.requires_grad and trains_whole(name)}
+    trained = Trained("vision" in whole, "merger" in whole, "language" in whole, adapters)
+    return training_flops(model.config, get_family(model.config.model_type), trained)

@@ -37,7 +37,7 @@ class Round:
     counted: int
 
 
-class HeldOutQuestions:
+class EvalPrompts:
     """Samples that can be asked, chosen once; every rank chooses the same ones.
 
     All of them are opened here, so that a file that cannot be read leaves out its sample on every rank alike; what they

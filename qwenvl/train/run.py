@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from qwenvl.data.encoding.processor import (
     with_training_limits,
 )
 from qwenvl.families import Family, get_family
+from qwenvl.metrics.registry import METRICS
 from qwenvl.models.attention.linear_segments import PACKAGES, missing_kernels
 from qwenvl.models.loading import read_trainable
 from qwenvl.models.quantization import is_fp8
@@ -31,16 +32,16 @@ from qwenvl.train.callbacks.run_report import RunReport, Sources, describe_setup
 from qwenvl.train.checkpoint.carried_tensors import carried_tensors, log_carried
 from qwenvl.train.checkpoint.folder import Engine, find_checkpoint, read_step, require_state_dict, require_writable
 from qwenvl.train.checkpoint.validate import read_source
+from qwenvl.train.checkpointing_trainer import Records
 from qwenvl.train.dry_run.preflight import preflight
-from qwenvl.train.eval_prompts import HeldOutQuestions
+from qwenvl.train.eval_prompts import EvalPrompts
 from qwenvl.train.export.model_card import describe_run
-from qwenvl.train.measured_trainer import MeasuredTrainer
 from qwenvl.train.records.run_info import used_rows
 from qwenvl.train.records.serving import describe_serving
 from qwenvl.train.records.summary import log_start
 from qwenvl.train.resume.settings import Change, compare_settings, forgets_best
 from qwenvl.train.resume.zero_universal import fitted_to_ranks
-from qwenvl.train.saving_trainer import Records
+from qwenvl.train.trainer import Trainer
 from qwenvl.train.verify_export import verify_export
 from qwenvl.utils.distributed import from_main_process, is_main_process
 from qwenvl.utils.errors import UserError
@@ -62,6 +63,7 @@ def run(parsed: ParsedArguments) -> int:
 def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     args = parsed.training
     engine = _engine(args)
+    _require_best_metric(parsed, METRICS)
     family = _family(parsed, engine)
     if engine != "plain":
         _require_launcher(engine, args.dry_run)
@@ -79,7 +81,7 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     if checkpoint is not None:
         require_same_context(config, checkpoint)
     data = open_data(parsed, family, config)
-    questions = _held_out_questions(parsed, data)
+    prompts = _eval_prompts(parsed, data)
     if args.dry_run:
         from_main_process(lambda: preflight(parsed, data, config))
         return 0
@@ -89,11 +91,11 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
         log_carried(carried_tensors(source, model), config)
     serving = describe_serving(data.encoder, [table.table.spec for table in data.train.tables])
     records = Records(settings_yaml, processor_limits(data.processor), source, serving)
-    trainer = build_trainer(parsed, model, data, records, questions)
-    report = _open_report(parsed, trainer, data, warnings)
+    trainer = build_trainer(parsed, model, data, records, prompts)
+    report = _open_report(parsed, trainer, data, prompts, warnings)
     if checkpoint is not None:
         task_files.require_same_task(readout_of(model), checkpoint)
-        args.ignore_data_skip = from_main_process(partial(trainer.begins_again, checkpoint))
+        args.ignore_data_skip = from_main_process(partial(trainer.position.begins_again, checkpoint, trainer.sharding))
         trainer.forgets_best = forgets_best(changes)
     _take_up_records(trainer, checkpoint)
     trainer.data_report.add(data.arranged.events, common=True)
@@ -114,7 +116,7 @@ def _find_checkpoint(parsed: ParsedArguments, engine: Engine) -> tuple[str | Non
     return checkpoint, compare_settings(checkpoint, parsed.given)
 
 
-def _finish(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData, report: RunReport) -> int:
+def _finish(parsed: ParsedArguments, trainer: Trainer, data: RunData, report: RunReport) -> int:
     """Save and report what was trained; return the exit code."""
     if trainer.stop_request.stopped_at is not None:
         stopped = f"Stopped on request after step {trainer.stop_request.stopped_at} of {trainer.state.max_steps}"
@@ -133,7 +135,7 @@ def _finish(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData, re
     return 0
 
 
-def _evaluate_at_end(trainer: MeasuredTrainer) -> None:
+def _evaluate_at_end(trainer: Trainer) -> None:
     """Evaluate the finished model, unless the last step was evaluated; every rank has to call it."""
     evaluated = [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
     if trainer.state.global_step not in evaluated:
@@ -141,10 +143,14 @@ def _evaluate_at_end(trainer: MeasuredTrainer) -> None:
 
 
 def _open_report(
-    parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData, warnings: Sequence[str]
+    parsed: ParsedArguments,
+    trainer: Trainer,
+    data: RunData,
+    prompts: EvalPrompts | None,
+    warnings: Sequence[str],
 ) -> RunReport:
     """Have the run's page written at every evaluation."""
-    sources = Sources(trainer.data_report, trainer.answers, trainer.questions, warnings)
+    sources = Sources(trainer.data_report, trainer.answers, prompts, warnings)
     rows = used_rows(data)
     report = RunReport(
         parsed.training.output_dir, describe_setup(parsed, trainer.model, trainer.objective.unit), rows, sources
@@ -153,7 +159,7 @@ def _open_report(
     return report
 
 
-def _take_up_records(trainer: MeasuredTrainer, checkpoint: str | None) -> None:
+def _take_up_records(trainer: Trainer, checkpoint: str | None) -> None:
     """Go on with what a run has written beside its checkpoints, up to the one it resumes from; or start them anew."""
     if checkpoint is None:
         trainer.data_report.start_over()
@@ -166,7 +172,7 @@ def _take_up_records(trainer: MeasuredTrainer, checkpoint: str | None) -> None:
         trainer.answers.take_up(read_step(checkpoint))
 
 
-def _save_and_verify(parsed: ParsedArguments, trainer: MeasuredTrainer, data: RunData) -> None:
+def _save_and_verify(parsed: ParsedArguments, trainer: Trainer, data: RunData) -> None:
     """Save the finished model, and see whether anybody else can use it."""
     trainer.save_state()
     summary = trainer.data_report.summary()
@@ -183,12 +189,12 @@ def build_trainer(
     model: PreTrainedModel,
     data: RunData,
     records: Records,
-    questions: HeldOutQuestions | None = None,
-) -> MeasuredTrainer:
+    prompts: EvalPrompts | None = None,
+) -> Trainer:
     """Put model, data and settings together."""
     tokenizer: Any = data.processor.tokenizer
     training_limits = parsed.data.save_processor_limits == "training"
-    return MeasuredTrainer(
+    return Trainer(
         model=model,
         args=parsed.training,
         train_dataset=data.train,
@@ -198,11 +204,11 @@ def build_trainer(
         processor=with_training_limits(data.processor, data.encoder.settings) if training_limits else data.processor,
         records=records,
         objective=data.objective,
-        questions=questions,
+        prompts=prompts,
     )
 
 
-def _held_out_questions(parsed: ParsedArguments, data: RunData) -> HeldOutQuestions | None:
+def _eval_prompts(parsed: ParsedArguments, data: RunData) -> EvalPrompts | None:
     """Choose the samples that are asked at evaluations, where any are.
 
     Raises:
@@ -211,11 +217,22 @@ def _held_out_questions(parsed: ParsedArguments, data: RunData) -> HeldOutQuesti
     args = parsed.training
     if not args.eval_generate or data.evaluation is None:
         return None
-    questions = HeldOutQuestions(data.evaluation, data.processor, args.eval_generate, args.data_seed or 0)
-    if args.metric_for_best_model is not None:
-        available = available_metrics(parsed.tasks.task, questions.metrics, blind=args.eval_blind)
-        require_metric(args.metric_for_best_model, available, " The expected answers decide which metrics there are.")
-    return questions
+    prompts = EvalPrompts(data.evaluation, data.processor, args.eval_generate, args.data_seed or 0)
+    advice = " The expected answers decide which metrics there are."
+    _require_best_metric(parsed, prompts.metrics, advice)
+    return prompts
+
+
+def _require_best_metric(parsed: ParsedArguments, answers: Iterable[str], advice: str = "") -> None:
+    """Check that ``--metric_for_best_model`` is one that evaluations give, where the model answers.
+
+    Raises:
+        UserError: it is none of them, nor of the metrics of answers.
+    """
+    args = parsed.training
+    if args.eval_generate and args.metric_for_best_model is not None:
+        available = available_metrics(parsed.tasks.metrics, answers, blind=args.eval_blind)
+        require_metric(args.metric_for_best_model, available, advice)
 
 
 def _engine(args: TrainingArguments) -> Engine:

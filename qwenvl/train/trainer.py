@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -23,35 +24,45 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qwenvl.config import TrainingArguments
 from qwenvl.data.collator import Collator
-from qwenvl.data.sampler import SampleOrder
+from qwenvl.data.sample_stats import MEASURES
+from qwenvl.data.sampler import SampleOrder, Sharding
+from qwenvl.evaluate.answer_log import AnswerLog
 from qwenvl.models.loss.causal_lm import Balance, count_tokens
 from qwenvl.models.trainable.param_groups import parameter_groups
+from qwenvl.profiling.profiler import Phase
+from qwenvl.profiling.throughput import measure_batch
 from qwenvl.tasks.objective import Objective, batch_loss
 from qwenvl.train.callbacks.freeze_unused_vision import UnusedVision
+from qwenvl.train.callbacks.generation_eval import GenerationEval
+from qwenvl.train.callbacks.learning_rates import LearningRates
 from qwenvl.train.callbacks.nonfinite_guard import FirstStep, StepGuard
 from qwenvl.train.callbacks.preemption import StopRequest
+from qwenvl.train.callbacks.progress import follow
+from qwenvl.train.callbacks.speed_monitor import SpeedMonitor
 from qwenvl.train.callbacks.watchdog import Watchdog
-from qwenvl.train.dataloading_trainer import FeedingTrainer
+from qwenvl.train.checkpointing_trainer import CheckpointingTrainer, Records
+from qwenvl.train.dataloader import build_loader
+from qwenvl.train.eval_prompts import EvalPrompts
 from qwenvl.train.records.skipped_samples import DataReport
 from qwenvl.train.running_loss import RunningLoss
-from qwenvl.train.saving_trainer import Records
-from qwenvl.utils.distributed import gather_objects
+from qwenvl.utils.distributed import gather_objects, zeros_for_sums
 from qwenvl.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-class QwenVLTrainer(FeedingTrainer):
+class Trainer(CheckpointingTrainer):
     """Trains on conversations; the loss is per unit of its objective of the whole optimizer step.
 
     Args:
-        order: in which samples are trained on.
-        collator: makes batches.
-        processor: saved with every checkpoint.
-        records: saved with every checkpoint.
-        objective: what is learned; None for language modelling, where a unit is a trained token.
-        options: of the stock Trainer: the model, with frozen and trainable parts set and the vision call installed;
-            training arguments; training samples, and evaluation samples or None.
+        order: Order in which samples are trained on.
+        collator: Collator of batches.
+        processor: Processor that is saved with every checkpoint.
+        records: Records that are saved with every checkpoint.
+        objective: What is learned; None for language modelling, where a unit is a trained token.
+        prompts: Samples that the model answers at evaluations; None for the loss alone.
+        options: Options of the stock Trainer: the model, with frozen and trainable parts set and the vision call
+            installed; training arguments; training samples, and evaluation samples or None.
     """
 
     args: TrainingArguments
@@ -64,18 +75,24 @@ class QwenVLTrainer(FeedingTrainer):
         processor: ProcessorMixin,
         records: Records,
         objective: Objective | None = None,
+        prompts: EvalPrompts | None = None,
         **options: Any,
     ) -> None:
         super().__init__(order, processor, records, data_collator=collator, **options)
         self.objective = objective or Objective()
         self.model_accepts_loss_kwargs = True  # the loss is divided by the units of all accumulation steps already
-        args = self.args
+        args, output_dir = self.args, Path(self.args.output_dir)
         self.data_report = DataReport(args.output_dir)
         self.stop_request = StopRequest()
+        self.speed = SpeedMonitor(self.model, args)
+        follow(self)
         self._unused_vision = UnusedVision()
         self._watchdog = Watchdog(args.step_timeout)
-        for callback in (self.stop_request, self._unused_vision, self._watchdog):
+        for callback in (self.stop_request, self._unused_vision, self._watchdog, self.speed, self.speed.profile):
             self.add_callback(callback)
+        self.answers = AnswerLog(output_dir)
+        self._generation_eval = GenerationEval(prompts, self.answers, self._watchdog) if prompts else None
+        self._learning_rates = LearningRates(args.learning_rate)
         self.running_loss = RunningLoss(args.device)
         self._step_guard = StepGuard(args.max_bad_steps)
         self._samples: list[str] = []  # of the step that is under way
@@ -83,15 +100,33 @@ class QwenVLTrainer(FeedingTrainer):
         self._tokens = 0.0  # of it, over all ranks
         self._first_step: FirstStep | None = FirstStep(self.model, self.objective.unit)
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return this rank's training batches."""
+        return build_loader(self.train_dataset, self.data_collator, self.args, self._order, self.sharding)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return this rank's evaluation batches."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        sharding = Sharding(self.args.eval_batch_size, self.args.world_size, self.args.process_index)
+        order = SampleOrder(len(dataset), shuffle=False)
+        return build_loader(dataset, self.data_collator, self.args, order, sharding)
+
     def save_position(self, folder: Path) -> None:
         """Write how far the data are used, what their order is made of, and the loss that is not logged yet."""
         self.running_loss.save(folder, writes=self.args.should_save)
         super().save_position(folder)
 
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        """Start or take up the state of the run, also where ``--auto_find_batch_size`` begins it again."""
+        self.running_loss.start_over()
+        self.current_flos = 0
+        return super()._init_training_state(*args)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, however long that takes."""
+        """Save a checkpoint, however long that takes; it is no time of training."""
         self._watchdog.rest()
-        super()._save_checkpoint(model, trial)
+        with self.speed.paused():
+            super()._save_checkpoint(model, trial)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, under the eyes of the watchdog."""
@@ -99,8 +134,8 @@ class QwenVLTrainer(FeedingTrainer):
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, under the eyes of the watchdog."""
-        with self._watchdog.on_duty():
+        """Evaluate, under the eyes of the watchdog; it is no time of training."""
+        with self._watchdog.on_duty(), self.speed.paused():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
@@ -115,7 +150,7 @@ class QwenVLTrainer(FeedingTrainer):
             SampleError: one of them holds a sample that must stop the run.
         """
         self._watchdog.watch(f"step {self.state.global_step + 1}, waiting for its samples")
-        batches, here_units = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, here_units = super().get_batch_samples(self.speed.watch(epoch_iterator), num_batches, device)
         here = (
             any("media" in batch for batch in batches),
             self.stop_request.received,
@@ -126,7 +161,9 @@ class QwenVLTrainer(FeedingTrainer):
         self._units = units if self.args.average_tokens_across_devices else here_units
         self._unused_vision.begin_step(self.optimizer, pictures=pictures > 0)
         self.stop_request.begin_step(agreed=stop > 0)
-        return [self.objective.prepare(batch) for batch in batches], self._units
+        prepared = [self.objective.prepare(batch) for batch in batches]
+        self.speed.count(prepared)
+        return prepared, self._units
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Look at the batches of a step, and count this rank's units; after that, it waits for the other ranks."""
@@ -155,6 +192,7 @@ class QwenVLTrainer(FeedingTrainer):
         units = float(num_items_in_batch) or 1.0
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         loss, _ = batch_loss(self.objective, model, inputs, units=units, balance=self._balance(ranks))
+        self.speed.profile.enter(Phase.BACKWARD)
         return loss * ranks
 
     def _balance(self, ranks: int) -> Balance | None:
@@ -168,9 +206,15 @@ class QwenVLTrainer(FeedingTrainer):
         return Balance(coefficient, top_k, max(self._tokens * share, 1.0))
 
     def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
-        """Compute in the run's precision, and keep activations where they are asked to be kept."""
+        """Compute in the run's precision, and keep activations where they are asked to be kept.
+
+        Evaluations compute in the type of ``--bf16_full_eval`` or ``--fp16_full_eval``; weights keep theirs.
+        """
         contexts = ExitStack()
         contexts.enter_context(super().compute_loss_context_manager())
+        dtype = torch.bfloat16 if self.args.bf16_full_eval else torch.float16 if self.args.fp16_full_eval else None
+        if dtype is not None and not self.model.training:
+            contexts.enter_context(torch.autocast(self.args.device.type, dtype))
         if self.args.activation_offload:
             contexts.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type == "cuda"))
         return contexts
@@ -178,9 +222,10 @@ class QwenVLTrainer(FeedingTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one micro-batch."""
+        """Run one micro-batch; after the last one of a step comes the optimizer."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.running_loss.add(loss)
+        self.speed.profile.enter(Phase.OPTIMIZER if self.accelerator.sync_gradients else Phase.OTHER)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -237,7 +282,24 @@ class QwenVLTrainer(FeedingTrainer):
                 ),
                 **options,
             )
+        self._learning_rates.begin(self.optimizer)
         return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        """Return the learning rate of the run, for the log."""
+        return self._learning_rates.read(self.optimizer)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return the operations of a micro-batch, which add up to ``total_flos``."""
+        return int(self.speed.flops.count(np.array(measure_batch(inputs), MEASURES)))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count the tokens of usable samples for ``non_padding``, flattened or not; else as the stock Trainer does."""
+        if self.args.include_num_input_tokens_seen != "non_padding":
+            super()._track_num_input_tokens(inputs)
+            return
+        tokens = torch.tensor(count_tokens(inputs), device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
 
     def evaluation_loop(
         self,
@@ -247,12 +309,12 @@ class QwenVLTrainer(FeedingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Return the loss per unit of the whole evaluation set, and the metrics of the objective."""
+        """Return the loss per unit of the whole evaluation set, and the metrics of the objective and of answers."""
         del description, prediction_loss_only, ignore_keys
         model = self._wrap_model(self.model, training=False)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        totals, records = self._zeros(3), list[Any]()
+        totals, records = zeros_for_sums(3, self.args.device), list[Any]()
         for batch in dataloader:
             self._receive(batch)
             totals[1] += self.objective.total_weight(batch)
@@ -271,6 +333,7 @@ class QwenVLTrainer(FeedingTrainer):
             "loss": loss_sum / weight if weight else math.nan,  # 0 would pass for the best loss
             self.objective.unit: int(units),
             **self.objective.metrics(records),
+            **(self._generation_eval.run(self) if self._generation_eval else {}),
         }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return EvalLoopOutput(
@@ -278,25 +341,21 @@ class QwenVLTrainer(FeedingTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Put the loss of the steps that were taken on the lines of training and the last one; all ranks take part."""
+        """Log figures, with the loss of the steps that were taken and the speed; all ranks take part."""
         mean = partial(self.accelerator.reduce, reduction="mean")
         if "loss" in logs:
-            logs = {**logs, **self.running_loss.take(mean)}
+            figures = self.speed.throughput.take(self.accelerator.gather)
+            logs = {**logs, **self._learning_rates.of_parts, **figures, **self.running_loss.take(mean)}
         if "train_loss" in logs:
             logs = {**logs, "train_loss": self.running_loss.of_run(mean)}
         super().log(logs, start_time)
 
     def _over_ranks(self, *numbers: float) -> list[float]:
         """Return sums over the ranks, of a statement the number of ranks where it holds; every rank has to call it."""
-        sums = self._zeros(len(numbers))
+        sums = zeros_for_sums(len(numbers), self.args.device)
         sums += torch.tensor([float(number) for number in numbers], dtype=sums.dtype, device=sums.device)
         found: list[float] = self.accelerator.reduce(sums, reduction="sum").tolist()
         return found
-
-    def _zeros(self, count: int) -> Tensor:
-        """Return float64 zeros, or float32 on devices without it: sums over millions of tokens need the digits."""
-        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
-        return torch.zeros(count, dtype=dtype, device=self.args.device)
 
     def _receive(self, batch: dict[str, Any]) -> list[str]:
         """Take what is not for the model out of a batch; return where its samples stand.

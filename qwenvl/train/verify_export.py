@@ -27,14 +27,12 @@ from qwenvl.models.lora.adapters import has_adapters
 from qwenvl.models.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from qwenvl.models.loss.causal_lm import run_model, tell_host
 from qwenvl.models.moe_checkpoint import weight_files
-from qwenvl.models.task_module import readout_of
 from qwenvl.models.vision.patchify import Patchify
-from qwenvl.tasks.heads.objective import HeadObjective
 from qwenvl.train.checkpoint.validate import BLAME
+from qwenvl.train.checkpointing_trainer import CheckpointingTrainer
 from qwenvl.train.export.cases import Case, short_cases, stock_inputs
 from qwenvl.train.export.verify_process import OUT_OF_MEMORY
-from qwenvl.train.saving_trainer import SavingTrainer
-from qwenvl.train.trainer import QwenVLTrainer
+from qwenvl.train.trainer import Trainer
 from qwenvl.utils.cores import available_cores
 from qwenvl.utils.distributed import from_main_process
 from qwenvl.utils.errors import UserError
@@ -53,7 +51,7 @@ _ROWS = 32  # positions whose logits are compared
 _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def verify_export(trainer: QwenVLTrainer, datasets: Sequence[ConversationDataset | None], processor: Any) -> None:
+def verify_export(trainer: Trainer, datasets: Sequence[ConversationDataset | None], processor: Any) -> None:
     """Have a fresh process open the finished folder, and compare its logits with the trainer's; every rank calls it.
 
     The head of a task is opened there too, and its scores of the same samples are compared.
@@ -92,7 +90,7 @@ def verify_export(trainer: QwenVLTrainer, datasets: Sequence[ConversationDataset
     from_main_process(partial(_compare, folder, tensors, known, trainer))
 
 
-def trainer_logits(trainer: SavingTrainer, case: Case) -> tuple[Tensor, Tensor]:
+def trainer_logits(trainer: CheckpointingTrainer, case: Case) -> tuple[Tensor, Tensor]:
     """Return which positions of a sample are compared, and what the model in training computes there.
 
     Returns:
@@ -111,16 +109,15 @@ def trainer_logits(trainer: SavingTrainer, case: Case) -> tuple[Tensor, Tensor]:
     return rows, logits[0].float().cpu()
 
 
-def trainer_scores(trainer: QwenVLTrainer, case: Case) -> dict[str, Tensor]:
-    """Return ``scores`` float32 [units, outputs], what the head of a task says of a sample; nothing without one."""
-    if readout_of(trainer.model) is None or not isinstance(trainer.objective, HeadObjective):
-        return {}
+def trainer_scores(trainer: Trainer, case: Case) -> dict[str, Tensor]:
+    """Return ``scores`` float32 [units, outputs], what a task says of a sample; nothing where it compares none."""
     assert trainer.data_collator is not None
     batch = for_model(trainer.data_collator([Item((case.encoded,))]))
     inputs = trainer._prepare_inputs(trainer.objective.prepare(batch))
     model = trainer._wrap_model(trainer.model, training=False)
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        return {"scores": run_model(model, inputs).logits.float().cpu()}
+        scores = trainer.objective.scores(model, inputs)
+    return {} if scores is None else {"scores": scores.float().cpu()}
 
 
 def _obstacle(folder: Path) -> str:
@@ -146,7 +143,9 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def _compare(folder: Path, tensors: Mapping[str, Tensor], known: Mapping[str, Any], trainer: SavingTrainer) -> None:
+def _compare(
+    folder: Path, tensors: Mapping[str, Tensor], known: Mapping[str, Any], trainer: CheckpointingTrainer
+) -> None:
     """Run the fresh process and judge what it says.
 
     Raises:
@@ -193,7 +192,7 @@ def require_same(folder: Path, said: Mapping[str, Any], reduced: str | None) -> 
             )
 
 
-def _reduced_type(trainer: SavingTrainer) -> str | None:
+def _reduced_type(trainer: CheckpointingTrainer) -> str | None:
     """Return the type of half precision that training or the files have; None where both are float32."""
     args = trainer.args
     types = {str(trainer.model.dtype).removeprefix("torch."), args.save_dtype}

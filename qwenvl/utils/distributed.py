@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from qwenvl.utils.errors import UserError
@@ -106,6 +107,11 @@ def from_main_process(function: Callable[[], T]) -> T:
     if isinstance(result[0], UserError):
         raise result[0]
     return result[0]  # type: ignore[return-value]
+
+
+def zeros_for_sums(count: int, device: torch.device) -> torch.Tensor:
+    """Return float64 zeros, or float32 on devices without it: sums over millions of tokens need the digits."""
+    return torch.zeros(count, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 def is_first_to_say(what: str) -> bool:

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from qwenvl.train.measured_trainer import MeasuredTrainer
 from qwenvl.train.train_qwen import main
+from qwenvl.train.trainer import Trainer
 from tests.e2e.labelled import write_labelled
 from tests.e2e.runs import ERROR, open_trainer
 
@@ -141,12 +141,10 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def trainer_of(
-    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
-) -> Callable[..., MeasuredTrainer]:
+def trainer_of(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path) -> Callable[..., Trainer]:
     """Return a function of a family and settings that opens a trainer, whose output folder is ``out``."""
 
-    def open_one(family: str = "qwen3_vl", **settings: Any) -> MeasuredTrainer:
+    def open_one(family: str = "qwen3_vl", **settings: Any) -> Trainer:
         return open_trainer(tiny_checkpoint(family), tmp_path / "out", registry, **settings)
 
     return open_one

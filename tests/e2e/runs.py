@@ -21,10 +21,10 @@ from qwenvl.data.encoding.processor import processor_limits
 from qwenvl.families import get_family
 from qwenvl.train.build.data import open_config, open_data
 from qwenvl.train.build.model import open_model
-from qwenvl.train.measured_trainer import MeasuredTrainer
+from qwenvl.train.checkpointing_trainer import Records
 from qwenvl.train.run import build_trainer
-from qwenvl.train.saving_trainer import Records
 from qwenvl.train.train_qwen import main
+from qwenvl.train.trainer import Trainer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -118,7 +118,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from qwenvl.config import parse_arguments
 from qwenvl.train import run as setup
-from qwenvl.train.measured_trainer import MeasuredTrainer
+from qwenvl.train.trainer import Trainer
 from qwenvl.utils.distributed import gather_objects, run_program, shut_down
 from qwenvl.utils.logging import setup_logging
 
@@ -133,7 +133,7 @@ def engine_of(model):
     return f"ZeRO-{stage}" + (" offload" if model.zero_use_cpu_optimizer() else "")
 
 
-class Trainer(MeasuredTrainer):
+class ObservedTrainer(Trainer):
     def train(self, **options):
         result = super().train(**options)
         engines.append(engine_of(self.model_wrapped))
@@ -141,7 +141,7 @@ class Trainer(MeasuredTrainer):
 
 
 setup_logging("info")
-setup.MeasuredTrainer = Trainer
+setup.Trainer = ObservedTrainer
 engines = []
 for arguments in json.load(open(sys.argv[1])):
     assert setup.run(parse_arguments(arguments)) == 0
@@ -217,7 +217,7 @@ def changed(before: Path, after: Path, prefixes: Sequence[str] = ("",)) -> set[s
     return {name for name in left if name.startswith(tuple(prefixes)) and not torch.equal(left[name], right[name])}
 
 
-def open_trainer(model: Path, output: Path, registry: Path, **settings: Any) -> MeasuredTrainer:
+def open_trainer(model: Path, output: Path, registry: Path, **settings: Any) -> Trainer:
     """Return the trainer of a run with its model and data, before it trains."""
     parsed = parse_arguments(flags(model, output, registry, **settings))
     config = open_config(parsed)

@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText
 from qwenvl.train import run as setup
 from qwenvl.train.checkpoint.validate import read_source, require_whole
 from qwenvl.train.export import verify_process as export_check
-from qwenvl.train.measured_trainer import MeasuredTrainer
 from qwenvl.train.train_qwen import main
+from qwenvl.train.trainer import Trainer
 from qwenvl.utils.errors import UserError
 from tests.e2e.runs import LORA, REPOSITORY, flags, run_on_two_ranks, train, weights
 
@@ -71,7 +71,7 @@ def test_files_of_an_earlier_model_do_not_stay(
     assert [file.name for file in (tmp_path / "run").glob("model*")] == ["model.safetensors"]
 
 
-class _Changing(MeasuredTrainer):
+class _Changing(Trainer):
     """Doubles a weight in the saved files."""
 
     def save_final(self, card: Any = None) -> None:
@@ -90,7 +90,7 @@ def test_a_folder_that_computes_something_else_ends_the_run(
     fail: Callable[[list[str]], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(setup, "MeasuredTrainer", _Changing)
+    monkeypatch.setattr(setup, "Trainer", _Changing)
     message = fail(flags(tiny_checkpoint("qwen3_vl"), tmp_path, registry, **CHECK, verify_export=True))
     assert "finds: 1 tensors are not those of training: model.language_model.layers.1.mlp.down_proj.weight." in message
     assert (tmp_path / "model.safetensors").exists()
@@ -166,7 +166,7 @@ def test_a_missing_part_of_the_weights_is_named(saved: Path, tmp_path: Path) -> 
         require_whole(str(tmp_path / "run"), None)
 
 
-class _Forgetful(MeasuredTrainer):
+class _Forgetful(Trainer):
     """Loses the chat template of whatever it saves."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_lacks_something_ends_the_run_and_stays(
     fail: Callable[[list[str]], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(setup, "MeasuredTrainer", _Forgetful)
+    monkeypatch.setattr(setup, "Trainer", _Forgetful)
     steps = {"save_strategy": "steps", "save_steps": 1}
     message = fail(flags(tiny_checkpoint("qwen3_vl"), tmp_path, registry, **CHECK, **steps))
     assert "checkpoint-1 was saved, but is not whole" in message

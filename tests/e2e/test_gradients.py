@@ -13,8 +13,8 @@ from qwenvl.config import parse_arguments
 from qwenvl.families import get_family
 from qwenvl.train.build.data import open_data
 from qwenvl.train.build.model import open_model
+from qwenvl.train.checkpointing_trainer import Records
 from qwenvl.train.run import build_trainer
-from qwenvl.train.saving_trainer import Records
 from qwenvl.utils.errors import UserError
 from tests.e2e.runs import flags
 

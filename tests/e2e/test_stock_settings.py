@@ -83,6 +83,34 @@ def test_a_metric_that_the_answers_do_not_call_for_is_refused_before_loading(
     train(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, **chosen, eval_generate_tokens=2)
 
 
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [("eval_exact_macth", "Did you mean 'exact_match'"), ("accuracy", "exact_match"), ("loss_blank", "exact_match")],
+)
+def test_a_metric_that_no_answers_have_is_refused_before_the_data_are_opened(
+    metric: str, words: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, fail: Callable[[list[str]], str]
+) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    entry = {"annotation_path": str(tmp_path / "broken.json"), "data_path": ""}
+    entries = {"mixed": entry, "held_out": entry}
+    (tmp_path / "registry.py").write_text(f"data_dict = {entries!r}\n")
+    settings = {**EVALUATING, "eval_generate": 2, "metric_for_best_model": metric}
+    message = fail(flags(tiny_checkpoint("qwen3_vl"), tmp_path / "run", tmp_path / "registry.py", **settings))
+    assert message.startswith(f"--metric_for_best_model {metric} is not one that") and words in message
+
+
+def test_the_metric_that_a_dataset_names_chooses_the_best_checkpoint(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """No answer calls for it by its form."""
+    entry = {"annotation_path": str(registry.parent / "held_out.json"), "data_path": str(registry.parent)}
+    entries = dict.fromkeys(("mixed", "held_out"), entry | {"metric": "anls"})
+    (tmp_path / "registry.py").write_text(f"data_dict = {entries!r}\n")
+    settings = {**EVALUATING, "eval_generate": 2, "eval_generate_tokens": 2, "metric_for_best_model": "anls"}
+    folder = train(tiny_checkpoint("qwen3_vl"), tmp_path / "run", tmp_path / "registry.py", **settings)
+    assert history(folder, "eval_anls")
+
+
 def test_settings_that_no_other_test_trains_with(
     tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:

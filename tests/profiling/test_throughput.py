@@ -29,9 +29,9 @@ from qwenvl.profiling.flops import Flops, Trained, training_flops
 from qwenvl.profiling.throughput import Throughput, measure_batch
 from qwenvl.train.build.data import open_data
 from qwenvl.train.build.model import open_model
-from qwenvl.train.measured_trainer import MeasuredTrainer
+from qwenvl.train.checkpointing_trainer import Records
 from qwenvl.train.run import build_trainer
-from qwenvl.train.saving_trainer import Records
+from qwenvl.train.trainer import Trainer
 from tests.e2e.runs import flags, history, train
 
 CPU = torch.device("cpu")
@@ -198,7 +198,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def _trainer(command: list[str], checkpoint: Path) -> tuple[MeasuredTrainer, list[Measures]]:
+def _trainer(command: list[str], checkpoint: Path) -> tuple[Trainer, list[Measures]]:
     """Return a trainer whose steps take a second each, saving and evaluating a thousand; and what each step holds."""
     parsed = parse_arguments(command)
     config = AutoConfig.from_pretrained(checkpoint)
@@ -208,7 +208,7 @@ def _trainer(command: list[str], checkpoint: Path) -> tuple[MeasuredTrainer, lis
     )
     evaluated, output = _Evaluated(), Path(parsed.training.output_dir)
     trainer.add_callback(evaluated)
-    trainer.throughput.clock = lambda: (
+    trainer.speed.throughput.clock = lambda: (
         trainer.state.global_step + 1000.0 * evaluated.batches + 1000.0 * len(list(output.glob("checkpoint-*")))
     )
     batches = list(ShardedBatchSampler(data.order, Sharding(2, accumulation=2)))
@@ -216,7 +216,7 @@ def _trainer(command: list[str], checkpoint: Path) -> tuple[MeasuredTrainer, lis
     return trainer, [add(measure(one) for index in step for one in data.train[index].samples) for step in steps]
 
 
-def _lines(trainer: MeasuredTrainer) -> list[dict[str, float]]:
+def _lines(trainer: Trainer) -> list[dict[str, float]]:
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
@@ -229,7 +229,7 @@ def test_a_run_logs_what_its_steps_hold_whatever_else_it_does(
     trainer, steps = _trainer(command, checkpoint)
     trainer.train()
     flops = training_flops(trainer.model.config, get_family("qwen3_vl"), Trained(vision=False))
-    assert trainer.throughput.clock() > 10_000
+    assert trainer.speed.throughput.clock() > 10_000
     assert len(steps) == 3  # of the first epoch
     lines = _lines(trainer)
     _check_line(lines[0], add(steps[:2]), flops)

@@ -18,15 +18,15 @@ from torch.utils.data import DataLoader
 from qwenvl.models.loss.causal_lm import causal_loss, run_model, tell_host
 from qwenvl.models.loss.moe_aux_loss import sample_of_tokens, summed_balance
 from qwenvl.tasks.objective import Objective
-from qwenvl.train.measured_trainer import MeasuredTrainer
+from qwenvl.train.trainer import Trainer
 from qwenvl.utils.errors import SampleError, UserError
 from tests.e2e.runs import LORA
 
-Open = Callable[..., MeasuredTrainer]
+Open = Callable[..., Trainer]
 EVALUATION = {"eval_dataset_use": "held_out", "eval_strategy": "steps", "per_device_eval_batch_size": 3}
 
 
-def step_of(trainer: MeasuredTrainer, batches: int = 2) -> tuple[list[dict[str, Any]], float, Tensor]:
+def step_of(trainer: Trainer, batches: int = 2) -> tuple[list[dict[str, Any]], float, Tensor]:
     """Return the micro-batches of the first step, the units it is divided by, and the sum of their losses."""
     micro, units = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), batches, torch.device("cpu"))
     with torch.no_grad():
@@ -34,7 +34,7 @@ def step_of(trainer: MeasuredTrainer, batches: int = 2) -> tuple[list[dict[str, 
     return micro, units, torch.stack(losses).sum()
 
 
-def own_loss(trainer: MeasuredTrainer, loader: Any) -> tuple[float, int]:
+def own_loss(trainer: Trainer, loader: Any) -> tuple[float, int]:
     """Return the summed loss and the trained tokens of all batches of a loader."""
     total, tokens = 0.0, 0
     with torch.no_grad():
@@ -43,6 +43,36 @@ def own_loss(trainer: MeasuredTrainer, loader: Any) -> tuple[float, int]:
             kept = {name: value for name, value in batch.items() if name not in ("events", "error", "origins")}
             total += causal_loss(trainer.model, tell_host(kept), num_trained_tokens=1.0).item()
     return total, tokens
+
+
+def origins(loader: Any) -> list[list[int]]:
+    """Return the rows of each batch of a loader, by their numbers in the file."""
+    return [[origin.line for origin in batch["origins"]] for batch in loader]
+
+
+def test_evaluation_takes_the_rows_in_their_order_and_its_own_batch_size(
+    trainer_of: Open,
+) -> None:
+    trainer = trainer_of(**{**EVALUATION, "eval_dataset_use": "mixed"})
+    (*whole, last) = origins(trainer.get_eval_dataloader())
+    first = whole[0][0]
+    assert [*itertools.chain(*whole), *last] == list(range(first, first + 11))
+    assert {len(batch) for batch in whole} == {3} and len(last) == 2
+    other = trainer_of(**EVALUATION)
+    assert [len(batch) for batch in origins(trainer.get_eval_dataloader(other.eval_dataset))] == [3, 1]
+
+
+def test_training_takes_every_row_once_an_epoch_in_an_order_of_its_seed(
+    trainer_of: Open,
+) -> None:
+    runs = [
+        origins(trainer_of(**seed).get_train_dataloader())
+        for seed in ({}, {"data_seed": 1}, {"data_seed": 1, "seed": 5})
+    ]
+    rows = [list(itertools.chain(*batches)) for batches in runs]
+    assert all(len(set(order)) == 11 and order != sorted(order) for order in rows)
+    assert rows[0] != rows[1] == rows[2]
+    assert [len(batch) for batch in runs[0]] == [2, 2, 2, 2, 2, 1]
 
 
 class TestStep:
@@ -132,8 +162,8 @@ class Doubled(Objective):
     def count(self, batch: Any) -> int:
         return 2 * super().count(batch)
 
-    def records(self, output: Tensor, batch: Any) -> list[float]:
-        return [output.item() / len(batch["targets"])]
+    def records(self, output: Any, batch: Any) -> list[float]:
+        return [output.logits.item() / len(batch["targets"])]
 
     def metrics(self, records: Sequence[float]) -> dict[str, float]:
         return {"batches": len(records), "worst": max(records)}
@@ -182,7 +212,7 @@ class TestBalance:
         auxiliary = 0.0
         with torch.no_grad():
             for batch in micro:
-                logits = run_model(trainer.model, batch, router_logits=True).router_logits
+                logits = run_model(trainer.model, {**batch, "output_router_logits": True}).router_logits
                 auxiliary += summed_balance(logits, balance.top_k, *sample_of_tokens(batch)).item()
         without = step_of(plain)[2].item()
         assert loss.item() - without == pytest.approx(10 * auxiliary / tokens, rel=1e-3)
@@ -330,7 +360,6 @@ def test_sums_over_ranks_are_exact(trainer_of: Open) -> None:
     """In float32, 2^24 + 1 tokens are 2^24."""
     trainer = trainer_of()
     assert trainer._over_ranks(2**24 + 1, True, False) == [2**24 + 1, 1.0, 0.0]
-    assert trainer._zeros(2).tolist() == [0.0, 0.0]
 
 
 def test_running_loss_and_position_are_saved(trainer_of: Open, tmp_path: Path) -> None:

@@ -34,13 +34,12 @@ from qwenvl.cli.data_args import ToolArguments, chosen_datasets, open_encoder
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
 from qwenvl.config.tasks import Pooling, TaskArguments, TaskName
+from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.encoding.targets import TargetReader
 from qwenvl.data.media.video.decode import prepare_backend
 from qwenvl.data.sample_stats import describe_remark
 from qwenvl.data.sources.table import AnnotationTable, open_annotations
-from qwenvl.tasks.grounding.phrases import MaskReader
-from qwenvl.tasks.heads.label_counts import label_reader
-from qwenvl.tasks.heads.labels import LabelReader
+from qwenvl.tasks.registry import TASKS
 from qwenvl.utils.cache import replacing
 from qwenvl.utils.cores import available_cores
 from qwenvl.utils.errors import UserError
@@ -74,17 +73,16 @@ class CheckArguments(ToolArguments):
     class_names: str | None = field(default=None, metadata={"help": "File with the classes. Default: any name."})
     keep_answer: bool = field(default=False, metadata={"help": "Of the task: a sample needs its answer."})
 
-    @property
-    def labels(self) -> LabelReader | None:
-        """What reads the labels of the task, if there is one.
+    def targets(self, encoder: SampleEncoder | None) -> TargetReader | None:
+        """Return what reads the targets of the task, if there is one.
 
         Raises:
-            UserError: the file of class names cannot be used.
+            UserError: the file of class names cannot be used, or the task needs a model.
         """
         chosen = TaskArguments(
             task=self.task, pooling=self.pooling, class_names=self.class_names, keep_answer=self.keep_answer
         )
-        return None if self.task in (None, "grounding") else label_reader(chosen)
+        return None if self.task is None else TASKS[self.task].reader(chosen, encoder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,15 +121,12 @@ def check(arguments: CheckArguments) -> int:
 
 def _checker(arguments: CheckArguments) -> SampleChecker:
     if not arguments.model_name_or_path:
-        if arguments.task == "grounding":
-            raise UserError("--task grounding needs --model_name_or_path: phrases are found among its tokens.")
+        targets = arguments.targets(None)
         settings = default_settings(arguments)
         reserved, remote = RESERVED_TOKENS, arguments.allow_remote_media
-        return SampleChecker(settings, reserved, remote, arguments.decode, labels=arguments.labels)
+        return SampleChecker(settings, reserved, remote, arguments.decode, labels=targets)
     encoder, _ = open_encoder(arguments, arguments.model_max_length)
-    targets: TargetReader | None = arguments.labels
-    if arguments.task == "grounding":
-        targets = MaskReader(encoder.tokenizer, encoder.template.turn_end, encoder.settings.merge_size)
+    targets = arguments.targets(encoder)
     encoder = replace(encoder, targets=targets)
     return SampleChecker(
         *(encoder.settings, encoder.reserved_tokens, encoder.allow_remote, arguments.decode, encoder),

@@ -23,7 +23,6 @@ from qwenvl.data.sample_stats import REMARKS
 from qwenvl.data.sources.record_forms import FORM_FIELDS
 from qwenvl.data.types import Conversation, Sample
 from qwenvl.families import get_family
-from qwenvl.tasks.grounding.phrases import MaskReader
 from qwenvl.utils.errors import SampleError
 
 DIGEST_BYTES = 16
@@ -94,7 +93,7 @@ class SampleChecker:
                     self.encoder.require_length(measures.tokens, sample, used)
                     used += measures.tokens
                     finding = replace(finding, remarks=tuple(kind for kind in REMARKS if getattr(measures, kind)))
-                    if isinstance(self.labels, MaskReader):  # masks are read beside sizes of pictures, and tokens
+                    if self.labels is not None and self.labels.reads_plan:
                         for plan in self.encoder.plans(sample):
                             self.labels.read(sample, plan)
                 except SampleError as error:

@@ -32,8 +32,8 @@ from qwenvl.cli.inference_args import (
     answer_all,
     open_asking_encoder,
     open_job,
-    open_labeller,
     open_model,
+    open_predictor,
 )
 from qwenvl.cli.predict.chat import Chat, answer_aloud
 from qwenvl.config.parsing.command_line import HelpPage
@@ -123,7 +123,7 @@ def run(arguments: PredictArguments) -> int:
     turn = Message("user", (*images, *videos, TextPart(arguments.prompt)))
     prompt = open_prompt([turn], reader, encoder.settings)  # before the model, which takes long
     if encoder.targets is not None:
-        print(json.dumps(open_labeller(arguments, encoder).predict_prompts([prompt])[0], ensure_ascii=False))
+        print(json.dumps(open_predictor(arguments, encoder).predict_prompts([prompt])[0], ensure_ascii=False))
         return 0
     answer_aloud(open_model(arguments, encoder), prompt, arguments.decoding)
     return 0

@@ -6,19 +6,6 @@ from collections.abc import Iterable
 
 from qwenvl.utils.errors import UserError, nearest
 
-OF_TASKS: dict[str | None, tuple[str, ...]] = {
-    None: (),
-    "classification": ("accuracy", "macro_f1"),
-    "multilabel": ("map", "micro_f1", "macro_f1"),
-    "regression": ("mae", "rmse", "r2"),
-    "ranking": ("pairwise_accuracy", "ndcg", "kendall_tau"),
-    "grounding": ("miou", "ciou", "acc_at_50", "miou_whole"),
-}
-"""Metrics of each ``--task``, besides the loss."""
-
-OF_ANSWERS = ("exact_match", "multiple_choice", "box_accuracy", "json_equal", "chrf")
-"""Metrics that ``--eval_generate`` chooses from by the expected answers."""
-
 OF_VIEWS = ("loss_shown", "loss_blank", "loss_swapped")
 """Losses that ``--eval_blind`` adds."""
 
@@ -35,15 +22,15 @@ def greater_is_better(metric: str) -> bool:
     return plain_name(metric) not in _LOWER_IS_BETTER
 
 
-def available_metrics(task: str | None, answers: Iterable[str], *, blind: bool) -> tuple[str, ...]:
+def available_metrics(of_task: Iterable[str], answers: Iterable[str], *, blind: bool) -> tuple[str, ...]:
     """Return the metrics that evaluations of a run give.
 
     Args:
-        task: Task of the run; None for language modelling.
+        of_task: Metrics of the task of the run, where there is one.
         answers: Metrics of the answers, where the model is asked for any.
         blind: Whether the losses with other images are computed.
     """
-    return ("loss", *OF_TASKS[task], *answers, *(OF_VIEWS if blind else ()))
+    return ("loss", *of_task, *answers, *(OF_VIEWS if blind else ()))
 
 
 def require_metric(metric: str, available: Iterable[str], advice: str = "") -> None:

@@ -45,6 +45,7 @@ class TargetReader(Protocol):
         fields: Fields of a record that are read.
         prompts: samples are rendered as questions: without the answer at their end, if they have one, and with the
             header of the one to come. Otherwise as in language modelling, with answers.
+        reads_plan: Whether a target depends on the plan of its sample, so that :meth:`check` does not find every fault.
     """
 
     @property
@@ -55,6 +56,11 @@ class TargetReader(Protocol):
     @property
     def prompts(self) -> bool:
         """Whether samples are rendered as questions."""
+        ...
+
+    @property
+    def reads_plan(self) -> bool:
+        """Whether a target depends on the plan of its sample."""
         ...
 
     def check(self, sample: Sample, conversation: Conversation) -> None:

@@ -122,26 +122,27 @@ def causal_loss(
         ``num_trained_tokens``; with ``balance``, plus its coefficient x the batch's auxiliary loss summed over tokens /
         ``num_tokens``.
     """
-    output = run_model(model, batch, router_logits=balance is not None)
+    if balance is not None:
+        batch = {**batch, "output_router_logits": True}
+    output = run_model(model, batch)
     # without our head a stock model takes the arguments it does not know without a word
     assert output.logits.dim() == 0, "call qwenvl.models.forward.install first"
     return with_balance(output.logits / num_trained_tokens, output, batch, balance)
 
 
-def run_model(model: nn.Module, batch: Mapping[str, Any], *, router_logits: bool = False) -> Any:
+def run_model(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """Run a batch that was prepared for a model; return the model's output.
 
     Args:
         model: a model with :func:`qwenvl.models.forward.install`, wrapped or not.
         batch: as for :func:`causal_loss`, or with ``readout_inputs`` in the place of its kept positions and targets.
-        router_logits: have the output hold those of a mixture of experts.
+            With ``output_router_logits``, the output holds ``router_logits`` of a mixture of experts.
     """
     return model(
         **{key: value for key, value in batch.items() if key not in _OWN_KEYS},
         vision_inputs=VisionInputs(
             batch.get("pixels"), batch.get("media", ()), batch["vision_mask"], batch["num_vision_tokens"]
         ),
-        **({"output_router_logits": True} if router_logits else {}),
         use_cache=False,  # with a cache, transformers does not look for packed samples and lets them see each other
     )
 

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from qwenvl.models.loss.causal_lm import tell_host
+from qwenvl.config import ParsedArguments, TaskArguments
+from qwenvl.data.dataset import SampledTable
+from qwenvl.data.encoding.encoder import SampleEncoder
+from qwenvl.models.loss.causal_lm import run_model, tell_host
 from qwenvl.tasks.grounding.metrics import MaskRecord, compare_masks, mask_metrics
 from qwenvl.tasks.grounding.module import GroundingReadout, GroundingSettings
-from qwenvl.tasks.grounding.phrases import Region
+from qwenvl.tasks.grounding.phrases import MaskReader, Region
 from qwenvl.tasks.grounding.predict import mask_pixels, readout_inputs, split_masks
 from qwenvl.tasks.grounding.sam import MaskRefiner
 from qwenvl.tasks.grounding.unet import mask_loss
-from qwenvl.tasks.objective import Objective
+from qwenvl.tasks.objective import Objective, Task
+from qwenvl.utils.errors import UserError
 
 
 @dataclass
@@ -62,20 +66,21 @@ class Grounding(Objective):
         """Return the phrases of a batch."""
         return sum(len(regions) for regions in batch["sample_targets"])
 
-    def summed_loss(self, output: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Return the losses of all masks, those of SAM as much as the coarse ones."""
+    def compute(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """Return the losses of all masks, those of SAM as much as the coarse ones, and the model's output."""
+        output = run_model(model, batch)
         losses = [
             mask_loss(logits, torch.from_numpy(target).to(logits.device))
-            for region, masks in self._masks(output, batch)
+            for region, masks in self._masks(output.logits, batch)
             for logits, target in zip(masks, region.targets, strict=True)
         ]
-        return torch.stack(losses).sum() if losses else output.sum()
+        return torch.stack(losses).sum() if losses else output.logits.sum(), output
 
-    def records(self, output: Tensor, batch: Mapping[str, Any]) -> list[MaskRecord]:
+    def records(self, output: Any, batch: Mapping[str, Any]) -> list[MaskRecord]:
         """Return how the finest masks fit, in pixels of the pictures as they are shown."""
         return [
             compare_masks(mask_pixels(masks[-1], region.mask.size), region.mask.pixels())
-            for region, masks in self._masks(output, batch)
+            for region, masks in self._masks(output.logits, batch)
         ]
 
     def metrics(self, records: Sequence[MaskRecord]) -> dict[str, float]:
@@ -86,3 +91,39 @@ class Grounding(Objective):
         """Yield every phrase with the logits of its masks, the coarse one first."""
         regions = [region for of_sample in batch["sample_targets"] for region in of_sample]
         return zip(regions, split_masks(output, [[t.shape for t in region.targets] for region in regions]), strict=True)
+
+
+def open_grounding(
+    parsed: ParsedArguments,
+    config: PretrainedConfig,
+    train: Sequence[SampledTable],
+    held_out: Sequence[SampledTable],
+    encoder: SampleEncoder,
+) -> Task:
+    """Return the task of a run, as :attr:`qwenvl.tasks.registry.TaskKind.open`."""
+    del config, train, held_out
+    chosen = parsed.tasks
+    settings = GroundingSettings(
+        resolution=chosen.mask_resolution,
+        merge=chosen.attention_merge,
+        channels=chosen.mask_channels,
+        learning_rate=chosen.head_lr,
+        seed=parsed.training.seed,
+    )
+    finer = () if chosen.sam_model_name_or_path is None else (settings.refined_resolution,)
+    return Task(Grounding(settings, chosen.sam_model_name_or_path), _reader(encoder, (settings.resolution, *finer)))
+
+
+def checking_reader(chosen: TaskArguments, encoder: SampleEncoder | None) -> MaskReader:
+    """Return what reads the masks of rows that are checked.
+
+    Raises:
+        UserError: there is no encoder.
+    """
+    if encoder is None:
+        raise UserError(f"--task {chosen.task} needs --model_name_or_path: phrases are found among its tokens.")
+    return _reader(encoder)
+
+
+def _reader(encoder: SampleEncoder, resolutions: tuple[int, ...] = ()) -> MaskReader:
+    return MaskReader(encoder.tokenizer, encoder.template.turn_end, encoder.settings.merge_size, resolutions)

@@ -113,6 +113,11 @@ class MaskReader:
         """Samples keep their answers: their words are what looks at the picture."""
         return False
 
+    @property
+    def reads_plan(self) -> bool:
+        """Masks are read beside the sizes of pictures and the tokens of phrases."""
+        return True
+
     def check(self, sample: Sample, conversation: Conversation) -> None:
         """Look at the phrases of a sample.
 

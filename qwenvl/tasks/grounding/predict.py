@@ -32,6 +32,15 @@ Size = tuple[int, ...]
 Places = Sequence[Sequence[Place]]
 
 
+USAGE = """from qwenvl.tasks.grounding.predict import open_grounder  # of this trainer
+
+# The model alone opens as usual, with AutoModelForImageTextToText, and answers as before. tools/show_attention.py draws
+# what its words look at, and the masks.
+
+grounder = open_grounder("{name}")"""
+"""Lines of a model card."""
+
+
 @dataclass(frozen=True)
 class Grounder:
     """A model folder, opened to see where the words of answers look, and to find masks where it has learned to.

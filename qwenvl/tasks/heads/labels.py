@@ -46,6 +46,11 @@ class LabelReader:
     optional: bool = False
 
     @property
+    def reads_plan(self) -> bool:
+        """Labels do not depend on how a sample is rendered."""
+        return False
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """The field of labels."""
         return ("label",)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from qwenvl.models.loss.causal_lm import segments_of
+from qwenvl.models.loss.causal_lm import run_model, segments_of
 from qwenvl.tasks.heads.confusion import confusion_svg
 from qwenvl.tasks.heads.head import HeadSpec, TaskHead, layer_number
 from qwenvl.tasks.heads.losses import summed_loss
@@ -65,14 +65,20 @@ class HeadObjective(Objective):
         """Return the samples of a batch."""
         return len(batch["sample_targets"])
 
-    def summed_loss(self, output: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Return the loss summed over the samples of a batch."""
-        return summed_loss(self.spec, output, batch["sample_targets"])
+    def compute(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """Return the loss summed over the samples of a batch, and the model's output with the head's scores."""
+        output = run_model(model, batch)
+        return summed_loss(self.spec, output.logits, batch["sample_targets"]), output
 
-    def records(self, output: Tensor, batch: Mapping[str, Any]) -> list[Any]:
+    def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Return the scores of the samples of a batch, [units, outputs]."""
+        found: Tensor = run_model(model, batch).logits
+        return found
+
+    def records(self, output: Any, batch: Mapping[str, Any]) -> list[Any]:
         """Return (scores float64 [units of the sample, outputs], target) of each sample."""
         targets = batch["sample_targets"]
-        scores = output.double().cpu().numpy()
+        scores = output.logits.double().cpu().numpy()
         units = [len(one) if self.spec.task == "ranking" else 1 for one in targets]
         return list(zip(np.split(scores, np.cumsum(units)[:-1]) if targets else [], targets, strict=True))
 

@@ -25,6 +25,15 @@ from qwenvl.tasks.heads.head import HeadSpec, TaskHead
 from qwenvl.tasks.heads.objective import describe_scores
 from qwenvl.tasks.heads.pooling import pooled_rows, token_places
 
+USAGE = """from qwenvl.tasks.heads.predict import open_task_model  # of this trainer
+
+# The model alone opens as usual, with AutoModelForImageTextToText.
+
+model = open_task_model("{name}")
+turn = {{"role": "user", "content": [{{"type": "image", "image": "a.jpg"}}, {{"type": "text", "text": "..."}}]}}
+print(model.predict([[turn]]))"""
+"""Lines of a model card."""
+
 
 @dataclass(frozen=True)
 class TaskModel:
@@ -120,3 +129,17 @@ def open_task_model(folder: str, *, device: str | None = None, dtype: torch.dtyp
     head = open_head(folder)
     answerer = open_answerer(folder, device=device, dtype=dtype)
     return TaskModel(answerer, head.to(answerer.model.device))
+
+
+def add_head(answerer: Answerer, folder: str) -> TaskModel:
+    """Return an open model with the head in its folder.
+
+    Raises:
+        UserError: the folder holds none, or a damaged one.
+    """
+    return TaskModel(answerer, open_head(folder).to(answerer.model.device))
+
+
+def saved_scores(folder: str, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return what the saved head says of one sample with a stock model: [units, outputs]."""
+    return torch.from_numpy(add_head(Answerer(model, None), folder).scores(inputs)[0])

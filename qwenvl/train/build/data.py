@@ -25,8 +25,8 @@ from qwenvl.data.sources.registry import load_registry, parse_dataset_use
 from qwenvl.data.types import DatasetSpec
 from qwenvl.families import Family
 from qwenvl.models.rope_scaling import context_length, extend_context
-from qwenvl.tasks.build import open_task
 from qwenvl.tasks.objective import Objective
+from qwenvl.tasks.registry import open_task
 from qwenvl.train.build.model import origin_options
 from qwenvl.train.build.packing import Arrangement, arrange
 from qwenvl.utils.distributed import from_main_process

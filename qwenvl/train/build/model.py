@@ -77,6 +77,7 @@ def open_model(
         refuse_unused(model)
     _checkpoint_trained_parts(model, args)
     _compile_layers(model, args)
+    objective.begin(model)
     return model
 
 

@@ -21,7 +21,7 @@ from qwenvl.models.lora.adapters import adapter_sizes
 from qwenvl.profiling.device_specs import name_device
 from qwenvl.report.answers import Medium
 from qwenvl.report.run_page import LISTED, Data, Run, Setup, build_run_page
-from qwenvl.train.eval_prompts import HeldOutQuestions
+from qwenvl.train.eval_prompts import EvalPrompts
 from qwenvl.train.records.run_info import UsedRows, find_versions, rerun_command, setting_text
 from qwenvl.train.records.skipped_samples import BAD_SAMPLES, MEANING, DataReport, count_events
 from qwenvl.train.records.summary import summarize_parts
@@ -41,13 +41,13 @@ class Sources:
     Args:
         data: what happened to samples.
         answers: at the evaluations so far.
-        questions: that are answered; None for none.
+        prompts: Samples that are answered; None for none.
         warnings: that were given so far.
     """
 
     data: DataReport
     answers: AnswerLog
-    questions: HeldOutQuestions | None
+    prompts: EvalPrompts | None
     warnings: Sequence[str]
 
 
@@ -123,12 +123,12 @@ class RunReport(TrainerCallback):
         return self._media[key]
 
     def _decode(self, key: Key) -> Sequence[Medium] | str:
-        questions = self._sources.questions
-        number = None if questions is None else questions.number_of(key)
-        if questions is None or number is None:
+        prompts = self._sources.prompts
+        number = None if prompts is None else prompts.number_of(key)
+        if prompts is None or number is None:
             return "This run does not ask this sample."
         try:
-            return questions.media(number)
+            return prompts.media(number)
         except SampleError as error:
             return error.reason
 

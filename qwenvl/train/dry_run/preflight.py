@@ -27,11 +27,11 @@ from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.packing.lengths import measure_lengths
 from qwenvl.data.types import History
 from qwenvl.profiling.activation_memory import StepMemory, measure_step
+from qwenvl.profiling.flops import flops_of
 from qwenvl.profiling.state_memory import StateMemory, estimate_states, read_sharing
 from qwenvl.train.build.data import RunData
 from qwenvl.train.build.model import open_model, weight_types
 from qwenvl.train.dry_run.report import NOT_COUNTED, describe_histories, describe_memory, describe_work, gib
-from qwenvl.train.measured_trainer import flops_of
 from qwenvl.train.records.summary import describe_budget, describe_data, describe_model, describe_remarks
 from qwenvl.train.schedule import plan_schedule, slowest_over_mean
 from qwenvl.utils.cache import cache_folder

@@ -13,7 +13,7 @@ import yaml
 
 from qwenvl.config import ParsedArguments
 from qwenvl.models.lora.files import CONFIG_FILE
-from qwenvl.tasks.files import is_task_folder, read_record
+from qwenvl.tasks.registry import saved_kind
 from qwenvl.train.records.run_info import UsedRows, rerun_command
 from qwenvl.train.records.serving import SERVING
 
@@ -29,21 +29,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 base = AutoModelForImageTextToText.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "{name}")
 processor = AutoProcessor.from_pretrained("{name}")"""
-
-_HEAD_LOADED = """from qwenvl.tasks.heads.predict import open_task_model  # of this trainer
-
-# The model alone opens as usual, with AutoModelForImageTextToText.
-
-model = open_task_model("{name}")
-turn = {{"role": "user", "content": [{{"type": "image", "image": "a.jpg"}}, {{"type": "text", "text": "..."}}]}}
-print(model.predict([[turn]]))"""
-
-_MASKS_LOADED = """from qwenvl.tasks.grounding.predict import open_grounder  # of this trainer
-
-# The model alone opens as usual, with AutoModelForImageTextToText, and answers as before. tools/show_attention.py draws
-# what its words look at, and the masks.
-
-grounder = open_grounder("{name}")"""
 
 
 @dataclass(frozen=True)
@@ -80,14 +65,14 @@ class Card:
     def text(self, folder: Path, history: Sequence[Mapping[str, float]]) -> str:
         """Return the card of a folder."""
         adapter = (folder / CONFIG_FILE).is_file()
-        kind = "A LoRA adapter for" if adapter else "Fine-tuned from"
+        made = "A LoRA adapter for" if adapter else "Fine-tuned from"
         alone = _ADAPTER_LOADED if adapter else _LOADED
-        if is_task_folder(folder):
-            alone = _MASKS_LOADED if read_record(folder).get("task") == "grounding" else _HEAD_LOADED
-        loaded = alone.format(name=self.name, base=self.base)
+        kind = saved_kind(str(folder))
+        usage = kind.usage if kind is not None and kind.usage is not None else alone
+        loaded = usage.format(name=self.name, base=self.base)
         parts = [
             f"---\n{yaml.safe_dump(self._front(adapter), sort_keys=False)}---\n\n{MARKER}",
-            f"# {Path(self.name).name}\n\n{kind} `{self.base}`.",
+            f"# {Path(self.name).name}\n\n{made} `{self.base}`.",
             f"## Use\n\n```python\n{loaded}\n```",
             _limits(folder),
             _requests(folder),

@@ -199,11 +199,11 @@ def compute(folder: Path, model: Any, case: Mapping[str, Tensor]) -> Found:
 
 
 def _scores(folder: Path, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    from qwenvl.inference.generate import Answerer
-    from qwenvl.tasks.heads.predict import TaskModel, open_head
+    from qwenvl.tasks.registry import saved_predictor
 
-    head = open_head(str(folder)).to(model.device)
-    return torch.from_numpy(TaskModel(Answerer(model, None), head).scores(inputs)[0])
+    predictor = saved_predictor(str(folder))
+    assert predictor is not None, "training gave scores"
+    return predictor.scores(str(folder), model, inputs)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qwenvl.config import TrainingArguments
 from qwenvl.data.sampler import SampleOrder, Sharding
 from qwenvl.models.lora.files import start_anew
 from qwenvl.utils.cache import array_hash
@@ -194,3 +195,50 @@ def _advice(state: Mapping[str, Any], ranks: int) -> str:
 def _values(saved: Any, now: Any) -> str:
     """Numbers are worth showing, hashes are not."""
     return f" ({saved}, now {now})" if isinstance(saved, int) and isinstance(now, int) else ""
+
+
+class SamplerPosition:
+    """Where a run stands in the order of its samples; written to checkpoints, and read by the run that resumes.
+
+    Args:
+        order: Order of the dataset's indices.
+        content: Hashes of what stands at the indices, by name: ``ConversationDataset.content``.
+        args: Settings of the run. Its ``ignore_data_skip`` may change before the run begins.
+    """
+
+    def __init__(self, order: SampleOrder, content: Mapping[str, str | None], args: TrainingArguments) -> None:
+        self._order, self._content, self._args = order, content, args
+        self._repeats = Repeats(asked=args.ignore_data_skip)
+
+    def _describe(self, sharding: Sharding) -> dict[str, Any]:
+        return describe_order(self._order, sharding.step_size, self._content)
+
+    def begins_again(self, checkpoint: str, sharding: Sharding) -> bool:
+        """Whether the epoch of a checkpoint begins again, as ``--ignore_data_skip`` asks for.
+
+        Otherwise its next sample has to be the one that comes next here.
+
+        Raises:
+            UserError: it was saved with other data or other settings of the order.
+        """
+        if self._args.auto_find_batch_size:  # the Trainer goes on with the size it had found
+            sharding = replace(sharding, batch_size=read_batch_size(checkpoint) or sharding.batch_size)
+        described = self._describe(sharding)
+        if self._args.ignore_data_skip:
+            return begins_again(checkpoint, described)
+        require_same_order(checkpoint, described)
+        return False
+
+    def take_up(self, checkpoint: str, step: int, steps_of_epoch: int) -> tuple[int, int]:
+        """Return the epoch and its micro-batch that a resumed run goes on with, after ``step`` optimizer steps.
+
+        The Trainer computes both from the steps taken, some of which may be repeated ones.
+        """
+        repeated = count_repeats(checkpoint, step, steps_of_epoch, again=self._args.ignore_data_skip)
+        self._repeats = replace(self._repeats, steps=repeated)
+        epoch, steps = divmod(step - repeated, steps_of_epoch)
+        return epoch, steps * self._args.gradient_accumulation_steps
+
+    def write(self, folder: Path, sharding: Sharding, step: int) -> None:
+        """Write how far the data are used after ``step`` optimizer steps, and what their order is made of."""
+        write_position(folder, self._describe(sharding), sharding, step, self._repeats)

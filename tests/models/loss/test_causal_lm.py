@@ -237,7 +237,7 @@ def test_router_logits_are_returned_on_request(load_tiny, mixture, make_batch):
     batch = make_batch("padded", [mixture("qwen3_vl_moe")["text"]])
     assert run_model(model, batch).router_logits is None
     layers = model.config.text_config.num_hidden_layers
-    assert len(run_model(model, batch, router_logits=True).router_logits) == layers
+    assert len(run_model(model, batch | {"output_router_logits": True}).router_logits) == layers
 
 
 def test_tokens_of_a_batch_are_counted_without_padding_and_without_filler():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -149,7 +150,7 @@ def test_a_batch_without_samples_has_a_loss_of_zero_that_is_connected(name: str)
     values = torch.zeros(0, 3 if CASES[name][2] else 1, requires_grad=True)
     loss = summed_loss(head, values, [])
     assert loss.item() == 0 and loss.requires_grad
-    assert HeadObjective(head).records(values.detach(), {"sample_targets": []}) == []
+    assert HeadObjective(head).records(SimpleNamespace(logits=values.detach()), {"sample_targets": []}) == []
     assert HeadObjective(head).metrics([]) == {}
 
 

@@ -17,8 +17,8 @@ import pytest
 
 from qwenvl.evaluate.answer_log import AnswerLog
 from qwenvl.train import run as setup
-from qwenvl.train.measured_trainer import MeasuredTrainer
 from qwenvl.train.train_qwen import main
+from qwenvl.train.trainer import Trainer
 from tests.browser import dom, needs_chromium
 from tests.cli.pages import Page
 from tests.e2e.runs import LORA, flags, history, train
@@ -158,13 +158,13 @@ def test_skipped_steps_and_values_that_are_no_numbers_are_told(
 def test_a_run_that_is_asked_to_stop_reports_how_far_it_came(
     tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopped(MeasuredTrainer):
+    class Stopped(Trainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             if self.state.global_step == 1:
                 signal.raise_signal(signal.SIGTERM)
             return super().training_step(*args, **kwargs)
 
-    monkeypatch.setattr(setup, "MeasuredTrainer", Stopped)
+    monkeypatch.setattr(setup, "Trainer", Stopped)
     command = flags(tiny_checkpoint("qwen3_vl"), tmp_path, registry, **{**ASKING, "eval_steps": 1, "max_steps": 8})
     assert main(command) == 75
     _, page = read(tmp_path)

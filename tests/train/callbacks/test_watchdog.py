@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerCallback
 
 from qwenvl.train.callbacks.watchdog import Watchdog
-from qwenvl.train.measured_trainer import MeasuredTrainer
+from qwenvl.train.trainer import Trainer
 
 
 class Failing(TrainerCallback):
@@ -25,7 +25,7 @@ class Failing(TrainerCallback):
         raise ZeroDivisionError
 
 
-def test_no_clock_runs_after_a_training_that_failed(trainer_of: Callable[..., MeasuredTrainer]) -> None:
+def test_no_clock_runs_after_a_training_that_failed(trainer_of: Callable[..., Trainer]) -> None:
     trainer = trainer_of()
     failing = Failing(trainer._watchdog)
     trainer.add_callback(failing)

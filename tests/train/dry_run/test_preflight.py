@@ -23,8 +23,8 @@ from qwenvl.profiling.activation_memory import measure_step
 from qwenvl.profiling.state_memory import Sharing, estimate_states
 from qwenvl.train.build.data import open_config, open_data
 from qwenvl.train.build.model import open_model, weight_types
+from qwenvl.train.checkpointing_trainer import Records
 from qwenvl.train.run import build_trainer
-from qwenvl.train.saving_trainer import Records
 from qwenvl.train.train_qwen import main
 from tests.e2e.runs import LORA, REPOSITORY, flags, train, weights
 

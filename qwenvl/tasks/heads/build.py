@@ -1,20 +1,17 @@
-"""What ``--task`` chooses: an objective, and what it wants to know of the samples."""
+"""A head from the settings and the labels of a run, and readers of labels for the commands."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from qwenvl.config import ParsedArguments, TaskArguments
 from qwenvl.data.dataset import SampledTable
 from qwenvl.data.encoding.encoder import SampleEncoder
-from qwenvl.data.encoding.targets import TargetReader
-from qwenvl.tasks.grounding.module import GroundingSettings
-from qwenvl.tasks.grounding.objective import Grounding
-from qwenvl.tasks.grounding.phrases import MaskReader
 from qwenvl.tasks.heads.head import HeadSpec
 from qwenvl.tasks.heads.label_counts import (
     LabelStatistics,
@@ -23,69 +20,24 @@ from qwenvl.tasks.heads.label_counts import (
     label_reader,
     order_classes,
 )
+from qwenvl.tasks.heads.labels import LabelReader
 from qwenvl.tasks.heads.objective import HeadObjective
-from qwenvl.tasks.objective import Objective
+from qwenvl.tasks.objective import Task
 from qwenvl.utils.distributed import from_main_process
 from qwenvl.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a run learns.
-
-    Args:
-        objective: how.
-        targets: reads what it wants to know of each sample; None for language modelling.
-    """
-
-    objective: Objective = field(default_factory=Objective)
-    targets: TargetReader | None = None
-
-
-def open_task(
+def open_head_task(
     parsed: ParsedArguments,
     config: PretrainedConfig,
     train: Sequence[SampledTable],
     held_out: Sequence[SampledTable],
     encoder: SampleEncoder,
 ) -> Task:
-    """Return the task of a run; every rank has to call it.
-
-    Args:
-        parsed: its settings.
-        config: of the model.
-        train: what is trained on, from which a task learns its classes, for instance.
-        held_out: what is evaluated on.
-        encoder: of samples, without the task.
-
-    Raises:
-        UserError: the settings or the data do not fit the task.
-    """
-    if parsed.tasks.task == "grounding":
-        return _open_grounding(parsed, encoder)
-    return Task() if parsed.tasks.task is None else _open_head(parsed, config, train, held_out)
-
-
-def _open_grounding(parsed: ParsedArguments, encoder: SampleEncoder) -> Task:
-    chosen = parsed.tasks
-    settings = GroundingSettings(
-        resolution=chosen.mask_resolution,
-        merge=chosen.attention_merge,
-        channels=chosen.mask_channels,
-        learning_rate=chosen.head_lr,
-        seed=parsed.training.seed,
-    )
-    finer = () if chosen.sam_model_name_or_path is None else (settings.refined_resolution,)
-    merge_size, turn_end = encoder.settings.merge_size, encoder.template.turn_end
-    reader = MaskReader(encoder.tokenizer, turn_end, merge_size, (settings.resolution, *finer))
-    return Task(Grounding(settings, chosen.sam_model_name_or_path), reader)
-
-
-def _open_head(
-    parsed: ParsedArguments, config: PretrainedConfig, train: Sequence[SampledTable], held_out: Sequence[SampledTable]
-) -> Task:
+    """Return the task of a run, as :attr:`qwenvl.tasks.registry.TaskKind.open`: its labels say classes and scale."""
+    del encoder
     chosen, skip = parsed.tasks, parsed.data.on_bad_sample == "skip"
     reader = label_reader(chosen)
     found = from_main_process(lambda: count_labels(train, reader, skip=skip))
@@ -113,6 +65,23 @@ def _open_head(
     )
     _log(spec, found)
     return Task(HeadObjective(spec, parsed.training.seed, chosen.head_lr), reader)
+
+
+def checking_reader(chosen: TaskArguments, encoder: SampleEncoder | None) -> LabelReader:
+    """Return what reads the labels of rows that are checked."""
+    del encoder
+    return label_reader(chosen)
+
+
+def saved_reader(record: Mapping[str, Any]) -> LabelReader:
+    """Return what renders samples for a saved head, and reads their labels where they have any.
+
+    Raises:
+        UserError: ``task.json`` is not that of a head.
+    """
+    spec = HeadSpec.from_record(record)
+    needs_media = spec.pooling == "vision_mean"
+    return LabelReader(spec.task, spec.classes, len(spec.means), needs_media, not spec.keep_answer, optional=True)
 
 
 def _require_enough(chosen: TaskArguments, found: LabelStatistics, classes: Sequence[str]) -> None:

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 
 from qwenvl.train.checkpoint.folder import problem_of
 from qwenvl.train.checkpoint.validate import read_source
-from qwenvl.train.measured_trainer import MeasuredTrainer
+from qwenvl.train.trainer import Trainer
 from qwenvl.utils.errors import UserError
 from tests.e2e.runs import LORA, REPOSITORY, equal_bits, weights
 
-Open = Callable[..., MeasuredTrainer]
+Open = Callable[..., Trainer]
 
 
-def saved(trainer: MeasuredTrainer, step: int) -> Path:
+def saved(trainer: Trainer, step: int) -> Path:
     """Save a checkpoint of a step; return its folder."""
     if trainer.optimizer is None:
         trainer.create_optimizer_and_scheduler(5)

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PretrainedConfig, ProcessorMixin, Trainer
+from transformers import PretrainedConfig, ProcessorMixin
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from qwenvl.config import TrainingArguments
 from qwenvl.config.export import shard_bytes
+from qwenvl.data.sampler import SampleOrder, Sharding
 from qwenvl.models.loading import load_weights
 from qwenvl.models.lora import files as adapter_files
 from qwenvl.models.lora.adapters import has_adapters
@@ -31,6 +33,7 @@ from qwenvl.train.checkpoint.weight_files import rewrite_weights
 from qwenvl.train.export.hub import push_checkpoint, push_model
 from qwenvl.train.export.model_card import Card
 from qwenvl.train.resume.hyperparameters import Hyperparameters
+from qwenvl.train.resume.sampler_state import SamplerPosition
 
 logger = logging.getLogger(__name__)
 
@@ -54,25 +57,28 @@ class Records:
     serving: Mapping[str, Any] = field(default_factory=dict)
 
 
-class SavingTrainer(Trainer):
+class CheckpointingTrainer(transformers.Trainer):
     """A Trainer that saves folders which load alone.
 
     The processor stays out of the stock Trainer's hands: it would write the tokenizer's special tokens over those that
     the checkpoint's config and generation config declare.
 
     Args:
-        processor: saved with every checkpoint.
-        records: saved with every checkpoint.
-        options: of the stock Trainer.
+        order: Order in which samples are trained on, whose position is saved with every checkpoint.
+        processor: Processor that is saved with every checkpoint.
+        records: Records that are saved with every checkpoint.
+        options: Options of the stock Trainer.
     """
 
     args: TrainingArguments
 
-    def __init__(self, processor: ProcessorMixin, records: Records, **options: Any) -> None:
+    def __init__(self, order: SampleOrder, processor: ProcessorMixin, records: Records, **options: Any) -> None:
         config = options["model"].config
         use_cache = vars(config).get("use_cache", _ABSENT)
         super().__init__(**options)
         _restore(config, "use_cache", use_cache)
+        self._order = order
+        self.position = SamplerPosition(order, self.train_dataset.content, self.args)
         self._processor = processor
         self._records = records
         self._drafts: str | None = None  # where a checkpoint is written, while one is
@@ -87,16 +93,30 @@ class SavingTrainer(Trainer):
             shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
-    def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Start or take up the state of the run; the best checkpoint is found where the output folder is now."""
-        begin: tuple[int, int] = super()._init_training_state(*args)
+    @property
+    def sharding(self) -> Sharding:
+        """Part of the order that is this rank's."""
+        size = self._train_batch_size  # that of the flag, or a smaller one found by --auto_find_batch_size
+        accumulation = self.args.gradient_accumulation_steps
+        return Sharding(size, self.args.world_size, self.args.process_index, accumulation)
+
+    def _init_training_state(
+        self, max_steps: int, steps_of_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """Start or take up the state of the run, and return the epoch and its micro-batch to go on with.
+
+        The best checkpoint is found where the output folder is now.
+        """
+        begin: tuple[int, int] = super()._init_training_state(max_steps, steps_of_epoch, epochs, checkpoint, trial)
         # a checkpoint's state holds the intervals and the batch size of the run that saved it
         self.state.compute_steps(self.args, self.state.max_steps)
         self.state.train_batch_size = self._train_batch_size
         if self.forgets_best:
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         self._name_best()
-        return begin
+        return (
+            begin if checkpoint is None else self.position.take_up(checkpoint, self.state.global_step, steps_of_epoch)
+        )
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         """Train an epoch, unless a run is resumed at its end: inside an epoch, the Trainer would take one step more."""
@@ -196,13 +216,13 @@ class SavingTrainer(Trainer):
         """Nothing yet: the stock Trainer pushes while it saves, when a checkpoint has not got its name."""
 
     def save_position(self, folder: Path) -> None:
-        """Write what a checkpoint says of the data, for the run that resumes from it; nothing here.
-
-        Every rank calls it.
+        """Write what a checkpoint says of the data, for the run that resumes from it; every rank calls it.
 
         Args:
-            folder: where the checkpoint is being written.
+            folder: Folder in which the checkpoint is being written.
         """
+        if self.args.should_save:
+            self.position.write(folder, self.sharding, self.state.global_step)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer looks for and writes checkpoints: during a save, the folder of drafts."""

@@ -1,0 +1,115 @@
+"""Evaluation by generation: prompts of held-out samples are answered, and the loss is measured with other images."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from qwenvl.data.collator import for_model
+from qwenvl.data.encoding.encoded import Item
+from qwenvl.evaluate.answer_log import AnswerLog
+from qwenvl.evaluate.scoring import evaluate
+from qwenvl.inference.generate import Answer, Decoding, generate
+from qwenvl.inference.other_images import VIEWS, View
+from qwenvl.metrics.predictions import Prediction
+from qwenvl.models.attention import packed as attention
+from qwenvl.models.loss.causal_lm import causal_loss, tell_host, total_weight
+from qwenvl.train.callbacks.watchdog import Watchdog
+from qwenvl.train.eval_prompts import EvalPrompts
+from qwenvl.utils.distributed import gather_objects, zeros_for_sums
+
+
+class GenerationEval:
+    """Lets the model of a trainer answer; weights and random numbers stay as they are.
+
+    Args:
+        prompts: Samples that are asked at every evaluation.
+        answers: File in which the answers are kept.
+        watchdog: Watchdog of the run.
+    """
+
+    def __init__(self, prompts: EvalPrompts, answers: AnswerLog, watchdog: Watchdog) -> None:
+        self.prompts = prompts
+        self._answers = answers
+        self._watchdog = watchdog
+
+    def run(self, trainer: Trainer) -> dict[str, float]:
+        """Return metrics by name; every rank has to call it."""
+        lines = self._answer(trainer)
+        if trainer.is_world_process_zero():
+            self._answers.add(trainer.state.global_step, lines)
+        found = _metrics(lines)
+        if trainer.args.eval_blind:
+            sums = {view: self._loss_sums(trainer, view) for view in VIEWS}
+            found |= {f"loss_{view}": loss / tokens if tokens else math.nan for view, (loss, tokens) in sums.items()}
+        return found
+
+    def _answer(self, trainer: Trainer) -> list[Prediction]:
+        """Let the model answer; each rank its share, and all in step."""
+        args = trainer.args
+        answerer = self.prompts.answerer(trainer.model)
+        decoding = Decoding(args.eval_generate_tokens)
+        batch, rank, ranks = args.eval_batch_size, args.process_index, args.world_size
+        sharded = ranks > 1 and (trainer.is_fsdp_enabled or _is_zero3(trainer))
+        mine: list[tuple[int, Answer]] = []
+        for one in self.prompts.rounds(batch, rank, ranks):
+            self._watchdog.watch(f"evaluation after step {trainer.state.global_step}, answering")
+            prompts = [self.prompts.open(number).prompt for number in one.asked]
+            with trainer.compute_loss_context_manager(), _stock_attention(trainer.model):
+                answers = generate(answerer, prompts, decoding=decoding, batch_size=batch, synced_gpus=sharded)
+            mine += list(zip(one.asked, answers, strict=True))[: one.counted]
+        return self.prompts.answered(list(itertools.chain(*gather_objects(mine))))
+
+    def _loss_sums(self, trainer: Trainer, view: View) -> list[float]:
+        """Return the summed loss and the trained tokens with a view of the same samples, teacher forced."""
+        batch, ranks = trainer.args.eval_batch_size, trainer.args.world_size
+        numbers, totals = self.prompts.comparable, zeros_for_sums(2, trainer.args.device)
+        for start in range(0, len(numbers), batch * ranks):
+            self._watchdog.watch(f"evaluation after step {trainer.state.global_step}, pictures {view}")
+            mine = numbers[start : start + batch * ranks][trainer.args.process_index :: ranks]
+            items = [Item((self.prompts.view(number, view),)) for number in mine]
+            collated = for_model(trainer.data_collator(items or [Item()]))  # without a sample, it keeps in step
+            totals[1] += total_weight(collated)
+            inputs = trainer._prepare_inputs(tell_host(collated))
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                totals[0] += causal_loss(trainer.model, inputs, num_trained_tokens=1.0)
+        sums: list[float] = trainer.accelerator.reduce(totals, reduction="sum").tolist()
+        return sums
+
+
+def _is_zero3(trainer: Trainer) -> bool:
+    return trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
+@contextmanager
+def _stock_attention(model: Any) -> Iterator[None]:
+    """Let a model attend as ``generate`` needs it where it attends by the segments of training's rows."""
+    by_segments = model.config.get_text_config()._attn_implementation == attention.NAME
+    if by_segments:
+        model.set_attn_implementation({"text_config": "sdpa"})
+    try:
+        yield
+    finally:
+        if by_segments:
+            model.set_attn_implementation({"text_config": attention.NAME})
+
+
+def _metrics(lines: Sequence[Prediction]) -> dict[str, float]:
+    """Return the score of each metric over the samples of all datasets that call for it, their number, and the cut."""
+    groups: dict[str, list[Any]] = {}
+    for scores in evaluate(lines):
+        groups.setdefault(scores.metric.name, []).append(scores)
+    cut = sum(line.finish_reason == "length" for line in lines)
+    found: dict[str, float] = {"answered_samples": len(lines), "cut_answers": cut}
+    for name, group in groups.items():
+        metric = group[0].metric
+        statistics = np.array([metric.statistics(one) for scores in group for one in scores.scored])
+        found[name] = metric.total(statistics.sum(axis=0), len(statistics))
+    return found
