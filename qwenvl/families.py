@@ -103,6 +103,13 @@ FAMILIES: dict[str, Family] = {
 """Those with published checkpoints."""
 
 
+_NOT_TRAINED = {
+    "qwen4_exp": "Qwen3.8-Flash-Next (model_type qwen4_exp) is not trained here: its indexed attention picks the tokens "
+    "that each token sees, which packing here does not know. Use Qwen3.8-27B, or another checkpoint of "
+}
+"""Published model types that are refused, and why."""
+
+
 def get_family(model_type: str) -> Family:
     """Return the family of a checkpoint's ``config.model_type``.
 
@@ -111,6 +118,8 @@ def get_family(model_type: str) -> Family:
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
+    if model_type in _NOT_TRAINED:
+        raise UserError(f"{_NOT_TRAINED[model_type]}{', '.join(FAMILIES)}.")
     own = _own_family(model_type)
     if own is None:
         raise UserError(

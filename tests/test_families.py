@@ -54,6 +54,13 @@ def test_other_model_types_are_refused(model_type: str) -> None:
         get_family(model_type)
 
 
+def test_a_published_model_type_that_is_not_trained_is_refused_by_its_name() -> None:
+    with pytest.raises(
+        UserError, match=r"Qwen3.8-Flash-Next \(model_type qwen4_exp\) is not trained here: .*Qwen3.8-27B"
+    ):
+        get_family("qwen4_exp")
+
+
 def test_a_family_of_ones_own_is_imported_where_a_checkpoint_asks_for_it(
     lab: Path, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
