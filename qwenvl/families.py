@@ -104,8 +104,8 @@ FAMILIES: dict[str, Family] = {
 
 
 _NOT_TRAINED = {
-    "qwen4_exp": "Qwen3.8-Flash-Next (model_type qwen4_exp) is not trained here: its indexed attention picks the tokens "
-    "that each token sees, which packing here does not know. Use Qwen3.8-27B, or another checkpoint of "
+    "qwen4_exp": "Qwen3.8-Flash-Next (model_type qwen4_exp) is not trained here: its indexed attention picks "
+    "the tokens that each token sees, which packing here does not know. Use Qwen3.8-27B, or another checkpoint of "
 }
 """Published model types that are refused, and why."""
 
