@@ -125,7 +125,8 @@ def check(model: PreTrainedModel, processor: Any, output: Path, device: str) -> 
         UserError: it gives other logits than the model that was saved.
     """
     weights = fingerprints(model, model.dtype)
-    model.to(model.dtype)  # stock transformers opens all of them in one type
+    for parameter in model.parameters():  # stock transformers opens all of them in one type, and leaves buffers
+        parameter.data = parameter.data.to(model.dtype)
     wanted = logits_of(model, sample_inputs(processor, model.device))
     model.to("meta")  # room for the second one
     again: Any = AutoModelForImageTextToText.from_pretrained(output, dtype="auto").to(device).eval()

@@ -73,11 +73,10 @@ def load_model(
     """
     origin = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     own = read_trainable(model_name_or_path, cache_dir=cache_dir, adapted=True)
-    family = get_family(str(own["model_type"]))
     if is_fp8(own):
         config = _dequantizing(model_name_or_path, config, own, origin)
     try:
-        with experts_read_as_stored(model_name_or_path, family.model_type, **origin):
+        with experts_read_as_stored(model_name_or_path, get_family(own["model_type"]).model_type, **origin):
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 model_name_or_path,
                 config=config,

@@ -214,6 +214,44 @@ def test_mistakes_are_one_message(
     assert (tmp_path / "mixed.jsonl").exists()
 
 
+def write_thoughts(folder: Path, checkpoint: Path) -> int:
+    """Write the site of a conversation with thoughts, whose answers have weights; return the exit code."""
+    conversation = [
+        turn
+        for number, weight in ((1, 0.5), (2, None))
+        for turn in (
+            {"from": "human", "value": f"Question {number}?"},
+            {"from": "gpt", "value": f"<think>thought {number}</think>answer {number}", "weight": weight},
+        )
+    ]
+    (folder / "rows.json").write_text(json.dumps([{"id": "several", "conversations": conversation}]))
+    data = ["--annotation_path", str(folder / "rows.json"), "--data_path", str(folder), "--num_workers", "0"]
+    return main([*data, "--model_name_or_path", str(checkpoint), "--output", str(folder / "site")])
+
+
+def test_each_training_row_has_its_own_targets(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    assert write_thoughts(tmp_path, tiny_checkpoint("qwen3_5")) == 0
+    first, second = written(tmp_path / "site", "samples")
+    assert [one["place"].partition(", ")[2] for one in (first, second)] == [f"training row {n} of 2" for n in (1, 2)]
+    assert (first["weights"], second["weights"]) == (["message 1: weight 0.5"], [])
+    for number, one in enumerate((first, second), start=1):
+        coloured = [
+            "".join(text for kind, content in one["runs"] if kind == wanted for text, _, _ in content)
+            for wanted in (0, 1)
+        ]
+        prompt, target = coloured
+        assert target.startswith(f"thought {number}\n</think>") and f"answer {number}<|im_end|>" in target
+        assert f"Question {number}?" in prompt and f"thought {number}" not in prompt
+
+
+@needs_chromium
+def test_a_browser_colours_targets_and_names_weights(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    assert write_thoughts(tmp_path, tiny_checkpoint("qwen3_5")) == 0
+    page = dom(tmp_path / "site" / "index.html", "", tmp_path / "profile")
+    assert page.tags.count("article") == 2
+    assert "message 1: weight 0.5." in page.text and "training row 2 of 2" in page.text
+
+
 @needs_chromium
 def test_a_browser_shows_samples_and_filters_them(view: Callable[..., int], tmp_path: Path) -> None:
     assert view(*ALL) == 0
