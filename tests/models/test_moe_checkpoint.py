@@ -110,7 +110,8 @@ def test_experts_of_qwen3_5_load_fused_and_one_by_one(tiny_checkpoint, tmp_path,
     model = load(folder)
     assert equal(dict(model.state_dict()), dict(stock))
     model.save_pretrained(tmp_path / "saved")
-    assert equal(load_file(tmp_path / "saved" / "model.safetensors"), load_file(folder / "model.safetensors"))
+    stored = {name: t for name, t in load_file(folder / "model.safetensors").items() if not name.startswith("mtp.")}
+    assert equal(load_file(tmp_path / "saved" / "model.safetensors"), stored)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

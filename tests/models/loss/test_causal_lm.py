@@ -65,7 +65,7 @@ def in_precision(samples: list[Any], dtype: torch.dtype) -> list[Any]:
 
 # In float32 the gradients of Qwen3.5's tower double its rounding many times over; in float64 it equals like the others.
 PRECISIONS = {torch.float32: TOLERANCE, torch.float64: 1e-6}
-COARSE = {("qwen3_5", torch.float32): 1e-4}
+COARSE = {("qwen3_5", torch.float32): 1e-4, ("qwen3_5_moe", torch.float32): 1e-4}
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
