@@ -55,9 +55,7 @@ def test_other_model_types_are_refused(model_type: str) -> None:
 
 
 def test_a_published_model_type_that_is_not_trained_is_refused_by_its_name() -> None:
-    with pytest.raises(
-        UserError, match=r"Qwen3.8-Flash-Next \(model_type qwen4_exp\) is not trained.*Qwen3.8-27B"
-    ):
+    with pytest.raises(UserError, match=r"Qwen3.8-Flash-Next \(model_type qwen4_exp\) is not trained.*Qwen3.8-27B"):
         get_family("qwen4_exp")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any, TypeVar
 
@@ -33,6 +34,10 @@ def _as_it_is(result: Any) -> Any:
 
 
 def _one_thread(worker: int) -> None:
-    """Workers are as many as cores; the tokenizer's own threads would only get into their way."""
+    """Workers are as many as cores; the tokenizer's own threads would only get into their way.
+
+    What a worker was started with stays: the garbage collector need not look at it again and again.
+    """
     del worker
+    gc.freeze()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

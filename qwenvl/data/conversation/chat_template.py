@@ -13,7 +13,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import transformers
 from transformers import ProcessorMixin
@@ -36,13 +36,6 @@ _ANSWER = "\ue000"  # of a conversation that is rendered to see what the templat
 SWITCH = "enable_thinking"
 """Template argument that turns thinking on and off, in the templates that have it."""
 _NONE = {"tools": None, "documents": None, "add_generation_prompt": False}  # what templates are given in any case
-
-
-class ChatProcessor(Protocol):
-    """The part of a transformers processor that rendering needs."""
-
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
-        """Render a conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +105,10 @@ class ChatTemplate:
         UserError: The processor has no chat template, or one whose assistant turns have no header or no end.
     """
 
-    def __init__(self, processor: ChatProcessor, template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, processor: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
         self._processor = processor
         self._source = _template_source(processor)
+        self._special = dict(processor.tokenizer.special_tokens_map) if self._source is not None else {}
         self.kwargs = dict(template_kwargs or {})
         question = {"role": "user", "content": "Q"}
         prompt = self._render([question])
@@ -195,14 +189,12 @@ class ChatTemplate:
         return len(prompts) == 2
 
     def _templates(self) -> list[Any]:
-        processor: Any = self._processor
-        parts = (processor, getattr(processor, "tokenizer", None))
+        parts = (self._processor, getattr(self._processor, "tokenizer", None))
         return [getattr(part, "chat_template", None) for part in parts]
 
     def identity(self) -> list[Any]:
         """Return everything that renderings depend on, as values that JSON can hold."""
-        processor: Any = self._processor
-        return [self._templates(), processor.tokenizer.special_tokens_map, self.kwargs, transformers.__version__]
+        return [self._templates(), self._processor.tokenizer.special_tokens_map, self.kwargs, transformers.__version__]
 
     def thinking_mismatch(self, conversation: Conversation, whole: bool = False) -> bool:
         """Whether a trained answer has a thought that its prompt does not open, or lacks one that it opens.
@@ -362,15 +354,11 @@ class ChatTemplate:
         arguments = {**self.kwargs, **kwargs}
         if arguments.get(SWITCH) == "auto":
             del arguments[SWITCH]
-        processor: Any = self._processor
         if self._source is not None and _is_plain(messages, arguments):
-            special = processor.tokenizer.special_tokens_map
-            rendered = _compile_jinja_template(self._source).render(
-                messages=messages, **{**_NONE, **special, **arguments}
-            )
-            return str(rendered)
+            given = {**_NONE, **self._special, **arguments}
+            return str(_compile_jinja_template(self._source).render(messages=messages, **given))
         try:
-            return str(processor.apply_chat_template(messages, tokenize=False, **arguments))
+            return str(self._processor.apply_chat_template(messages, tokenize=False, **arguments))
         except ValueError as error:
             if "chat_template" not in str(error) and "chat template" not in str(error):
                 raise

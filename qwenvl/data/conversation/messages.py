@@ -155,7 +155,7 @@ def _build(
         return Conversation(())
     pool = MediaPool({}) if read_pool is None else read_pool
     form = form_of(record)
-    written = _turns(as_messages(record))
+    written = _turns(record if form is None else as_messages(record))
     problems.attempt(check_keys, record, written, task_fields)
     turns = [problems.attempt(_message, turn, number, pool) for number, turn in enumerate(written, start=1)]
     messages = [message for message in turns if message is not None]
