@@ -68,8 +68,9 @@ def build(tiny_checkpoint: Callable[[str], Path]) -> Callable[..., PreTrainedMod
     return function
 
 
-def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
     """The same products as in chunks, where torch counts them all: its counter passes over sums made in place."""
+    assert factors is None
     return cross_entropy(linear(hidden, weight), targets, reduction="sum")
 
 
@@ -113,7 +114,7 @@ def test_flops_are_what_torch_counts(family: str, trained: Trained, build: Calla
     batch, measures = one_batch(model)
     # Of linear attention, torch leaves out the triangular systems of the forward pass, and counts the backward pass of
     # the depthwise convolution as that of a full one.
-    exactness = (0.005, 0.02) if get_family(family).linear_attention else (1e-6, 1e-6)
+    exactness = (0.005, 0.03) if get_family(family).linear_attention else (1e-6, 1e-6)
     tower = f"{type(model).__name__}.model.visual"
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         causal_loss(model, batch, num_trained_tokens=1.0)
