@@ -5,7 +5,7 @@
 #   bash scripts/demo_thinking.sh [--flag VALUE ...]     flags of train_qwen.py, such as --max_steps 20 for a quick look
 #
 # DEMO_DIR=PATH     everything it makes, apart from the environment (default: demo in the repository)
-# COUNT=N           comparisons to learn from (default 2000)
+# COUNT=N           comparisons to learn from (default 2000); a twentieth of them to evaluate on
 # VENV=PATH         the virtual environment, see scripts/environment.sh
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 QUESTION = "<image>\n<image>\nWhich picture shows the larger digit, the first or the second?"
-HELD_OUT = 100
 
 
 def main() -> None:
     """Read the command line and write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", required=True, type=Path, help="folder of tools/make_demo_data.py")
-    parser.add_argument("--count", type=int, default=2000, help="training samples")
+    parser.add_argument("--count", type=int, default=2000, help="training samples; a twentieth of them is held out")
     arguments = parser.parse_args()
     train = _pairs(arguments.data / "digits_train.jsonl", arguments.count)
     _write(arguments.data / "compare_train.jsonl", (_record(*pair, n % 2 == 0) for n, pair in enumerate(train)))
-    held_out = list(_pairs(arguments.data / "digits_heldout.jsonl", HELD_OUT))
+    held_out = list(_pairs(arguments.data / "digits_heldout.jsonl", arguments.count // 20))
     for name, thinks in (("plain", False), ("thinking", True)):
         _write(arguments.data / f"compare_{name}_heldout.jsonl", (_record(*pair, thinks) for pair in held_out))
 

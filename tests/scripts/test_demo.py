@@ -30,8 +30,10 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**keep, "VENV": str(venv), "DEMO_DIR": str(tmp_path / "my demo"), "DEMO_LIMIT": "6", "OMP_NUM_THREADS": "1"}
 
 
-def run(environment: dict[str, str], cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(REPOSITORY / "scripts" / "demo.sh"), *flags]
+def run(
+    environment: dict[str, str], cwd: Path, *flags: str, script: str = "demo.sh"
+) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(REPOSITORY / "scripts" / script), *flags]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
 
 
@@ -55,6 +57,17 @@ def test_the_demo_runs_and_a_second_run_reuses_what_exists(tmp_path: Path, envir
     assert second.returncode == 0, second.stdout + second.stderr
     assert "trained already" in second.stderr
     assert weights.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_the_thinking_demo_asks_one_model_both_ways(tmp_path: Path, environment: dict[str, str]) -> None:
+    """At full length its model is right in 83% without a thought and in 94% with one."""
+    flags = ("--max_steps", "2", "--per_device_train_batch_size", "4")
+    done = run(environment | {"COUNT": "60"}, tmp_path, *flags, script="demo_thinking.sh")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kind in ("plain", "thinking"):
+        scores = json.loads((tmp_path / "my demo" / f"thinking_{kind}" / "evaluation.json").read_text())
+        assert [(one["dataset"], one["count"]) for one in scores["datasets"]] == [(f"demo_compare_{kind}_heldout", 3)]
 
 
 def test_every_line_of_the_recipe_has_a_comment_and_is_valid(tmp_path: Path) -> None:
