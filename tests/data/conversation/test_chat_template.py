@@ -123,8 +123,13 @@ def test_thoughts_reach_a_template_by_every_name_that_the_processor_gives_them(
     answer = Message("assistant", (TextPart("A"),), {"reasoning_content": "so"})
     question = Message("user", (TextPart("Q"),))
     stock = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "reasoning_content": "so"}]
-    prompt = ChatTemplate(processor).render_prompt(Conversation((question, answer))).text
-    assert prompt == processor.apply_chat_template(stock, add_generation_prompt=True)
+    expected = processor.apply_chat_template(stock, add_generation_prompt=True)
+    conversation = Conversation((question, answer))
+    if "so" in expected:
+        assert ChatTemplate(processor).render_prompt(conversation).text == expected
+    else:  # older transformers give a template one name
+        with pytest.raises(SampleError, match="leaves out the thought"):
+            ChatTemplate(processor).render_prompt(conversation)
 
 
 def test_a_processor_with_a_function_of_its_own_is_asked(processor: Any) -> None:
