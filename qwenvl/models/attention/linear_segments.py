@@ -85,8 +85,11 @@ class SegmentedLinearAttention(nn.Module):
             projected.transpose(1, 2), layer.conv1d.weight.squeeze(1), layer.conv1d.bias, activation=layer.activation
         ).transpose(1, 2)
         query, key, value = convolved.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
-        query, key = (tensor.unflatten(-1, (-1, layer.head_k_dim)) for tensor in (query, key))
         value = value.unflatten(-1, (-1, layer.head_v_dim))
+        shared = layer.num_v_heads // layer.num_k_heads  # value heads of a key head; older functions want them repeated
+        query, key = (
+            tensor.unflatten(-1, (-1, layer.head_k_dim)).repeat_interleave(shared, dim=2) for tensor in (query, key)
+        )
         mixed: Tensor = self._functions.torch_chunk_gated_delta_rule(
             query, key, value, g=decay, beta=beta, use_qk_l2norm_in_kernel=True
         )[0]
