@@ -115,12 +115,26 @@ def test_limits_are_those_of_training_and_the_old_ones_are_recorded(trained: Tra
     assert dict(after.image_processor.size)["longest_edge"] == 64 * 64
     assert dict(after.image_processor.size)["shortest_edge"] == 32 * 32
     video = after.video_processor
-    assert (video.fps, video.min_frames, video.max_frames, video.do_sample_frames) == (1.5, 2, 4, True)
+    assert (video.fps, video.min_frames, video.max_frames) == (1.5, 2, 4)
     record = _json(trained.folder / "original_processor_limits.json")
     for part in ("image_processor", "video_processor"):
         for name, value in record[part].items():
             held = getattr(getattr(before, part), name, None)
             assert value == (held if name != "size" else {k: v for k, v in dict(held).items() if v is not None})
+
+
+def test_the_saved_processor_is_the_checkpoints_but_for_the_limits(trained: Trained) -> None:
+    """Clients that give it sampled frames rely on what the published one does with them."""
+    limits = {"size", "fps", "min_frames", "max_frames", "cap_pixels_per_frame", "max_video_tokens"}
+    for part in ("image_processor", "video_processor"):
+        before, after = (
+            AutoProcessor.from_pretrained(folder).to_dict()[part] for folder in (trained.checkpoint, trained.folder)
+        )
+        assert {key: before[key] for key in before if key not in limits} == {
+            key: after[key] for key in after if key not in limits
+        }
+    video = AutoProcessor.from_pretrained(trained.folder).video_processor
+    assert video.do_sample_frames is (trained.family == "qwen3_vl")
 
 
 def test_original_limits_are_kept_on_request(
@@ -163,6 +177,7 @@ def _stock(folder: Path, record: dict[str, Any], media: Path) -> dict[str, Any]:
         counts = [np.arange(header.num_frames) for header in headers]
         files["videos"] = [backend.frames(path, count) for path, count in zip(paths, counts, strict=True)]
         files["video_metadata"] = [VideoMetadata(total_num_frames=h.num_frames, fps=h.fps) for h in headers]
+        files["do_sample_frames"] = True  # as the model card has it
     processor = AutoProcessor.from_pretrained(folder)
     text = processor.apply_chat_template(messages, tokenize=False)
     return dict(processor(text=[text], return_tensors="pt", **files))

@@ -108,7 +108,7 @@ def describe_run(parsed: ParsedArguments, rows: Sequence[UsedRows], left_out: Se
 
 
 def _limits(folder: Path) -> str:
-    """Return what the saved processor does to pictures and videos, as a sentence."""
+    """Return what the saved processor does to images and videos, in a sentence or two."""
     path = folder / "processor_config.json"
     if not path.is_file():
         return ""
@@ -116,10 +116,13 @@ def _limits(folder: Path) -> str:
     image, video = config.get("image_processor", {}).get("size", {}), config.get("video_processor", {})
     if "longest_edge" not in image or "max_frames" not in video:
         return ""
-    return (
+    said = (
         f"The processor resizes images to {image['shortest_edge']:,} to {image['longest_edge']:,} pixels, and takes "
-        f"{video['min_frames']} to {video['max_frames']} frames of a video, {video['fps']:g} a second."
+        f"{video['min_frames']} to {video['max_frames']} frames of a video, {video['fps']:g} per second."
     )
+    if not video.get("do_sample_frames"):  # as published: clients of these families sample the frames themselves
+        said += ' Ask for them with `processor_kwargs={"do_sample_frames": True}`: without, it takes every frame.'
+    return said
 
 
 def _requests(folder: Path) -> str:
