@@ -59,6 +59,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.jpg", quality=95, exif=exif)
     make_video(folder / "clip.mp4")
+    make_video(folder / "long.mp4", frames=20, fps=1)
     encode(folder / "uneven.mp4", "libx264", UNEVEN)
     _draw_odd_images(folder)
     encoded = base64.b64encode((folder / "clip.mp4").read_bytes()).decode()
@@ -72,6 +73,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "turned": [_record("turned", "<image>", image="turned.jpg")],
         "thought": [_record("thought", "", answer="<think>\nhm\n</think>\n\nYes.")],
         "newline": [_record("newline", "", answer="\n\nYes.")],
+        "long": [_record("long", "<video>", video="long.mp4")],
         "bytes": [_record("bytes", "<video>", video=f"data:video/mp4;base64,{encoded}")],
         "many": [_record("many", "<video>", video=[{"video": "clip.mp4", "nframes": 3, "video_end": 0.3}])],
         "bad": [_record("bad", "<image>", image="none.jpg")],
@@ -267,6 +269,15 @@ def test_real_times_that_servers_do_not_know_are_known_with_the_reason(saved: Pa
     assert "the frames have no constant rate: training writes their real times" in printed
     expected = "known" if saved.name == "qwen3_vl" else "equal"  # Qwen2.5-VL has one step for the whole video
     assert _states(printed, "apply_chat_template", "input ids") == [expected]
+
+
+def test_positions_behind_a_long_clip_are_known_with_the_reason(saved: Path, check: Check) -> None:
+    """Four frames of 20 s: what follows them stands behind their last second, which new transformers leaves out."""
+    code, printed = check(saved, "long")
+    assert code == 0, printed
+    assert _states(printed, "apply_chat_template", "positions") == ["known"]
+    reason = "lets text go on behind the height and width of a clip"
+    assert (reason in printed) == (saved.name == "qwen2_5_vl")  # of Qwen3-VL, the markers move them
 
 
 def test_a_refusal_of_qwen_vl_utils_is_given_with_its_reason(saved: Path, check: Check) -> None:
