@@ -45,6 +45,7 @@ from qwenvl.serving.compare import Comparison, Finding, State, Way, causes_of
 from qwenvl.serving.inputs import NOT_COMPARED, Serving, stock_target, template_inputs, training_inputs, utils_inputs
 from qwenvl.serving.readers import working_reader
 from qwenvl.serving.server import Server, compare_prompts
+from qwenvl.train.export.client_forms import VIDEO_TEMPLATE
 from qwenvl.utils.errors import SampleError, UserError
 from qwenvl.utils.logging import setup_logging
 
@@ -326,7 +327,18 @@ def describe(
     limits = processor_limits(with_training_limits(serving.trained, settings))
     clips = settings.family.video_layout == "clip"
     length = serving.encoder.max_length
-    return Served(arguments.model_name_or_path, limits, carried, clips, length, counts, adapter, requests)
+    template = Path(arguments.model_name_or_path) / VIDEO_TEMPLATE
+    return Served(
+        folder=arguments.model_name_or_path,
+        limits=limits,
+        carried=carried,
+        clips=clips,
+        max_length=length,
+        counts=counts,
+        adapter=adapter,
+        requests=requests,
+        video_template=str(template) if template.is_file() else "",
+    )
 
 
 def show_commands(console: Console, served: Served, rows: Sequence[Any]) -> None:

@@ -1,6 +1,7 @@
 """The arguments with which vLLM and SGLang give a model what training gave it.
 
-Flags are those of ``vllm serve`` (engine arguments of vLLM 0.11 and later) and of ``sglang.launch_server``.
+Flags are those of ``vllm serve`` (engine arguments of vLLM 0.11 and later) and of ``sglang.launch_server``. What was
+tried, with which versions, stands in docs/compatibility.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ from typing import Any
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` takes (``MaxLoRARanks`` of ``vllm/config/lora.py``)."""
+
+FRAME_LIMITS = ("fps", "min_frames", "max_frames")
+
+VLLM_MAX_FRAMES, VLLM_MAX_FPS = 768, 30
+"""``_MAX_FRAMES`` and ``_MAX_FPS`` of ``vllm/multimodal/video.py``, of all families."""
 
 SGLANG_MAX_PIXELS = 16384 * 28 * 28
 """Above it SGLang shrinks pictures itself, unless ``SGLANG_IMAGE_MAX_PIXELS`` says otherwise."""
@@ -46,6 +52,8 @@ class Served:
         counts: most images and videos of a sample.
         adapter: None for a whole model.
         requests: Number of answers by the template arguments, as JSON, that they have to be asked for with.
+        video_template: File of the chat template that writes videos as training has them; empty where the processor's
+            own does.
     """
 
     folder: str
@@ -56,6 +64,7 @@ class Served:
     counts: Mapping[str, int]
     adapter: Adapter | None = None
     requests: Mapping[str, int] = field(default_factory=dict)
+    video_template: str = ""
 
 
 def vllm_command(served: Served) -> str:
@@ -64,16 +73,15 @@ def vllm_command(served: Served) -> str:
     words += ["--max-model-len", str(served.max_length), "--limit-mm-per-prompt", json.dumps(served.counts)]
     image, video = served.limits["image_processor"], served.limits["video_processor"]
     if not served.carried or served.adapter:  # the processor is the base model's
-        names = ["fps", "min_frames", "max_frames"]
-        names += ["cap_pixels_per_frame", "max_video_tokens"] if video["cap_pixels_per_frame"] else []
-        frames = {name: video[name] for name in names}
         kwargs: dict[str, Any] = {"images_kwargs": {"size": image["size"]}}
         if served.counts["video"]:
-            kwargs["videos_kwargs"] = {"size": video["size"], **frames}
+            names = ["cap_pixels_per_frame", "max_video_tokens"] if video["cap_pixels_per_frame"] else []
+            kwargs["videos_kwargs"] = {"size": video["size"], **{name: video[name] for name in names}}
         words += ["--mm-processor-kwargs", json.dumps(kwargs)]
     if served.counts["video"]:
-        taken = {"num_frames": video["max_frames"], "fps": video["fps"]} if served.clips else {"num_frames": -1}
-        words += ["--media-io-kwargs", json.dumps({"video": taken})]
+        words += ["--media-io-kwargs", json.dumps({"video": {name: video[name] for name in FRAME_LIMITS}})]
+        if served.video_template:
+            words += ["--chat-template", served.video_template]
     if served.adapter:
         rank = next((rank for rank in VLLM_RANKS if rank >= served.adapter.rank), served.adapter.rank)
         words += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"adapter={served.folder}"]
@@ -90,9 +98,11 @@ def sglang_command(served: Served) -> str:
     if served.counts["video"]:
         size = video["size"]
         limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-        frames = {name: video[name] for name in ("fps", "min_frames", "max_frames")}
+        frames = {name: video[name] for name in FRAME_LIMITS}
         config["video"] = frames | (limits if served.clips else {"size": size})
     words += ["--mm-process-config", json.dumps(config)]
+    if served.counts["video"] and served.video_template:
+        words += ["--chat-template", served.video_template]
     if served.adapter:
         words += ["--enable-lora", "--max-lora-rank", str(served.adapter.rank)]
         words += ["--lora-paths", f"adapter={served.folder}"]
@@ -108,13 +118,19 @@ def notes(served: Served) -> list[str]:
         found.append(f"{served.adapter.obstacle}: merge the adapter (tools/merge_lora.py) and serve the merged folder.")
     if served.carried and not served.adapter:
         found.append("The folder's processor carries the limits of training: vLLM needs none of its own.")
-    if served.counts["video"] and served.clips:
-        found.append(
-            "Both servers choose the frames of this family's videos themselves, evenly from the first to the last, not "
-            "as the processor does in training: where it matters, send frames instead of videos."
-        )
-    elif served.counts["video"]:
-        found.append("num_frames -1 has vLLM decode every frame, and the processor sample them as in training.")
+    if served.counts["video"]:
+        found.append("vLLM samples frames itself, by --media-io-kwargs alone; the processor's own limits do not count.")
+        if served.video_template:
+            found.append(
+                f"{served.video_template} leaves out the pair of markers that transformers from 5.10 on keeps around a "
+                "video, and training does not have."
+            )
+        video = served.limits["video_processor"]
+        if video["max_frames"] > VLLM_MAX_FRAMES or video["fps"] > VLLM_MAX_FPS:
+            found.append(
+                f"vLLM takes at most {VLLM_MAX_FRAMES} frames of a video, at most {VLLM_MAX_FPS} a second: send longer "
+                "or faster ones as frames."
+            )
     found += [
         f'Ask with "chat_template_kwargs": {arguments} for {count} of the answers looked at.'
         for arguments, count in served.requests.items()

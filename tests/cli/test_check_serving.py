@@ -145,8 +145,9 @@ def test_commands_carry_the_limits(saved: Path, check: Check) -> None:
     assert "--mm-processor-kwargs" not in vllm  # the folder's own processor has them
     assert "--max-model-len 2048" in vllm and "--context-length 2048" in sglang
     assert """--limit-mm-per-prompt '{"image": 2, "video": 1}'""" in vllm
-    frames = '{"num_frames": -1}' if saved.name == "qwen3_vl" else '{"num_frames": 4, "fps": 2.0}'
-    assert f"""--media-io-kwargs '{{"video": {frames}}}'""" in vllm
+    assert """--media-io-kwargs '{"video": {"fps": 2.0, "min_frames": 2, "max_frames": 4}}'""" in vllm
+    template = f"--chat-template {saved / 'chat_template_videos.jinja'}"
+    assert [template in command for command in (vllm, sglang)] == [saved.name == "qwen3_vl"] * 2
     assert '"image": {"size": {"shortest_edge": 1024, "longest_edge": 4096}}' in sglang
     assert '"fps": 2.0, "min_frames": 2, "max_frames": 4' in sglang
 
