@@ -17,7 +17,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from qwenvl.data.types import ImageItem, Sample
 from qwenvl.families import get_family
 from qwenvl.models.loading import read_model_type
 from qwenvl.models.lora.files import find_base
-from qwenvl.models.rope_scaling import context_length
+from qwenvl.models.rope_scaling import context_length, read_extension
 from qwenvl.serving.commands import Adapter, Served, notes, sglang_command, vllm_command
 from qwenvl.serving.compare import Comparison, Finding, State, Way, causes_of
 from qwenvl.serving.inputs import NOT_COMPARED, Serving, stock_target, template_inputs, training_inputs, utils_inputs
@@ -167,8 +167,7 @@ def open_serving(arguments: ServingArguments) -> tuple[Serving, Adapter | None]:
     """
     adapter = read_adapter(Path(arguments.model_name_or_path), arguments.base)
     processor = open_processor(arguments.model_name_or_path)
-    whole = replace(arguments, model_name_or_path=adapter.base, base=None) if adapter else arguments
-    family, config = family_and_config(whole, processor)
+    family, config = family_and_config(arguments, processor)
     trained = open_trained(arguments, processor)
     encoder = build_encoder(trained, config, family, arguments, arguments.model_max_length or context_length(config))
     kwargs = dict(arguments.chat_template_kwargs) | ({"add_vision_id": True} if arguments.add_vision_id else {})
@@ -198,7 +197,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter | None:
         reasons += ["adapters of the vision tower"] if any(f".{vision}." in name for name in names) else []
     ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
     obstacle = f"Not every server loads {' or '.join(reasons)}" if reasons else ""
-    return Adapter(below, max(ranks), obstacle)
+    return Adapter(below, max(ranks), obstacle, read_extension(folder, below))
 
 
 def select_samples(arguments: ServingArguments) -> Iterator[Sample | SampleError]:
@@ -337,6 +336,7 @@ def describe(
         counts=counts,
         adapter=adapter,
         requests=requests,
+        rope=dict(serving.config.get_text_config().rope_parameters),
         video_template=str(template) if template.is_file() else "",
     )
 

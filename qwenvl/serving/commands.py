@@ -20,6 +20,9 @@ FRAME_LIMITS = ("fps", "min_frames", "max_frames")
 VLLM_MAX_FRAMES, VLLM_MAX_FPS = 768, 30
 """``_MAX_FRAMES`` and ``_MAX_FPS`` of ``vllm/multimodal/video.py``, of all families."""
 
+VLLM_POSITIONS_FACTOR = 4
+"""``positions_factor`` of ``MRotaryEmbedding`` of Qwen2-VL and Qwen2.5-VL."""
+
 SGLANG_MAX_PIXELS = 16384 * 28 * 28
 """Above it SGLang shrinks pictures itself, unless ``SGLANG_IMAGE_MAX_PIXELS`` says otherwise."""
 
@@ -32,11 +35,14 @@ class Adapter:
         base: folder or name of the base model.
         rank: the largest one of its matrices.
         obstacle: why servers cannot load it as it is; empty where nothing speaks against it.
+        extension: what its text config has that the base does not, as of
+            :func:`qwenvl.models.rope_scaling.read_extension`.
     """
 
     base: str
     rank: int
     obstacle: str = ""
+    extension: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Served:
         counts: most images and videos of a sample.
         adapter: None for a whole model.
         requests: Number of answers by the template arguments, as JSON, that they have to be asked for with.
+        rope: Rotary settings of the text config.
         video_template: File of the chat template that writes videos as training has them; empty where the processor's
             own does.
     """
@@ -64,6 +71,7 @@ class Served:
     counts: Mapping[str, int]
     adapter: Adapter | None = None
     requests: Mapping[str, int] = field(default_factory=dict)
+    rope: Mapping[str, Any] = field(default_factory=dict)
     video_template: str = ""
 
 
@@ -75,17 +83,35 @@ def vllm_command(served: Served) -> str:
     if not served.carried or served.adapter:  # the processor is the base model's
         kwargs: dict[str, Any] = {"images_kwargs": {"size": image["size"]}}
         if served.counts["video"]:
-            names = ["cap_pixels_per_frame", "max_video_tokens"] if video["cap_pixels_per_frame"] else []
-            kwargs["videos_kwargs"] = {"size": video["size"], **{name: video[name] for name in names}}
+            cap = video["cap_pixels_per_frame"]
+            # given in a request, and not in the processor's file, it has to be a whole number
+            shared = {"cap_pixels_per_frame": True, "max_video_tokens": int(video["max_video_tokens"])} if cap else {}
+            kwargs["videos_kwargs"] = {"size": video["size"], **shared}
         words += ["--mm-processor-kwargs", json.dumps(kwargs)]
     if served.counts["video"]:
         words += ["--media-io-kwargs", json.dumps({"video": {name: video[name] for name in FRAME_LIMITS}})]
         if served.video_template:
             words += ["--chat-template", served.video_template]
+    if overrides := _overrides(served):
+        words += ["--hf-overrides", json.dumps({"text_config": overrides})]
     if served.adapter:
         rank = next((rank for rank in VLLM_RANKS if rank >= served.adapter.rank), served.adapter.rank)
         words += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"adapter={served.folder}"]
     return _lines(words)
+
+
+def _overrides(served: Served) -> dict[str, Any]:
+    """Return what vLLM has to be told of the text config: a context that the folder or vLLM does not have so."""
+    found = dict(served.adapter.extension) if served.adapter else {}
+    if served.clips and served.rope.get("rope_type") == "yarn":
+        # MRotaryEmbedding (vllm/model_executor/layers/rotary_embedding/mrope.py) computes YaRN's ramp with this many
+        # times the native length, in the families whose positions may pass the number of tokens.
+        native = served.rope["original_max_position_embeddings"]
+        found["rope_parameters"] = {
+            **served.rope,
+            "original_max_position_embeddings": native // VLLM_POSITIONS_FACTOR,
+        }
+    return found
 
 
 def sglang_command(served: Served) -> str:
@@ -116,6 +142,16 @@ def notes(served: Served) -> list[str]:
     found = []
     if served.adapter and served.adapter.obstacle:
         found.append(f"{served.adapter.obstacle}: merge the adapter (tools/merge_lora.py) and serve the merged folder.")
+    if served.adapter and served.adapter.extension:
+        found.append(
+            "The adapter was trained with a context that its base does not have: vLLM takes it from --hf-overrides; "
+            "for SGLang and other programs, merge the adapter (tools/merge_lora.py)."
+        )
+    if served.clips and served.rope.get("rope_type") == "yarn":
+        found.append(
+            "vLLM computes YaRN of this family with 4 x the native length: --hf-overrides names a quarter of it, which "
+            "gives the frequencies of training."
+        )
     if served.carried and not served.adapter:
         found.append("The folder's processor carries the limits of training: vLLM needs none of its own.")
     if served.counts["video"]:
@@ -126,6 +162,11 @@ def notes(served: Served) -> list[str]:
                 "video, and training does not have."
             )
         video = served.limits["video_processor"]
+        if served.adapter and video["cap_pixels_per_frame"]:
+            found.append(
+                "The budget of a clip is given in whole tokens there, less than one below that of training, so that a "
+                "clip may be resized otherwise: --server shows it. A merged folder has the budget of training."
+            )
         if video["max_frames"] > VLLM_MAX_FRAMES or video["fps"] > VLLM_MAX_FPS:
             found.append(
                 f"vLLM takes at most {VLLM_MAX_FRAMES} frames of a video, at most {VLLM_MAX_FPS} a second: send longer "
