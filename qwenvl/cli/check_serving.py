@@ -39,10 +39,12 @@ from qwenvl.data.types import ImageItem, Sample
 from qwenvl.families import get_family
 from qwenvl.models.loading import read_model_type
 from qwenvl.models.lora.files import find_base
+from qwenvl.models.moe_checkpoint import stored_transposed
 from qwenvl.models.rope_scaling import context_length, read_extension
 from qwenvl.serving.commands import Adapter, Served, notes, sglang_command, vllm_command
 from qwenvl.serving.compare import Comparison, Finding, State, Way, causes_of
 from qwenvl.serving.inputs import NOT_COMPARED, Serving, stock_target, template_inputs, training_inputs, utils_inputs
+from qwenvl.serving.programs import Model, program_lines, program_notes
 from qwenvl.serving.readers import working_reader
 from qwenvl.serving.server import Server, compare_prompts
 from qwenvl.train.export.client_forms import VIDEO_TEMPLATE
@@ -104,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             failed = check(console, serving, row, server) or failed
         served = describe(arguments, serving, adapter, rows, carried=limits.state == "equal")
-        show_commands(console, served, rows)
+        settings = serving.encoder.settings
+        show_commands(console, served, Model(serving.config.model_type, settings.factor, settings.family.moe), rows)
         return int(failed)
     except UserError as error:
         logger.error("%s", error)
@@ -190,11 +193,13 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter | None:
     below = find_base(folder, base)
     reasons = ["DoRA"] if config.get("use_dora") else []
     reasons += ["weights that were trained whole (modules_to_save)"] if config.get("modules_to_save") else []
+    reasons += ["embeddings of added tokens"] if config.get("trainable_token_indices") else []
     if (folder / "adapter_model.safetensors").is_file():
         with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
             names = list(tensors.keys())
         vision = get_family(read_model_type(below)).layout.vision
-        reasons += ["adapters of the vision tower"] if any(f".{vision}." in name for name in names) else []
+        towered = any(f".{vision}." in name for name in names)
+        reasons += ["adapters of the vision tower or its merger"] if towered else []
     ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
     obstacle = f"Not every server loads {' or '.join(reasons)}" if reasons else ""
     return Adapter(below, max(ranks), obstacle, read_extension(folder, below))
@@ -341,11 +346,24 @@ def describe(
     )
 
 
-def show_commands(console: Console, served: Served, rows: Sequence[Any]) -> None:
-    """Print the arguments of the servers."""
+def show_commands(console: Console, served: Served, model: Model, rows: Sequence[Any]) -> None:
+    """Print the arguments of the servers, and the lines of other programs."""
     console.print(f"Arguments that give the model what training gave it ({len(rows)} samples looked at):", style="bold")
     for command in (vllm_command(served), sglang_command(served)):
         console.print(f"\n{command}", markup=False)
     console.print()
-    for note in notes(served):
+    for name, line in program_lines(served, model).items():
+        console.print(f"{name}: {line}", markup=False)
+    console.print()
+    for note in [*notes(served), *program_notes(served, model), *expert_notes(served, model)]:
         console.print(f"- {note}", markup=False)
+
+
+def expert_notes(served: Served, model: Model) -> list[str]:
+    """Return what other programs have against the layout of a folder's experts, if anything."""
+    if model.model_type != "qwen3_vl_moe" or served.adapter or stored_transposed(served.folder, model.model_type, {}) is not False:
+        return []
+    return [
+        "Its experts are stored as [experts, out, in], as stock transformers saves them; vLLM and llama.cpp read the "
+        "published layout, [experts, in, out], alone: train from a published checkpoint, whose layout is kept."
+    ]
