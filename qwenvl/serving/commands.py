@@ -55,7 +55,7 @@ class Served:
         carried: the folder's own processor has them.
         clips: the family's videos are limited by the frame, and sampled without their metadata.
         max_length: most tokens of a prompt and its answer.
-        counts: most images and videos of a sample.
+        counts: most images and videos of a sample; empty where they are not known, and both may come.
         adapter: None for a whole model.
         requests: Number of answers by the template arguments, as JSON, that they have to be asked for with.
         rope: Rotary settings of the text config.
@@ -74,21 +74,32 @@ class Served:
     rope: Mapping[str, Any] = field(default_factory=dict)
     video_template: str = ""
 
+    @property
+    def videos(self) -> bool:
+        """Whether videos may come."""
+        return not self.counts or self.counts["video"] > 0
+
 
 def vllm_command(served: Served) -> str:
     """Return the command line of vLLM."""
+    return _lines(vllm_words(served))
+
+
+def vllm_words(served: Served) -> list[str]:
+    """Return the words of vLLM's command line."""
     words = ["vllm", "serve", served.adapter.base if served.adapter else served.folder]
-    words += ["--max-model-len", str(served.max_length), "--limit-mm-per-prompt", json.dumps(served.counts)]
+    words += ["--max-model-len", str(served.max_length)]
+    words += ["--limit-mm-per-prompt", json.dumps(served.counts)] if served.counts else []
     image, video = served.limits["image_processor"], served.limits["video_processor"]
     if not served.carried or served.adapter:  # the processor is the base model's
         kwargs: dict[str, Any] = {"images_kwargs": {"size": image["size"]}}
-        if served.counts["video"]:
+        if served.videos:
             cap = video["cap_pixels_per_frame"]
             # given in a request, and not in the processor's file, it has to be a whole number
             shared = {"cap_pixels_per_frame": True, "max_video_tokens": int(video["max_video_tokens"])} if cap else {}
             kwargs["videos_kwargs"] = {"size": video["size"], **shared}
         words += ["--mm-processor-kwargs", json.dumps(kwargs)]
-    if served.counts["video"]:
+    if served.videos:
         words += ["--media-io-kwargs", json.dumps({"video": {name: video[name] for name in FRAME_LIMITS}})]
         if served.video_template:
             words += ["--chat-template", served.video_template]
@@ -97,7 +108,7 @@ def vllm_command(served: Served) -> str:
     if served.adapter:
         rank = next((rank for rank in VLLM_RANKS if rank >= served.adapter.rank), served.adapter.rank)
         words += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"adapter={served.folder}"]
-    return _lines(words)
+    return words
 
 
 def _overrides(served: Served) -> dict[str, Any]:
@@ -121,13 +132,13 @@ def sglang_command(served: Served) -> str:
     words += [served.adapter.base if served.adapter else served.folder, "--context-length", str(served.max_length)]
     words += ["--limit-mm-data-per-request", json.dumps(served.counts)]
     config: dict[str, Any] = {"image": {"size": image["size"]}}
-    if served.counts["video"]:
+    if served.videos:
         size = video["size"]
         limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
         frames = {name: video[name] for name in FRAME_LIMITS}
         config["video"] = frames | (limits if served.clips else {"size": size})
     words += ["--mm-process-config", json.dumps(config)]
-    if served.counts["video"] and served.video_template:
+    if served.videos and served.video_template:
         words += ["--chat-template", served.video_template]
     if served.adapter:
         words += ["--enable-lora", "--max-lora-rank", str(served.adapter.rank)]
@@ -154,7 +165,7 @@ def notes(served: Served) -> list[str]:
         )
     if served.carried and not served.adapter:
         found.append("The folder's processor carries the limits of training: vLLM needs none of its own.")
-    if served.counts["video"]:
+    if served.videos:
         found.append("vLLM samples frames itself, by --media-io-kwargs alone; the processor's own limits do not count.")
         if served.video_template:
             found.append(

@@ -54,16 +54,16 @@ def program_notes(served: Served, model: Model) -> list[str]:
         )
     if model.moe:
         found.append('lmms-eval takes a folder for a mixture of experts by its name alone: it has to hold "A3B" or so.')
-    if served.counts["video"]:
+    if served.videos:
         found.append("llama.cpp samples no videos: send frames as images.")
     return found
 
 
 def _transformers(served: Served) -> str:
     words = ["processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True"]
-    if served.counts["video"] and served.clips:
+    if served.videos and served.clips:
         words.append('processor_kwargs={"do_sample_frames": True}')
-    if served.counts["video"] and served.video_template:
+    if served.videos and served.video_template:
         words.append(f"chat_template=open({served.video_template!r}).read()")
     return ", ".join(words) + ")"
 
@@ -73,7 +73,7 @@ def _lmms_eval(served: Served, model: Model, folder: str) -> str:
     names = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl"}
     name = names.get(model.model_type, "qwen3_5" if model.model_type.startswith("qwen3_5") else "qwen3_vl")
     given = {"pretrained": folder, "min_pixels": image["shortest_edge"], "max_pixels": image["longest_edge"]}
-    if served.counts["video"]:
+    if served.videos:
         rate = {} if name == "qwen2_vl" else {"fps": f"{video['fps']:g}"}  # whose class takes none
         given |= {**rate, "max_num_frames": video["max_frames"]}
     arguments = ",".join(f"{key}={value}" for key, value in given.items())
