@@ -20,6 +20,9 @@ FRAME_LIMITS = ("fps", "min_frames", "max_frames")
 VLLM_MAX_FRAMES, VLLM_MAX_FPS = 768, 30
 """``_MAX_FRAMES`` and ``_MAX_FPS`` of ``vllm/multimodal/video.py``, of all families."""
 
+CLIP_TOKEN = 28
+"""Pixels of a side of a video token in Qwen2-VL and Qwen2.5-VL: patches of 14, two and two merged."""
+
 VLLM_POSITIONS_FACTOR = 4
 """``positions_factor`` of ``MRotaryEmbedding`` of Qwen2-VL and Qwen2.5-VL."""
 
@@ -94,10 +97,7 @@ def vllm_words(served: Served) -> list[str]:
     if not served.carried or served.adapter:  # the processor is the base model's
         kwargs: dict[str, Any] = {"images_kwargs": {"size": image["size"]}}
         if served.videos:
-            cap = video["cap_pixels_per_frame"]
-            # given in a request, and not in the processor's file, it has to be a whole number
-            shared = {"cap_pixels_per_frame": True, "max_video_tokens": int(video["max_video_tokens"])} if cap else {}
-            kwargs["videos_kwargs"] = {"size": video["size"], **shared}
+            kwargs["videos_kwargs"] = {"size": video["size"]}
         words += ["--mm-processor-kwargs", json.dumps(kwargs)]
     if served.videos:
         words += ["--media-io-kwargs", json.dumps({"video": {name: video[name] for name in FRAME_LIMITS}})]
@@ -173,10 +173,11 @@ def notes(served: Served) -> list[str]:
                 "video, and training does not have."
             )
         video = served.limits["video_processor"]
-        if served.adapter and video["cap_pixels_per_frame"]:
+        if served.adapter and _shares_a_budget(video):
             found.append(
-                "The budget of a clip is given in whole tokens there, less than one below that of training, so that a "
-                "clip may be resized otherwise: --server shows it. A merged folder has the budget of training."
+                "vLLM cannot be told the pixels that the frames of a clip share (--video_max_pixels), only those of a "
+                "frame: clips of many frames get more tokens than in training. Merge the adapter (tools/merge_lora.py) "
+                "and serve the merged folder, whose processor has the budget."
             )
         if video["max_frames"] > VLLM_MAX_FRAMES or video["fps"] > VLLM_MAX_FPS:
             found.append(
@@ -190,6 +191,14 @@ def notes(served: Served) -> list[str]:
     ]
     found.append("The numbers of images and videos are the most of the samples looked at.")
     return found
+
+
+def _shares_a_budget(video: Mapping[str, Any]) -> bool:
+    """Return whether the budget of a clip makes the frames of some clips smaller than the limit of a frame does."""
+    if not video["cap_pixels_per_frame"]:
+        return False
+    budget = 2 * int(video["max_video_tokens"] * CLIP_TOKEN**2 * 0.9)  # as Qwen2VLVideoProcessor computes it
+    return budget // int(video["max_frames"]) < int(video["size"]["longest_edge"])
 
 
 def _lines(words: list[str]) -> str:

@@ -25,22 +25,22 @@ Compare = Callable[..., str]
 def compare(vllm: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Compare:
     """Return a function of a folder and a dataset that holds them against vLLM; returns what the tool printed."""
 
-    def function(folder: Path, dataset: str, dtype: str = "float32", tolerance: float = 1e-4) -> str:
+    def function(folder: Path, dataset: str, *, prompts_alone: bool = False) -> str:
         data = ["--dataset_registry", str(registry), "--dataset_use", dataset]
         capsys.readouterr()
         assert main(["--model_name_or_path", str(folder), *data]) == 0
         printed = capsys.readouterr().out
         model, rows = open_float32(folder), list(rows_of(folder, *data))
-        with serving(vllm, printed_command(printed), tmp_path / "vllm.log", dtype) as address:
+        with serving(vllm, printed_command(printed), tmp_path / "vllm.log") as address:
             assert main(["--model_name_or_path", str(folder), *data, "--server", address]) == 0
             said = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  server ")]
             assert [words[:4] for words in said] == [["server", "prompt", "ids", "equal"]] * len(rows), said
             name = "adapter" if (folder / "adapter_config.json").is_file() else str(folder)
-            for row in rows:
+            for row in () if prompts_alone else rows:
                 answer = ask(address, name, row.messages(), row.arguments())
                 assert answer["prompt"] == row.inputs().input_ids.tolist(), row.name
                 own = log_probabilities(model, row, answer["answer"])
-                assert answer["logprobs"] == pytest.approx(own, abs=tolerance), row.name
+                assert answer["logprobs"] == pytest.approx(own, abs=1e-4), row.name
         return printed
 
     return function
@@ -52,15 +52,18 @@ def test_whole_models(family: str, trained: Callable[..., Path], compare: Compar
 
 
 def test_linear_attention(trained: Callable[..., Path], compare: Compare) -> None:
-    """On the CPU, vLLM computes it in bfloat16 alone."""
-    compare(trained("qwen3_5"), "mixed", dtype="bfloat16", tolerance=0.25)
+    """Prompts alone: vLLM computes it on the CPU with heads of 32 and more, and a tiny model has 16."""
+    compare(trained("qwen3_5"), "mixed", prompts_alone=True)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_adapters_with_other_limits_than_their_base(
     family: str, trained: Callable[..., Path], compare: Compare
 ) -> None:
-    printed = compare(trained(family, **LORA, learning_rate=5e-3), "mixed")
+    # A server cannot be told the budget that the frames of a clip of Qwen2.5-VL share: here their own limit counts.
+    frame = "64*64" if family == "qwen2_5_vl" else None
+    printed = compare(trained(family, **LORA, learning_rate=5e-3, video_max_frame_pixels=frame), "mixed")
+    assert "pixels that the frames of a clip share" not in printed
     assert "--mm-processor-kwargs" in printed and "--enable-lora" in printed
 
 

@@ -34,20 +34,19 @@ def printed_command(printed: str) -> list[str]:
 
 
 @contextmanager
-def serving(environment: Path, command: Sequence[str], log: Path, dtype: str = "float32") -> Iterator[str]:
+def serving(environment: Path, command: Sequence[str], log: Path) -> Iterator[str]:
     """Start a server; yield its address once it answers.
 
     Args:
         environment: Virtual environment with vLLM.
         command: Words of :func:`printed_command`.
         log: File for what it prints.
-        dtype: Type that it computes in.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [str(environment / "bin" / command[0]), *command[1:]]
-    words += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", dtype]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32"]
     with log.open("w") as file:
         process = subprocess.Popen(words, env=os.environ | SETTINGS, stdout=file, stderr=subprocess.STDOUT)
     try:
