@@ -361,7 +361,11 @@ def show_commands(console: Console, served: Served, model: Model, rows: Sequence
 
 def expert_notes(served: Served, model: Model) -> list[str]:
     """Return what other programs have against the layout of a folder's experts, if anything."""
-    if model.model_type != "qwen3_vl_moe" or served.adapter or stored_transposed(served.folder, model.model_type, {}) is not False:
+    if (
+        model.model_type != "qwen3_vl_moe"
+        or served.adapter
+        or stored_transposed(served.folder, model.model_type, {}) is not False
+    ):
         return []
     return [
         "Its experts are stored as [experts, out, in], as stock transformers saves them; vLLM and llama.cpp read the "
