@@ -3,16 +3,19 @@
 #
 #   bash scripts/test.sh [--long] [pytest arguments]
 #   bash scripts/test.sh --versions [pytest arguments]
+#   bash scripts/test.sh --clients [pytest arguments]
 #
 # --long          the tests marked "long" too
 # --versions      only the tests of tests/core.txt, twice: with the lower bounds of requirements.txt on the oldest Python that
 #                 is found, then with the newest releases on the newest Python; in environments of their own, .venv-oldest
 #                 and .venv-newest, and without FFmpeg. Remove .venv-newest to have releases that appeared after it was made.
+# --clients       only tests/clients: saved folders in vLLM (on the CPU) and in transformers 4.57, which get environments of
+#                 their own in .venv-clients; see scripts/clients.sh. About 15 minutes on two cores.
 # TEST_WORKERS=N  processes that share the tests (default 2; 0 runs them in one, for a debugger)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=scripts/environment.sh
-source scripts/environment.sh
+# shellcheck source=scripts/clients.sh
+source scripts/clients.sh
 
 stage() {
     local name="$1" started="$SECONDS" output status=0
@@ -49,12 +52,13 @@ test_versions() (
 )
 
 markers="not long"
-versions=""
+versions="" clients=""
 arguments=()
 for argument in "$@"; do
     case "$argument" in
         --long) markers="" ;;
         --versions) versions=yes ;;
+        --clients) clients=yes ;;
         *) arguments+=("$argument") ;;
     esac
 done
@@ -65,6 +69,11 @@ if [[ -n "$versions" ]]; then
 fi
 
 use_environment dev
+if [[ -n "$clients" ]]; then
+    use_clients
+    python -m pytest -n 0 tests/clients "${arguments[@]}"
+    exit
+fi
 stage "ruff check" ruff check .
 stage "ruff format" ruff format --check .
 stage "mypy" mypy

@@ -17,7 +17,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,15 @@ from qwenvl.data.types import ImageItem, Sample
 from qwenvl.families import get_family
 from qwenvl.models.loading import read_model_type
 from qwenvl.models.lora.files import find_base
-from qwenvl.models.rope_scaling import context_length
+from qwenvl.models.moe_checkpoint import stored_transposed
+from qwenvl.models.rope_scaling import context_length, read_extension
 from qwenvl.serving.commands import Adapter, Served, notes, sglang_command, vllm_command
 from qwenvl.serving.compare import Comparison, Finding, State, Way, causes_of
 from qwenvl.serving.inputs import NOT_COMPARED, Serving, stock_target, template_inputs, training_inputs, utils_inputs
+from qwenvl.serving.programs import Model, program_lines, program_notes
 from qwenvl.serving.readers import working_reader
 from qwenvl.serving.server import Server, compare_prompts
+from qwenvl.train.export.client_forms import VIDEO_TEMPLATE
 from qwenvl.utils.errors import SampleError, UserError
 from qwenvl.utils.logging import setup_logging
 
@@ -103,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             failed = check(console, serving, row, server) or failed
         served = describe(arguments, serving, adapter, rows, carried=limits.state == "equal")
-        show_commands(console, served, rows)
+        settings = serving.encoder.settings
+        show_commands(console, served, Model(serving.config.model_type, settings.factor, settings.family.moe), rows)
         return int(failed)
     except UserError as error:
         logger.error("%s", error)
@@ -166,8 +170,7 @@ def open_serving(arguments: ServingArguments) -> tuple[Serving, Adapter | None]:
     """
     adapter = read_adapter(Path(arguments.model_name_or_path), arguments.base)
     processor = open_processor(arguments.model_name_or_path)
-    whole = replace(arguments, model_name_or_path=adapter.base, base=None) if adapter else arguments
-    family, config = family_and_config(whole, processor)
+    family, config = family_and_config(arguments, processor)
     trained = open_trained(arguments, processor)
     encoder = build_encoder(trained, config, family, arguments, arguments.model_max_length or context_length(config))
     kwargs = dict(arguments.chat_template_kwargs) | ({"add_vision_id": True} if arguments.add_vision_id else {})
@@ -190,14 +193,16 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter | None:
     below = find_base(folder, base)
     reasons = ["DoRA"] if config.get("use_dora") else []
     reasons += ["weights that were trained whole (modules_to_save)"] if config.get("modules_to_save") else []
+    reasons += ["embeddings of added tokens"] if config.get("trainable_token_indices") else []
     if (folder / "adapter_model.safetensors").is_file():
         with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
             names = list(tensors.keys())
         vision = get_family(read_model_type(below)).layout.vision
-        reasons += ["adapters of the vision tower"] if any(f".{vision}." in name for name in names) else []
+        towered = any(f".{vision}." in name for name in names)
+        reasons += ["adapters of the vision tower or its merger"] if towered else []
     ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
     obstacle = f"Not every server loads {' or '.join(reasons)}" if reasons else ""
-    return Adapter(below, max(ranks), obstacle)
+    return Adapter(below, max(ranks), obstacle, read_extension(folder, below))
 
 
 def select_samples(arguments: ServingArguments) -> Iterator[Sample | SampleError]:
@@ -326,14 +331,43 @@ def describe(
     limits = processor_limits(with_training_limits(serving.trained, settings))
     clips = settings.family.video_layout == "clip"
     length = serving.encoder.max_length
-    return Served(arguments.model_name_or_path, limits, carried, clips, length, counts, adapter, requests)
+    template = Path(arguments.model_name_or_path) / VIDEO_TEMPLATE
+    return Served(
+        folder=arguments.model_name_or_path,
+        limits=limits,
+        carried=carried,
+        clips=clips,
+        max_length=length,
+        counts=counts,
+        adapter=adapter,
+        requests=requests,
+        rope=dict(serving.config.get_text_config().rope_parameters),
+        video_template=str(template) if template.is_file() else "",
+    )
 
 
-def show_commands(console: Console, served: Served, rows: Sequence[Any]) -> None:
-    """Print the arguments of the servers."""
+def show_commands(console: Console, served: Served, model: Model, rows: Sequence[Any]) -> None:
+    """Print the arguments of the servers, and the lines of other programs."""
     console.print(f"Arguments that give the model what training gave it ({len(rows)} samples looked at):", style="bold")
     for command in (vllm_command(served), sglang_command(served)):
         console.print(f"\n{command}", markup=False)
     console.print()
-    for note in notes(served):
+    for name, line in program_lines(served, model).items():
+        console.print(f"{name}: {line}", markup=False)
+    console.print()
+    for note in [*notes(served), *program_notes(served, model), *expert_notes(served, model)]:
         console.print(f"- {note}", markup=False)
+
+
+def expert_notes(served: Served, model: Model) -> list[str]:
+    """Return what other programs have against the layout of a folder's experts, if anything."""
+    if (
+        model.model_type != "qwen3_vl_moe"
+        or served.adapter
+        or stored_transposed(served.folder, model.model_type, {}) is not False
+    ):
+        return []
+    return [
+        "Its experts are stored as [experts, out, in], as stock transformers saves them; vLLM and llama.cpp read the "
+        "published layout, [experts, in, out], alone: train from a published checkpoint, whose layout is kept."
+    ]

@@ -29,6 +29,7 @@ from qwenvl.models.merging import TOLERANCE, distance, logits_of, merge, open_ad
 from qwenvl.models.precision import read_dtype
 from qwenvl.train.checkpoint.carried_tensors import carried_tensors, carry_over, log_carried
 from qwenvl.train.checkpoint.validate import read_source
+from qwenvl.train.export.client_forms import write_client_forms
 from qwenvl.utils.errors import UserError
 from qwenvl.utils.logging import setup_logging
 from qwenvl.utils.permissions import follow_umask
@@ -112,6 +113,7 @@ def save(model: PreTrainedModel, processor: Any, arguments: MergeArguments) -> N
     """Write the merged folder."""
     model.save_pretrained(arguments.output, max_shard_size=arguments.max_shard_size)
     processor.save_pretrained(arguments.output)
+    write_client_forms(Path(arguments.output))
     for name in RECORDS:
         if (file := Path(arguments.adapter) / name).is_file():
             shutil.copy2(file, arguments.output)

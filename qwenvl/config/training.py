@@ -17,6 +17,7 @@ from qwenvl.config.rules.best_metric import greater_is_better
 from qwenvl.config.rules.engines import check_deepspeed, check_fsdp, read_settings
 from qwenvl.config.rules.hf_arguments import refuse_accelerator_settings
 from qwenvl.config.rules.limits import check_limits
+from qwenvl.config.rules.reporters import require_known_version
 from qwenvl.utils.cores import available_cores
 from qwenvl.utils.errors import UserError, nearest
 
@@ -295,6 +296,7 @@ def choose_reporters(report_to: str | list[str] | None) -> str | list[str]:
         if name not in (*known, "all", "none"):
             options = f"{', '.join(known)}, all or none"
             raise UserError(f"--report_to {name!r} is not known: {options}.{nearest(name, known)}")
+        require_known_version(name)
         if name not in ("all", "none", "flyte", *available):  # flyte is not among those that can be asked for
             raise UserError(f"--report_to {name} needs a package that is missing: pip install {name}, or choose none.")
     return report_to

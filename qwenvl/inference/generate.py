@@ -21,6 +21,7 @@ from qwenvl.data.conversation.chat_template import ChatTemplate
 from qwenvl.data.encoding.processor import open_processor
 from qwenvl.data.media.resize import MediaPlan, VideoPlan
 from qwenvl.data.types import Conversation
+from qwenvl.inference.positions import clip_positions, needs_positions
 from qwenvl.inference.prompts import Prompt
 from qwenvl.models.loading import load_model
 from qwenvl.models.lora.files import CONFIG_FILE, find_base, read_config
@@ -227,7 +228,8 @@ def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt], *, answered: b
 
     Returns:
         ``BatchFeature`` with ``input_ids`` and ``attention_mask`` int64 [B, T], padded on the left, and the media's
-        ``pixel_values``, ``image_grid_thw``, ``pixel_values_videos`` and ``video_grid_thw`` where there are any.
+        ``pixel_values``, ``image_grid_thw``, ``pixel_values_videos`` and ``video_grid_thw`` where there are any; with
+        clips of Qwen2-VL and Qwen2.5-VL also ``position_ids`` int64 [4, B, T].
     """
     texts = [_render(answerer, prompt, answered) for prompt in prompts]
     processor = answerer.processor
@@ -244,7 +246,11 @@ def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt], *, answered: b
             "do_sample_frames": False,  # only the sampled ones were decoded
             "video_metadata": [_metadata(plan) for plan, _ in videos],
         }
-    return processor(text=texts, text_kwargs={"padding": True, "padding_side": "left"}, return_tensors="pt", **media)
+    inputs = processor(text=texts, text_kwargs={"padding": True, "padding_side": "left"}, return_tensors="pt", **media)
+    config = getattr(answerer.model, "config", None)  # none where prompts alone are wanted
+    if videos and config is not None and needs_positions(config):
+        inputs["position_ids"] = clip_positions(config, inputs)
+    return inputs
 
 
 def _render(answerer: Answerer, prompt: Prompt, answered: bool) -> str:

@@ -41,7 +41,7 @@ def experts_read_as_stored(model_name_or_path: str, model_type: str, **origin: A
     """
     usual = get_checkpoint_conversion_mapping(model_type) or []
     undecided = [rule for rule in usual if any(map(_goes_by_shape, getattr(rule, "operations", ())))]
-    transposed = _stored_transposed(model_name_or_path, model_type, origin) if undecided else None
+    transposed = stored_transposed(model_name_or_path, model_type, origin) if undecided else None
     if transposed is None:
         yield
         return
@@ -61,7 +61,7 @@ def _goes_by_shape(operation: Any) -> bool:
     return bool(getattr(operation, "check_dims", False))
 
 
-def _stored_transposed(path: str, model_type: str, origin: dict[str, Any]) -> bool | None:
+def stored_transposed(path: str, model_type: str, origin: dict[str, Any]) -> bool | None:
     """Return whether the experts are stored as [experts, in, out]; None without fused experts of a shape that fits.
 
     Never undecided by square ones: the first projection is [2 x width, hidden] and the second [hidden, width], and at

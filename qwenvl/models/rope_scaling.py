@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from qwenvl.models.lora.files import TRAINED_CONFIG, start_anew
+from qwenvl.models.lora.files import TRAINED_CONFIG, read_config, start_anew
 from qwenvl.utils.errors import UserError
 
 
@@ -49,6 +49,25 @@ def context_length(config: Any) -> int:
     A picture of h x w tokens takes max(h, w) positions, so that samples may have more tokens than that.
     """
     return int(config.get_text_config().max_position_embeddings)
+
+
+def read_extension(folder: str | Path, base: str, **origin: Any) -> dict[str, Any]:
+    """Return what of the text config adapters were trained with that their base does not have: an extended context.
+
+    Args:
+        folder: Folder of adapters.
+        base: Their checkpoint.
+        origin: Options of ``from_pretrained``.
+
+    Returns:
+        ``rope_parameters`` and ``max_position_embeddings``; nothing where the context is that of the base.
+    """
+    if not (Path(folder) / TRAINED_CONFIG).is_file():
+        return {}
+    trained, native = (read_config(*pair, **origin).get_text_config() for pair in ((folder, base), (base, base)))
+    if _scaling(dict(trained.rope_parameters)) == _scaling(dict(native.rope_parameters)):
+        return {}
+    return {name: getattr(trained, name) for name in ("rope_parameters", "max_position_embeddings")}
 
 
 def describe_context(config: Any) -> str:

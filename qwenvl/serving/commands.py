@@ -1,6 +1,7 @@
 """The arguments with which vLLM and SGLang give a model what training gave it.
 
-Flags are those of ``vllm serve`` (engine arguments of vLLM 0.11 and later) and of ``sglang.launch_server``.
+Flags are those of ``vllm serve`` (engine arguments of vLLM 0.11 and later) and of ``sglang.launch_server``. What was
+tried, with which versions, stands in docs/compatibility.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,17 @@ from typing import Any
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` takes (``MaxLoRARanks`` of ``vllm/config/lora.py``)."""
 
+FRAME_LIMITS = ("fps", "min_frames", "max_frames")
+
+VLLM_MAX_FRAMES, VLLM_MAX_FPS = 768, 30
+"""``_MAX_FRAMES`` and ``_MAX_FPS`` of ``vllm/multimodal/video.py``, of all families."""
+
+CLIP_TOKEN = 28
+"""Pixels of a side of a video token in Qwen2-VL and Qwen2.5-VL: patches of 14, two and two merged."""
+
+VLLM_POSITIONS_FACTOR = 4
+"""``positions_factor`` of ``MRotaryEmbedding`` of Qwen2-VL and Qwen2.5-VL."""
+
 SGLANG_MAX_PIXELS = 16384 * 28 * 28
 """Above it SGLang shrinks pictures itself, unless ``SGLANG_IMAGE_MAX_PIXELS`` says otherwise."""
 
@@ -26,11 +38,14 @@ class Adapter:
         base: folder or name of the base model.
         rank: the largest one of its matrices.
         obstacle: why servers cannot load it as it is; empty where nothing speaks against it.
+        extension: what its text config has that the base does not, as of
+            :func:`qwenvl.models.rope_scaling.read_extension`.
     """
 
     base: str
     rank: int
     obstacle: str = ""
+    extension: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,9 +58,12 @@ class Served:
         carried: the folder's own processor has them.
         clips: the family's videos are limited by the frame, and sampled without their metadata.
         max_length: most tokens of a prompt and its answer.
-        counts: most images and videos of a sample.
+        counts: most images and videos of a sample; empty where they are not known, and both may come.
         adapter: None for a whole model.
         requests: Number of answers by the template arguments, as JSON, that they have to be asked for with.
+        rope: Rotary settings of the text config.
+        video_template: File of the chat template that writes videos as training has them; empty where the processor's
+            own does.
     """
 
     folder: str
@@ -56,28 +74,55 @@ class Served:
     counts: Mapping[str, int]
     adapter: Adapter | None = None
     requests: Mapping[str, int] = field(default_factory=dict)
+    rope: Mapping[str, Any] = field(default_factory=dict)
+    video_template: str = ""
+
+    @property
+    def videos(self) -> bool:
+        """Whether videos may come."""
+        return not self.counts or self.counts["video"] > 0
 
 
 def vllm_command(served: Served) -> str:
     """Return the command line of vLLM."""
+    return _lines(vllm_words(served))
+
+
+def vllm_words(served: Served) -> list[str]:
+    """Return the words of vLLM's command line."""
     words = ["vllm", "serve", served.adapter.base if served.adapter else served.folder]
-    words += ["--max-model-len", str(served.max_length), "--limit-mm-per-prompt", json.dumps(served.counts)]
+    words += ["--max-model-len", str(served.max_length)]
+    words += ["--limit-mm-per-prompt", json.dumps(served.counts)] if served.counts else []
     image, video = served.limits["image_processor"], served.limits["video_processor"]
     if not served.carried or served.adapter:  # the processor is the base model's
-        names = ["fps", "min_frames", "max_frames"]
-        names += ["cap_pixels_per_frame", "max_video_tokens"] if video["cap_pixels_per_frame"] else []
-        frames = {name: video[name] for name in names}
         kwargs: dict[str, Any] = {"images_kwargs": {"size": image["size"]}}
-        if served.counts["video"]:
-            kwargs["videos_kwargs"] = {"size": video["size"], **frames}
+        if served.videos:
+            kwargs["videos_kwargs"] = {"size": video["size"]}
         words += ["--mm-processor-kwargs", json.dumps(kwargs)]
-    if served.counts["video"]:
-        taken = {"num_frames": video["max_frames"], "fps": video["fps"]} if served.clips else {"num_frames": -1}
-        words += ["--media-io-kwargs", json.dumps({"video": taken})]
+    if served.videos:
+        words += ["--media-io-kwargs", json.dumps({"video": {name: video[name] for name in FRAME_LIMITS}})]
+        if served.video_template:
+            words += ["--chat-template", served.video_template]
+    if overrides := _overrides(served):
+        words += ["--hf-overrides", json.dumps({"text_config": overrides})]
     if served.adapter:
         rank = next((rank for rank in VLLM_RANKS if rank >= served.adapter.rank), served.adapter.rank)
         words += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"adapter={served.folder}"]
-    return _lines(words)
+    return words
+
+
+def _overrides(served: Served) -> dict[str, Any]:
+    """Return what vLLM has to be told of the text config: a context that the folder or vLLM does not have so."""
+    found = dict(served.adapter.extension) if served.adapter else {}
+    if served.clips and served.rope.get("rope_type") == "yarn":
+        # MRotaryEmbedding (vllm/model_executor/layers/rotary_embedding/mrope.py) computes YaRN's ramp with this many
+        # times the native length, in the families whose positions may pass the number of tokens.
+        native = served.rope["original_max_position_embeddings"]
+        found["rope_parameters"] = {
+            **served.rope,
+            "original_max_position_embeddings": native // VLLM_POSITIONS_FACTOR,
+        }
+    return found
 
 
 def sglang_command(served: Served) -> str:
@@ -87,12 +132,14 @@ def sglang_command(served: Served) -> str:
     words += [served.adapter.base if served.adapter else served.folder, "--context-length", str(served.max_length)]
     words += ["--limit-mm-data-per-request", json.dumps(served.counts)]
     config: dict[str, Any] = {"image": {"size": image["size"]}}
-    if served.counts["video"]:
+    if served.videos:
         size = video["size"]
         limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-        frames = {name: video[name] for name in ("fps", "min_frames", "max_frames")}
+        frames = {name: video[name] for name in FRAME_LIMITS}
         config["video"] = frames | (limits if served.clips else {"size": size})
     words += ["--mm-process-config", json.dumps(config)]
+    if served.videos and served.video_template:
+        words += ["--chat-template", served.video_template]
     if served.adapter:
         words += ["--enable-lora", "--max-lora-rank", str(served.adapter.rank)]
         words += ["--lora-paths", f"adapter={served.folder}"]
@@ -106,15 +153,37 @@ def notes(served: Served) -> list[str]:
     found = []
     if served.adapter and served.adapter.obstacle:
         found.append(f"{served.adapter.obstacle}: merge the adapter (tools/merge_lora.py) and serve the merged folder.")
+    if served.adapter and served.adapter.extension:
+        found.append(
+            "The adapter was trained with a context that its base does not have: vLLM takes it from --hf-overrides; "
+            "for SGLang and other programs, merge the adapter (tools/merge_lora.py)."
+        )
+    if served.clips and served.rope.get("rope_type") == "yarn":
+        found.append(
+            "vLLM computes YaRN of this family with 4 x the native length: --hf-overrides names a quarter of it, which "
+            "gives the frequencies of training."
+        )
     if served.carried and not served.adapter:
         found.append("The folder's processor carries the limits of training: vLLM needs none of its own.")
-    if served.counts["video"] and served.clips:
-        found.append(
-            "Both servers choose the frames of this family's videos themselves, evenly from the first to the last, not "
-            "as the processor does in training: where it matters, send frames instead of videos."
-        )
-    elif served.counts["video"]:
-        found.append("num_frames -1 has vLLM decode every frame, and the processor sample them as in training.")
+    if served.videos:
+        found.append("vLLM samples frames itself, by --media-io-kwargs alone; the processor's own limits do not count.")
+        if served.video_template:
+            found.append(
+                f"{served.video_template} leaves out the pair of markers that transformers from 5.10 on keeps around a "
+                "video, and training does not have."
+            )
+        video = served.limits["video_processor"]
+        if served.adapter and _shares_a_budget(video):
+            found.append(
+                "vLLM cannot be told the pixels that the frames of a clip share (--video_max_pixels), only those of a "
+                "frame: clips of many frames get more tokens than in training. Merge the adapter (tools/merge_lora.py) "
+                "and serve the merged folder, whose processor has the budget."
+            )
+        if video["max_frames"] > VLLM_MAX_FRAMES or video["fps"] > VLLM_MAX_FPS:
+            found.append(
+                f"vLLM takes at most {VLLM_MAX_FRAMES} frames of a video, at most {VLLM_MAX_FPS} a second: send longer "
+                "or faster ones as frames."
+            )
     found += [
         f'Ask with "chat_template_kwargs": {arguments} for {count} of the answers looked at.'
         for arguments, count in served.requests.items()
@@ -122,6 +191,14 @@ def notes(served: Served) -> list[str]:
     ]
     found.append("The numbers of images and videos are the most of the samples looked at.")
     return found
+
+
+def _shares_a_budget(video: Mapping[str, Any]) -> bool:
+    """Return whether the budget of a clip makes the frames of some clips smaller than the limit of a frame does."""
+    if not video["cap_pixels_per_frame"]:
+        return False
+    budget = 2 * int(video["max_video_tokens"] * CLIP_TOKEN**2 * 0.9)  # as Qwen2VLVideoProcessor computes it
+    return budget // int(video["max_frames"]) < int(video["size"]["longest_edge"])
 
 
 def _lines(words: list[str]) -> str:

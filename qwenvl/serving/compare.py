@@ -25,6 +25,16 @@ Way = Literal["apply_chat_template", "qwen-vl-utils"]
 MAX_LEVELS = 3.0
 """Of 255: how far PIL's bicubic resize, which rounds after each of its two passes, is from torchvision's at most."""
 
+OUTER_MARKERS = (
+    "the processor leaves the template's <|vision_start|> and <|vision_end|> standing around those of a video's "
+    "frames; training has one pair a frame, as the official recipe"
+)
+"""Why Qwen3-VL's prompts with videos have two tokens more: transformers does so from 5.10 on."""
+
+_BEHIND_CLIPS = (
+    "this transformers (from 5.3 on) lets text go on behind the height and width of a clip; training lets it go on "
+    "behind its last second too, as vLLM, transformers 4 and the official recipe"
+)
 _CLIPPED = (
     "Pillow clips values of 16 bits at 255, which makes an image white; training scales them, so serve a copy of 8 bits"
 )
@@ -86,13 +96,9 @@ class Comparison:
         if torch.equal(ours, theirs):
             return Finding("input ids", "equal", f"{len(ours)} tokens")
         detail = self._first_difference(ours, theirs)
-        inner = _without_outer_markers(theirs, self.serving.processor)
+        inner = without_outer_markers(theirs, self.serving.processor)
         if torch.equal(ours, inner):
-            reason = (
-                "the processor leaves the template's <|vision_start|> and <|vision_end|> standing around those of a "
-                "video's frames; training has one pair a frame, as the official recipe"
-            )
-            return Finding("input ids", "known", f"{len(theirs) - len(ours)} more tokens: {reason}")
+            return Finding("input ids", "known", f"{len(theirs) - len(ours)} more tokens: {OUTER_MARKERS}")
         if self.causes and self._words(ours) == self._words(theirs):
             return Finding("input ids", "known", f"{detail}, in the tokens of media: see there")
         return Finding("input ids", "different", detail)
@@ -110,9 +116,20 @@ class Comparison:
             return Finding("positions", state, "other grids, so other positions")
         if self.causes.get("video") and self.frames().state == "known":
             return Finding("positions", "known", "other times of frames, so other positions")
+        if self._is_shift_behind_clips(ours - theirs):
+            return Finding("positions", "known", f"up to {int(ours.max())}, here {int(theirs.max())}: {_BEHIND_CLIPS}")
         place = int((ours != theirs).any(dim=0).nonzero()[0])
         detail = f"first at token {place}: {ours[:, place].tolist()} in training, {theirs[:, place].tolist()} here"
         return Finding("positions", "different", detail)
+
+    def _is_shift_behind_clips(self, shift: Tensor) -> bool:
+        """Return whether int64 [3, T] is the same on all axes, and changes, upwards, directly behind videos alone."""
+        if self.serving.encoder.settings.family.video_layout != "clip":
+            return False
+        video = self.training.input_ids == self.serving.config.video_token_id
+        behind = torch.cat([video.new_zeros(1), video[:-1] & ~video[1:]])
+        steps = torch.diff(shift[0], prepend=shift.new_zeros(1))
+        return bool((shift == shift[0]).all() and (steps >= 0).all() and not steps[~behind].any())
 
     def grids(self, kind: str) -> Finding:
         """Compare sizes in patches."""
@@ -188,8 +205,8 @@ def causes_of(way: Way, serving: Serving, plan: Plan, sample: Sample, served: Mo
             "rate; give both a copy of constant rate (ffmpeg -fps_mode cfr)"
         )
     if way == "apply_chat_template":
-        of_images += _own_settings(items, ImageItem)
-        of_videos += _own_settings(items, VideoItem)
+        of_images += _told_settings(items, ImageItem)
+        of_videos += _told_settings(items, VideoItem)
     found = {"image": of_images, "video": of_videos}
     return {kind: "; ".join(dict.fromkeys(filter(None, causes))) for kind, causes in found.items() if any(causes)}
 
@@ -224,12 +241,12 @@ def _utils_samples(videos: Sequence[VideoPlan], served: ModelInputs) -> list[str
     return []
 
 
-def _own_settings(items: Sequence[ImageItem | VideoItem], kind: type) -> list[str]:
-    named = sorted({name for item in items if isinstance(item, kind) for name in _own(item)})
+def _told_settings(items: Sequence[ImageItem | VideoItem], kind: type) -> list[str]:
+    named = sorted({name for item in items if isinstance(item, kind) for name in own_settings(item)})
     return [f"the sample has {', '.join(named)} of its own, which apply_chat_template does not read"] if named else []
 
 
-def _own(item: ImageItem | VideoItem) -> list[str]:
+def own_settings(item: ImageItem | VideoItem) -> list[str]:
     """Return the names of settings that a record gives a medium itself."""
     names = ["min_pixels", "max_pixels"]
     if isinstance(item, VideoItem):
@@ -248,7 +265,7 @@ def _vision_ids(processor: Any) -> dict[str, int]:
     return {name: processor.tokenizer.convert_tokens_to_ids(name) for name in names}
 
 
-def _without_outer_markers(ids: Tensor, processor: Any) -> Tensor:
+def without_outer_markers(ids: Tensor, processor: Any) -> Tensor:
     """Leave out each start marker that no media token follows, and each end marker that follows none."""
     start, end, *media = _vision_ids(processor).values()
     is_medium = torch.isin(ids, torch.tensor(media))

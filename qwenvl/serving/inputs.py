@@ -258,7 +258,7 @@ def image_facts(serving: Serving, sample: Sample, item: ImageItem) -> ImageFacts
 
 
 def _read_video(processor: Any, reader: MediaReader, item: VideoItem) -> tuple[Tensor, VideoMetadata]:
-    """Decode the frames that the processor samples; frame limits of the record itself are not used.
+    """Decode the frames that the processor samples when asked to; frame limits of the record itself are not used.
 
     Returns:
         uint8 [n, 3, height, width], and the metadata from which the processor writes timestamps.
@@ -272,7 +272,8 @@ def _read_video(processor: Any, reader: MediaReader, item: VideoItem) -> tuple[T
         duration=header.num_frames / header.fps,
     )
     video = processor.video_processor
-    indices = video.sample_frames(metadata) if video.do_sample_frames else range(header.num_frames)
+    samples = video.do_sample_frames or video.fps  # without a rate it could only take all of them
+    indices = video.sample_frames(metadata) if samples else range(header.num_frames)
     metadata.frames_indices = np.asarray(indices, dtype=np.int64)
     return reader.read_frames(item, metadata.frames_indices), metadata
 

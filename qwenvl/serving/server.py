@@ -1,7 +1,8 @@
 """Prompt ids of a running OpenAI-compatible server, for comparison with those of training.
 
 vLLM's ``/tokenize`` takes the messages, tools and template arguments of a chat request, and returns the ids of its
-prompt with one placeholder for each image. (vllm/entrypoints/serve/tokenize/protocol.py, ``TokenizeChatRequest``.)
+prompt (vllm/entrypoints/serve/tokenize/protocol.py, ``TokenizeChatRequest``). 0.32 runs the processor for it: the
+placeholders of images and videos are all there, with the timestamps of frames.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from qwenvl.data.conversation.chat_template import THOUGHT
 from qwenvl.data.encoding.encoded import Plan
 from qwenvl.data.media.resize import VideoPlan
-from qwenvl.data.types import ImageItem, Message, Sample, TextPart
-from qwenvl.serving.compare import Finding
+from qwenvl.data.types import ImageItem, Message, Sample, TextPart, VideoItem
+from qwenvl.serving.compare import OUTER_MARKERS, Finding, own_settings, without_outer_markers
 from qwenvl.serving.inputs import Serving, arguments_of, asked
 from qwenvl.utils.errors import SampleError, UserError
 
@@ -75,41 +79,75 @@ class Server:
 def compare_prompts(server: Server, serving: Serving, plan: Plan, sample: Sample) -> list[Finding]:
     """Compare the prompt of the last answer of a training row with the server's.
 
-    Runs of image placeholders count as one. Prompts with videos are not compared: the server writes their timestamps
-    after it has tokenized.
+    A server that writes one placeholder for each image (vLLM before it ran the processor for ``/tokenize``) is compared
+    with one for each, which says nothing of sizes and frames; prompts with videos are not compared with it then.
     """
     if plan.rendering.whole:
         return [Finding("prompt ids", "not compared", "the conversation is trained as rendered, not behind prompts")]
-    if any(isinstance(medium, VideoPlan) for medium in plan.media):
-        return [Finding("prompt ids", "not compared", "/tokenize does not write the frames of videos")]
-    pad = serving.config.image_token_id
-    trained = _collapsed(plan.tokens.input_ids[: plan.tokens.starts[-1]].tolist(), pad)
+    if reason := _not_for_requests(plan):
+        return [Finding("prompt ids", "not compared", reason)]
+    trained = plan.tokens.input_ids[: plan.tokens.starts[-1]]
     try:
-        messages = [_as_request(message, serving, sample) for message in asked(serving, plan)]
+        messages = [as_request(message, serving, sample) for message in asked(serving, plan)]
         served = server.prompt_ids(messages, plan.conversation.tools, arguments_of(serving, plan))
     except SampleError as error:
         return [Finding("prompt ids", "different", error.reason)]
-    served = _collapsed(served, pad)
-    if served == trained:
-        return [Finding("prompt ids", "equal", f"{len(trained)} ids, images as one each")]
-    pairs = enumerate(zip(trained, served, strict=False))
-    place = next((n for n, (a, b) in pairs if a != b), min(len(trained), len(served)))
+    return [_compare_ids(serving, plan, trained, torch.tensor(served))]
+
+
+def _not_for_requests(plan: Plan) -> str:
+    """Return why a request cannot hold the media of a row as they were trained; empty where it can."""
+    if any(isinstance(medium.item.source, tuple) for medium in plan.media):
+        return "a video is given as a list of frames, which a request does not hold"
+    return ""
+
+
+def _compare_ids(serving: Serving, plan: Plan, trained: Tensor, served: Tensor) -> Finding:
+    item, pads = "prompt ids", [serving.config.image_token_id, serving.config.video_token_id]
+    if torch.equal(trained, served):
+        media = ", those of media among them" if plan.media else ""
+        return Finding(item, "equal", f"{len(trained)} ids{media}")
+    if torch.equal(trained, without_outer_markers(served, serving.processor)):
+        return Finding(item, "known", f"{len(served) - len(trained)} more: {OUTER_MARKERS}")
+    unexpanded = plan.media and int(torch.isin(served, torch.tensor(pads)).sum()) == len(plan.media)
+    if unexpanded and any(isinstance(medium, VideoPlan) for medium in plan.media):
+        return Finding(item, "not compared", "this server's /tokenize does not write the frames of videos")
+    ours, theirs = trained.tolist(), served.tolist()
+    if unexpanded:
+        ours, theirs = _collapsed(ours, pads), _collapsed(theirs, pads)
+        if ours == theirs:
+            return Finding(item, "equal", f"{len(ours)} ids, images as one each")
+    return _first_difference(serving, plan, ours, theirs)
+
+
+def _first_difference(serving: Serving, plan: Plan, ours: Sequence[int], theirs: Sequence[int]) -> Finding:
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    place = next((n for n, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
     decode = serving.trained.tokenizer.decode
-    shown = [repr(decode(ids[max(place - 8, 0) : place + 8])) for ids in (trained, served)]
-    return [Finding("prompt ids", "different", f"from id {place} on: {shown[0]} in training, {shown[1]} at the server")]
+    shown = [repr(decode(ids[max(place - 8, 0) : place + 8])) for ids in (ours, theirs)]
+    detail = f"from id {place} on: {shown[0]} in training, {shown[1]} at the server; {len(ours)} and {len(theirs)} ids"
+    own = sorted({name for medium in plan.media for name in own_settings(medium.item)})
+    if own:
+        return Finding("prompt ids", "known", f"{detail}: the sample has {', '.join(own)} of its own")
+    return Finding("prompt ids", "different", detail)
 
 
-def _as_request(message: Message, serving: Serving, sample: Sample) -> dict[str, Any]:
-    """Return a turn in the form of OpenAI's protocol."""
+def as_request(message: Message, serving: Serving, sample: Sample) -> dict[str, Any]:
+    """Return a turn in the form of OpenAI's protocol, media as ``data:`` URIs.
+
+    Args:
+        message: Turn, whose videos are files.
+        serving: Folder that is served.
+        sample: Sample that the turn is of.
+    """
     content: list[dict[str, Any]] = []
     for part in message.parts:
         if isinstance(part, TextPart):
             content.append({"type": "text", "text": part.text})
-        elif isinstance(part, ImageItem):
-            located = serving.sources(sample).locate(part.source)
-            data = located if isinstance(located, bytes) else Path(located).read_bytes()
-            url = f"data:image/*;base64,{base64.b64encode(data).decode()}"
-            content.append({"type": "image_url", "image_url": {"url": url}})
+        else:
+            kind, mime = ("image", "image/*") if isinstance(part, ImageItem) else ("video", "video/mp4")
+            url = f"data:{mime};base64,{_base64_of(part, serving, sample)}"
+            content.append({"type": f"{kind}_url", f"{kind}_url": {"url": url}})
     only_text = all(item["type"] == "text" for item in content)
     body: Any = "".join(item["text"] for item in content) if only_text else content
     written = {"role": message.role, "content": body, **message.extra}
@@ -122,6 +160,13 @@ def _as_request(message: Message, serving: Serving, sample: Sample) -> dict[str,
     return written
 
 
+def _base64_of(item: ImageItem | VideoItem, serving: Serving, sample: Sample) -> str:
+    assert not isinstance(item.source, tuple)
+    located = serving.sources(sample).locate(item.source)
+    data = located if isinstance(located, bytes) else Path(located).read_bytes()
+    return base64.b64encode(data).decode()
+
+
 def _as_call(number: int, call: Mapping[str, Any]) -> dict[str, Any]:
     function = call.get("function", call)
     arguments = function.get("arguments", {})
@@ -129,11 +174,11 @@ def _as_call(number: int, call: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": f"call_{number}", "type": "function", "function": {"name": function["name"], "arguments": text}}
 
 
-def _collapsed(ids: Sequence[int], pad: int) -> list[int]:
+def _collapsed(ids: Sequence[int], pads: Sequence[int]) -> list[int]:
     """Return ids with every run of a placeholder as one."""
     found: list[int] = []
     for number, group in groupby(ids):
-        found += [number] if number == pad else list(group)
+        found += [number] if number in pads else list(group)
     return found
 
 

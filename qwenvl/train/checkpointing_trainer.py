@@ -30,6 +30,7 @@ from qwenvl.train.checkpoint.folder_check import Header
 from qwenvl.train.checkpoint.sharding import shard_on_cpu, tie_gathered
 from qwenvl.train.checkpoint.validate import require_whole
 from qwenvl.train.checkpoint.weight_files import rewrite_weights
+from qwenvl.train.export.client_forms import write_client_forms
 from qwenvl.train.export.hub import push_checkpoint, push_model
 from qwenvl.train.export.model_card import Card
 from qwenvl.train.resume.hyperparameters import Hyperparameters
@@ -280,6 +281,7 @@ class CheckpointingTrainer(transformers.Trainer):
                 super()._save(output_dir, state_dict=state_dict)
             task_files.save(self.model, folder, self._of_task)
             self._processor.save_pretrained(folder)
+            write_client_forms(Path(folder))
             write_records(folder, self._records.settings_yaml, self._records.original_limits, self._records.serving)
 
 

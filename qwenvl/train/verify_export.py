@@ -22,6 +22,7 @@ from torch import Tensor
 from qwenvl.data.collator import for_model
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.encoding.encoded import Item
+from qwenvl.inference.positions import needs_positions
 from qwenvl.models.fingerprints import adapter_scales, trained_fingerprints
 from qwenvl.models.lora.adapters import has_adapters
 from qwenvl.models.lora.files import CONFIG_FILE, WEIGHTS_FILE
@@ -75,13 +76,18 @@ def verify_export(trainer: Trainer, datasets: Sequence[ConversationDataset | Non
         return
     logger.info("Opening %s in a fresh process with stock transformers, to compare weights and logits.", folder)
     cases = [case for dataset in datasets if dataset is not None for case in short_cases(dataset)][:2]
-    patchify = Patchify.from_processor(processor)
+    patchify, one_span = Patchify.from_processor(processor), needs_positions(trainer.model.config)
     logits = [trainer_logits(trainer, case) for case in cases]
     scores = [trainer_scores(trainer, case) for case in cases]
     tensors = {
         f"{number}.{name}": tensor.contiguous()
         for number, (case, (rows, values), found) in enumerate(zip(cases, logits, scores, strict=True))
-        for name, tensor in {**stock_inputs(case, patchify), "rows": rows, "logits": values, **found}.items()
+        for name, tensor in {
+            **stock_inputs(case, patchify, one_span=one_span),
+            "rows": rows,
+            "logits": values,
+            **found,
+        }.items()
     }
     known = {
         "tensors": trained_fingerprints(trainer.model, args.save_dtype, trainer.model.dtype),

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qwenvl.cli.check_serving import main
 from qwenvl.data.media.video.decode import TorchcodecBackend
@@ -59,6 +59,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.jpg", quality=95, exif=exif)
     make_video(folder / "clip.mp4")
+    make_video(folder / "long.mp4", frames=20, fps=1)
     encode(folder / "uneven.mp4", "libx264", UNEVEN)
     _draw_odd_images(folder)
     encoded = base64.b64encode((folder / "clip.mp4").read_bytes()).decode()
@@ -68,10 +69,12 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
             _record("two", "<image><image>", image=["large.jpg", "exact.jpg"]),
             _record("clip", "<video>", video="clip.mp4"),
         ],
+        "exact": [_record("exact", "<image>", image="exact.jpg")],
         "own": [_record("own", "<image>", image=[{"image": "large.jpg", "max_pixels": 64 * 32}])],
         "turned": [_record("turned", "<image>", image="turned.jpg")],
         "thought": [_record("thought", "", answer="<think>\nhm\n</think>\n\nYes.")],
         "newline": [_record("newline", "", answer="\n\nYes.")],
+        "long": [_record("long", "<video>", video="long.mp4")],
         "bytes": [_record("bytes", "<video>", video=f"data:video/mp4;base64,{encoded}")],
         "many": [_record("many", "<video>", video=[{"video": "clip.mp4", "nframes": 3, "video_end": 0.3}])],
         "bad": [_record("bad", "<image>", image="none.jpg")],
@@ -143,10 +146,37 @@ def test_commands_carry_the_limits(saved: Path, check: Check) -> None:
     assert "--mm-processor-kwargs" not in vllm  # the folder's own processor has them
     assert "--max-model-len 2048" in vllm and "--context-length 2048" in sglang
     assert """--limit-mm-per-prompt '{"image": 2, "video": 1}'""" in vllm
-    frames = '{"num_frames": -1}' if saved.name == "qwen3_vl" else '{"num_frames": 4, "fps": 2.0}'
-    assert f"""--media-io-kwargs '{{"video": {frames}}}'""" in vllm
+    assert """--media-io-kwargs '{"video": {"fps": 2.0, "min_frames": 2, "max_frames": 4}}'""" in vllm
+    template = f"--chat-template {saved / 'chat_template_videos.jinja'}"
+    assert [template in command for command in (vllm, sglang)] == [saved.name == "qwen3_vl"] * 2
     assert '"image": {"size": {"shortest_edge": 1024, "longest_edge": 4096}}' in sglang
     assert '"fps": 2.0, "min_frames": 2, "max_frames": 4' in sglang
+
+
+def test_lines_of_other_programs_carry_the_limits(saved: Path, check: Check) -> None:
+    _, printed = check(saved)
+    newer = saved.name == "qwen3_vl"
+    name, tokens = ("qwen3_vl", (1, 4)) if newer else ("qwen2_5_vl", (2, 5))  # of 32 and of 28 pixels a side
+    limits = f"pretrained={saved},min_pixels=1024,max_pixels=4096,fps=2,max_num_frames=4"
+    assert f"lmms-eval: python -m lmms_eval --model {name} --model_args {limits} --tasks TASKS" in printed
+    assert f"--image-min-tokens {tokens[0]} --image-max-tokens {tokens[1]}" in printed
+    assert f"model_path={str(saved)!r}, min_pixels=1024, max_pixels=4096" in printed
+    assert ('processor_kwargs={"do_sample_frames": True}' in printed) != newer
+    assert (f"chat_template=open({str(saved / 'chat_template_videos.jinja')!r}).read()" in printed) == newer
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_experts_that_other_programs_cannot_read_are_noted(
+    published: bool, tiny_checkpoint: Callable[[str], Path], check: Check, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("qwen3_vl_moe"), folder)
+    if published:
+        tensors = load_file(folder / "model.safetensors")
+        turned = {name: one.transpose(1, 2).contiguous() for name, one in tensors.items() if ".experts." in name}
+        save_file(tensors | turned, folder / "model.safetensors", {"format": "pt"})
+    _, printed = check(folder, "exact")
+    assert ("Its experts are stored as [experts, out, in]" in printed) != published
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -269,6 +299,15 @@ def test_real_times_that_servers_do_not_know_are_known_with_the_reason(saved: Pa
     assert _states(printed, "apply_chat_template", "input ids") == [expected]
 
 
+def test_positions_behind_a_long_clip_are_known_with_the_reason(saved: Path, check: Check) -> None:
+    """Four frames of 20 s: what follows them stands behind their last second, which new transformers leaves out."""
+    code, printed = check(saved, "long")
+    assert code == 0, printed
+    assert _states(printed, "apply_chat_template", "positions") == ["known"]
+    reason = "lets text go on behind the height and width of a clip"
+    assert (reason in printed) == (saved.name == "qwen2_5_vl")  # of Qwen3-VL, the markers move them
+
+
 def test_a_refusal_of_qwen_vl_utils_is_given_with_its_reason(saved: Path, check: Check) -> None:
     """And not the error of torchvision's reader, which it tries then."""
     code, printed = check(saved, "many")
@@ -291,7 +330,7 @@ def test_an_adapter_is_served_beside_its_base(saved: Path, check: Check, tmp_pat
     assert "--mm-processor-kwargs" in printed  # the base model's processor has other limits
     assert f"--max-lora-rank 32 \\\n    --lora-modules adapter={folder}" in printed
     assert f"--max-lora-rank 20 \\\n    --lora-paths adapter={folder}" in printed
-    assert "adapters of the vision tower: merge the adapter" in printed
+    assert "adapters of the vision tower or its merger: merge the adapter" in printed
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +15,12 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qwenvl.cli.check_serving import main
 from qwenvl.families import FAMILIES
+from qwenvl.models.merging import open_adapted
 from qwenvl.models.rope_scaling import extend_context
-from tests.e2e.runs import equal_bits, flags, history, train
+from qwenvl.serving.commands import Served, vllm_command
+from tests.e2e.runs import LORA, equal_bits, flags, history, train
 from tests.e2e.test_errors import GOOD, Place, edit, says
 
 NATIVE = 64  # so short that the samples pass it
@@ -132,6 +137,49 @@ def test_resuming_keeps_the_context(
     resumed = train(place.model, tmp_path / "resumed", place.registry, **resume, **YARN)
     assert equal_bits(whole, resumed)
     assert text_config(resumed) == text_config(whole)
+
+
+def test_adapters_of_an_extended_context_are_verified_and_used_with_it(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their base has the native context: who opens it, and a server, has to be told of the other one."""
+    base = rewritten(tiny_checkpoint("qwen3_vl"), tmp_path / "base", max_position_embeddings=NATIVE)
+    settings = {**LORA, **YARN, "learning_rate": 0.05, "max_steps": 4, "verify_export": True}
+    folder = train(base, tmp_path / "adapter", registry, dataset_use="text", **settings)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    opened: dict[str, Any] = {}
+    exec(snippet, opened)
+    trained = open_adapted(str(base), str(folder), torch.float32)
+    tokens = torch.arange(2 * NATIVE).remainder(200).unsqueeze(0)
+    with torch.no_grad():
+        found, wanted = (one.eval()(input_ids=tokens).logits for one in (opened["model"], trained))
+    assert torch.equal(found, wanted)
+
+    capsys.readouterr()
+    main(["--model_name_or_path", str(folder), "--dataset_registry", str(registry), "--dataset_use", "text"])
+    printed = capsys.readouterr().out
+    (overrides,) = re.findall(r"--hf-overrides '(.*)'", printed)
+    rope = text_config(base)["rope_parameters"] | {"rope_type": "yarn", "factor": 3.0}
+    rope |= {"original_max_position_embeddings": NATIVE}
+    told = {"rope_parameters": rope, "max_position_embeddings": 3 * NATIVE}
+    assert json.loads(overrides) == {"text_config": told}
+    assert "for SGLang and other programs, merge the adapter" in printed
+
+
+@pytest.mark.parametrize(("family", "told"), [("qwen2_vl", True), ("qwen2_5_vl", True), ("qwen3_vl", False)])
+def test_vllm_is_told_the_native_length_that_it_multiplies(
+    family: str, told: bool, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    config = AutoConfig.from_pretrained(tiny_checkpoint(family))
+    extend_context(config, 3)
+    text = config.get_text_config()
+    limits = {"image_processor": {"size": {}}, "video_processor": {"cap_pixels_per_frame": None}}
+    served = Served("x", limits, True, told, 128, {"image": 0, "video": 0}, rope=text.rope_parameters)
+    command = shlex.split(vllm_command(served).replace("\\\n", " "))
+    assert ("--hf-overrides" in command) == told
+    if told:
+        rope = json.loads(command[command.index("--hf-overrides") + 1])["text_config"]["rope_parameters"]
+        assert rope == dict(text.rope_parameters) | {"original_max_position_embeddings": 32768 // 4}
 
 
 def test_samples_beyond_the_context_are_not_trained_on(

@@ -72,10 +72,35 @@ def test_folder_holds_what_the_checkpoint_held_and_the_records(trained: Trained,
 
 @pytest.mark.parametrize("name", ["", "checkpoint-2"])
 def test_configs_stay_as_they_were(trained: Trained, name: str) -> None:
-    for file in ("config.json", "generation_config.json", "tokenizer.json"):
+    for file in ("generation_config.json", "tokenizer.json"):
         assert _json(trained.folder / name / file) == _json(trained.checkpoint / file), file
+    configs = [AutoConfig.from_pretrained(path).to_dict() for path in (trained.folder / name, trained.checkpoint)]
+    assert configs[0] == configs[1] | {"_name_or_path": configs[0]["_name_or_path"]}
     saved, original = (_json(path / "tokenizer_config.json") for path in (trained.folder / name, trained.checkpoint))
+    assert saved.pop("additional_special_tokens") == original.pop("extra_special_tokens")  # the name both versions read
     assert saved.items() >= original.items()  # transformers notes there besides how the tokenizer was found
+
+
+@pytest.mark.parametrize("name", ["", "checkpoint-2"])
+def test_a_folder_has_the_names_of_transformers_4_too(trained: Trained, name: str) -> None:
+    """As published checkpoints; tests/clients opens such folders with transformers 4.57."""
+    folder = trained.folder / name
+    config, processor = _json(folder / "config.json"), _json(folder / "processor_config.json")
+    rope = config["text_config"]["rope_parameters"]
+    assert config["text_config"]["rope_theta"] == rope.pop("rope_theta")
+    assert config["text_config"]["rope_scaling"] == rope
+    assert config["vision_config"]["model_type"] == trained.family
+    for part, file in (("image", "preprocessor_config.json"), ("video", "video_preprocessor_config.json")):
+        own = _json(folder / file)
+        assert own.pop("processor_class") == processor["processor_class"]
+        assert own == processor[f"{part}_processor"]
+    template = (folder / "chat_template.jinja").read_text()
+    bare = folder / "chat_template_videos.jinja"
+    assert bare.is_file() == (trained.family == "qwen3_vl")
+    if bare.is_file():
+        marked = "<|vision_start|><|video_pad|><|vision_end|>"
+        assert template.count(marked) == 1
+        assert bare.read_text() == template.replace(marked, "<|video_pad|>")
 
 
 def test_config_is_kept_that_differs_from_the_tokenizer(
@@ -90,7 +115,11 @@ def test_config_is_kept_that_differs_from_the_tokenizer(
     generation = _json(checkpoint / "generation_config.json") | {"pad_token_id": 5, "eos_token_id": [7, 3]}
     (checkpoint / "generation_config.json").write_text(json.dumps(generation))
     folder = train(checkpoint, tmp_path / "out", registry, max_steps=1, dataset_use="text")
-    assert _json(folder / "config.json") == config
+    saved = _json(folder / "config.json")
+    assert saved["text_config"].items() >= config["text_config"].items()
+    assert {key: saved[key] for key in config if not key.endswith("_config")} == {
+        key: config[key] for key in config if not key.endswith("_config")
+    }
     assert _json(folder / "generation_config.json") == generation
 
 
@@ -115,12 +144,26 @@ def test_limits_are_those_of_training_and_the_old_ones_are_recorded(trained: Tra
     assert dict(after.image_processor.size)["longest_edge"] == 64 * 64
     assert dict(after.image_processor.size)["shortest_edge"] == 32 * 32
     video = after.video_processor
-    assert (video.fps, video.min_frames, video.max_frames, video.do_sample_frames) == (1.5, 2, 4, True)
+    assert (video.fps, video.min_frames, video.max_frames) == (1.5, 2, 4)
     record = _json(trained.folder / "original_processor_limits.json")
     for part in ("image_processor", "video_processor"):
         for name, value in record[part].items():
             held = getattr(getattr(before, part), name, None)
             assert value == (held if name != "size" else {k: v for k, v in dict(held).items() if v is not None})
+
+
+def test_the_saved_processor_is_the_checkpoints_but_for_the_limits(trained: Trained) -> None:
+    """Clients that give it sampled frames rely on what the published one does with them."""
+    limits = {"size", "fps", "min_frames", "max_frames", "cap_pixels_per_frame", "max_video_tokens"}
+    for part in ("image_processor", "video_processor"):
+        before, after = (
+            AutoProcessor.from_pretrained(folder).to_dict()[part] for folder in (trained.checkpoint, trained.folder)
+        )
+        assert {key: before[key] for key in before if key not in limits} == {
+            key: after[key] for key in after if key not in limits
+        }
+    video = AutoProcessor.from_pretrained(trained.folder).video_processor
+    assert video.do_sample_frames is (trained.family == "qwen3_vl")
 
 
 def test_original_limits_are_kept_on_request(
@@ -163,6 +206,7 @@ def _stock(folder: Path, record: dict[str, Any], media: Path) -> dict[str, Any]:
         counts = [np.arange(header.num_frames) for header in headers]
         files["videos"] = [backend.frames(path, count) for path, count in zip(paths, counts, strict=True)]
         files["video_metadata"] = [VideoMetadata(total_num_frames=h.num_frames, fps=h.fps) for h in headers]
+        files["do_sample_frames"] = True  # as the model card has it
     processor = AutoProcessor.from_pretrained(folder)
     text = processor.apply_chat_template(messages, tokenize=False)
     return dict(processor(text=[text], return_tensors="pt", **files))

@@ -113,7 +113,7 @@ BROKEN: dict[str, dict[str, tuple[Callable[[Path], None], str]]] = {
         "swapped": (_weights(lambda t: _swap(t, "s.1.mlp.up_proj", "s.2.mlp.up_proj")), "2 tensors are " + LOST),
         "zeroed": (_weights(lambda t: _change(t, "s.0.input_layernorm", torch.zeros_like)), LOST + "input_layernorm"),
         "last digit": (_weights(lambda t: _change(t, "s.3.mlp.down_proj", lambda w: w * (1 + 2**-7))), LOST),
-        "context": (_config(lambda c: c["text_config"]["rope_parameters"].update(rope_theta=1e3)), OTHER),
+        "context": (_config(lambda c: c["text_config"].update(rope_theta=1e3)), OTHER),  # transformers reads it first
         "deepstack": (_config(lambda c: c["vision_config"].update(deepstack_visual_indexes=[2, 1, 0])), OTHER),
     },
     "adapters": {

@@ -1,7 +1,9 @@
 """M-RoPE positions: where every token stands in time, height and width.
 
-Source: section 2.1 of the Qwen2-VL paper (Wang et al., 2024), and ``get_rope_index`` of transformers, which is the
-oracle of the tests.
+Source: section 2.1 of the Qwen2-VL paper (Wang et al., 2024): a modality starts one above the largest position of the
+one before it. ``get_rope_index`` of transformers 4, vLLM and the official recipe do so. From 5.3 on, transformers
+counts the height and width of a video alone: text after a clip of Qwen2-VL or Qwen2.5-VL that lasts longer than it is
+wide then stands among its frames, where neither the published models nor a server have it.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ def position_ids(length: int, spans: Sequence[VisionSpan]) -> torch.Tensor:
     """Return int64 [4, length]: row 0 counts tokens, rows 1-3 are temporal, height and width positions.
 
     Text moves all three by one a token; a picture of h x w tokens spans a box that starts at the next position, and
-    text after it goes on max(h, w) positions later. Worked example, two text tokens, a 1 x 2 x 2 picture, one text
-    token: temporal 0 1 2 2 2 2 4, height 0 1 2 2 3 3 4, width 0 1 2 3 2 3 4.
+    text after it goes on max(h, w) positions later; after a video, one above its largest position, which may be the
+    temporal one. Worked example, two text tokens, a 1 x 2 x 2 picture, one text token: temporal 0 1 2 2 2 2 4, height
+    0 1 2 2 3 3 4, width 0 1 2 3 2 3 4.
 
     Args:
         length: number of tokens of one sample.
@@ -50,8 +53,9 @@ def position_ids(length: int, spans: Sequence[VisionSpan]) -> torch.Tensor:
     cursor = position = 0
     for span in spans:
         position = _fill_text(rows, cursor, span.start, position)
-        _fill_box(rows[1:, span.start : span.stop].reshape(3, *span.grid), span.temporal_step, position)
-        position += max(span.grid[1], span.grid[2])
+        box = rows[1:, span.start : span.stop]
+        _fill_box(box.reshape(3, *span.grid), span.temporal_step, position)
+        position = int(box.max()) + 1
         cursor = span.stop
     _fill_text(rows, cursor, length, position)
     return torch.from_numpy(rows)

@@ -198,14 +198,17 @@ def _require_same_pixels(processor: Any, vision_config: Any) -> None:
 
 
 def with_training_limits(processor: ProcessorMixin, settings: VisionSettings) -> ProcessorMixin:
-    """Return a copy of the processor that resizes and samples frames at inference as training did."""
+    """Return a copy of the processor with the pixel and frame limits of training; all else stays the checkpoint's.
+
+    Whether it samples frames by itself stays too: clients of Qwen2-VL and Qwen2.5-VL (vLLM, lmms-eval, qwen-vl-utils)
+    give their processors frames that are sampled already.
+    """
     limited: Any = copy.deepcopy(processor)
     limited.image_processor.size = {
         "shortest_edge": settings.image_min_pixels,
         "longest_edge": settings.image_max_pixels,
     }
     video = limited.video_processor
-    video.do_sample_frames = True
     video.fps = settings.video_fps
     video.min_frames = settings.video_min_frames
     video.max_frames = settings.video_max_frames
@@ -220,18 +223,17 @@ def with_training_limits(processor: ProcessorMixin, settings: VisionSettings) ->
 def limits_as_flags(processor: Any, family: Family) -> dict[str, Any]:
     """Return the flags of training whose limits a processor has: of a trained folder, those it was trained with.
 
-    A video processor that samples no frames, as in published checkpoints of Qwen2.5-VL, stands for 2 frames a second
-    and 4 to 768 of them, the defaults of qwen-vl-utils, which those checkpoints are used with.
+    A video processor without a rate, as in published checkpoints of Qwen2.5-VL, stands for 2 frames a second and 4 to
+    768 of them, the defaults of qwen-vl-utils, which those checkpoints are used with.
     """
     video = processor.video_processor
-    sampled = video.do_sample_frames and video.fps
     images, clips = _as_dict(processor.image_processor.size), _as_dict(video.size)
     flags: dict[str, Any] = {
         "min_pixels": images["shortest_edge"],
         "max_pixels": images["longest_edge"],
-        "video_fps": float(video.fps) if sampled else 2.0,
-        "video_min_frames": (sampled and video.min_frames) or 4,
-        "video_max_frames": (sampled and video.max_frames) or 768,
+        "video_fps": float(video.fps) if video.fps else 2.0,
+        "video_min_frames": (video.fps and video.min_frames) or 4,
+        "video_max_frames": (video.fps and video.max_frames) or 768,
         "video_min_pixels": clips["shortest_edge"],
         "video_max_pixels": clips["longest_edge"],
     }

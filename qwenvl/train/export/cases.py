@@ -58,8 +58,17 @@ def _plans(dataset: ConversationDataset, index: int) -> Iterator[tuple[Sample, P
             yield sample, plan
 
 
-def stock_inputs(case: Case, patchify: Patchify) -> dict[str, Tensor]:
-    """Return what a stock model's ``forward`` takes of a sample, without positions."""
+def stock_inputs(case: Case, patchify: Patchify, *, one_span: bool) -> dict[str, Tensor]:
+    """Return what a stock model's ``forward`` takes of a sample.
+
+    Positions are left to the model, but for clips in one span, whose text transformers from 5.3 on puts elsewhere
+    (:mod:`qwenvl.data.encoding.mrope`).
+
+    Args:
+        case: Sample.
+        patchify: Cuts its patches.
+        one_span: All tokens of a video stand in one span.
+    """
     inputs = {"input_ids": case.plan.tokens.input_ids[None]}
     for kind, suffix in (("image", ""), ("video", "_videos")):
         chosen = [
@@ -75,4 +84,6 @@ def stock_inputs(case: Case, patchify: Patchify) -> dict[str, Tensor]:
     if videos:
         seconds = [patchify.temporal_patch_size / video.sampled_fps for video in videos]
         inputs["second_per_grid_ts"] = torch.tensor(seconds)
+        if one_span:
+            inputs["position_ids"] = case.plan.tokens.position_ids[1:, None]
     return inputs

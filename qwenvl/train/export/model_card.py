@@ -13,6 +13,7 @@ import yaml
 
 from qwenvl.config import ParsedArguments
 from qwenvl.models.lora.files import CONFIG_FILE
+from qwenvl.models.rope_scaling import read_extension
 from qwenvl.tasks.registry import saved_kind
 from qwenvl.train.records.run_info import UsedRows, rerun_command
 from qwenvl.train.records.serving import SERVING
@@ -27,6 +28,16 @@ _ADAPTER_LOADED = """from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 base = AutoModelForImageTextToText.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{name}")
+processor = AutoProcessor.from_pretrained("{name}")"""
+
+_EXTENDED_LOADED = """from peft import PeftModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+config = AutoConfig.from_pretrained("{base}")  # with the context of training, which the adapter's folder cannot set
+config.text_config.rope_parameters = {rope_parameters}
+config.text_config.max_position_embeddings = {max_position_embeddings}
+base = AutoModelForImageTextToText.from_pretrained("{base}", config=config)
 model = PeftModel.from_pretrained(base, "{name}")
 processor = AutoProcessor.from_pretrained("{name}")"""
 
@@ -66,10 +77,11 @@ class Card:
         """Return the card of a folder."""
         adapter = (folder / CONFIG_FILE).is_file()
         made = "A LoRA adapter for" if adapter else "Fine-tuned from"
-        alone = _ADAPTER_LOADED if adapter else _LOADED
+        extended = read_extension(folder, self.base) if adapter else {}
+        alone = _EXTENDED_LOADED if extended else _ADAPTER_LOADED if adapter else _LOADED
         kind = saved_kind(str(folder))
         usage = kind.usage if kind is not None and kind.usage is not None else alone
-        loaded = usage.format(name=self.name, base=self.base)
+        loaded = usage.format(name=self.name, base=self.base, **extended)
         parts = [
             f"---\n{yaml.safe_dump(self._front(adapter), sort_keys=False)}---\n\n{MARKER}",
             f"# {Path(self.name).name}\n\n{made} `{self.base}`.",
@@ -108,7 +120,7 @@ def describe_run(parsed: ParsedArguments, rows: Sequence[UsedRows], left_out: Se
 
 
 def _limits(folder: Path) -> str:
-    """Return what the saved processor does to pictures and videos, as a sentence."""
+    """Return what the saved processor does to images and videos, in a sentence or two."""
     path = folder / "processor_config.json"
     if not path.is_file():
         return ""
@@ -116,10 +128,13 @@ def _limits(folder: Path) -> str:
     image, video = config.get("image_processor", {}).get("size", {}), config.get("video_processor", {})
     if "longest_edge" not in image or "max_frames" not in video:
         return ""
-    return (
+    said = (
         f"The processor resizes images to {image['shortest_edge']:,} to {image['longest_edge']:,} pixels, and takes "
-        f"{video['min_frames']} to {video['max_frames']} frames of a video, {video['fps']:g} a second."
+        f"{video['min_frames']} to {video['max_frames']} frames of a video, {video['fps']:g} per second."
     )
+    if not video.get("do_sample_frames"):  # as published: clients of these families sample the frames themselves
+        said += ' Ask for them with `processor_kwargs={"do_sample_frames": True}`: without, it takes every frame.'
+    return said
 
 
 def _requests(folder: Path) -> str:

@@ -3,8 +3,9 @@
     python -m qwenvl.train.export.verify_process FOLDER CASES.safetensors WEIGHTS.json [--device cpu] [--dtype auto]
                                            [--reduced bfloat16]
 
-The model is stock: ``AutoModelForImageTextToText``, ``AutoProcessor`` and, for an adapter, PEFT; of this trainer come
-the classes of its own families, which transformers does not have, the head of a task, and one type for an FP8 base.
+The model is stock: ``AutoModelForImageTextToText``, ``AutoProcessor`` and, for an adapter, PEFT, on its base with the
+context that it was trained with; of this trainer come the classes of its own families, which transformers does not
+have, the head of a task, and one type for an FP8 base.
 CASES holds, for each sample numbered from 0, ``N.input_ids`` int64 [1, T], ``N.rows`` int64 [n], ``N.logits`` float32
 [n, V]; what the model's ``forward`` takes of its media; and ``N.scores`` where a task has a head. Positions are left to
 the model. WEIGHTS holds ``tensors``, checksums as of :mod:`qwenvl.models.fingerprints`, and
@@ -36,6 +37,7 @@ from qwenvl.families import register_classes_of
 from qwenvl.models.fingerprints import adapter_scales, differing, listed, opened_tensors
 from qwenvl.models.float32 import computing_in_float32
 from qwenvl.models.quantization import dequantizing, finish_dequantizing
+from qwenvl.models.rope_scaling import read_extension
 from qwenvl.models.task_module import NAME
 from qwenvl.tasks import files as task_files
 
@@ -83,6 +85,8 @@ def open_model(folder: Path, dtype: str) -> tuple[Any, list[str]]:
         from peft import PeftModel
 
         config = AutoConfig.from_pretrained(base)
+        for name, value in read_extension(folder, base).items():
+            setattr(config.get_text_config(), name, value)
         whole = dequantizing(config, config.to_dict())
         model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, config=whole)
         if whole is not config:

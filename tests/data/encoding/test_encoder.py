@@ -24,6 +24,7 @@ from qwenvl.data.sample_stats import measure_row
 from qwenvl.data.types import Conversation, Sample
 from qwenvl.families import FAMILIES, get_family
 from qwenvl.utils.errors import Origin, SampleError
+from tests.data.encoding.test_mrope import published_positions
 from tests.patches import patches_of
 
 
@@ -86,6 +87,10 @@ def test_two_videos_and_a_picture_stand_where_the_stock_model_puts_them(
         video_grid_thw=torch.tensor([video.grid for video in videos]),
         **timed,
     )
+    if get_family(family).video_layout == "clip":  # text after a clip; see test_mrope.py
+        speeds = [2 * one if timed else 1.0 for one in seconds]
+        images = [media.grid for media in plan.media if not isinstance(media, VideoPlan)]
+        expected = published_positions(kinds.tolist(), images, [video.grid for video in videos], speeds)[:, None]
     assert torch.equal(plan.tokens.position_ids[1:], expected[:, 0])
 
     encoded = encoder.encode([plan], sample)[0]

