@@ -44,7 +44,7 @@ def build_encoder(config: LabVisionConfig) -> PreTrainedModel:
         if kind == "clip_vision_model":
             encoder.post_layernorm = nn.Identity()  # applies to the class token, which is dropped
         return encoder
-    encoder_config.spatial_merge_size = config.spatial_merge_size  # the order in which its patches come
+    encoder_config.spatial_merge_size = config.spatial_merge_size  # determines the order of its patches
     if kind == "qwen3_vl_vision":
         encoder_config.deepstack_visual_indexes = []
     encoder = _tower_class(kind)._from_config(encoder_config)

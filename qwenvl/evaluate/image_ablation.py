@@ -21,7 +21,7 @@ from qwenvl.metrics.registry import score_lines
 
 @dataclass(frozen=True)
 class Blindness:
-    """How much the answers to a group of questions depend on their images and videos.
+    """Effect of images and videos on the answers to a group of questions.
 
     Args:
         name: Name of the group.

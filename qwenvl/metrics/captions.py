@@ -41,5 +41,5 @@ def _chrf(case: Case) -> Scored:
     return Scored(sacrebleu.CHRF().sentence_score(case.prediction.strip(), list(case.expected)).score / 100)
 
 
-BLEU = Metric("bleu", "BLEU-4", "of all texts together (Papineni et al. 2002), by sacrebleu", _bleu, _total_bleu)
+BLEU = Metric("bleu", "BLEU-4", "corpus score (Papineni et al. 2002), by sacrebleu", _bleu, _total_bleu)
 CHRF = Metric("chrf", "chrF", "mean of the texts (Popovic 2015), by sacrebleu", _chrf)

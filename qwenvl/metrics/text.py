@@ -76,6 +76,6 @@ def _anls(case: Case) -> Scored:
     return best(case, anls)
 
 
-EXACT = Metric("exact_match", "exact match", "word for word, but for white space around it", _exact)
+EXACT = Metric("exact_match", "exact match", "equal after stripping white space", _exact)
 RELAXED = Metric("relaxed_match", "relaxed match", "ChartQA: numbers within 5 % (Methani et al. 2020)", _relaxed)
 ANLS = Metric("anls", "ANLS", "Biten et al. 2019, threshold 0.5", _anls)

@@ -32,10 +32,10 @@ Size = tuple[int, ...]
 Places = Sequence[Sequence[Place]]
 
 
-USAGE = """from qwenvl.tasks.grounding.predict import open_grounder  # of this trainer
+USAGE = """from qwenvl.tasks.grounding.predict import open_grounder  # from this trainer
 
-# The model alone opens as usual, with AutoModelForImageTextToText, and answers as before. tools/show_attention.py draws
-# what its words look at, and the masks.
+# Without masks, the model opens with AutoModelForImageTextToText as usual, and answers as before.
+# tools/show_attention.py draws the attention of phrases, and their masks.
 
 grounder = open_grounder("{name}")"""
 """Lines of a model card."""

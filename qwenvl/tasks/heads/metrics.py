@@ -59,7 +59,7 @@ def average_precision(scores: np.ndarray, expected: np.ndarray) -> float:
         expected: bool [n], at least one of them true.
     """
     order = np.argsort(-scores, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of each run of equal scores
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # ends of runs of equal scores
     hits = np.cumsum(expected[order])[last]
     gained = np.diff(hits, prepend=0) / expected.sum()
     return float((gained * hits / (last + 1)).sum())

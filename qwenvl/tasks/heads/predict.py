@@ -25,9 +25,9 @@ from qwenvl.tasks.heads.head import HeadSpec, TaskHead
 from qwenvl.tasks.heads.objective import describe_scores
 from qwenvl.tasks.heads.pooling import pooled_rows, token_places
 
-USAGE = """from qwenvl.tasks.heads.predict import open_task_model  # of this trainer
+USAGE = """from qwenvl.tasks.heads.predict import open_task_model  # from this trainer
 
-# The model alone opens as usual, with AutoModelForImageTextToText.
+# Without the head, the model opens with AutoModelForImageTextToText as usual.
 
 model = open_task_model("{name}")
 turn = {{"role": "user", "content": [{{"type": "image", "image": "a.jpg"}}, {{"type": "text", "text": "..."}}]}}
