@@ -7,28 +7,28 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PretrainedConfig
 
-MODEL_TYPE = "connector_lab"  # the name of this folder, by which its family is found
+MODEL_TYPE = "connector_lab"  # has to be the name of this folder: qwenvl.families imports it by model_type
 
 Connector = Literal["qformer", "resampler", "mlp", "merger", "mean_pool"]
 CONNECTORS: tuple[Connector, ...] = ("qformer", "resampler", "mlp", "merger", "mean_pool")
 
 MERGE_SIZE = 2
-"""Patches a side that the connector ``merger`` puts together, as in Qwen2-VL."""
+"""Patches per side that the connector ``merger`` merges, as in Qwen2-VL."""
 
 
 class LabVisionConfig(PretrainedConfig):
-    """Encoder and connector.
+    """Config of encoder and connector.
 
     Args:
-        encoder_config: config of the encoder, of transformers, or its fields.
-        connector: what makes tokens of the encoder's features; see :mod:`qwenvl.connector_lab.connectors`.
-        num_queries: tokens of each picture, for ``qformer`` and ``resampler``, whatever its size.
-        connector_hidden_size: width of ``qformer``.
-        connector_layers: its depth.
-        connector_heads: heads of the attention of ``qformer`` and ``resampler``.
-        out_hidden_size: width of the language model.
-        initializer_range: standard deviation of new weights of ``qformer``, as its own config has it.
-        options: of every config.
+        encoder_config: Config of the encoder, or its fields.
+        connector: Name of the connector; see :mod:`qwenvl.connector_lab.connectors`.
+        num_queries: Tokens per image of ``qformer`` and ``resampler``, whatever the image size.
+        connector_hidden_size: Width of ``qformer``.
+        connector_layers: Number of layers of ``qformer``.
+        connector_heads: Attention heads of ``qformer`` and ``resampler``.
+        out_hidden_size: Width of the language model.
+        initializer_range: Standard deviation of new weights of ``qformer``.
+        options: Keyword arguments of ``PretrainedConfig``.
     """
 
     model_type = f"{MODEL_TYPE}_vision"
@@ -60,42 +60,42 @@ class LabVisionConfig(PretrainedConfig):
 
     @property
     def spatial_merge_size(self) -> int:
-        """Patches a side that lie together in what the encoder reads."""
+        """Patches per side of the blocks in which the encoder gets its patches."""
         return MERGE_SIZE if self.connector == "merger" else 1
 
     @property
     def tokens_per_frame(self) -> int | None:
-        """Tokens of each picture, or of each step in time of a video; None where they are as many as merged patches."""
+        """Tokens per image, or per temporal step of a video; None where it is the number of merged patches."""
         if self.connector in ("qformer", "resampler"):
             return self.num_queries
         return 1 if self.connector == "mean_pool" else None
 
     @property
     def patch_size(self) -> int:
-        """Pixels a side of a patch."""
+        """Pixels per side of a patch."""
         return int(self.encoder_config.patch_size)
 
     @property
     def temporal_patch_size(self) -> int:
-        """Frames in a patch: the encoders of pictures alone take one."""
+        """Frames per patch: one for encoders that only support images."""
         return int(getattr(self.encoder_config, "temporal_patch_size", 1))
 
     @property
     def in_channels(self) -> int:
-        """Colours of a pixel."""
+        """Colour channels of a pixel."""
         names = ("in_channels", "num_channels")
         return int(next(getattr(self.encoder_config, name) for name in names if hasattr(self.encoder_config, name)))
 
     @property
     def encoder_width(self) -> int:
-        """Width of the encoder's features: Qwen2-VL's ``hidden_size`` is that behind its merger."""
+        """Width of the encoder's features; Qwen2-VL's ``hidden_size`` is the width after its merger instead."""
         return int(getattr(self.encoder_config, "embed_dim", None) or self.encoder_config.hidden_size)
 
     def products(self) -> Iterator[tuple[Any, ...]]:
-        """Yield the matrix products of encoder and connector that grow with patches.
+        """Yield the matrix products of encoder and connector whose cost grows with the number of patches.
 
-        Each is what a :class:`qwenvl.profiling.flops.Product` is made of. What learned queries cost beside their
-        attention to patches is the same for each picture, and is not counted, nor is a class token. Sources:
+        Each tuple holds the arguments of a :class:`qwenvl.profiling.flops.Product`. Not counted are the constant cost
+        per image of learned queries (all but their attention to patches) and of a class token. Sources:
         :mod:`qwenvl.connector_lab.connectors`, ``CLIPVisionModel`` and ``Blip2QFormerModel`` of transformers.
         """
         encoder, width, out, queries = (
@@ -127,14 +127,14 @@ class LabVisionConfig(PretrainedConfig):
 
 
 class LabConfig(PretrainedConfig):
-    """Encoder, connector and language model.
+    """Config of encoder, connector and language model.
 
     Args:
-        vision_config: of encoder and connector, or its fields.
-        text_config: of the language model, or its fields.
-        image_token_id: of the token that stands for a piece of a picture.
-        video_token_id: of the one for a piece of a video.
-        options: of every config.
+        vision_config: Config of encoder and connector, or its fields.
+        text_config: Config of the language model, or its fields.
+        image_token_id: Id of the placeholder token of images.
+        video_token_id: Id of the placeholder token of videos.
+        options: Keyword arguments of ``PretrainedConfig``.
     """
 
     model_type = MODEL_TYPE
@@ -159,5 +159,5 @@ class LabConfig(PretrainedConfig):
 
 
 def _as_config(config: dict[str, Any] | PretrainedConfig | None) -> Any:
-    """Return the config that fields describe; one that is a config already stays as it is."""
+    """Return a config built from its fields; a config is returned unchanged."""
     return AutoConfig.for_model(**config) if isinstance(config, dict) else config

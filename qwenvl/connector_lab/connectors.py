@@ -1,9 +1,8 @@
-"""Connectors: what makes tokens for the language model of the features of a vision encoder.
+"""Connectors: modules that turn features of the vision encoder into tokens for the language model.
 
-All take ``(features, sizes)``: features [patches of all pictures, encoder width], the pictures one after another, each
-row by row (``merger``: 2x2 patches together), and (height, width) of each picture in patches; and return [tokens of all
-pictures, width of the language model]. Pictures do not meet in a connector: what one becomes does not depend on those
-beside it.
+All take ``(features, sizes)``: features [patches of all images, encoder width], image after image, each row by row
+(``merger``: in blocks of 2x2 patches), and (height, width) of each image in patches; and return [tokens of all images,
+width of the language model]. A connector handles each image independently of the others in the batch.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from qwenvl.connector_lab.config import MERGE_SIZE, LabVisionConfig
 from qwenvl.utils.errors import UserError
 
 Sizes = Sequence[tuple[int, int]]
-"""(height, width) of each picture, in patches."""
+"""(height, width) of each image, in patches."""
 
 _BASE = 10_000.0
-"""Of the wavelengths of sine positions."""
+"""Base of the wavelengths of sine positions."""
 
 
 class MeanPool(nn.Module):
-    """One token a picture: the mean of its patches, projected. What a connector has to beat.
+    """One token per image: the projected mean of its patches. A baseline for the other connectors.
 
     Args:
-        width: of the encoder.
-        out: width of the language model.
+        width: Width of the encoder.
+        out: Width of the language model.
     """
 
     def __init__(self, width: int, out: int) -> None:
@@ -38,18 +37,18 @@ class MeanPool(nn.Module):
         self.proj = nn.Linear(width, out)
 
     def forward(self, features: Tensor, sizes: Sizes) -> Tensor:
-        """Return [pictures, out]."""
+        """Return [images, out]."""
         return self.proj(torch.stack([one.mean(0) for one in _split(features, sizes)]))
 
 
 class Projector(nn.Module):
-    """LLaVA's: each patch by itself through two layers with a GELU between.
+    """LLaVA's projector: two layers with a GELU between, applied to each patch.
 
     LLaVA-1.5 (Liu et al., 2023, arXiv 2310.03744, section 3.2); ``LlavaMultiModalProjector`` of transformers.
 
     Args:
-        width: of the encoder.
-        out: width of the language model.
+        width: Width of the encoder.
+        out: Width of the language model.
     """
 
     def __init__(self, width: int, out: int) -> None:
@@ -66,13 +65,13 @@ class Projector(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Qwen2-VL's: 2x2 neighbouring patches side by side, through two layers.
+    """Qwen2-VL's merger: two layers on the concatenated features of 2x2 neighbouring patches.
 
     Wang et al., 2024, arXiv 2409.12191, section 2.1; ``PatchMerger`` of transformers' Qwen2-VL.
 
     Args:
-        width: of the encoder.
-        out: width of the language model.
+        width: Width of the encoder.
+        out: Width of the language model.
     """
 
     def __init__(self, width: int, out: int) -> None:
@@ -89,13 +88,13 @@ class PatchMerger(nn.Module):
 
 
 class QueryFormer(nn.Module):
-    """BLIP-2's Q-Former without its texts: queries that attend to each other and, every other layer, to patches.
+    """BLIP-2's Q-Former without text input: queries attend to each other and, in every other layer, to patches.
 
     Li et al., 2023, arXiv 2301.12597, section 3.1; the layers are ``Blip2QFormerModel`` of transformers, without
     dropout.
 
     Args:
-        config: of encoder and connector.
+        config: Config of encoder and connector.
     """
 
     def __init__(self, config: LabVisionConfig) -> None:
@@ -120,7 +119,7 @@ class QueryFormer(nn.Module):
         self.language_projection = nn.Linear(width, config.out_hidden_size)
 
     def forward(self, features: Tensor, sizes: Sizes) -> Tensor:
-        """Return [pictures x queries, out]."""
+        """Return [images x queries, out]."""
         padded, mask = _pad(features, sizes)
         queries = self.query_tokens.expand(len(padded), -1, -1)
         seen = self.qformer(query_embeds=queries, encoder_hidden_states=padded, encoder_attention_mask=mask.long())
@@ -129,18 +128,18 @@ class QueryFormer(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Qwen-VL's position-aware adapter: one layer of cross attention from learned queries, which stand on a grid.
+    """Qwen-VL's position-aware adapter: one layer of cross attention from learned queries on a square grid.
 
     Bai et al., 2023, arXiv 2308.12966, section 2.1, and ``Resampler`` and ``VisionTransformer`` of
-    ``visual.py`` in the Qwen-VL checkpoint. Queries and patches get 2-D sine positions before they are compared; values
-    get none. Qwen-VL resizes the table of positions for pictures of other sizes; here the sines are computed where the
-    patches are, which is the same where there are as many patches as queries.
+    ``visual.py`` in the Qwen-VL checkpoint. Queries and keys get 2-D sine positions; values get none. For images of
+    other sizes Qwen-VL interpolates its table of positions; here the sines are computed at the positions of the
+    patches, which is equal where there are as many patches as queries.
 
     Args:
-        width: of the encoder.
-        out: width of the language model.
-        num_queries: tokens of a picture, a square number.
-        heads: of the attention.
+        width: Width of the encoder.
+        out: Width of the language model.
+        num_queries: Tokens per image, a square number.
+        heads: Attention heads.
     """
 
     def __init__(self, width: int, out: int, num_queries: int, heads: int) -> None:
@@ -148,10 +147,10 @@ class Resampler(nn.Module):
         self.side = math.isqrt(num_queries)
         if self.side**2 != num_queries:
             raise UserError(
-                f"num_queries {num_queries}: a resampler's queries stand on a square grid, as 64 or 256 do."
+                f"num_queries {num_queries}: a resampler needs a square number of queries, such as 64 or 256."
             )
         if out % 4:
-            raise UserError(f"A resampler's positions need a width that is a multiple of 4, not {out}.")
+            raise UserError(f"A resampler needs a language model whose width is a multiple of 4, not {out}.")
         _require_heads(out, heads)
         self.query = nn.Parameter(torch.empty(num_queries, out).normal_(0, 0.02))
         self.kv_proj = nn.Linear(width, out, bias=False)
@@ -162,7 +161,7 @@ class Resampler(nn.Module):
         self.proj = nn.Linear(out, out, bias=False)
 
     def forward(self, features: Tensor, sizes: Sizes) -> Tensor:
-        """Return [pictures x queries, out]."""
+        """Return [images x queries, out]."""
         values = self.ln_kv(self.kv_proj(features))
         places = torch.cat([grid_positions(size, self.side, values.shape[-1], values.device) for size in sizes])
         keys, mask = _pad(values + places.to(values.dtype), sizes)
@@ -175,16 +174,16 @@ class Resampler(nn.Module):
 
 
 def grid_positions(size: tuple[int, int], side: int, width: int, device: torch.device) -> Tensor:
-    """Return 2-D sine positions of patches, in units of a grid of ``side`` x ``side`` over the whole picture.
+    """Return 2-D sine positions of patches, in units of a grid of ``side`` x ``side`` over the whole image.
 
     The first half of the channels holds sines and cosines of the column, the second half of the row, as in
     ``get_2d_sincos_pos_embed`` of MAE, which Qwen-VL uses.
 
     Args:
-        size: (height, width) of the picture in patches.
-        side: of the queries' grid.
-        width: of an embedding.
-        device: of the result.
+        size: (height, width) of the image in patches.
+        side: Queries per side of their grid.
+        width: Width of an embedding.
+        device: Device of the result.
 
     Returns:
         float32 [height x width, ``width``], row by row.
@@ -196,7 +195,7 @@ def grid_positions(size: tuple[int, int], side: int, width: int, device: torch.d
 
 
 def sine_positions(places: Tensor, width: int) -> Tensor:
-    """Return sines, then cosines, of places at wavelengths from 2 pi to 2 pi x 10,000: float32 [n, ``width``]."""
+    """Return sines, then cosines, of positions at wavelengths from 2 pi to 2 pi x 10,000: float32 [n, ``width``]."""
     half = width // 2
     rates = _BASE ** (-torch.arange(half, device=places.device, dtype=torch.float32) / half)
     angles = places[:, None] * rates
@@ -207,7 +206,7 @@ def build_connector(config: LabVisionConfig) -> nn.Module:
     """Return the connector that a config names, with random weights.
 
     Raises:
-        UserError: there is none of that name, or its sizes do not fit.
+        UserError: the name is unknown, or the sizes do not fit each other.
     """
     width, out = config.encoder_width, config.out_hidden_size
     if config.connector == "qformer":
@@ -230,8 +229,8 @@ def _split(features: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
 
 
 def _pad(features: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Return features [pictures, most patches, width], and where they are patches: bool [pictures, most patches]."""
-    pictures = _split(features, sizes)
-    counts = torch.tensor([len(one) for one in pictures], device=features.device)
-    padded = pad_sequence(list(pictures), batch_first=True)
+    """Return features padded to [images, max patches, width], and their mask: bool [images, max patches]."""
+    images = _split(features, sizes)
+    counts = torch.tensor([len(one) for one in images], device=features.device)
+    padded = pad_sequence(list(images), batch_first=True)
     return padded, torch.arange(padded.shape[1], device=features.device) < counts[:, None]

@@ -1,6 +1,6 @@
-"""The lab's record as a model family, and what makes transformers' Auto classes know its model.
+"""The lab's ``Family``, and its registration with the Auto classes of transformers.
 
-:mod:`qwenvl.families` finds this module by the ``model_type`` of a checkpoint.
+:mod:`qwenvl.families` imports this module by the ``model_type`` of a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ FAMILY = Family(MODEL_TYPE, video_layout="clip", plain_positions=True, layout=Mo
 
 
 def register() -> None:
-    """Let ``AutoConfig``, ``AutoModelForImageTextToText`` and ``AutoProcessor`` open folders of the lab.
+    """Register the lab with ``AutoConfig``, ``AutoModelForImageTextToText`` and ``AutoProcessor``.
 
-    What opens checkpoints here calls it. Elsewhere: ``from qwenvl.connector_lab.family import register; register()``.
+    This package calls it before it opens a checkpoint. Other programs have to call it themselves:
+    ``from qwenvl.connector_lab.family import register; register()``.
     """
     from qwenvl.connector_lab.model import LabForConditionalGeneration
     from qwenvl.connector_lab.processor import LabProcessor

@@ -1,4 +1,4 @@
-"""The connector lab's model, built as transformers builds its own, with the names of parts that Qwen-VL has.
+"""The connector lab's model, built like a transformers model, with Qwen-VL's names of submodules.
 
 model.visual.encoder   a stock vision encoder        (tune_mm_vision)
 model.visual.merger    the connector                 (tune_mm_mlp)
@@ -24,12 +24,12 @@ from qwenvl.models.vision.grid_inputs import describe_grids
 
 
 class LabPreTrainedModel(PreTrainedModel):
-    """What the classes of this file have in common."""
+    """Base class of the models of this file."""
 
     config_class: Any = LabConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # transformers' own way to declare them; the cache has the second name from 5.24 on
+    # class attributes, as transformers declares them; the cache has the second name from 5.24 on
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -40,7 +40,7 @@ class LabVisionModel(LabPreTrainedModel):
     """Encoder and connector.
 
     Args:
-        config: of both.
+        config: Config of encoder and connector.
     """
 
     config_class = LabVisionConfig
@@ -53,10 +53,10 @@ class LabVisionModel(LabPreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave connectors as torch and their own classes made them: at a scale that goes with their width."""
+        """Keep the initial weights that torch and the connectors' classes drew, whose scale depends on the width."""
 
     def describe_grids(self, grids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:
-        """Return what :meth:`forward` takes beside the patches; see :mod:`qwenvl.models.vision.grid_inputs`."""
+        """Return the inputs of :meth:`forward` besides patches; see :mod:`qwenvl.models.vision.grid_inputs`."""
         of_encoder = describe_grids(self.encoder, grids, device) if self.encoder.config.model_type in TOWERS else {}
         return {**of_encoder, "frame_sizes": read_sizes(grids)}
 
@@ -68,15 +68,15 @@ class LabVisionModel(LabPreTrainedModel):
         return_dict: bool = True,
         **described: Any,
     ) -> BaseModelOutputWithPooling:
-        """Encode pictures and make tokens of them.
+        """Encode images and convert their features to tokens.
 
         Args:
-            patches: [n, colours x frames x patch x patch], normalised, as the processor cuts them.
-            grid_thw: int64 [pictures, 3], their grids in patches.
-            frame_sizes: what :func:`qwenvl.connector_lab.encoder.frame_sizes` makes of them; None to read them from the
-            device.
-            return_dict: that is how it is.
-            described: what a tower would compute of the grids.
+            patches: [n, channels x frames x patch x patch], normalised, as the processor cuts them.
+            grid_thw: int64 [images, 3], (temporal, height, width) of each in patches.
+            frame_sizes: Result of :func:`qwenvl.connector_lab.encoder.frame_sizes` for the grids; None to compute it,
+                which reads the grids from the device.
+            return_dict: Always True.
+            described: Inputs that a tower would otherwise compute from the grids.
 
         Returns:
             ``last_hidden_state`` [n, encoder width], and ``pooler_output`` [tokens, width of the language model].
@@ -91,7 +91,7 @@ class LabModel(LabPreTrainedModel):
     """Encoder, connector and language model, without the projection to the vocabulary.
 
     Args:
-        config: of all of them.
+        config: Config of all three.
     """
 
     def __init__(self, config: LabConfig) -> None:
@@ -105,7 +105,7 @@ class LabModel(LabPreTrainedModel):
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Exchange the embeddings of tokens."""
+        """Replace the embeddings of tokens."""
         self.language_model.set_input_embeddings(value)
 
     def forward(
@@ -120,17 +120,17 @@ class LabModel(LabPreTrainedModel):
         video_grid_thw: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """Put pictures in the place of their tokens, and run the language model.
+        """Replace placeholder tokens by the tokens of images and videos, and run the language model.
 
         Args:
             input_ids: int64 [B, T].
-            inputs_embeds: [B, T, H] instead.
-            position_ids: int64 [B, T]; or [3 or 4, B, T] as Qwen-VL has them, whose last row counts tokens here.
-            pixel_values: patches of the pictures.
-            image_grid_thw: int64 [pictures, 3].
-            pixel_values_videos: patches of the videos.
+            inputs_embeds: [B, T, H], embeddings to use instead of ``input_ids``.
+            position_ids: int64 [B, T]; or [3 or 4, B, T] as for Qwen-VL, of which the last row is used.
+            pixel_values: Patches of the images.
+            image_grid_thw: int64 [images, 3].
+            pixel_values_videos: Patches of the videos.
             video_grid_thw: int64 [videos, 3].
-            options: of the language model.
+            options: Keyword arguments of the language model.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -148,10 +148,10 @@ class LabModel(LabPreTrainedModel):
 
 
 class LabForConditionalGeneration(LabPreTrainedModel, GenerationMixin):
-    """The whole model. It has no loss of its own: the trainer computes it.
+    """The whole model. It has no loss of its own; the trainer computes it.
 
     Args:
-        config: of all parts.
+        config: Config of all parts.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
@@ -168,10 +168,10 @@ class LabForConditionalGeneration(LabPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Exchange the projection to the vocabulary."""
+        """Replace the projection to the vocabulary."""
         self.lm_head = new_embeddings
 
-    def forward(  # noqa: PLR0913  transformers reads the names
+    def forward(  # noqa: PLR0913  transformers inspects the names of the arguments
         self,
         input_ids: Tensor | None = None,
         *,
@@ -186,10 +186,10 @@ class LabForConditionalGeneration(LabPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **options: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits [B, kept, V] of the last ``logits_to_keep`` positions (0: of all), or of those positions.
+        """Return logits [B, kept, V] of the last ``logits_to_keep`` positions (0: all), or of a tensor of positions.
 
-        See :meth:`LabModel.forward` for the others; ``mm_token_type_ids``, which the processor gives, is not needed.
-        The language model's cache goes in and comes out under the name that the installed transformers gives it.
+        See :meth:`LabModel.forward` for the other arguments; ``mm_token_type_ids`` of the processor is ignored. The
+        language model's cache is passed and returned under the name that the installed transformers uses.
         """
         del mm_token_type_ids
         output = self.model(
@@ -211,9 +211,9 @@ class LabForConditionalGeneration(LabPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """Give the pictures to the first step alone: later ones have them in the cache.
+        """Pass the pixels to the first step only: later steps have the images in the cache.
 
-        The name of ``kwargs`` tells ``generate`` that all arguments of ``forward`` may come.
+        ``generate`` inspects the name ``kwargs`` to accept all arguments of ``forward``.
         """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs

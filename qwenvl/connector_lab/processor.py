@@ -1,4 +1,4 @@
-"""The connector lab's processor: Qwen2-VL's, with as many tokens a picture as the connector makes."""
+"""The connector lab's processor: Qwen2-VL's, with the connector's number of tokens per image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import Qwen2VLProcessor
 
 MEDIA_TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 START, END = "<|vision_start|>", "<|vision_end|>"
-"""What stands for pictures in Qwen's vocabularies; other tokenizers are taught them."""
+"""Tokens around the media tokens, as in Qwen's vocabularies; they are added to other tokenizers."""
 
 _PREAMBLE = """{%- set flattened = namespace(messages=[]) %}
 {%- for message in messages %}
@@ -28,10 +28,10 @@ _PREAMBLE = """{%- set flattened = namespace(messages=[]) %}
 """
 
 
-def with_pictures(chat_template: str) -> str:
-    """Return a language model's chat template that also takes pictures and videos, as parts of a turn's content.
+def with_images(chat_template: str) -> str:
+    """Return a language model's chat template extended to images and videos as parts of a turn's content.
 
-    They are written as tokens into the turn's text; all else is up to the template itself.
+    They are written as tokens into the turn's text; the rest of the template is unchanged.
     """
     tokens = {"START": START, "END": END, "IMAGE": MEDIA_TOKENS["image"], "VIDEO": MEDIA_TOKENS["video"]}
     preamble = _PREAMBLE
@@ -44,12 +44,12 @@ class LabProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor for any connector.
 
     Args:
-        image_processor: Qwen2-VL's, with the encoder's patch size, mean and standard deviation.
-        tokenizer: of the language model, with the tokens of pictures.
-        video_processor: Qwen2-VL's, alike.
-        chat_template: from :func:`with_pictures`.
-        tokens_per_frame: tokens of a picture, and of each step in time of a video; None for one a merged patch.
-        options: of every processor.
+        image_processor: Qwen2-VL's image processor, with the encoder's patch size, mean and standard deviation.
+        tokenizer: Tokenizer of the language model, with the tokens of images and videos.
+        video_processor: Qwen2-VL's video processor, with the same values.
+        chat_template: Template from :func:`with_images`.
+        tokens_per_frame: Tokens per image, and per temporal step of a video; None for one per merged patch.
+        options: Keyword arguments of ``ProcessorMixin``.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class LabProcessor(Qwen2VLProcessor):
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **options)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **options: Any) -> str:
-        """Return the tokens of a picture."""
+        """Return the tokens of an image."""
         if self.tokens_per_frame is None:
             return str(super().replace_image_token(image_inputs, image_idx, **options))
         return str(self.image_token) * self.tokens_per_frame

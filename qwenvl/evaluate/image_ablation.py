@@ -1,6 +1,6 @@
-"""Does the model look? Scores and losses with the samples' own images, with blank ones, and with those of others.
+"""Image ablation: scores and losses with each sample's own images, with blank ones, and with another sample's.
 
-Which images the others are: :mod:`qwenvl.inference.other_images`. The loss is that of training, teacher forced: cross
+:mod:`qwenvl.inference.other_images` chooses the other sample. The loss is the training loss (teacher forcing): cross
 entropy per trained token.
 """
 
@@ -21,18 +21,18 @@ from qwenvl.metrics.registry import score_lines
 
 @dataclass(frozen=True)
 class Blindness:
-    """How much the answers to a group of questions depend on what they show.
+    """Effect of images and videos on the answers to a group of questions.
 
     Args:
-        name: of the group.
-        metric: what answers are measured by.
-        count: samples compared.
-        left_out: samples without media, or without another one to take media from, or that could not be asked.
-        scores: of each view.
-        losses: per trained token, in nats, of each view.
-        score_falls: score of ``shown`` minus that of each other view.
-        loss_rises: loss of each other view minus that of ``shown``.
-        medium: what the samples show, in words.
+        name: Name of the group.
+        metric: Metric of the answers.
+        count: Number of samples compared.
+        left_out: Number of samples without media, without another sample to take media from, or with an error.
+        scores: Score of each view.
+        losses: Loss per trained token of each view, in nats.
+        score_falls: Score of ``shown`` minus the score of each other view.
+        loss_rises: Loss of each other view minus the loss of ``shown``.
+        medium: Word for the media in messages.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Blindness:
 
     @property
     def verdict(self) -> str:
-        """What it says, in words."""
+        """The conclusion in a sentence."""
         if self.count < 2:
-            return "Too few samples with pictures to say whether the answers depend on them."
+            return "Too few samples with images to say whether the answers depend on them."
         fall, rise = self.score_falls["swapped"], self.loss_rises["swapped"]
         told = f"{self._scores_told(fall)} {self._losses_told(rise)}"
         if fall.low > 0:
@@ -57,7 +57,7 @@ class Blindness:
         if fall.high < 0:
             return f"The answers depend on the {self.medium}, for the worse: {told}"
         if rise.low > 0:
-            return f"The answers are no better for the {self.medium}, but the loss shows that the model sees it: {told}"
+            return f"The answers do not improve with the {self.medium}, but the loss does: {told}"
         return f"No evidence that the answers depend on the {self.medium}: {told}"
 
     def _scores_told(self, fall: Interval) -> str:
@@ -76,7 +76,7 @@ class Blindness:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the figures as a dict for JSON."""
         parts = ("scores", "losses", "score_falls", "loss_rises")
         found = {part: {view: one.as_dict() for view, one in getattr(self, part).items()} for part in parts}
         return {
@@ -93,10 +93,10 @@ def compare_views(name: str, metric: Metric, views: Mapping[View, Sequence[Predi
     """Compare the answers and losses of a group of samples.
 
     Args:
-        name: of the group.
-        metric: what answers are measured by.
-        views: the lines of each view; samples that are not in all of them are left out.
-        seed: of the resampling.
+        name: Name of the group.
+        metric: Metric of the answers.
+        views: Lines of each view; samples that are not in all views are left out.
+        seed: Seed of the resampling.
     """
     by_key = {view: {key_of(line): line for line in lines if _usable(line)} for view, lines in views.items()}
     keys = [key for key in by_key["shown"] if all(key in lines for lines in by_key.values())]
@@ -123,7 +123,7 @@ def compare_views(name: str, metric: Metric, views: Mapping[View, Sequence[Predi
 
 def _medium(lines: Sequence[Prediction]) -> str:
     kinds = {kind for line in lines for kind, _ in line.media}
-    return kinds.pop() if len(kinds) == 1 else "pictures and videos"
+    return kinds.pop() if len(kinds) == 1 else "images and videos"
 
 
 def _usable(line: Prediction) -> bool:
@@ -131,6 +131,6 @@ def _usable(line: Prediction) -> bool:
 
 
 def _per_token(sums: np.ndarray, count: int) -> float:
-    """Return the mean loss of trained tokens; sums are (loss, trained tokens by their weights)."""
+    """Return the mean loss of trained tokens; sums are (loss, weighted number of trained tokens)."""
     del count
     return float(sums[0] / sums[1]) if sums[1] else 0.0

@@ -1,4 +1,4 @@
-"""Predictions to scores: by dataset, each with its metric and an interval."""
+"""Score predictions by dataset, each with its metric and a confidence interval."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from qwenvl.metrics.registry import choose_metric, find_metric, score_lines, to_
 
 @dataclass(frozen=True)
 class Scores:
-    """How the samples of a dataset that are measured alike were answered.
+    """Scores of the samples of a dataset that have the same metric.
 
     Args:
-        dataset: its name.
-        metric: what they are measured by.
-        lines: those that could be asked.
-        scored: of each of them.
-        not_asked: lines of those that could not.
+        dataset: Name of the dataset.
+        metric: Metric of the samples.
+        lines: Samples with an answer.
+        scored: Score of each of ``lines``.
+        not_asked: Samples that could not be asked, with their errors.
     """
 
     dataset: str
@@ -36,31 +36,28 @@ class Scores:
 
     @property
     def unreadable(self) -> int:
-        """Answers that do not have the form that the metric reads, and count as wrong."""
+        """Number of answers that the metric cannot read; they count as wrong."""
         return sum(not one.readable for one in self.scored)
 
     @property
     def cut(self) -> int | None:
-        """Answers that ``--max_new_tokens`` cut, which are scored as they are; None where no line says so or not."""
+        """Number of answers that ``--max_new_tokens`` cut, scored as they are; None without any ``finish_reason``."""
         reasons = [line.finish_reason for line in self.lines if line.finish_reason is not None]
         return sum(reason == "length" for reason in reasons) if reasons else None
 
     def interval(self, seed: int = 0) -> Interval | None:
-        """Return the score with its interval; None where nothing could be asked."""
+        """Return the score with its interval; None without any answer."""
         if not self.scored:
             return None
         return score_interval(np.array([self.metric.statistics(one) for one in self.scored]), self.metric.total, seed)
 
     def worst(self, count: int) -> list[tuple[Prediction, Scored]]:
-        """Return the lines with the lowest scores, unreadable ones first among equals, then in the order of the data.
-
-        Those that are perfectly right are not among them.
-        """
+        """Return the lines with the lowest scores below 1; ties: unreadable answers first, then in data order."""
         pairs = [pair for pair in zip(self.lines, self.scored, strict=True) if pair[1].value < 1]
         return sorted(pairs, key=lambda pair: (pair[1].value, pair[1].readable))[:count]
 
     def as_dict(self, seed: int = 0) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the figures as a dict for JSON."""
         interval = self.interval(seed)
         return {
             "dataset": self.dataset,
@@ -74,11 +71,12 @@ class Scores:
 
 
 def evaluate(lines: Sequence[Prediction], metric: str | None = None) -> list[Scores]:
-    """Score lines by dataset, and within one by the metric that samples ask for.
+    """Score lines by dataset, and within a dataset by the metric of each sample.
 
     Args:
-        lines: of any datasets.
-        metric: for all of them; None for the one that a sample or its dataset names, or that its answers call for.
+        lines: Predictions of any datasets.
+        metric: Name of one metric for all lines; None for the metric that a sample or its dataset names, or that fits
+            the expected answers.
 
     Raises:
         UserError: there is no such metric.
@@ -108,8 +106,8 @@ def evaluate_views(scores: Sequence[Scores], views: Mapping[View, Sequence[Predi
     """Compare the views of each group of samples.
 
     Args:
-        scores: of the lines of ``shown``.
-        views: the lines of each view.
+        scores: Scores of the lines of ``shown``.
+        views: Lines of each view.
     """
     return [
         compare_views(

@@ -1,4 +1,4 @@
-"""Rows of datasets answered by any number of processes, each its share, in batches that are kept as they come."""
+"""Batch inference: answer rows of datasets on any number of processes, and write each batch as it is finished."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from qwenvl.data.media.locate import absolute_source
 from qwenvl.data.media.resize import VisionSettings
 from qwenvl.data.types import ImageItem, Sample, Source, VideoItem
 from qwenvl.inference.generate import Answer, Answerer, Decoding, generate
-from qwenvl.inference.loss import exercise_loss
+from qwenvl.inference.loss import example_loss
 from qwenvl.inference.other_images import Key, View, blank, fitted, key_of
-from qwenvl.inference.prompts import Exercise, Prompt, open_exercise
+from qwenvl.inference.prompts import EvalExample, Prompt, open_example
 from qwenvl.metrics.boxes import read_boxes
 from qwenvl.metrics.predictions import EMBEDDED, Prediction, PredictionStore
 from qwenvl.metrics.text import final_answer
@@ -28,23 +28,23 @@ from qwenvl.utils.distributed import from_main_process, rank, wait_for_all, worl
 from qwenvl.utils.errors import SampleError
 
 Progress = Callable[[int], None]
-"""Called with how many rows this process has just answered."""
+"""Called with the number of rows that this process has just answered."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be answered, and how.
+    """Rows to answer, and the settings that their answers depend on.
 
     Args:
-        model: folder of the model, part of what answers depend on.
-        tables: the datasets and their rows.
-        encoder: opens samples.
-        decoding: how tokens are chosen.
-        batch_size: prompts answered at once.
-        seed: of drawn tokens.
-        with_loss: compute the loss of each sample as well.
-        view: what the samples show.
-        partners: whose pictures each sample shows, where it shows those of others.
+        model: Folder or name of the model.
+        tables: Datasets with their rows.
+        encoder: Encoder that opens samples.
+        decoding: Decoding settings.
+        batch_size: Prompts per batch of generation.
+        seed: Seed of token sampling.
+        with_loss: Whether to compute the loss of each sample too.
+        view: Images that the samples show: their own, blank ones, or another sample's.
+        partners: Key of the sample whose media each sample shows; empty unless the view is ``swapped``.
     """
 
     model: str
@@ -59,11 +59,11 @@ class Job:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all datasets together."""
+        """Total number of rows of all datasets."""
         return sum(len(table.rows) for table in self.tables)
 
     def settings(self) -> dict[str, Any]:
-        """Return what answers depend on, for the record beside them; one value changes when any of it does."""
+        """Return the settings that answers depend on, as JSON values for the file beside them."""
         rows = [(table.table.fingerprint, array_hash(table.rows)) for table in self.tables]
         drawn = {"seed": self.seed} if self.decoding.temperature else {}
         return {
@@ -79,7 +79,7 @@ class Job:
         }
 
     def row(self, index: int) -> tuple[SampledTable, int]:
-        """Return the table of a row and its row there."""
+        """Return the table of a row, and the number of the row in that table."""
         for table in self.tables:
             if index < len(table.rows):
                 return table, int(table.rows[index])
@@ -88,7 +88,7 @@ class Job:
 
 
 def _weights(folder: Path) -> str:
-    """Return a hash that changes when the files of a folder's weights do: their names, sizes and times."""
+    """Return a hash of the names, sizes and times of a folder's weight files."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return fingerprint(*((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
@@ -100,14 +100,14 @@ def answer_rows(
     progress: Callable[[int], Progress],
     answering: Callable[..., None] | None = None,
 ) -> list[Prediction]:
-    """Answer the rows that have no answer yet; every process has to call it.
+    """Answer the rows that have no answer yet. Every process has to call it.
 
     Args:
-        job: what is to be answered.
-        output: file of the answers.
-        open_model: opens the model; called where something is to be answered.
-        progress: called with the number of rows to answer here; see :data:`Progress`.
-        answering: what answers rows by the model, with the arguments of :func:`answer`, the default.
+        job: Rows and settings.
+        output: File of the answers.
+        open_model: Function that opens the model; called only where rows are left to answer.
+        progress: Function of the number of rows to answer in this process, which returns a :data:`Progress`.
+        answering: Function that answers rows, with the arguments of :func:`answer`, which is the default.
 
     Returns:
         All answers in the order of the data.
@@ -132,58 +132,58 @@ def answer(
     write: Callable[[Iterable[Prediction]], None],
     told: Progress = lambda _: None,
 ) -> None:
-    """Answer rows a batch at a time.
+    """Answer rows batch by batch.
 
     Args:
-        job: what holds them.
-        indices: which rows.
-        answerer: the model.
-        write: called with the lines of each batch.
-        told: called with the number of rows of each batch.
+        job: Rows and settings.
+        indices: Numbers of the rows.
+        answerer: Model and processor.
+        write: Function called with the lines of each batch.
+        told: Function called with the number of rows of each batch.
     """
     for start in range(0, len(indices), job.batch_size):
         chunk = indices[start : start + job.batch_size]
         lines = [_viewed(job, *line) for index in chunk for line in open_row(job, index)]
-        prompts = [exercise.prompt for _, exercise in lines if exercise is not None]
-        torch.manual_seed(job.seed + chunk[0])  # what is drawn does not depend on what was answered before
+        prompts = [example.prompt for _, example in lines if example is not None]
+        torch.manual_seed(job.seed + chunk[0])  # so that sampled tokens do not depend on earlier batches
         answers = iter(generate(answerer, prompts, decoding=job.decoding, batch_size=job.batch_size))
         write([line if one is None else _answered(job, answerer, line, one, next(answers)) for line, one in lines])
         told(len(chunk))
 
 
-def _answered(job: Job, answerer: Answerer, line: Prediction, exercise: Exercise, answer: Answer) -> Prediction:
-    loss, tokens = exercise_loss(answerer, exercise) if job.with_loss else (None, None)
+def _answered(job: Job, answerer: Answerer, line: Prediction, example: EvalExample, answer: Answer) -> Prediction:
+    loss, tokens = example_loss(answerer, example) if job.with_loss else (None, None)
     return replace(with_answer(line, answer), loss=loss, trained_tokens=tokens)
 
 
 def with_answer(line: Prediction, answer: Answer) -> Prediction:
-    """Return a line with an answer."""
+    """Return a line with its answer filled in."""
     thought = "unfinished" if answer.thinking else None
     return replace(line, prediction=answer.text, finish_reason=answer.finish_reason, thought=thought)
 
 
-def _viewed(job: Job, line: Prediction, exercise: Exercise | None) -> tuple[Prediction, Exercise | None]:
-    """Let a sample show what the job's view says; without media to exchange, it is not asked."""
-    if exercise is None or job.view == "shown":
-        return line, exercise
-    frames = exercise.prompt.frames
+def _viewed(job: Job, line: Prediction, example: EvalExample | None) -> tuple[Prediction, EvalExample | None]:
+    """Return a sample with the media of the job's view; with an error where it has no media to replace."""
+    if example is None or job.view == "shown":
+        return line, example
+    frames = example.prompt.frames
     if not frames:
-        return replace(line, error="no_media: there is nothing in the sample to exchange."), None
+        return replace(line, error="no_media: the sample has no media to replace."), None
     if job.view == "blank":
-        return line, exercise.showing(map(blank, frames))
+        return line, example.showing(map(blank, frames))
     partner = job.partners.get(key_of(line))
     others = dict(_opened(job, partner[0])).get(partner) if partner is not None else None
     if others is None:
-        return replace(line, error="no_partner: no other sample has media to exchange for this one's."), None
-    return line, exercise.showing(exchanged(exercise.prompt, others.prompt))
+        return replace(line, error="no_partner: no other sample has media that could replace this sample's."), None
+    return line, example.showing(exchanged(example.prompt, others.prompt))
 
 
-def _opened(job: Job, index: int) -> Iterator[tuple[Key, Exercise | None]]:
-    return ((key_of(line), exercise) for line, exercise in open_row(job, index))
+def _opened(job: Job, index: int) -> Iterator[tuple[Key, EvalExample | None]]:
+    return ((key_of(line), example) for line, example in open_row(job, index))
 
 
 def exchanged(prompt: Prompt, other: Prompt) -> Iterator[torch.Tensor]:
-    """Yield media of another prompt in the places, sizes and kinds of a prompt's own; repeated where it has fewer."""
+    """Yield, for each medium of a prompt, one of the same kind from another prompt, resized; repeated if too few."""
     pairs = list(zip(other.plans, other.frames, strict=True))
     supply = {
         kind: itertools.cycle([frames for plan, frames in pairs if isinstance(plan, kind)])
@@ -192,16 +192,16 @@ def exchanged(prompt: Prompt, other: Prompt) -> Iterator[torch.Tensor]:
     return (fitted(next(supply[type(plan)]), own) for plan, own in zip(prompt.plans, prompt.frames, strict=True))
 
 
-def _canvas(exercise: Exercise, settings: VisionSettings) -> tuple[int, int] | None:
-    """Return what boxes count, (width, height) of the picture, where there is one picture and boxes are expected."""
-    if len(exercise.prompt.plans) != 1 or not read_boxes(final_answer(exercise.expected)):
+def _canvas(example: EvalExample, settings: VisionSettings) -> tuple[int, int] | None:
+    """Return (width, height) of the image in the units of its boxes; None unless one image and boxes are expected."""
+    if len(example.prompt.plans) != 1 or not read_boxes(final_answer(example.expected)):
         return None
-    height, width = exercise.prompt.plans[0].resized
+    height, width = example.prompt.plans[0].resized
     return (1000, 1000) if settings.family.boxes == "relative_1000" else (width, height)
 
 
-def open_row(job: Job, index: int) -> Iterator[tuple[Prediction, Exercise | None]]:
-    """Yield the samples of a row: lines without an answer, and what is asked; None where a sample cannot be."""
+def open_row(job: Job, index: int) -> Iterator[tuple[Prediction, EvalExample | None]]:
+    """Yield the samples of a row: a line without an answer, and the example; None where it cannot be used."""
     table, row = job.row(index)
     place = table.table.origin(row)
     line = Prediction(index, place.dataset, place.file, place.line)
@@ -213,36 +213,36 @@ def open_row(job: Job, index: int) -> Iterator[tuple[Prediction, Exercise | None
     for sample in samples:
         named = replace(line, id=sample.origin.id, member=sample.origin.member, members=len(samples))
         try:
-            exercise = open_exercise(sample, job.encoder)
+            example = open_example(sample, job.encoder)
         except SampleError as error:
             yield replace(named, error=f"{error.category}: {error.reason}"), None
         else:
-            yield describe(named, sample, exercise, table.table.spec.options, job.encoder.settings), exercise
+            yield describe(named, sample, example, table.table.spec.options, job.encoder.settings), example
 
 
 def describe(
-    line: Prediction, sample: Sample, exercise: Exercise, options: Mapping[str, Any], settings: VisionSettings
+    line: Prediction, sample: Sample, example: EvalExample, options: Mapping[str, Any], settings: VisionSettings
 ) -> Prediction:
-    """Return a line with what is known of its sample before it is answered.
+    """Return a line with the fields of its sample that are known before it is answered.
 
     Args:
-        line: where the sample stands.
-        sample: its record.
-        exercise: the sample, opened.
-        options: of its dataset's registry entry.
-        settings: how its media are resized.
+        line: Line with the sample's origin.
+        sample: Sample with its record.
+        example: Opened sample.
+        options: Options of its dataset's registry entry.
+        settings: Resizing settings of its media.
     """
-    items = [plan.item for plan in exercise.prompt.plans]
+    items = [plan.item for plan in example.prompt.plans]
     metric = sample.record.get("metric") or options.get("metric")
     answers = sample.record.get("answers")
     return replace(
         line,
-        question=exercise.prompt.question,
+        question=example.prompt.question,
         media=tuple((_kind(item), _where(item.source, sample.data_path)) for item in items),
-        expected=exercise.expected,
+        expected=example.expected,
         accepted=tuple(one for one in answers if isinstance(one, str)) if isinstance(answers, list) else (),
         metric=metric if isinstance(metric, str) else None,
-        canvas=_canvas(exercise, settings),
+        canvas=_canvas(example, settings),
     )
 
 
@@ -251,7 +251,7 @@ def _kind(item: ImageItem | VideoItem) -> str:
 
 
 def _where(source: Source | tuple[Source, ...], data_path: str) -> Any:
-    """Return an absolute path or URL; for what carries itself, a name by its content."""
+    """Return an absolute path or URL; for embedded media, a name with a hash of the content."""
     if isinstance(source, tuple):
         return tuple(_where(frame, data_path) for frame in source)
     if isinstance(source, bytes) or source.startswith("data:"):

@@ -1,7 +1,7 @@
-"""Answers of a model folder, through the stock classes of transformers, in batches that are padded on the left.
+"""Generate answers from a model folder with the stock classes of transformers, in left-padded batches.
 
-Nothing here knows of training. Prompts are rendered by the folder's own chat template and processor; see
-:mod:`qwenvl.inference.prompts` for their pictures and videos.
+This module is independent of training. Prompts are rendered by the folder's own chat template and processor; see
+:mod:`qwenvl.inference.prompts` for their images and videos.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from qwenvl.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens of an answer are chosen.
+    """Decoding settings.
 
     Args:
-        max_new_tokens: longest answer; the folder's end-of-turn tokens end it earlier.
-        temperature: 0 for the likeliest token each time; above, tokens are drawn.
-        top_p: drawn among the likeliest tokens that have this probability together.
+        max_new_tokens: Maximum number of tokens of an answer; the folder's end-of-turn tokens end it earlier.
+        temperature: Sampling temperature; 0 for greedy decoding.
+        top_p: Probability mass of nucleus sampling.
     """
 
     max_new_tokens: int = 128
@@ -47,7 +47,7 @@ class Decoding:
     top_p: float = 1.0
 
     def options(self) -> dict[str, Any]:
-        """Return the arguments of ``generate``; those that the folder's generation config has do not come in."""
+        """Return the arguments of ``generate``, which override the sampling settings of the folder."""
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
         neutral = {"temperature": None, "top_p": None, "top_k": None}
         return {"max_new_tokens": self.max_new_tokens, "do_sample": bool(drawn), **(drawn or neutral)}
@@ -55,12 +55,12 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model with what renders its prompts.
+    """A model with the processor that renders its prompts.
 
     Args:
-        model: on its device, in evaluation mode.
-        processor: of the same folder.
-        template_kwargs: further arguments of the chat template.
+        model: Model on its device, in evaluation mode.
+        processor: Processor of the same folder.
+        template_kwargs: Additional arguments of the chat template.
     """
 
     model: Any
@@ -69,18 +69,18 @@ class Answerer:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Its chat template, with the checks that training has."""
+        """The chat template, with the checks of training."""
         return ChatTemplate(self.processor, self.template_kwargs)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote.
+    """An answer of a model.
 
     Args:
-        text: the answer, without special tokens.
+        text: Text of the answer, without special tokens.
         finish_reason: ``stop`` where the model ended it, ``length`` where ``max_new_tokens`` cut it.
-        thinking: it was cut inside the thought that the prompt had opened.
+        thinking: Whether it was cut inside the thought that the prompt had opened.
     """
 
     text: str
@@ -93,11 +93,11 @@ def base_of(folder: str, base: str | None = None) -> str:
 
     Args:
         folder: Model folder, adapter folder, or a Hugging Face id.
-        base: Base model of the adapters, where it is not where their folder says.
+        base: Base model of the adapters, if it is not at the location in ``adapter_config.json``.
 
     Raises:
         UserError: ``adapter_config.json`` cannot be read or does not name a base, or the base is not there; or a base
-            is given of what are no adapters.
+            is given for a folder without adapters.
     """
     if (Path(folder) / CONFIG_FILE).is_file():
         return find_base(folder, base)
@@ -107,7 +107,7 @@ def base_of(folder: str, base: str | None = None) -> str:
 
 
 def config_of(folder: str, base: str | None = None) -> PretrainedConfig:
-    """Return the config of a model; of adapters, that of their folder, where it has one, or of their base.
+    """Return the config of a model; for adapters, the config in their folder if there is one, else their base's.
 
     Args:
         folder: See :func:`base_of`.
@@ -121,7 +121,7 @@ def config_of(folder: str, base: str | None = None) -> PretrainedConfig:
 
 
 def processor_folder(folder: str, base: str | None = None) -> str:
-    """Return where the processor is: an adapter folder may have none, and its base has one."""
+    """Return the folder with the processor: the given one, or the base of an adapter folder without a processor."""
     has_own = any((Path(folder) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
     return folder if has_own else base_of(folder, base)
 
@@ -129,13 +129,13 @@ def processor_folder(folder: str, base: str | None = None) -> str:
 def open_answerer(
     folder: str, *, base: str | None = None, device: str | None = None, dtype: torch.dtype | None = None
 ) -> Answerer:
-    """Open a folder of a whole model with the stock classes, or of adapters, on their base, with PEFT.
+    """Open a full model with the stock classes, or adapters on their base with PEFT.
 
     Args:
-        folder: model folder, adapter folder, or a Hugging Face id.
+        folder: Model folder, adapter folder, or a Hugging Face id.
         base: See :func:`base_of`.
-        device: such as ``cpu`` or ``cuda:1``; None for the accelerator where there is one.
-        dtype: of the weights; None for the one they are saved in.
+        device: Device such as ``cpu`` or ``cuda:1``; None for the accelerator if there is one.
+        dtype: Dtype of the weights; None for the dtype that they are saved in.
 
     Raises:
         UserError: the folder cannot be opened.
@@ -151,20 +151,20 @@ def open_answerer(
         )
     except UserError:
         raise
-    except (OSError, ValueError, ImportError) as error:  # the last: a library of quantized weights
+    except (OSError, ValueError, ImportError) as error:  # ImportError: the library of quantized weights is missing
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} cannot be opened as a model with its processor: {first_line}") from error
     return Answerer(model.to(device).eval(), processor)
 
 
 def _open_whole(folder: str, device: str, dtype: torch.dtype | None) -> Any:
-    """Open a whole model with the stock class; FP8 weights are dequantized on a CPU, which has no products of them."""
+    """Open a full model with the stock class; dequantize FP8 weights on a CPU, which has no FP8 matrix products."""
     own = AutoConfig.from_pretrained(folder).to_dict() if device.startswith("cpu") else {}
     if is_fp8(own):
         return load_model(folder, dtype=dtype or read_dtype(folder), attn_implementation="sdpa")
     if method := quantization_method(own):
         raise UserError(
-            f"{folder}: its weights are quantized ({method}), which takes a GPU. Ask the unquantized checkpoint, or a "
+            f"{folder}: its weights are quantized ({method}), which needs a GPU. Use the unquantized checkpoint, or a "
             "server such as vLLM."
         )
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
@@ -181,11 +181,11 @@ def generate(
     """Return the answer to every prompt, in order.
 
     Args:
-        answerer: from :func:`open_answerer`.
-        prompts: the questions.
-        decoding: how tokens are chosen; None for the likeliest, up to 128.
-        batch_size: prompts answered at once.
-        options: further ones of ``generate``.
+        answerer: Model and processor, from :func:`open_answerer`.
+        prompts: Prompts to answer.
+        decoding: Decoding settings; None for greedy decoding of up to 128 tokens.
+        batch_size: Prompts per batch.
+        options: Additional arguments of ``generate``.
 
     Raises:
         SampleError: the chat template cannot write a prompt.
@@ -194,7 +194,7 @@ def generate(
     answers: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
         inputs = encode_prompts(answerer, prompts[start : start + batch_size]).to(answerer.model.device)
-        with torch.no_grad():  # no inference tensors: a model in training has to go on
+        with torch.no_grad():  # not inference_mode, whose tensors a model that trains afterwards cannot use
             output = answerer.model.generate(**inputs, **options)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         texts = answerer.processor.batch_decode(
@@ -206,7 +206,7 @@ def generate(
 
 
 def _ended(answerer: Answerer, new_tokens: torch.Tensor) -> list[bool]:
-    """Return which rows of new tokens, [B, T], hold one that ends an answer."""
+    """Return for each row of new tokens, [B, T], whether it contains an end-of-sequence token."""
     ends = answerer.model.generation_config.eos_token_id
     if ends is None:
         return [False] * len(new_tokens)
@@ -219,12 +219,12 @@ def _answer(answerer: Answerer, text: str, ended: bool) -> Answer:
 
 
 def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt], *, answered: bool = False) -> Any:
-    """Render and tokenize prompts, and cut patches of their media.
+    """Render and tokenize prompts, and cut their media into patches.
 
     Args:
-        answerer: whose processor does it.
-        prompts: the questions.
-        answered: they end in an answer, and the header of another one does not follow.
+        answerer: Model and processor.
+        prompts: Prompts to encode.
+        answered: Whether the prompts end in an answer, so that no generation prompt follows.
 
     Returns:
         ``BatchFeature`` with ``input_ids`` and ``attention_mask`` int64 [B, T], padded on the left, and the media's
@@ -236,10 +236,10 @@ def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt], *, answered: b
     shown = [pair for prompt in prompts for pair in zip(prompt.plans, prompt.frames, strict=True)]
     media: dict[str, Any] = {}
     if images := [Image.fromarray(frames[0].numpy()) for plan, frames in shown if not isinstance(plan, VideoPlan)]:
-        media |= {"images": images, "images_kwargs": {"do_resize": False}}  # they have their size
+        media |= {"images": images, "images_kwargs": {"do_resize": False}}  # they are resized already
     if videos := [(plan, frames) for plan, frames in shown if isinstance(plan, VideoPlan)]:
         media["videos"] = [frames.permute(0, 3, 1, 2) for _, frames in videos]
-        # a rule of resizing, which is done; transformers from 5.21 on would warn where nobody chooses
+        # this option of resizing has no effect here, but transformers from 5.21 on warns where it is not set
         chosen = {"cap_pixels_per_frame": False} if hasattr(processor.video_processor, "cap_pixels_per_frame") else {}
         media["videos_kwargs"] = chosen | {
             "do_resize": False,
@@ -260,7 +260,7 @@ def _render(answerer: Answerer, prompt: Prompt, answered: bool) -> str:
 
 
 def _metadata(plan: MediaPlan) -> VideoMetadata:
-    """Return what timestamps are written from: the sampled frames' places in the source, and its rate."""
+    """Return the metadata from which the processor writes timestamps: indices of the sampled frames, and the rate."""
     assert isinstance(plan, VideoPlan)
     metadata = VideoMetadata(
         total_num_frames=plan.num_frames,
@@ -269,13 +269,13 @@ def _metadata(plan: MediaPlan) -> VideoMetadata:
         width=plan.resized[1],
         duration=plan.num_frames / plan.fps,
     )
-    # The processor divides them by the rate: that gives the times of training, also where they have no constant rate.
+    # The processor divides indices by the rate, which gives the times of training even for a variable frame rate.
     metadata.frames_indices = plan.indices if plan.times is None else plan.times * plan.fps
     return metadata
 
 
 def default_device() -> str:
-    """Return the accelerator, of this process's own number where torchrun started several; else ``cpu``."""
+    """Return the accelerator with the index of the local rank; ``cpu`` if there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return "cpu"

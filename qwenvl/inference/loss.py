@@ -1,4 +1,4 @@
-"""The training loss of single samples, by the stock forward pass of whatever model is open."""
+"""The training loss of single samples, from the stock forward pass of an open model."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch.nn import functional
 from qwenvl.data.encoding.tokenization import IGNORE_INDEX
 from qwenvl.data.media.resize import VideoPlan
 from qwenvl.inference.generate import Answerer
-from qwenvl.inference.prompts import Exercise
+from qwenvl.inference.prompts import EvalExample
 from qwenvl.models.vision.patchify import Patchify
 
 
-def exercise_loss(answerer: Answerer, exercise: Exercise) -> tuple[float, float]:
-    """Return the cross entropy of a sample's trained tokens, summed, in nats, and how many they are.
+def example_loss(answerer: Answerer, example: EvalExample) -> tuple[float, float]:
+    """Return the summed cross entropy of a sample's trained tokens, in nats, and the number of these tokens.
 
-    Where answers have weights, each token counts by its own in both. Tokens, labels, positions and pixels are those of
-    training. The model is called as transformers has it, so that adapters of any kind may be in it.
+    Where answers have weights, both are weighted sums. Tokens, labels, positions and pixels are those of training. The
+    model is called through the stock forward of transformers, so that it may have adapters of any kind.
     """
     device = answerer.model.device
-    tokens = exercise.encoded.tokens
+    tokens = example.encoded.tokens
     kept = (tokens.labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
     with torch.inference_mode():
         logits = answerer.model(
@@ -30,7 +30,7 @@ def exercise_loss(answerer: Answerer, exercise: Exercise) -> tuple[float, float]
             position_ids=tokens.position_ids[1:, None].to(device),
             logits_to_keep=kept.to(device),
             use_cache=False,
-            **_pixels(answerer, exercise, device),
+            **_pixels(answerer, example, device),
         ).logits[0]
         targets = tokens.labels[kept + 1].to(device)
         if tokens.weights is None:
@@ -40,7 +40,7 @@ def exercise_loss(answerer: Answerer, exercise: Exercise) -> tuple[float, float]
     return float(losses.cpu() @ weights), float(weights.sum())
 
 
-def _pixels(answerer: Answerer, exercise: Exercise, device: torch.device) -> dict[str, Tensor]:
+def _pixels(answerer: Answerer, example: EvalExample, device: torch.device) -> dict[str, Tensor]:
     patchify = Patchify.from_processor(answerer.processor).to(device)
     inputs: dict[str, Any] = {}
     for kind, pixels, grids in (
@@ -49,7 +49,7 @@ def _pixels(answerer: Answerer, exercise: Exercise, device: torch.device) -> dic
     ):
         media = [
             medium
-            for medium, plan in zip(exercise.encoded.media, exercise.prompt.plans, strict=True)
+            for medium, plan in zip(example.encoded.media, example.prompt.plans, strict=True)
             if isinstance(plan, VideoPlan) == kind
         ]
         if media:

@@ -1,8 +1,8 @@
-"""The same questions with blank images, and with those of other samples.
+"""The same questions with blank images, and with the images of other samples.
 
-Blank is mid grey. Blank and other images have the size, and videos the number of frames, of those they stand for, so
-that tokens and positions are the same and only pixels differ. Each sample gets the images of one other sample, which
-shares none with it: of its own dataset where that has one, else of any. Which one is seeded.
+Blank is mid grey. Replacements have the size, and videos the number of frames, of the original, so that tokens and
+positions are the same and only pixels differ. Each sample gets the images of one other sample that shares no image
+with it: from its own dataset if possible, else from any. The choice is seeded.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from qwenvl.metrics.predictions import Prediction
 View = Literal["shown", "blank", "swapped"]
 VIEWS: tuple[View, ...] = ("shown", "blank", "swapped")
 GREY = 128
-"""Of a blank picture, 0 to 255: near the mean that pixels are normalised by, so near nothing for the model."""
+"""Value of the pixels of a blank image, 0 to 255: near the normalisation mean, so near 0 for the model."""
 
 Key = tuple[int, int | None]
 """Row and member of a sample."""
 
 
 def blank(frames: Tensor) -> Tensor:
-    """Return a blank picture or video of the same shape: uint8 [frames, height, width, 3]."""
+    """Return a blank image or video of the same shape: uint8 [frames, height, width, 3]."""
     return torch.full_like(frames, GREY)
 
 
 def fitted(frames: Tensor, like: Tensor) -> Tensor:
-    """Return a picture or video in the shape of another: frames spread evenly from first to last, then resized.
+    """Return an image or video in the shape of another: evenly spaced frames, from first to last, resized.
 
     Args:
         frames: uint8 [n, height, width, 3].
-        like: uint8 of the wanted shape.
+        like: uint8 [frames, height, width, 3] of the wanted shape.
     """
     chosen = torch.linspace(0, len(frames) - 1, len(like)).round().long()
     pixels = frames[chosen].permute(0, 3, 1, 2)
@@ -47,16 +47,16 @@ def fitted(frames: Tensor, like: Tensor) -> Tensor:
 
 
 def key_of(line: Prediction) -> Key:
-    """Return which sample a line is about."""
+    """Return the key of a line's sample."""
     return line.index, line.member
 
 
 def find_partners(lines: Sequence[Prediction], seed: int = 0) -> dict[Key, Key]:
-    """Return, for each sample with media, the sample whose media it gets; none for one without a partner.
+    """Return, for each sample with media, the sample whose media it gets; samples without a partner are left out.
 
     Args:
-        lines: of all samples; those without media or with an error take no part.
-        seed: of the choice.
+        lines: Lines of all samples; lines without media or with an error are ignored.
+        seed: Seed of the choice.
     """
     able = [line for line in lines if line.error is None and line.media]
     partners: dict[Key, Key] = {}
@@ -71,10 +71,10 @@ def find_partners(lines: Sequence[Prediction], seed: int = 0) -> dict[Key, Key]:
 
 
 def _rotated(group: Sequence[Prediction], seed: int) -> dict[Key, Key]:
-    """Pair the samples of a group with others, each with one of its own as far as that is possible.
+    """Give each sample of a group a different partner, as far as possible.
 
-    Samples of the same media stand together; moved by as many places as the largest such family has members, everyone
-    meets another family, unless one has more than half of all.
+    Samples with the same media (a family) are adjacent. Shifting the order by the size of the largest family pairs
+    each sample with one of another family, unless one family has more than half of all samples.
     """
     families: dict[Any, list[Prediction]] = {}
     for line in group:

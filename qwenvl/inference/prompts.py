@@ -1,7 +1,7 @@
-"""What a model is asked: turns up to a question, with their pictures and videos decoded as training decodes them.
+"""Prompts: turns up to a question, with images and videos decoded as in training.
 
-Media pass through the encoder of training: the same limits, the same frames of a video, the same pixels. So a sample
-is asked about exactly what a model is trained on, and its loss and its answer are about the same input.
+Media pass through the encoder of training: the same size limits, the same frames of a video, the same pixels. So
+generation and loss have exactly the input of training.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from qwenvl.utils.errors import SampleError
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked.
+    """A prompt with decoded media.
 
     Args:
-        messages: turns up to the question.
-        plans: what is known of each picture and video of the turns, in order.
-        frames: their pixels, in the same order: uint8 [frames, height, width, 3], RGB; one frame for a picture.
-        tools: that the model may call.
-        arguments: Template arguments of the answer, over those of the run.
+        messages: Turns up to the question.
+        plans: Sizes and sources of the images and videos of the turns, in order.
+        frames: Pixels of the media, in the same order: uint8 [frames, height, width, 3], RGB; an image is one frame.
+        tools: Tools that the model may call.
+        arguments: Template arguments of the answer, which override those of the run.
     """
 
     messages: tuple[Message, ...]
@@ -48,31 +48,31 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Exercise:
-    """A sample whose answer is known.
+class EvalExample:
+    """An evaluation example: a sample split into its prompt and the expected answer.
 
     Args:
-        prompt: what it asks before its last answer.
-        expected: that answer, with boxes as the model's family writes them.
-        encoded: the whole sample, as training would get it.
+        prompt: Prompt before the last answer.
+        expected: The last answer, with boxes in the format of the model's family.
+        encoded: The whole sample, encoded as for training.
     """
 
     prompt: Prompt
     expected: str
     encoded: EncodedSample
 
-    def showing(self, frames: Iterable[torch.Tensor]) -> Exercise:
-        """Return the exercise with other pixels in its media: of the same number of frames and the same sizes."""
+    def showing(self, frames: Iterable[torch.Tensor]) -> EvalExample:
+        """Return the example with other pixels in its media, of the same number of frames and the same sizes."""
         shown = tuple(frames)
         media = tuple(Medium(new, old.grid) for new, old in zip(shown, self.encoded.media, strict=True))
         assert all(new.shape == old.shape for new, old in zip(shown, self.prompt.frames, strict=True))
         return replace(self, prompt=replace(self.prompt, frames=shown), encoded=replace(self.encoded, media=media))
 
 
-def open_exercise(sample: Sample, encoder: SampleEncoder) -> Exercise:
-    """Split a sample into question and answer, and decode its media.
+def open_example(sample: Sample, encoder: SampleEncoder) -> EvalExample:
+    """Split a sample into prompt and answer, and decode its media.
 
-    For an encoder with the labels of a task, the sample is the question, and its label what is expected.
+    With an encoder that reads the labels of a task, the sample is the prompt and its label the expected answer.
 
     Raises:
         SampleError: the sample cannot be used, or does not end in an answer to a question.
@@ -88,11 +88,11 @@ def open_exercise(sample: Sample, encoder: SampleEncoder) -> Exercise:
     frames = tuple(medium.frames for medium in encoded.media)
     before = encoder.template.with_thoughts_apart(plan.conversation).messages[:-1]
     prompt = Prompt(before, plan.media, frames, plan.conversation.tools, plan.rendering.arguments[-1])
-    return Exercise(prompt, _expected(plan, encoder.template), encoded)
+    return EvalExample(prompt, _expected(plan, encoder.template), encoded)
 
 
 def _expected(plan: Plan, template: ChatTemplate) -> str:
-    """Return the last answer; one with tool calls as the template writes it."""
+    """Return the last answer; with tool calls, as the template writes it."""
     answer = plan.conversation.messages[-1]
     if not answer.extra.get("tool_calls"):
         return answer.text.strip()
@@ -100,23 +100,23 @@ def _expected(plan: Plan, template: ChatTemplate) -> str:
     return plan.rendering.text[start:stop].removesuffix(template.turn_end).strip()
 
 
-def _open_labelled(sample: Sample, encoder: SampleEncoder, plan: Plan, reader: MediaReader) -> Exercise:
+def _open_labelled(sample: Sample, encoder: SampleEncoder, plan: Plan, reader: MediaReader) -> EvalExample:
     (encoded,) = encoder.encode([plan], sample, reader)
     frames = tuple(medium.frames for medium in encoded.media)
     prompt = Prompt(plan.conversation.messages, plan.media, frames, plan.conversation.tools)
-    return Exercise(prompt, label_text(sample.record.get("label")), encoded)
+    return EvalExample(prompt, label_text(sample.record.get("label")), encoded)
 
 
 def label_text(value: Any) -> str:
-    """Return a label as predictions hold it: a name as it is, anything else as JSON; nothing for None."""
+    """Return a label as text for predictions: a name unchanged, anything else as JSON; empty for None."""
     return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def open_prompt(messages: Iterable[Message], reader: MediaReader, settings: VisionSettings) -> Prompt:
-    """Decode the media of turns that belong to no sample.
+    """Decode the media of turns that do not come from a dataset.
 
     Raises:
-        SampleError: a picture or video cannot be used.
+        SampleError: an image or video cannot be used.
     """
     turns = tuple(messages)
     items = [part for message in turns for part in message.parts if not isinstance(part, TextPart)]

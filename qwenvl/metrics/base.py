@@ -1,4 +1,4 @@
-"""What metrics take and give."""
+"""Types of metrics: cases, scores, and the metric itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Total = Callable[[np.ndarray, int], float]
-"""(statistics of samples, summed: float64 [k]; number of samples) to the score of all of them together."""
+"""Function of (statistics summed over samples: float64 [k]; number of samples) that returns their overall score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,9 +16,9 @@ class Case:
     """An answered question.
 
     Args:
-        question: what was asked.
-        expected: answers that are right; one or more.
-        prediction: what was answered.
+        question: Text of the question.
+        expected: Correct answers; one or more.
+        prediction: Answer of the model.
     """
 
     question: str
@@ -28,12 +28,12 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """How good one answer is.
+    """Score of one answer.
 
     Args:
-        value: 0 to 1.
-        readable: the answer has the form that the metric reads; one that does not counts as wrong.
-        statistics: what is summed over samples where the score of all is not the mean of ``value``.
+        value: Score, 0 to 1.
+        readable: Whether the answer has the form that the metric reads; an unreadable answer counts as wrong.
+        statistics: Values to sum over samples, for a metric whose overall score is not the mean of ``value``.
     """
 
     value: float
@@ -48,14 +48,14 @@ def mean(sums: np.ndarray, count: int) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """A way to measure answers.
+    """A metric of answers.
 
     Args:
-        name: of the ``--metric`` flag.
-        title: for tables.
-        source: where it comes from.
-        score: of one answer.
-        total: of all together; the mean of the values unless said otherwise.
+        name: Name for the ``--metric`` flag.
+        title: Name for tables.
+        source: Definition or paper.
+        score: Function that scores one answer.
+        total: Function that computes the overall score; by default the mean of the values.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Metric:
     total: Total = mean
 
     def statistics(self, scored: Scored) -> tuple[float, ...]:
-        """Return what :attr:`total` takes the sum of."""
+        """Return the values of one answer that are summed over samples for :attr:`total`."""
         return scored.statistics or (scored.value,)
 
 
@@ -73,7 +73,7 @@ def best(case: Case, compare: Callable[[str, str], float]) -> Scored:
     """Return the best score against any of the expected answers.
 
     Args:
-        case: the answer.
-        compare: (prediction, expected) to 0 to 1.
+        case: Question with its answer.
+        compare: Function of (prediction, expected) that returns 0 to 1.
     """
     return Scored(max(compare(case.prediction, expected) for expected in case.expected))

@@ -15,12 +15,12 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure and where it lies with a confidence of 95 %.
+    """A figure with its 95 % confidence interval.
 
     Args:
-        value: of all samples.
-        low: the 2.5th percentile of the resamples.
-        high: the 97.5th.
+        value: Score of all samples.
+        low: 2.5th percentile of the resamples.
+        high: 97.5th percentile of the resamples.
     """
 
     value: float
@@ -33,7 +33,7 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def as_dict(self) -> dict[str, float]:
-        """Return it for JSON."""
+        """Return the figures as a dict for JSON."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
@@ -41,9 +41,9 @@ def score_interval(statistics: np.ndarray, total: Total, seed: int = 0) -> Inter
     """Return the score of all samples with its interval.
 
     Args:
-        statistics: float64 [n, k], of each sample.
-        total: their sum to the score.
-        seed: of the resampling.
+        statistics: float64 [n, k], statistics of each sample.
+        total: Function from summed statistics to the score.
+        seed: Seed of the resampling.
     """
     count = len(statistics)
     found = [total(weights @ statistics, count) for weights in _resamples(count, seed)]
@@ -51,13 +51,13 @@ def score_interval(statistics: np.ndarray, total: Total, seed: int = 0) -> Inter
 
 
 def difference_interval(one: np.ndarray, other: np.ndarray, total: Total, seed: int = 0) -> Interval:
-    """Return the score of one minus that of another, of the same samples: each resample takes both of a sample.
+    """Return the difference of two scores of the same samples, with its interval (paired resampling).
 
     Args:
         one: float64 [n, k], statistics of each sample.
-        other: of the same samples in the same order.
-        total: the sum of statistics to the score.
-        seed: of the resampling.
+        other: float64 [n, k], statistics to subtract, of the same samples in the same order.
+        total: Function from summed statistics to the score.
+        seed: Seed of the resampling.
     """
     assert one.shape == other.shape, (one.shape, other.shape)
     count = len(one)

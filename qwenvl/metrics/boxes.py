@@ -1,7 +1,7 @@
-"""Boxes in answers, and how well they lie on the expected ones.
+"""Boxes in answers, scored by their overlap with the expected ones.
 
-Boxes are matched one to one so that their overlap is largest in sum (the Hungarian method, by
-``scipy.optimize.linear_sum_assignment``); their labels are not compared. A box too many or too few counts as a miss.
+Boxes are matched one to one with the largest total overlap (the Hungarian method, by
+``scipy.optimize.linear_sum_assignment``); labels are not compared. Each missing or superfluous box counts as a miss.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_boxes(text: str, *, bare: bool = False) -> list[Box]:
 
     Args:
         text: Answer.
-        bare: Also read ``[x1, y1, x2, y2]`` by itself, which may be anything where boxes are not asked for.
+        bare: Whether to read bare ``[x1, y1, x2, y2]`` too. It is ambiguous unless the question asks for boxes.
     """
     written = [numbers for numbers in read(text) if len(numbers) == 4]
     found = written or _POINTS.findall(text) or (_LIST.findall(text) if bare else [])
@@ -56,7 +56,7 @@ def _area(box: Box) -> float:
 
 
 def matched_overlaps(found: Sequence[Box], wanted: Sequence[Box]) -> list[float]:
-    """Return the overlap of each pair of the best one-to-one matching; 0 for each box that is left over."""
+    """Return the overlap of each pair of the best one-to-one matching; 0 for each unmatched box."""
     table = np.array([[overlap(one, other) for other in wanted] for one in found]).reshape(len(found), len(wanted))
     rows, columns = linear_sum_assignment(table, maximize=True)
     return [*table[rows, columns].tolist(), *[0.0] * abs(len(found) - len(wanted))]

@@ -1,6 +1,6 @@
 """Longer texts, by sacrebleu: BLEU-4 and chrF.
 
-CIDEr is not among them: it needs the Java tokenizer of coco-caption, or packages that are no longer kept.
+CIDEr is left out: it needs the Java tokenizer of coco-caption, or packages that are no longer maintained.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _ORDER = 4
 
 
 def _bleu(case: Case) -> Scored:
-    """Score a sentence by BLEU with effective order; what BLEU of all sentences needs are counts, which are kept."""
+    """Score a sentence by BLEU with effective order, and keep its counts for corpus BLEU."""
     score = sacrebleu.BLEU(effective_order=True).sentence_score(case.prediction.strip(), list(case.expected))
     counts = (*score.counts, *score.totals, score.sys_len, score.ref_len)
     value = 1.0 if _is_rightly_empty(case) else score.score / 100
@@ -22,7 +22,7 @@ def _bleu(case: Case) -> Scored:
 
 
 def _is_rightly_empty(case: Case) -> bool:
-    """Return whether nothing is said where nothing is to be said, as of a blank page; both measures call that 0."""
+    """Return whether prediction and an expected answer are both empty, as for a blank page; sacrebleu scores that 0."""
     return not case.prediction.strip() and not all(expected.strip() for expected in case.expected)
 
 
@@ -41,5 +41,5 @@ def _chrf(case: Case) -> Scored:
     return Scored(sacrebleu.CHRF().sentence_score(case.prediction.strip(), list(case.expected)).score / 100)
 
 
-BLEU = Metric("bleu", "BLEU-4", "of all texts together (Papineni et al. 2002), by sacrebleu", _bleu, _total_bleu)
+BLEU = Metric("bleu", "BLEU-4", "corpus score (Papineni et al. 2002), by sacrebleu", _bleu, _total_bleu)
 CHRF = Metric("chrf", "chrF", "mean of the texts (Popovic 2015), by sacrebleu", _chrf)

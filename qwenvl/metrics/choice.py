@@ -1,4 +1,4 @@
-"""Multiple choice: which option an answer means."""
+"""Multiple choice: read the chosen option from an answer."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def read_options(question: str) -> dict[str, str]:
 
 
 def read_choice(answer: str, options: dict[str, str]) -> str | None:
-    """Return the letter that an answer means; None where that cannot be told.
+    """Return the letter that an answer chooses; None where it is unclear.
 
     In this order: a letter alone ("B", "(b)", "**B**"); a letter in front ("B. cat", "(B) cat"); the last letter after
     answer, option or choice ("The answer is B"); the text of one option, alone; or of one option alone somewhere.
 
     Args:
-        answer: of the model.
-        options: of the question; where there are none, any letter is taken.
+        answer: Answer of the model.
+        options: Options of the question by letter; where there are none, any letter is accepted.
     """
     text = answer.strip()
     letter = _letter(text)

@@ -1,4 +1,4 @@
-"""Answers in JSON: whether they parse, and whether they say the same."""
+"""Answers in JSON: whether they parse, and whether their values are equal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
 
 
 def read_json(text: str) -> tuple[bool, Any]:
-    """Parse an answer, out of its ```json fence where it has one.
+    """Parse an answer, without its ```json fence where it has one.
 
     Returns:
         Whether it is JSON (RFC 8259: NaN and Infinity are not), and its value.

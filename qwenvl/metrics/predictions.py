@@ -1,10 +1,10 @@
-"""Predictions on disk: one JSON line a sample, in part files while they come, in one file in the order of the data.
+"""Predictions on disk: one JSON line per sample, in a part file per process until they are joined in data order.
 
     NAME.jsonl                 all lines, once every sample has one
-    NAME.jsonl.settings.json   what they were made with: another model or other settings cannot be mixed in
-    NAME.jsonl.part-K          lines of process K; gone once NAME.jsonl is there
+    NAME.jsonl.settings.json   settings that they were made with; lines of another model or other settings are refused
+    NAME.jsonl.part-K          lines of process K; removed once NAME.jsonl is written
 
-A process that is killed leaves whole lines and at most one half-written one, which is cut off at the next start.
+A killed process leaves complete lines and at most one half-written line, which is cut off at the next start.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from qwenvl.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded:"
-"""Begins the name of a medium that lies in the annotations."""
+"""Prefix of the name of a medium that is embedded in the annotations."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One line.
+    """One line of a file of predictions.
 
     Args:
-        index: place of the row in the data, from 0; the members of a packed row share it.
-        dataset: registry name.
-        file: annotation file.
-        line: line of it, from 1.
-        id: the sample's own ``id``, where it has one.
-        member: place in a packed row, from 1; None in an ordinary one.
-        members: samples of the row.
-        question: text of the turn that is answered.
-        media: ``image`` or ``video`` and where it is, for each; :data:`EMBEDDED` and a hash for what lies in the
-            annotations themselves.
-        expected: the answer that is right.
-        accepted: other answers that are right too: the sample's field ``answers``.
-        prediction: what the model wrote; None with ``error``.
-        error: why the sample could not be asked.
-        finish_reason: ``stop`` where the model ended its answer, ``length`` where ``--max_new_tokens`` cut it, as
-            servers name it; None where that is not known.
-        thought: ``unfinished`` where the model was still thinking when it was cut: there is no answer.
-        metric: what the sample or its dataset wants to be measured by.
-        canvas: (width, height) of the picture in what boxes count, where boxes are expected.
-        loss: cross entropy of the trained tokens, summed, in nats; where it was asked for.
-        trained_tokens: how many of them there are; where answers have weights, the loss and this are by them.
-        task: that a head predicts; None for an answer in words. ``expected`` is the sample's label then.
-        scores: probabilities of classes by their names, or scores of the pictures.
+        index: Number of the row in the data, from 0; the members of a packed row share it.
+        dataset: Registry name.
+        file: Annotation file.
+        line: Line number in the annotation file, from 1.
+        id: The sample's own ``id``, where it has one.
+        member: Number of the sample in a packed row, from 1; None in an ordinary row.
+        members: Samples of the row.
+        question: Text of the turn that is answered.
+        media: Kind (``image`` or ``video``) and path or URL of each medium; :data:`EMBEDDED` and a hash for one that
+            is embedded in the annotations.
+        expected: The correct answer; with ``task``, the sample's label.
+        accepted: Other correct answers: the sample's field ``answers``.
+        prediction: Text that the model wrote; None with ``error``.
+        error: Reason why the sample could not be asked.
+        finish_reason: ``stop`` where the model ended its answer, ``length`` where ``--max_new_tokens`` cut it (the
+            names that servers use); None where it is unknown.
+        thought: ``unfinished`` where the model was cut while it was still thinking, so that there is no answer.
+        metric: Name of the metric that the sample or its dataset asks for.
+        canvas: (width, height) of the image in the units of its boxes, where boxes are expected.
+        loss: Cross entropy of the trained tokens, summed, in nats; None where it was not computed.
+        trained_tokens: Number of trained tokens. Where answers have weights, this and the loss are weighted sums.
+        task: Task of the head that made the prediction; None for an answer in words.
+        scores: Probabilities of classes by name, or scores of the images.
     """
 
     index: int
@@ -80,17 +80,17 @@ class Prediction:
     scores: Any = None
 
     def to_json(self) -> str:
-        """Return the line, with its end; fields that say nothing are left out."""
+        """Return the line with its newline; optional fields with default values are left out."""
         needed = ("index", "dataset", "file", "line", "id", "question", "expected", "prediction")
         values = {key: value for key, value in asdict(self).items() if key in needed or value not in (None, (), 1)}
         return json.dumps(values, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, line: str) -> Prediction:
-        """Read a line; what other programs added to it is passed over.
+        """Read a line; unknown fields are ignored.
 
         Raises:
-            ValueError: it is not such a line.
+            ValueError: it is not a line of predictions.
         """
         values = json.loads(line)
         known = {field.name for field in fields(cls)}
@@ -137,8 +137,8 @@ class PredictionStore:
     """The files of one output, which several processes write.
 
     Args:
-        output: the file that is to hold all lines.
-        settings: what the answers depend on; values that JSON can hold.
+        output: File that all lines are joined into.
+        settings: Settings that the answers depend on, as JSON values.
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
@@ -147,10 +147,10 @@ class PredictionStore:
         self._sidecar = output.with_name(output.name + ".settings.json")
 
     def begin(self) -> set[int]:
-        """Check what is there; return the rows that are answered. Process 0 calls it, before anyone writes.
+        """Check existing files and return the rows that are answered. Process 0 calls it before any process writes.
 
         Raises:
-            UserError: there are lines that were made with other settings, or the folder cannot be written.
+            UserError: existing lines were made with other settings, or the folder cannot be written.
         """
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ class PredictionStore:
                 path.write_text(json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def writer(self, rank: int) -> Callable[[Iterable[Prediction]], None]:
-        """Return a function that appends lines to the part of a process; each call's are on disk when it returns."""
+        """Return a function that appends lines to the part file of a process and closes it after each call."""
         path = self.output.with_name(f"{self.output.name}.part-{rank}")
 
         def write(lines: Iterable[Prediction]) -> None:
@@ -215,7 +215,7 @@ class PredictionStore:
 
 
 def _cut_half_line(path: Path) -> None:
-    """Cut what stands behind the last line's end: a process was killed while it wrote it."""
+    """Cut off what follows the last newline: a line that was being written when its process was killed."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):

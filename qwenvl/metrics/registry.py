@@ -1,4 +1,4 @@
-"""The metrics by name, and which one fits which answers."""
+"""The metrics by name, and the choice of one that fits the expected answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METRICS: dict[str, Metric] = {
     for metric in (EXACT, RELAXED, ANLS, CHOICE, BOX_ACCURACY, BOX_IOU, JSON_EQUAL, JSON_VALID, BLEU, CHRF)
 }
 LONG_ANSWER = 12
-"""Words from which an answer counts as a text, in the median of a dataset."""
+"""Median words of a dataset's answers from which they count as texts."""
 
 
 def find_metric(name: str) -> Metric:
@@ -34,11 +34,11 @@ def find_metric(name: str) -> Metric:
 
 
 def choose_metric(cases: Sequence[Case]) -> Metric:
-    """Return the metric that the expected answers of a dataset call for; the first of these that holds for all.
+    """Return the metric that fits the expected answers of a dataset: the first of these rules that holds for all.
 
     Boxes: ``box_accuracy``. Letters, to questions with options: ``multiple_choice``. JSON objects and arrays:
-    ``json_equal``. Texts, a dozen words or more in the median: ``chrf``. Else: ``exact_match``. The others are for
-    those who ask for them.
+    ``json_equal``. Texts with a median of a dozen words or more: ``chrf``. Else: ``exact_match``. The other metrics
+    are used only where they are named.
     """
     expected = [case.expected[0] for case in cases]
     if not cases:
@@ -53,13 +53,13 @@ def choose_metric(cases: Sequence[Case]) -> Metric:
 
 
 def to_case(line: Prediction) -> Case:
-    """Return what metrics take: of the answer and of the right ones, what comes after their thoughts."""
+    """Return the case of a line for metrics: the answers without their thoughts."""
     accepted = tuple(map(final_answer, (line.expected, *line.accepted)))
     return Case(line.question, accepted, "" if line.thought else final_answer(line.prediction or ""))
 
 
 def score_lines(lines: Sequence[Prediction], metric: Metric) -> list[Scored]:
-    """Return the score of each line; 0 for a sample that could not be asked is up to the caller."""
+    """Return the score of each line. Lines with an error have to be handled by the caller."""
     return [metric.score(to_case(line)) for line in lines]
 
 

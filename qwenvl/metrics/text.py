@@ -1,4 +1,4 @@
-"""Short answers: word for word, numbers within 5 %, and by edit distance."""
+"""Short answers: exact match, numbers within 5 %, and edit distance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ANLS_THRESHOLD = 0.5
 
 
 def final_answer(text: str) -> str:
-    """Return what comes after the thought of an answer; nothing where a thought is opened and not closed."""
+    """Return the answer after its thought; an empty string where a thought is opened and not closed."""
     _, end, answer = text.rpartition(_THOUGHT_END)
     if end:
         return answer.lstrip()
@@ -19,15 +19,15 @@ def final_answer(text: str) -> str:
 
 
 def exact(prediction: str, expected: str) -> float:
-    """Return 1 for answers that are equal but for white space around them."""
+    """Return 1 for answers that are equal after stripping white space."""
     return float(prediction.strip() == expected.strip())
 
 
 def relaxed(prediction: str, expected: str) -> float:
-    """Return 1 for numbers within 5 % of the expected one, and for words that are equal in any case of letters.
+    """Return 1 for a number within 5 % of the expected one, and for words that are equal ignoring case.
 
-    As ``relaxed_correctness`` of Pix2Struct's ``metrics.py``, the usual implementation: a per cent sign divides by 100
-    (so "5%" is "0.05"), and a number that is expected to be 0 has to be written the same.
+    Follows ``relaxed_correctness`` of Pix2Struct's ``metrics.py``, the usual implementation: a per cent sign divides by
+    100 (so "5%" is "0.05"), and an expected 0 has to be written the same.
     """
     found, wanted = _number(prediction), _number(expected)
     if found is not None and wanted:
@@ -44,7 +44,7 @@ def _number(text: str) -> float | None:
 
 
 def anls(prediction: str, expected: str) -> float:
-    """Return 1 - the edit distance over the longer length, in any case of letters; 0 where less than half is left.
+    """Return 1 - (edit distance / longer length), ignoring case; 0 from a normalised distance of 0.5 on.
 
     Biten et al. 2019, "Scene Text Visual Question Answering", equation 1: 1 - NL where NL < 0.5, else 0.
     """
@@ -76,6 +76,6 @@ def _anls(case: Case) -> Scored:
     return best(case, anls)
 
 
-EXACT = Metric("exact_match", "exact match", "word for word, but for white space around it", _exact)
+EXACT = Metric("exact_match", "exact match", "equal after stripping white space", _exact)
 RELAXED = Metric("relaxed_match", "relaxed match", "ChartQA: numbers within 5 % (Methani et al. 2020)", _relaxed)
 ANLS = Metric("anls", "ANLS", "Biten et al. 2019, threshold 0.5", _anls)

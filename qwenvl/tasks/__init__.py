@@ -1,1 +1,1 @@
-"""What is learned: language modelling, heads, grounding; one folder each, behind one seam (objective.py)."""
+"""Training objectives: language modelling, heads and grounding, all behind the interface in ``objective.py``."""

@@ -1,4 +1,4 @@
-"""Files of a task's module beside a model: ``task_head.safetensors``, and ``task.json``, which says how it is built."""
+"""Files of a task's module beside a model: ``task_head.safetensors`` (weights) and ``task.json`` (its config)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ RECORD_FILE, WEIGHTS_FILE = "task.json", "task_head.safetensors"
 
 
 def collect(model: Any) -> dict[str, Tensor]:
-    """Return copies on the host of the tensors of a model's task; none without one. Every rank has to call it."""
+    """Return the tensors of a model's task, copied to the host; empty without a task. Every rank has to call it."""
     readout = readout_of(model)
     return {} if readout is None else {name: gathered(value) for name, value in readout.named_parameters()}
 
 
 def save(model: Any, folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write both files; nothing for a model without a task.
+    """Write both files; do nothing for a model without a task.
 
     Args:
-        model: what the task reads from.
-        folder: that the model is saved to.
-        tensors: from :func:`collect`.
+        model: Model with the module of the task, if it has one.
+        folder: Output folder of the model.
+        tensors: Tensors from :func:`collect`.
     """
     readout = readout_of(model)
     if readout is not None:
@@ -42,34 +42,34 @@ def save(model: Any, folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def without_task(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors of a model without those of its task."""
+    """Return a state dict without the tensors of the task."""
     return {name: value for name, value in state_dict.items() if not name.startswith(f"{NAME}.")}
 
 
 def is_task_folder(folder: str | Path) -> bool:
-    """Whether a folder holds the module of a task."""
+    """Return whether a folder holds the module of a task."""
     return (Path(folder) / RECORD_FILE).is_file()
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """Return what ``task.json`` says.
+    """Return the content of ``task.json``.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     path = Path(folder) / RECORD_FILE
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): the folder holds no model of a task.") from error
+        raise UserError(f"{path} cannot be read ({error}), so the folder holds no model with a task.") from error
     return record
 
 
 def require_same_task(readout: Readout | None, checkpoint: str | Path) -> None:
-    """Check that a checkpoint's task is that of the run that resumes from it; its losses and rates may differ.
+    """Check that a checkpoint has the task of the run that resumes from it; loss and learning rate may differ.
 
     Raises:
-        UserError: one has a task and the other none, or their modules or outputs differ.
+        UserError: only one of them has a task, or their modules or outputs differ.
     """
     if readout is None and not is_task_folder(checkpoint):
         return
@@ -77,10 +77,12 @@ def require_same_task(readout: Readout | None, checkpoint: str | Path) -> None:
     here = _shape({} if readout is None else json.loads(json.dumps(dict(readout.record))))
     differing = [name for name in sorted(saved.keys() | here.keys()) if saved.get(name) != here.get(name)]
     if differing:
-        lines = "".join(f"\n  {name}: {saved.get(name)} there, {here.get(name)} here" for name in differing)
+        lines = "".join(
+            f"\n  {name}: {saved.get(name)} in the checkpoint, {here.get(name)} in this run" for name in differing
+        )
         raise UserError(
-            f"{checkpoint} holds another task than this run has:{lines}\nResume with the settings, data and class "
-            f"names that it was saved with; or {start_anew(checkpoint)}."
+            f"{checkpoint} was saved with another task than this run has:{lines}\nResume with the settings, data and "
+            f"class names that it was saved with; or {start_anew(checkpoint)}."
         )
 
 
@@ -88,17 +90,17 @@ _MAY_CHANGE = ("loss", "class_weights", "focal_gamma", "huber_delta", "learning_
 
 
 def _shape(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a record says of a module's form and of what its outputs mean."""
+    """Return the entries of a record that define the module's architecture and the meaning of its outputs."""
     flat = {**record, **record.get("settings", {})}
     return {name: value for name, value in flat.items() if name not in (*_MAY_CHANGE, "settings")}
 
 
 def load(readout: Readout | None, folder: str | Path) -> None:
-    """Give a module the weights in a folder; nothing to do for None.
+    """Load the weights in a folder into a module; do nothing for None.
 
     Args:
-        readout: changed in place; not sharded.
-        folder: that :func:`save` wrote to.
+        readout: Module to load into, in place; not sharded.
+        folder: Folder that :func:`save` wrote to.
 
     Raises:
         UserError: the file is missing or damaged, or belongs to another module.
@@ -109,7 +111,7 @@ def load(readout: Readout | None, folder: str | Path) -> None:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): it holds what the task has trained.") from error
+        raise UserError(f"{path}, the weights of the task, cannot be read: {error}.") from error
     wanted = dict(readout.named_parameters())
     shapes = ({name: tuple(tensor.shape) for name, tensor in one.items()} for one in (tensors, wanted))
     found, needed = shapes

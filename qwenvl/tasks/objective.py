@@ -1,22 +1,22 @@
-"""What a run learns: the one seam between the trainer and a task (``--task``). Language modelling is the default.
+"""The interface between the trainer and a task (``--task``). Language modelling is the default.
 
     dataset   record -> tokens, pixels and a target            TargetReader (qwenvl.data.encoding.targets)
     collator  batch["sample_targets"]: the targets of its samples, in order
-    begin     takes note of the model before it trains, to have a reference model for instance
-    prepare   batch -> what compute needs                                                             on the host
-    count     how many units a batch holds: trained tokens, labelled samples, phrases, pairs          on the host
-    total_weight  the sum of their weights: their number, unless answers have weights                 on the host
+    begin     gets the model before training, to keep a reference model for instance
+    prepare   batch -> the inputs of compute                                                          on the host
+    count     batch -> its number of units: trained tokens, labelled samples, phrases, pairs          on the host
+    total_weight  batch -> the sum of their weights: their number, unless answers have weights        on the host
     compute   model, prepared batch -> the loss summed over the batch's units, and outputs; one forward pass or several
-    records   outputs -> a record for each unit that was evaluated
+    records   outputs -> a record for each evaluated unit
     metrics   all records of all ranks -> numbers
 
-The trainer divides the sum by the weights of the units of the whole optimizer step, over all ranks and accumulation
-steps. So a task's loss, like that of language modelling, does not depend on how samples are split, padded or packed, as
-long as ``compute`` returns a sum over units that do not see each other.
+The trainer divides the sum by the total weight of the units of the whole optimizer step, over all ranks and
+accumulation steps. So the loss of any task is independent of how samples are split, padded or packed, as long as
+``compute`` returns a sum over units that do not attend to each other.
 
-Parameters of a task belong into a Readout (:mod:`qwenvl.models.task_module`), which runs inside the model's
-``forward``, where every engine's hooks work. Its weights stand in ``task_head.safetensors`` beside the model's, and how
-to build it again in ``task.json`` (:mod:`qwenvl.tasks.files`). A new task is a ``TargetReader``, an ``Objective``, a
+Parameters of a task belong in a Readout (:mod:`qwenvl.models.task_module`), which runs inside the model's ``forward``,
+where the hooks of DeepSpeed and FSDP work. Its weights are saved as ``task_head.safetensors`` beside the model's, and
+its config as ``task.json`` (:mod:`qwenvl.tasks.files`). A new task needs a ``TargetReader``, an ``Objective``, a
 ``Readout`` if it has parameters of its own, and a line in :mod:`qwenvl.tasks.registry`.
 """
 
@@ -36,51 +36,51 @@ from qwenvl.models.task_module import Readout
 
 
 class Objective:
-    """Language modelling, and the methods that other objectives write anew.
+    """Language modelling, and the base class of other objectives.
 
     Attributes:
-        unit: what the loss is a mean of: a name for logs, in the plural.
-        attention: name of the attention that the language model must have; None for any.
+        unit: Unit that the loss is averaged over: a plural noun for logs.
+        attention: Attention implementation that the language model must have; None for any.
     """
 
     unit = "trained_tokens"
     attention: str | None = None
 
     def build_readout(self, config: PretrainedConfig) -> Readout | None:
-        """Return the module that trains beside a model of this config; None for language modelling, which has none.
+        """Return the module that is trained with a model of this config; None for language modelling.
 
-        Parameters have to be drawn alike on every rank, and may be on the meta device.
+        Initial parameters have to be equal on every rank, and may be on the meta device.
         """
         del config
         return None
 
     def begin(self, model: nn.Module) -> None:
-        """Take note of a model that is loaded and ready, before it trains and before a checkpoint is loaded into it."""
+        """Get the loaded model before training, and before a checkpoint is loaded into it."""
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Make of a batch of the collator what :meth:`compute` takes; on the host.
+        """Convert a batch of the collator to the inputs of :meth:`compute`, on the host.
 
         Returns:
-            As :func:`qwenvl.models.loss.causal_lm.tell_host`. An objective with a module gives ``readout_inputs`` (a
-            dict; its tensors go to the device) in the place of ``kept_positions`` and ``targets``. ``sample_targets``
-            may stay in the batch: the model does not get it. Floating-point tensors may be rounded on the way to the
-            device (DeepSpeed): keep targets as numbers or arrays until the loss is computed.
+            The batch as from :func:`qwenvl.models.loss.causal_lm.tell_host`. An objective with a module returns
+            ``readout_inputs`` (a dict; its tensors are moved to the device) instead of ``kept_positions`` and
+            ``targets``. ``sample_targets`` may stay in the batch: the model does not get it. DeepSpeed may round
+            floating-point tensors when it moves them: keep targets as numbers or arrays until the loss is computed.
         """
         return tell_host(batch)
 
     def count(self, batch: Mapping[str, Any]) -> int:
-        """Return the units of a batch of the collator, on the host."""
+        """Return the number of units of a batch of the collator, on the host."""
         return count_targets(batch)
 
     def total_weight(self, batch: Mapping[str, Any]) -> float:
-        """Return what the summed loss of a batch of the collator is divided by for a mean, on the host."""
+        """Return the total weight of a batch's units, the divisor of its summed loss, on the host."""
         return total_weight(batch) if "loss_weights" in batch else self.count(batch)
 
     def compute(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        """Run a batch; return its loss, summed over its units, and what else there is to know.
+        """Run a batch; return its loss, summed over its units, and further outputs.
 
-        A batch without any unit gives zero, still connected to every parameter, so that a rank that holds one takes
-        part in each collective.
+        A batch without units gives zero, still connected to every parameter in the graph, so that its rank takes part
+        in every collective.
 
         Args:
             model: Model with :func:`qwenvl.models.forward.install`, wrapped or not.
@@ -91,39 +91,39 @@ class Objective:
             ``router_logits``, for the auxiliary loss of a mixture of experts.
         """
         output = run_model(model, batch)
-        # without our head a stock model takes the arguments it does not know without a word
+        # without our head, a stock model silently ignores the arguments that it does not know
         assert output.logits.dim() == 0, "call qwenvl.models.forward.install first"
         return output.logits, output
 
     def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
-        """Return what a saved folder has to compute again for a prepared batch, float32; None for nothing of its own.
+        """Return the scores of a prepared batch, float32, which a saved folder has to reproduce; None for no scores.
 
-        What it computes again is :attr:`qwenvl.tasks.registry.TaskKind.saved_scores`.
+        The saved folder's are computed by :attr:`qwenvl.tasks.registry.Predictor.scores`.
         """
         del model, batch
         return None
 
     def records(self, output: Any, batch: Mapping[str, Any]) -> list[Any]:
-        """Return what is kept of an evaluated batch for :meth:`metrics`; values that can be sent to other ranks."""
+        """Return the records of an evaluated batch for :meth:`metrics`, as values that can be sent to other ranks."""
         del output, batch
         return []
 
     def metrics(self, records: Sequence[Any]) -> dict[str, float]:
-        """Return figures of the records of all ranks, in any order, by their names in logs without ``eval_``."""
+        """Return metrics of the records of all ranks, in any order, by their names in logs without ``eval_``."""
         del records
         return {}
 
     def draw(self, records: Sequence[Any], folder: Path) -> None:
-        """Write what is better seen than read (a confusion matrix) to the output folder; process 0 calls it."""
+        """Write figures, such as a confusion matrix, to the output folder. Only rank 0 calls it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a run learns.
+    """The task of a run.
 
     Args:
-        objective: How it is learned.
-        targets: Reader of what it wants to know of each sample; None for language modelling.
+        objective: Objective of training.
+        targets: Reader of the target of each sample; None for language modelling.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -138,14 +138,14 @@ def batch_loss(
     units: Tensor | float,
     balance: Balance | None = None,
 ) -> tuple[Tensor, Any]:
-    """Run a batch and return its part of the loss of an optimizer step, and the outputs of its objective.
+    """Run a batch and return its share of the loss of an optimizer step, and the outputs of its objective.
 
     Args:
-        objective: What is learned.
+        objective: Objective of training.
         model: Model with :func:`qwenvl.models.forward.install`, wrapped or not.
         batch: Batch from ``objective.prepare``, on the device.
-        units: Number to divide by: the units of the whole optimizer step, by their weights.
-        balance: Auxiliary loss of a mixture of experts, to be added; None for none.
+        units: Divisor of the loss: the total weight of the units of the whole optimizer step.
+        balance: Auxiliary loss of a mixture of experts to add; None for none.
 
     Returns:
         (float32 [], outputs of ``objective.compute``).

@@ -1,4 +1,4 @@
-"""The tasks by their names (``--task``): a line for each, and what the trainer and the commands ask of one."""
+"""The tasks by name (``--task``), and the functions through which the trainer and the commands use them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from qwenvl.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Predictor:
-    """How a saved model of a task predicts, where it does not answer in words.
+    """Prediction by a saved model of a task that does not answer in words.
 
     Args:
-        reader: Function of ``task.json``: reader of the samples to predict.
-        open: Function of an open model and its folder: model with the module of the task.
+        reader: Function of ``task.json`` that returns a reader of the samples to predict.
+        open: Function of an open model and its folder that returns the model with the module of the task.
         answer: Function that predicts rows, with the arguments of :func:`qwenvl.inference.batch.answer`.
-        scores: Function of folder, stock model and a sample's inputs: what ``Objective.scores`` gave, computed again.
+        scores: Function of folder, stock model and a sample's inputs that recomputes the ``Objective.scores``.
     """
 
     reader: Callable[[Mapping[str, Any]], TargetReader]
@@ -42,13 +42,14 @@ class Predictor:
 
 @dataclass(frozen=True)
 class TaskKind:
-    """What there is to ask of a task by its name.
+    """The functions and data of a task.
 
     Args:
-        open: Function of settings, config, training and evaluation datasets, and encoder: task of a run.
-        reader: Function of flags and encoder, or None without a model: reader for ``tools/check_image.py``.
-        usage: Python lines for the model card that open a saved folder ``{name}``; None for those of the model alone.
-        predictor: How a saved model predicts; None where it answers in words, as without a task.
+        open: Function of settings, config, training datasets, evaluation datasets and encoder that returns the task
+            of a run.
+        reader: Function of flags and encoder (None without a model) that returns a reader for ``tools/check_image.py``.
+        usage: Python code for the model card that opens a saved folder ``{name}``; None for the code of a plain model.
+        predictor: Prediction by a saved model; None where it answers in words, as without a task.
     """
 
     open: Callable[
@@ -87,9 +88,9 @@ def open_task(
     Args:
         parsed: Settings of the run.
         config: Config of the model.
-        train: Training datasets, from which a task learns its classes, for instance.
+        train: Training datasets, from which a task reads its classes, for instance.
         held_out: Evaluation datasets.
-        encoder: Encoder of samples, without the task.
+        encoder: Encoder of samples without the task's targets.
 
     Raises:
         UserError: the settings or the data do not fit the task.
@@ -108,11 +109,11 @@ def saved_kind(folder: str) -> TaskKind | None:
         return None
     name = read_record(folder).get("task")
     if name not in TASKS:
-        raise UserError(f"{folder}/{RECORD_FILE} names the task {name!r}, which is none of {', '.join(TASKS)}.")
+        raise UserError(f"{folder}/{RECORD_FILE} names the task {name!r}, which is not one of {', '.join(TASKS)}.")
     return TASKS[name]
 
 
 def saved_predictor(folder: str) -> Predictor | None:
-    """Return how the model of a folder predicts; None where it answers in words."""
+    """Return the predictor for the model of a folder; None where it answers in words."""
     kind = saved_kind(folder)
     return None if kind is None else kind.predictor

@@ -16,7 +16,7 @@ from qwenvl.evaluate.scoring import evaluate
 from qwenvl.inference.batch import describe, exchanged, with_answer
 from qwenvl.inference.generate import Answer, Answerer
 from qwenvl.inference.other_images import Key, View, blank, find_partners, key_of
-from qwenvl.inference.prompts import Exercise, open_exercise
+from qwenvl.inference.prompts import EvalExample, open_example
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.report.answers import Medium
 from qwenvl.utils.errors import SampleError
@@ -76,10 +76,10 @@ class EvalPrompts:
     def _describe(self, index: int) -> Prediction:
         """Return a line about the first sample of a row."""
         sample = self._dataset.samples(index)[0]
-        exercise = open_exercise(sample, self._dataset.encoder)
+        example = open_example(sample, self._dataset.encoder)
         spec = self._dataset.tables[self._dataset.locate(index)[0]].table.spec
         line = Prediction(index, spec.name, sample.origin.file, sample.origin.line, sample.origin.id)
-        return describe(line, sample, exercise, spec.options, self._dataset.encoder.settings)
+        return describe(line, sample, example, spec.options, self._dataset.encoder.settings)
 
     @property
     def metrics(self) -> list[str]:
@@ -95,13 +95,13 @@ class EvalPrompts:
         """Return a model with what renders prompts as in training."""
         return Answerer(model, self._processor, self._dataset.encoder.template.kwargs)
 
-    def open(self, number: int) -> Exercise:
+    def open(self, number: int) -> EvalExample:
         """Decode a sample.
 
         Raises:
             SampleError: its files cannot be read any more.
         """
-        return open_exercise(self._dataset.samples(self.lines[number].index)[0], self._dataset.encoder)
+        return open_example(self._dataset.samples(self.lines[number].index)[0], self._dataset.encoder)
 
     def number_of(self, key: Key) -> int | None:
         """Return the number of a sample; None of one that is not asked."""
@@ -130,12 +130,12 @@ class EvalPrompts:
 
     def view(self, number: int, view: View) -> EncodedSample:
         """Return a sample that shows its own media, blank ones or those of its partner."""
-        exercise = self.open(number)
+        example = self.open(number)
         if view == "blank":
-            exercise = exercise.showing(map(blank, exercise.prompt.frames))
+            example = example.showing(map(blank, example.prompt.frames))
         elif view == "swapped":
-            exercise = exercise.showing(exchanged(exercise.prompt, self.open(self._partners[number]).prompt))
-        return exercise.encoded
+            example = example.showing(exchanged(example.prompt, self.open(self._partners[number]).prompt))
+        return example.encoded
 
     def answered(self, answers: Sequence[tuple[int, Answer]]) -> list[Prediction]:
         """Return the lines with their answers, in order: (number, answer) in any order."""

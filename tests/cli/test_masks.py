@@ -104,7 +104,7 @@ def test_any_picture_can_be_asked_about(trained: list[str], data: Path, tmp_path
     [
         (["--layers", "9"], "--layers 9: there are 0, 1, 2."),
         (["--heads", "x"], "--heads x: there are 0"),
-        (["--phrases", "zebra"], "the phrase 'zebra' stands in the answer 0 times"),
+        (["--phrases", "zebra"], "the phrase 'zebra' occurs in the answer 0 times"),
         (["--output", "/nowhere/a.html"], "--output /nowhere/a.html cannot be written"),
     ],
 )
@@ -117,7 +117,7 @@ def test_figures_stand_beside_masks_that_look_at_nothing(trained, tiny_checkpoin
     monkeypatch.setenv("COLUMNS", "200")
     assert evaluate_masks([*trained, "--dataset_use", "heldout", "--known_use", "train"]) == 0
     rows = capsys.readouterr().out
-    for name in ("the whole picture", "the mean box", "the mean mask", "mIoU"):
+    for name in ("the whole image", "the mean box", "the mean mask", "mIoU"):
         assert name in rows
     plain = ["--model_name_or_path", str(tiny_checkpoint("qwen3_vl")), *trained[2:], "--dataset_use", "heldout"]
     assert evaluate_masks(plain) == 1
@@ -137,7 +137,7 @@ def test_baselines_know_where_masks_mostly_are() -> None:
     pixels[10:30, 20:60] = True
     found = Baselines.of([mask_of(pixels)] * 3).compare(mask_of(pixels))
     assert found["the mean box"].iou == found["the mean mask"].iou == 1
-    assert found["the whole picture"].iou == 0.25
+    assert found["the whole image"].iou == 0.25
 
 
 def test_overlays_are_bright_where_maps_are_and_masks_are_pink_with_a_green_border() -> None:

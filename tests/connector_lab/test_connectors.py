@@ -141,7 +141,7 @@ def test_the_resampler_knows_where_a_patch_is_and_the_mean_does_not() -> None:
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:
-    with pytest.raises(UserError, match="square grid"):
+    with pytest.raises(UserError, match="a square number of queries"):
         build_connector(config("resampler", num_queries=5))
     with pytest.raises(UserError, match="connector_heads 3 does not divide"):
         build_connector(config("qformer", connector_heads=3))

@@ -19,7 +19,7 @@ from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.encoding.processor import build_encoder, open_processor
 from qwenvl.data.types import Sample
 from qwenvl.inference.generate import Answerer, encode_prompts
-from qwenvl.inference.prompts import open_exercise
+from qwenvl.inference.prompts import open_example
 from qwenvl.models.forward import install
 from qwenvl.models.loss.causal_lm import causal_loss, tell_host
 from qwenvl.models.vision.patchify import Patchify
@@ -74,12 +74,12 @@ def test_training_reads_the_ids_that_the_saved_processor_makes(
         AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     )
     for sample in samples_of(registry):
-        exercise = open_exercise(sample, opened)
-        inputs = encode_prompts(answerer, [exercise.prompt])
+        example = open_example(sample, opened)
+        inputs = encode_prompts(answerer, [example.prompt])
         prompt = inputs["input_ids"][0]
-        ids = exercise.encoded.tokens.input_ids
+        ids = example.encoded.tokens.input_ids
         assert ids[: len(prompt)].tolist() == prompt.tolist()
-        assert exercise.encoded.tokens.position_ids[3].tolist() == list(range(len(ids)))
+        assert example.encoded.tokens.position_ids[3].tolist() == list(range(len(ids)))
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)
@@ -90,19 +90,19 @@ def test_one_row_gives_the_loss_of_the_stock_forward_pass(
     folder = lab("siglip", "llama", connector)
     opened, processor = encoder_of(folder), open_processor(str(folder))
     samples = samples_of(registry)[:6]
-    exercises = [open_exercise(sample, opened) for sample in samples]
+    examples = [open_example(sample, opened) for sample in samples]
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     answerer = Answerer(model, processor)
     total = 0.0
-    for exercise in exercises:
-        inputs = encode_prompts(answerer, [exercise.prompt])
-        tokens = exercise.encoded.tokens
+    for example in examples:
+        inputs = encode_prompts(answerer, [example.prompt])
+        tokens = example.encoded.tokens
         inputs = {name: inputs[name] for name in inputs if name.startswith(("pixel", "image", "video"))}
         with torch.no_grad():
             logits = model(input_ids=tokens.input_ids[None], **inputs).logits[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits, tokens.labels[1:], reduction="sum"))
     install(model, Patchify.from_processor(processor))
-    batch = Collator(0, flatten=True)([Item((exercise.encoded,)) for exercise in exercises])
+    batch = Collator(0, flatten=True)([Item((example.encoded,)) for example in examples])
     with torch.no_grad():
         found = causal_loss(model, tell_host(for_model(batch)), num_trained_tokens=1.0)
     assert float(found) == pytest.approx(total, rel=1e-5)
@@ -149,7 +149,7 @@ def test_answers_are_generated_from_the_cache(
     """After the prompt each step reads one token, whatever transformers calls the cache, and answers as without one."""
     folder = lab("clip", language_model)
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    prompt = open_exercise(samples_of(registry)[0], encoder_of(folder)).prompt
+    prompt = open_example(samples_of(registry)[0], encoder_of(folder)).prompt
     inputs = encode_prompts(Answerer(model, open_processor(str(folder))), [prompt])
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     read: list[int] = []

@@ -189,7 +189,7 @@ def test_hidden_states_are_those_that_transformers_numbers(tiny_checkpoint: Call
 
 
 MISTAKES: dict[str, tuple[str, Any, str]] = {
-    "missing": ("classification", None, "has no 'label', from which --task classification learns"),
+    "missing": ("classification", None, "has no 'label', which --task classification needs"),
     "a list": ("classification", ["dark"], "a class is a name or a whole number"),
     "no list": ("multilabel", "dark", "takes a list of names"),
     "no number": ("regression", "7", "a finite number is needed"),
@@ -250,7 +250,7 @@ def test_settings_that_do_not_fit_are_refused(
     names = tmp_path / "names.txt"
     names.write_text("dark\ngrey\n")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"task": "classification", "class_names": names}, "'light' is none of the classes (dark, grey)"),
+        ({"task": "classification", "class_names": names}, "'light' is not one of the classes (dark, grey)"),
         ({"task": "classification", "class_weights": "drak=2"}, "Did you mean 'dark'"),
         ({"task": "classification", "class_weights": "dark"}, "write balanced, or name=weight"),
         ({"task": "classification", "hidden_layer": 9}, "the model has"),

@@ -64,6 +64,6 @@ def test_other_tools(
     assert merge_main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 1
     assert "its weights are quantized (awq" in capsys.readouterr().err
     assert predict.main(["--model_name_or_path", str(base), "--prompt", "Hi", "--device", "cpu"]) == 2
-    assert f"{base}: its weights are quantized (awq), which takes a GPU." in capsys.readouterr().err
+    assert f"{base}: its weights are quantized (awq), which needs a GPU." in capsys.readouterr().err
     use = ["--dataset_use", "mixed", "--dataset_registry", str(registry)]
     assert show_sample.main(["--model_name_or_path", str(base), *use]) == 0

@@ -21,7 +21,7 @@ from qwenvl.data.sources.table import open_annotations
 from qwenvl.data.types import DatasetSpec, ImageItem, Message, Sample, TextPart, VideoItem
 from qwenvl.families import get_family
 from qwenvl.inference.generate import Answerer, Decoding, encode_prompts, generate, open_answerer
-from qwenvl.inference.prompts import Prompt, open_exercise
+from qwenvl.inference.prompts import Prompt, open_example
 from qwenvl.utils.errors import Origin, SampleError, UserError
 from tests.data.clips import UNEVEN, encode
 from tests.data.media.video.test_decode import make_video
@@ -71,7 +71,7 @@ def test_batches_give_the_answers_of_single_prompts(
     family: str, samples: list[Sample], opened: Callable[[str], Opened]
 ) -> None:
     answerer, encoder = opened(family)
-    prompts = [open_exercise(sample, encoder).prompt for sample in samples]
+    prompts = [open_example(sample, encoder).prompt for sample in samples]
     short = Decoding(max_new_tokens=6)
     batched = generate(answerer, prompts, decoding=short, batch_size=5)
     assert batched == generate(answerer, prompts, decoding=short, batch_size=1)
@@ -80,7 +80,7 @@ def test_batches_give_the_answers_of_single_prompts(
 
 def test_padding_stands_on_the_left(samples: list[Sample], opened: Callable[[str], Opened]) -> None:
     answerer, encoder = opened("qwen3_vl")
-    inputs = encode_prompts(answerer, [open_exercise(sample, encoder).prompt for sample in samples])
+    inputs = encode_prompts(answerer, [open_example(sample, encoder).prompt for sample in samples])
     mask = inputs["attention_mask"]
     assert mask[:, -1].all()
     assert not mask[:, 0].all()
@@ -96,7 +96,7 @@ def test_inputs_are_those_of_the_processor_alone(
         pytest.skip("transformers opens videos with torchcodec alone")
     answerer, encoder = opened(family)
     for sample in samples:
-        prompt = open_exercise(sample, encoder).prompt
+        prompt = open_example(sample, encoder).prompt
         ours = encode_prompts(answerer, [prompt])
         turns = [
             {"role": turn.role, "content": [stock_part(part, sample) for part in turn.parts]}
@@ -148,7 +148,7 @@ def test_uneven_frames_have_the_times_of_training(family: str, tmp_path: Path, o
     turns = [{"from": "human", "value": "<video>When?"}, {"from": "gpt", "value": "Late."}]
     sample = Sample(Origin("d", "f", 1), {"video": "a.mp4", "conversations": turns}, str(tmp_path))
     answerer, encoder = opened(family)
-    asked = encode_prompts(answerer, [open_exercise(sample, encoder).prompt])["input_ids"][0]
+    asked = encode_prompts(answerer, [open_example(sample, encoder).prompt])["input_ids"][0]
     decode = answerer.processor.tokenizer.decode
     times = [
         re.findall(r"<(\d+\.\d) seconds>", decode(ids)) for ids in (asked, encoder.plans(sample)[0].tokens.input_ids)
@@ -165,17 +165,17 @@ def stock_part(part: object, sample: Sample) -> dict[str, object]:
 
 
 def test_the_answer_is_split_off(samples: list[Sample], opened: Callable[[str], Opened]) -> None:
-    exercise = open_exercise(samples[-1], opened("qwen3_vl")[1])
-    assert [message.text for message in exercise.prompt.messages] == ["How are you?"]
-    assert exercise.prompt.question == "How are you?"
-    assert exercise.expected == "Well."
+    example = open_example(samples[-1], opened("qwen3_vl")[1])
+    assert [message.text for message in example.prompt.messages] == ["How are you?"]
+    assert example.prompt.question == "How are you?"
+    assert example.expected == "Well."
 
 
 def test_a_sample_that_ends_in_a_question_is_refused(opened: Callable[[str], Opened]) -> None:
     values = [("human", "Hello?"), ("gpt", "Yes."), ("human", "Who?")]
     sample = Sample(Origin("d", "f.jsonl", 3), {"conversations": [{"from": f, "value": v} for f, v in values]})
     with pytest.raises(SampleError, match=r"f\.jsonl:3.*end in an answer"):
-        open_exercise(sample, opened("qwen3_vl")[1])
+        open_example(sample, opened("qwen3_vl")[1])
 
 
 @pytest.mark.parametrize(("family", "box"), [("qwen3_vl", [0, 0, 500, 1000]), ("qwen2_5_vl", [])])
@@ -187,9 +187,9 @@ def test_boxes_are_as_the_family_writes_them(
     turns = [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": '{"bbox_2d": [0, 0, 10, 10]}'}]
     record = {"image": "a.png", "conversations": turns}
     sample = Sample(Origin("d", "f.jsonl", 3), record, str(tmp_path), bbox_format="pixel")
-    exercise = open_exercise(sample, opened(family)[1])
-    found = json.loads(exercise.expected)["bbox_2d"]
-    height, width = exercise.prompt.plans[0].resized
+    example = open_example(sample, opened(family)[1])
+    found = json.loads(example.expected)["bbox_2d"]
+    height, width = example.prompt.plans[0].resized
     assert found == (box if family == "qwen3_vl" else [0, 0, width // 2, height - 1])
 
 
@@ -203,7 +203,7 @@ def test_what_ended_an_answer_is_known(
 ) -> None:
     """Of each row of a batch alone: one ends at its first token, which is made one that ends answers."""
     answerer, encoder = opened("qwen3_vl")
-    prompts = [open_exercise(sample, encoder).prompt for sample in samples]
+    prompts = [open_example(sample, encoder).prompt for sample in samples]
     short = Decoding(max_new_tokens=3)
     cut = generate(answerer, prompts, decoding=short)
     assert {answer.finish_reason for answer in cut} == {"length"} and not any(answer.thinking for answer in cut)
@@ -244,9 +244,9 @@ def test_a_template_without_tools_is_refused_as_in_training(opened: Callable[[st
 def test_prompts_are_written_as_in_training(opened: Callable[[str], Opened]) -> None:
     answerer, encoder = opened("qwen3_vl")
     sample = agent({"role": "tool", "content": "a cat"}, {"role": "assistant", "content": "Left."})
-    exercise = open_exercise(sample, encoder)
-    ids = encode_prompts(answerer, [exercise.prompt])["input_ids"][0].tolist()
-    tokens = exercise.encoded.tokens
+    example = open_example(sample, encoder)
+    ids = encode_prompts(answerer, [example.prompt])["input_ids"][0].tolist()
+    tokens = example.encoded.tokens
     assert tokens.input_ids[: len(ids)].tolist() == ids
     assert answerer.processor.decode(tokens.input_ids[len(ids) :]) == "Left.<|im_end|>\n"
 
@@ -256,15 +256,15 @@ def test_an_answer_that_is_a_call_is_expected_as_the_template_writes_it(
     trained: bool, opened: Callable[[str], Opened]
 ) -> None:
     expected = '<tool_call>\n{"name": "look", "arguments": {"at": "left"}}\n</tool_call>'
-    assert open_exercise(agent(), opened("qwen3_vl")[1]).expected == expected
+    assert open_example(agent(), opened("qwen3_vl")[1]).expected == expected
     more = ({"role": "user", "content": "Again."}, {"role": "assistant", "tool_calls": [CALL, CALL], "loss": trained})
-    assert open_exercise(agent(*more), opened("qwen3_vl")[1]).expected == f"{expected}\n{expected}"
+    assert open_example(agent(*more), opened("qwen3_vl")[1]).expected == f"{expected}\n{expected}"
 
 
 def test_answers_are_text_alone(samples: list[Sample], opened: Callable[[str], Opened]) -> None:
     """No special token is left in an answer."""
     answerer, encoder = opened("qwen3_vl")
-    prompts = [open_exercise(sample, encoder).prompt for sample in samples[:3]]
+    prompts = [open_example(sample, encoder).prompt for sample in samples[:3]]
     answers = generate(answerer, prompts, decoding=Decoding(max_new_tokens=4))
     for answer, token in itertools.product(answers, answerer.processor.tokenizer.all_special_tokens):
         assert token not in answer.text

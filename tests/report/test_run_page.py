@@ -148,4 +148,4 @@ def test_a_log_of_answers_that_cannot_be_written_costs_a_warning(
 ) -> None:
     (tmp_path / FILE_NAME).mkdir()
     AnswerLog(tmp_path).add(7, [line(0, prediction="4")])
-    assert "The answers of step 7 are not in" in caplog.text
+    assert "Cannot write the answers of step 7 to" in caplog.text

@@ -30,7 +30,7 @@ def test_settings_and_registry_know_the_same_tasks() -> None:
 def test_a_module_of_another_trainer_is_refused(tmp_path: Path) -> None:
     assert saved_predictor(str(tmp_path)) is None
     (tmp_path / RECORD_FILE).write_text(json.dumps({"task": "segmentation"}))
-    with pytest.raises(UserError, match="names the task 'segmentation', which is none of classification"):
+    with pytest.raises(UserError, match="names the task 'segmentation', which is not one of classification"):
         saved_predictor(str(tmp_path))
 
 

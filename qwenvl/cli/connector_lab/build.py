@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from qwenvl.connector_lab.config import MODEL_TYPE, Connector, LabConfig, LabVisionConfig
-from qwenvl.connector_lab.encoder import TOWERS, WHOLE_PICTURES
+from qwenvl.connector_lab.encoder import IMAGE_ENCODERS, TOWERS
 from qwenvl.connector_lab.family import register
 from qwenvl.connector_lab.model import LabForConditionalGeneration
-from qwenvl.connector_lab.processor import END, MEDIA_TOKENS, START, LabProcessor, with_pictures
+from qwenvl.connector_lab.processor import END, MEDIA_TOKENS, START, LabProcessor, with_images
 from qwenvl.models.lora.new_tokens import make_room
 from qwenvl.models.quantization import refuse_quantized
 from qwenvl.utils.errors import UserError
@@ -124,8 +124,8 @@ def _open_encoder(name: str, drop_layers: int | None) -> _Encoder:
     whole = read_part_config(name, "encoder")
     vision = getattr(whole, "vision_config", whole)
     config = copy.deepcopy(getattr(vision, "encoder_config", vision))
-    if config.model_type not in (*WHOLE_PICTURES, *TOWERS):
-        known = ", ".join((*WHOLE_PICTURES, *TOWERS))
+    if config.model_type not in (*IMAGE_ENCODERS, *TOWERS):
+        known = ", ".join((*IMAGE_ENCODERS, *TOWERS))
         raise UserError(f"encoder {name}: model_type {config.model_type!r} is not one the lab knows: {known}.")
     opened = _open_part(name, whole, config)
     if whole.model_type != MODEL_TYPE:
@@ -173,7 +173,7 @@ def _open_language_model(name: str) -> tuple[Any, Any]:
         text = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         if not tokenizer.chat_template:
             raise UserError(f"language_model {name}: it has no chat template. Take a model that was trained for chats.")
-        tokenizer.chat_template = with_pictures(tokenizer.chat_template)
+        tokenizer.chat_template = with_images(tokenizer.chat_template)
     head = text.get_output_embeddings()
     if not hasattr(text.base_model, "layers") or head is None or head.bias is not None:
         raise UserError(

@@ -31,7 +31,7 @@ from qwenvl.data.encoding.encoded import EncodedSample, Plan
 from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.media.resize import ImagePlan
 from qwenvl.data.types import Sample
-from qwenvl.inference.prompts import open_exercise
+from qwenvl.inference.prompts import open_example
 from qwenvl.tasks.grounding.masks import read_mask
 from qwenvl.tasks.grounding.phrases import Place
 from qwenvl.tasks.grounding.predict import Grounder, open_grounder
@@ -150,7 +150,7 @@ def asked(arguments: AttentionArguments, encoder: SampleEncoder, grounder: Groun
     answer = arguments.answer
     if answer is None:
         record["conversations"] = [question, {"from": "gpt", "value": "..."}]
-        answer = grounder.ask(open_exercise(sample, encoder).prompt, arguments.decoding)
+        answer = grounder.ask(open_example(sample, encoder).prompt, arguments.decoding)
         logger.info("The model answers: %s", answer)
     if not answer.strip():
         raise UserError("there is no answer whose words could look at the picture. Give one by --answer.")

@@ -1,4 +1,4 @@
-"""Masks that look at no picture, to compare with: whoever learned something is better than all of them."""
+"""Baseline masks that ignore the image, for comparison: a trained model has to beat all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qwenvl.tasks.grounding.masks import Mask, shares
 from qwenvl.tasks.grounding.metrics import MaskRecord, compare_masks
 
 CELLS = (48, 48)
-"""On which masks of pictures of all sizes are averaged."""
+"""(height, width) of the grid on which masks of images of all sizes are averaged."""
 
 _LEVELS = np.linspace(0.02, 0.98, 49)
 
@@ -21,8 +21,8 @@ class Baselines:
     """Masks that are the same for every phrase.
 
     Args:
-        mean: bool [48, 48]: where enough of the known masks lie.
-        box: (left, top, right, bottom), the mean of the boxes around known masks, as shares of the picture.
+        mean: bool [48, 48], cells that a large enough share of the known masks covers.
+        box: Mean bounding box (left, top, right, bottom) of the known masks, as fractions of the image's sides.
     """
 
     mean: np.ndarray
@@ -30,7 +30,7 @@ class Baselines:
 
     @classmethod
     def of(cls, known: Sequence[Mask]) -> Baselines:
-        """Learn them from masks; how many must lie at a place is chosen so that it fits these masks best."""
+        """Fit the baselines to known masks; the threshold of the mean mask is the one that fits them best."""
         grids = np.stack([shares(mask.pixels(), CELLS) for mask in known])
         mean = grids.mean(0)
         fits = [float(np.mean([compare_masks(mean >= level, grid >= 0.5).iou for grid in grids])) for level in _LEVELS]
@@ -38,7 +38,7 @@ class Baselines:
         return cls(mean >= _LEVELS[int(np.argmax(fits))], (boxes[0], boxes[1], boxes[2], boxes[3]))
 
     def compare(self, expected: Mask) -> dict[str, MaskRecord]:
-        """Return how well each of them fits a mask, by name."""
+        """Return the comparison of each baseline with a mask, by name."""
         height, width = expected.size
         rows = np.arange(height) * CELLS[0] // height
         columns = np.arange(width) * CELLS[1] // width
@@ -47,7 +47,7 @@ class Baselines:
         box[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = True
         pixels = expected.pixels()
         return {
-            "the whole picture": compare_masks(np.ones(expected.size, dtype=bool), pixels),
+            "the whole image": compare_masks(np.ones(expected.size, dtype=bool), pixels),
             "the mean box": compare_masks(box, pixels),
             "the mean mask": compare_masks(self.mean[np.ix_(rows, columns)], pixels),
         }

@@ -1,13 +1,13 @@
-"""Masks of annotations: COCO's run lengths, compressed or not, and polygons; and how a mask becomes a smaller grid.
+"""Masks of annotations: COCO's run lengths, compressed or not, and polygons; and resampling of masks to grids.
 
-Three forms of ``segmentation``, as in COCO's files (https://cocodataset.org/#format-data; pycocotools' ``mask.py``):
+``segmentation`` has three forms, as in COCO's files (https://cocodataset.org/#format-data; pycocotools' ``mask.py``):
 
-- polygons: a list of lists ``[x1, y1, x2, y2, ...]`` in pixels, filled and laid over each other;
-- run lengths: ``{"size": [height, width], "counts": [n0, n1, ...]}``: by columns from the left, each from the top, n0
-  pixels outside the mask, then n1 inside, and so on;
+- polygons: a list of lists ``[x1, y1, x2, y2, ...]`` in pixels; the mask is their union;
+- run lengths: ``{"size": [height, width], "counts": [n0, n1, ...]}``: column by column from the left, each from the
+  top, n0 pixels outside the mask, then n1 inside, and so on;
 - compressed run lengths: the same with ``counts`` as a string.
 
-All count pixels of the picture as it is shown, after its EXIF orientation.
+All are in pixels of the image as it is shown, after its EXIF orientation is applied.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from qwenvl.utils.errors import SampleError, UserError
 Size = tuple[int, int]
 
 _FORMS = (
-    "It is a list of polygons [[x1, y1, x2, y2, x3, y3, ...], ...] in pixels, or run lengths "
+    "It has to be a list of polygons [[x1, y1, x2, y2, x3, y3, ...], ...] in pixels, or run lengths "
     '{"size": [height, width], "counts": ...}, as in COCO.'
 )
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Which pixels of a picture belong to something.
+    """A mask of an image.
 
     Args:
-        size: (height, width) of the picture in pixels, as it is shown.
-        runs: lengths of the runs, outside and inside by turns from outside; by columns. They add up to the picture.
+        size: (height, width) of the image in pixels, as it is shown.
+        runs: Run lengths in pixels, alternately outside and inside, starting outside; column by column. They add up to
+            the image's number of pixels.
     """
 
     size: Size
@@ -44,7 +45,7 @@ class Mask:
 
     @cached_property
     def area(self) -> int:
-        """Pixels inside."""
+        """Number of pixels inside."""
         return sum(self.runs[1::2])
 
     def pixels(self) -> np.ndarray:
@@ -54,7 +55,7 @@ class Mask:
 
 
 def mask_of(pixels: np.ndarray) -> Mask:
-    """Return the mask of pixels that are true: bool [height, width]."""
+    """Return the mask of the true pixels of an array: bool [height, width]."""
     flat = np.asarray(pixels, dtype=bool).T.reshape(-1)
     borders = np.flatnonzero(np.diff(flat, prepend=False))
     runs = np.diff(borders, prepend=0, append=len(flat))
@@ -65,12 +66,12 @@ def read_mask(segmentation: Any, size: Size) -> Mask:
     """Read the ``segmentation`` of an annotation.
 
     Args:
-        segmentation: one of the forms above.
-        size: (height, width) of the picture in pixels, as it is shown.
+        segmentation: Mask in one of the forms above.
+        size: (height, width) of the image in pixels, as it is shown.
 
     Raises:
-        SampleError: it is none of them, does not fit the picture, or has no pixel (``bad_mask``).
-        UserError: it is polygons, and pycocotools is not installed.
+        SampleError: it has none of these forms, does not fit the image, or has no pixel inside (``bad_mask``).
+        UserError: it consists of polygons, and pycocotools is not installed.
     """
     if isinstance(segmentation, Mapping):
         mask = _from_runs(segmentation, size)
@@ -79,7 +80,7 @@ def read_mask(segmentation: Any, size: Size) -> Mask:
     else:
         raise _bad(f"its segmentation is {reprlib.repr(segmentation)}. {_FORMS}")
     if not mask.area:
-        raise _bad("its segmentation has no pixel inside. Take the mask out, or draw it again.")
+        raise _bad("its segmentation has no pixel inside. Remove the mask or correct it.")
     return mask
 
 
@@ -91,9 +92,9 @@ def _from_runs(segmentation: Mapping[Any, Any], size: Size) -> Mask:
     given, counts = segmentation.get("size"), segmentation.get("counts")
     if not isinstance(given, list) or given != list(size):
         raise _bad(
-            f"its segmentation is of a picture of size {reprlib.repr(given)} ([height, width]), but the picture is "
-            f"shown {size[0]} pixels high and {size[1]} wide, after its EXIF orientation. Make the mask again, of the "
-            "picture as it is shown."
+            f"its segmentation has the size {reprlib.repr(given)} ([height, width]), but the image is "
+            f"shown {size[0]} pixels high and {size[1]} wide, after its EXIF orientation. Make the mask again, for the "
+            "image as it is shown."
         )
     if isinstance(counts, str):
         counts = _uncompressed(counts)
@@ -101,16 +102,16 @@ def _from_runs(segmentation: Mapping[Any, Any], size: Size) -> Mask:
         raise _bad(f"the counts of its segmentation are {reprlib.repr(counts)}, not run lengths. {_FORMS}")
     if sum(counts) != size[0] * size[1]:
         raise _bad(
-            f"the counts of its segmentation add up to {sum(counts)} pixels, but the picture has {size[0] * size[1]}."
+            f"the counts of its segmentation add up to {sum(counts)} pixels, but the image has {size[0] * size[1]}."
         )
     return Mask(size, tuple(counts))
 
 
 def _uncompressed(counts: str) -> list[int]:
-    """Return run lengths of COCO's string: numbers in characters of 5 bits and one that says that more follow.
+    """Decode COCO's string of run lengths: characters of 5 bits of a number, and a bit that says that more follow.
 
-    From the third run on, a number is the difference to the run two before. (``rleFrString`` of COCO's maskApi.c; it
-    reads and writes without looking at any border, so strings of unknown origin are not handed to it.)
+    From the fourth run on, a number is the difference to the run two before. (``rleFrString`` of COCO's maskApi.c is
+    not used because it does not check bounds, which is unsafe for untrusted strings.)
     """
     runs: list[int] = []
     value = shift = 0
@@ -138,13 +139,13 @@ def _from_polygons(polygons: Sequence[Any], size: Size) -> Mask:
         from pycocotools import mask as coco
     except ImportError as error:
         raise UserError("Masks drawn as polygons need a package that is missing: pip install pycocotools.") from error
-    # one at a time: several together, the first of four numbers, pycocotools takes for boxes
+    # one at a time: pycocotools would read a list whose first polygon has four numbers as boxes
     filled = coco.merge([coco.frPyObjects([polygon], *size)[0] for polygon in polygons])
     return Mask(size, tuple(_uncompressed(filled["counts"].decode("ascii"))))
 
 
 def _check_polygon(polygon: Any, size: Size) -> None:
-    """Refuse a polygon that is none, or that lies a pixel or more outside: of another picture, or in other units."""
+    """Raise an error for an invalid polygon, or one that lies a pixel or more outside the image."""
     numbers = isinstance(polygon, list) and all(
         isinstance(value, int | float) and not isinstance(value, bool) for value in polygon
     )
@@ -153,20 +154,20 @@ def _check_polygon(polygon: Any, size: Size) -> None:
     axes = ((polygon[0::2], size[1]), (polygon[1::2], size[0]))
     if not all(-1 < value < side + 1 for values, side in axes for value in values):
         raise _bad(
-            f"a polygon of its segmentation, {reprlib.repr(polygon)}, lies outside the picture, which is shown "
+            f"a polygon of its segmentation, {reprlib.repr(polygon)}, lies outside the image, which is shown "
             f"{size[1]} pixels wide and {size[0]} high, after its EXIF orientation. Coordinates are x, y in pixels of "
-            "the picture as it is shown."
+            "the image as it is shown."
         )
 
 
 def shares(pixels: np.ndarray, size: Size) -> np.ndarray:
-    """Return how much of each cell of a grid a mask covers.
+    """Return the share of each cell of a grid that a mask covers.
 
-    The grid lies over the whole picture, so that cells take parts of pixels where sides are no multiples of each other:
-    of a row of three pixels, the first of two cells holds the first and half of the second.
+    The grid spans the whole image. A cell may contain fractions of pixels: in a row of three pixels, the first of two
+    cells contains the first pixel and half of the second.
 
     Args:
-        pixels: [height, width], 1 or true inside.
+        pixels: Mask [height, width], 1 or true inside.
         size: (height, width) of the grid in cells, coarser or finer than the pixels.
 
     Returns:
@@ -177,7 +178,7 @@ def shares(pixels: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _overlaps(side: int, cells: int) -> np.ndarray:
-    """Return float64 [cells, side]: how much of a cell is covered by each pixel; rows add up to 1."""
+    """Return float64 [cells, side]: the share of each cell that each pixel covers; rows add up to 1."""
     borders = np.arange(cells + 1) * (side / cells)
     pixels = np.arange(side)
     stop = np.minimum(borders[1:, None], pixels + 1)

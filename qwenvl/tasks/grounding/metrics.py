@@ -1,4 +1,4 @@
-"""How well masks fit: intersection over union, as referring segmentation counts it."""
+"""Metrics of masks: intersection over union, as in referring segmentation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class MaskRecord:
-    """What is kept of one predicted mask, in pixels of the picture.
+    """Overlap of a predicted and an annotated mask, in pixels of the image.
 
     Args:
-        intersection: in both masks.
-        union: in one of them or both.
-        area: in the annotated one.
-        pixels: of the picture.
+        intersection: Number of pixels in both masks.
+        union: Number of pixels in either mask.
+        area: Number of pixels in the annotated mask.
+        pixels: Number of pixels of the image.
     """
 
     intersection: int
@@ -31,17 +31,17 @@ class MaskRecord:
 
 
 def compare_masks(found: np.ndarray, expected: np.ndarray) -> MaskRecord:
-    """Compare two masks: bool [height, width] both."""
+    """Compare a predicted with an annotated mask, both bool [height, width]."""
     both, either = np.logical_and(found, expected), np.logical_or(found, expected)
     return MaskRecord(int(both.sum()), int(either.sum()), int(expected.sum()), expected.size)
 
 
 def mask_metrics(records: Sequence[MaskRecord]) -> dict[str, float]:
-    """Return the figures of masks.
+    """Return the metrics of masks.
 
-    ``miou``: mean of their intersections over unions. ``ciou``: all intersections over all unions, in which large masks
-    count more. ``acc_at_50``: the share of masks with an intersection over union of at least a half. ``miou_whole``:
-    the mean if the whole picture were the mask each time, to compare with.
+    ``miou``: mean intersection over union. ``ciou``: sum of intersections over sum of unions, which gives large masks
+    more weight. ``acc_at_50``: share of masks with an intersection over union of at least 0.5. ``miou_whole``: ``miou``
+    of the whole image as a mask, for comparison.
     """
     if not records:
         return {}

@@ -1,11 +1,11 @@
-"""Masks from a frozen model's attention: the module that ``--task grounding`` trains.
+"""The module that ``--task grounding`` trains: masks from a frozen model's attention.
 
-    attention of a phrase's tokens over its picture, of all layers and heads   (qwenvl.models.attention.probe)
-      -> a U-Net -> a coarse mask                                              (qwenvl.tasks.grounding.unet)
-      -> SAM, prompted by it, its box and the phrase -> a finer mask           (qwenvl.tasks.grounding.sam; optional)
+    attention of a phrase's tokens to its image, of all layers and heads       (qwenvl.models.attention.probe)
+      -> U-Net -> coarse mask                                                  (qwenvl.tasks.grounding.unet)
+      -> SAM, prompted by the coarse mask, its box and the phrase -> fine mask (qwenvl.tasks.grounding.sam; optional)
 
-As in F-LMM (Wu et al., "F-LMM: Grounding Frozen Large Multimodal Models", arXiv 2406.05821). The model itself gets no
-gradient: it answers as before.
+As in F-LMM (Wu et al., "F-LMM: Grounding Frozen Large Multimodal Models", arXiv 2406.05821). The model itself is
+frozen, so that its answers do not change.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class GroundingSettings:
-    """How masks are found.
+    """Hyperparameters of the grounding module.
 
     Args:
-        resolution: cells that the longer side of a coarse mask has at least; F-LMM: 64.
-        refined_resolution: the same of a mask from SAM.
-        merge: what becomes of the maps of a phrase's tokens; F-LMM: mean.
-        channels: of the U-Net's first stage; F-LMM: 64.
-        stages: of the U-Net; F-LMM: 4.
-        learning_rate: of all that trains; None for the run's.
-        seed: of new weights.
+        resolution: Minimum cells of the longer side of a coarse mask; F-LMM: 64.
+        refined_resolution: Minimum cells of the longer side of a mask from SAM.
+        merge: Reduction over the attention maps of a phrase's tokens; F-LMM: mean.
+        channels: Channels of the U-Net's first stage; F-LMM: 64.
+        stages: Number of stages of the U-Net; F-LMM: 4.
+        learning_rate: Learning rate of the module; None for the run's.
+        seed: Seed of new weights.
     """
 
     resolution: int = 64
@@ -51,29 +51,29 @@ class GroundingSettings:
 
 
 def mapped_layers(config: PretrainedConfig) -> list[int]:
-    """Return the numbers of the layers of a model that have maps, from 0: those of full attention."""
+    """Return the indices of the layers that have attention maps: the layers of full attention."""
     text: Any = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     return [number for number, kind in enumerate(kinds) if kind == "full_attention"]
 
 
 def count_maps(config: PretrainedConfig) -> int:
-    """Return the maps that a model of this config has: heads of its layers of full attention."""
+    """Return the number of attention maps of a model: the heads of its layers of full attention."""
     text: Any = config.get_text_config()
     return len(mapped_layers(config)) * int(text.num_attention_heads)
 
 
 class GroundingReadout(Readout):
-    """Reads masks off a model's attention.
+    """Predict masks from a model's attention.
 
-    ``inputs`` of a batch: ``looks``, a :class:`~qwenvl.models.attention.probe.Look` for each phrase; ``sizes``, of each
-    the (height, width) of its coarse mask, and of its finer one where there is SAM; for SAM, ``pictures``, uint8
-    [height, width, 3] each, and ``picture_of``, which of them each phrase names a part of.
+    The ``inputs`` of a batch are: ``looks``, a :class:`~qwenvl.models.attention.probe.Look` for each phrase; ``sizes``,
+    for each phrase the (height, width) of its coarse mask and, with SAM, of its fine mask; with SAM also ``images``,
+    uint8 [height, width, 3] each, and ``image_of``, for each phrase the index of its image.
 
     Args:
-        config: of the model.
-        settings: see there.
-        refiner: SAM; None for coarse masks alone.
+        config: Config of the model.
+        settings: Hyperparameters.
+        refiner: Module with SAM; None for coarse masks only.
     """
 
     def __init__(self, config: PretrainedConfig, settings: GroundingSettings, refiner: MaskRefiner | None) -> None:
@@ -90,7 +90,7 @@ class GroundingReadout(Readout):
 
     @classmethod
     def from_record(cls, config: PretrainedConfig, record: Mapping[str, Any]) -> GroundingReadout:
-        """Build one as ``task.json`` says, whose weights are loaded afterwards."""
+        """Build the module that ``task.json`` describes; its weights are loaded afterwards."""
         text: Any = config.get_text_config()
         refiner = None
         if record["sam"] is not None:
@@ -98,21 +98,21 @@ class GroundingReadout(Readout):
         return cls(config, GroundingSettings(**record["settings"]), refiner)
 
     def watch(self, language_model: nn.Module) -> Sequence[RemovableHandle]:
-        """Watch the layers' hidden states, for SAM's prompts."""
+        """Hook the hidden states of all layers, for SAM's prompts."""
         if self.refiner is None:
             return ()
         model: Any = language_model
-        watched = (*model.layers[:-1], model.norm)  # as transformers' output_hidden_states has them
+        watched = (*model.layers[:-1], model.norm)  # the states of transformers' output_hidden_states
         return [module.register_forward_hook(self._take) for module in watched]
 
     def start(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Have the attention of the batch's phrases collected."""
+        """Prepare to collect the attention of the batch's phrases."""
         self._probe = AttentionProbe(inputs["looks"], self.settings.merge)
         self._states = []
         return {"attention_probe": self._probe}
 
     def forward(self, output: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the logits of all masks: the coarse ones of all phrases, then SAM's; float32 [cells of all]."""
+        """Return the logits of all masks, float32 [total cells]: all coarse masks, then all masks of SAM."""
         probe, self._probe = self._probe, None
         states, self._states = self._states, []
         assert probe is not None
@@ -131,7 +131,7 @@ class GroundingReadout(Readout):
             self._states.append(states[self._probe.places(states.device)].detach())
 
     def _coarse(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Tensor]:
-        """Return logits of every look, those of one shape computed together."""
+        """Return the coarse logits of every look, batched by shape."""
         shapes = [(one.shape, size) for one, size in zip(maps, sizes, strict=True)]
         found: dict[int, Tensor] = {}
         for shape in dict.fromkeys(shapes):
@@ -144,16 +144,16 @@ class GroundingReadout(Readout):
         self, coarse: Sequence[Tensor], states: Sequence[Tensor], looks: Sequence[Look], inputs: Mapping[str, Any]
     ) -> list[Tensor]:
         assert self.refiner is not None
-        embeddings = [self.refiner.encode(picture) for picture in inputs["pictures"]]
+        embeddings = [self.refiner.encode(image) for image in inputs["images"]]
         words = self.refiner.words(states).split([len(look.tokens) for look in looks])
         found = []
-        for mask, word, sizes, place in zip(coarse, words, inputs["sizes"], inputs["picture_of"], strict=True):
-            shape = inputs["pictures"][place].shape
+        for mask, word, sizes, place in zip(coarse, words, inputs["sizes"], inputs["image_of"], strict=True):
+            shape = inputs["images"][place].shape
             found.append(self.refiner(embeddings[place], (shape[0], shape[1]), mask, word, sizes[1]))
         return found
 
     def _nothing(self, device: torch.device, states: Sequence[Tensor]) -> Tensor:
-        """Return no logits, connected to all that trains."""
+        """Return empty logits that are connected to all trainable parameters."""
         coarse = self.unet(torch.zeros(1, self.maps, 1, 1, device=device), (8, 8))[0].float()
         if self.refiner is None:
             return coarse.flatten()[:0]

@@ -1,4 +1,4 @@
-"""What ``--task grounding`` learns: masks of phrases, from the attention of a model that stays as it is."""
+"""The objective of ``--task grounding``: masks of phrases from the attention of a frozen model."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from qwenvl.utils.errors import UserError
 
 @dataclass
 class Grounding(Objective):
-    """Masks of phrases; a unit is a phrase.
+    """Objective of phrase grounding; a unit is a phrase.
 
     Args:
-        settings: of the module that trains.
-        sam: a checkpoint of SAM; None for coarse masks alone.
+        settings: Hyperparameters of the module.
+        sam: Checkpoint of SAM; None for coarse masks only.
     """
 
     settings: GroundingSettings
     sam: str | None = None
     unit = "phrases"
-    attention = "sdpa"  # others do not show queries and keys
+    attention = "sdpa"  # the probe needs queries and keys, which other implementations do not expose
 
     def build_readout(self, config: PretrainedConfig) -> GroundingReadout:
-        """Return the U-Net, and SAM where it is asked for.
+        """Return the U-Net, with SAM if it is configured.
 
         Raises:
-            UserError: there is no such SAM.
+            UserError: the checkpoint of SAM cannot be opened.
         """
         text: Any = config.get_text_config()
         refiner = None
@@ -52,22 +52,22 @@ class Grounding(Objective):
         return GroundingReadout(config, self.settings, refiner)
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Say what looks where."""
+        """Add the token positions of phrases and images; see :meth:`Objective.prepare`."""
         regions: list[tuple[Region, ...]] = batch["sample_targets"]
         places = [[region.place for region in of_sample] for of_sample in regions]
         sizes = [[target.shape for target in region.targets] for of_sample in regions for region in of_sample]
-        inputs = readout_inputs(batch, places, sizes, with_pictures=self.sam is not None)
+        inputs = readout_inputs(batch, places, sizes, with_images=self.sam is not None)
         prepared = tell_host(batch)
         for name in ("kept_positions", "targets"):
             prepared.pop(name)
         return prepared | {"readout_inputs": inputs}
 
     def count(self, batch: Mapping[str, Any]) -> int:
-        """Return the phrases of a batch."""
+        """Return the number of phrases of a batch."""
         return sum(len(regions) for regions in batch["sample_targets"])
 
     def compute(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        """Return the losses of all masks, those of SAM as much as the coarse ones, and the model's output."""
+        """Return the summed loss of all masks, coarse and from SAM with equal weight, and the model's output."""
         output = run_model(model, batch)
         losses = [
             mask_loss(logits, torch.from_numpy(target).to(logits.device))
@@ -77,7 +77,7 @@ class Grounding(Objective):
         return torch.stack(losses).sum() if losses else output.logits.sum(), output
 
     def records(self, output: Any, batch: Mapping[str, Any]) -> list[MaskRecord]:
-        """Return how the finest masks fit, in pixels of the pictures as they are shown."""
+        """Return comparisons of the finest masks, in pixels of the images as they are shown."""
         return [
             compare_masks(mask_pixels(masks[-1], region.mask.size), region.mask.pixels())
             for region, masks in self._masks(output.logits, batch)
@@ -88,7 +88,7 @@ class Grounding(Objective):
         return mask_metrics(records)
 
     def _masks(self, output: Tensor, batch: Mapping[str, Any]) -> Iterator[tuple[Region, list[Tensor]]]:
-        """Yield every phrase with the logits of its masks, the coarse one first."""
+        """Yield every phrase with the logits of its masks, coarse mask first."""
         regions = [region for of_sample in batch["sample_targets"] for region in of_sample]
         return zip(regions, split_masks(output, [[t.shape for t in region.targets] for region in regions]), strict=True)
 
@@ -100,7 +100,7 @@ def open_grounding(
     held_out: Sequence[SampledTable],
     encoder: SampleEncoder,
 ) -> Task:
-    """Return the task of a run, as :attr:`qwenvl.tasks.registry.TaskKind.open`."""
+    """Return the task of a run, for :attr:`qwenvl.tasks.registry.TaskKind.open`."""
     del config, train, held_out
     chosen = parsed.tasks
     settings = GroundingSettings(
@@ -115,13 +115,13 @@ def open_grounding(
 
 
 def checking_reader(chosen: TaskArguments, encoder: SampleEncoder | None) -> MaskReader:
-    """Return what reads the masks of rows that are checked.
+    """Return a reader of masks for ``tools/check_image.py``.
 
     Raises:
-        UserError: there is no encoder.
+        UserError: there is no encoder, because no model is given.
     """
     if encoder is None:
-        raise UserError(f"--task {chosen.task} needs --model_name_or_path: phrases are found among its tokens.")
+        raise UserError(f"--task {chosen.task} needs --model_name_or_path, to find the tokens of phrases.")
     return _reader(encoder)
 
 

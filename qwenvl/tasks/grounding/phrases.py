@@ -1,4 +1,4 @@
-r"""Phrases of answers and the parts of pictures that they name: referring segmentation.
+r"""Read phrases of answers and the masks that they refer to (referring segmentation).
 
 A record is an ordinary conversation with a field ``masks``:
 
@@ -8,10 +8,9 @@ A record is an ordinary conversation with a field ``masks``:
      "masks": [{"phrase": "A red car", "segmentation": {"size": [480, 640], "counts": "..."}},
                {"span": [17, 23], "segmentation": [[10.5, 20, 60, 20, 60, 190.5]]}]}
 
-``phrase``: words of an answer, which stand in the answers once; or ``span``: their first character in the answer and
-the one after their last, from 0. ``answer``: which of the assistant's turns, from 0, where there are several.
-``image``: which image of the sample, from 0 in the order they are shown; default 0. ``segmentation``: see
-:mod:`qwenvl.tasks.grounding.masks`.
+``phrase``: words that occur once in the answers; or ``span``: start and end (exclusive) of the words in the characters
+of the answer. ``answer``: index of the assistant's turn, from 0, if there are several. ``image``: index of the image in
+the sample, from 0; default 0. ``segmentation``: see :mod:`qwenvl.tasks.grounding.masks`.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ _Span = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A phrase of an answer and a picture that it may speak of, by tokens of the sample.
+    """Token positions of a phrase and of the image that it refers to.
 
     Args:
-        phrase: the words, without white space around them.
-        tokens: positions in the sample of the tokens that hold a character of the phrase.
-        medium: which of the sample's pictures and videos the picture is, from 0.
-        of_media: how many pictures and videos the sample has.
-        image_start: position in the sample of the picture's first token.
-        grid: (height, width) of the picture in tokens.
+        phrase: Words of the phrase, stripped of white space.
+        tokens: Positions in the sample of the tokens that contain a character of the phrase.
+        medium: Index of the image among the sample's images and videos, from 0.
+        of_media: Number of images and videos of the sample.
+        image_start: Position in the sample of the image's first token.
+        grid: (height, width) of the image in tokens.
     """
 
     phrase: str
@@ -60,13 +59,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A phrase and the part of a picture that it names.
+    """A phrase and the mask that it refers to.
 
     Args:
-        place: the phrase and the picture.
-        mask: of the picture as it is shown.
-        targets: how much of each cell of grids over the picture the mask covers: float32 [height, width] each, one for
-            each of the reader's resolutions.
+        place: Positions of the phrase and the image.
+        mask: Mask of the image as it is shown.
+        targets: Share of each cell of a grid that the mask covers: float32 [height, width], 0 to 1, one grid for each
+            of the reader's resolutions.
     """
 
     place: Place
@@ -75,13 +74,13 @@ class Region:
 
 
 def working_size(grid: tuple[int, int], longest: int) -> tuple[int, int]:
-    """Return (height, width) of the grid that a mask is found on: the picture's, finer where it has few tokens.
+    """Return (height, width) of the grid of a mask: the image's grid of tokens, enlarged if it has few tokens.
 
     Worked example: 3 x 5 tokens with ``longest`` 64 become 38 x 64 cells; 40 x 70 stay.
 
     Args:
-        grid: (height, width) of the picture in tokens.
-        longest: cells that the longer side has at least.
+        grid: (height, width) of the image in tokens.
+        longest: Minimum cells of the longer side.
     """
     scale = max(1.0, longest / max(grid))
     return max(1, round(grid[0] * scale)), max(1, round(grid[1] * scale))
@@ -89,13 +88,13 @@ def working_size(grid: tuple[int, int], longest: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class MaskReader:
-    """Reads the ``masks`` of samples: the :class:`~qwenvl.data.encoding.targets.TargetReader` of grounding.
+    """Reader of the ``masks`` of samples: the :class:`~qwenvl.data.encoding.targets.TargetReader` of grounding.
 
     Args:
-        tokenizer: that samples are tokenized by.
-        turn_end: what the chat template writes after an answer.
-        merge_size: patches a side that become one token.
-        resolutions: for each grid that masks are wanted on, the cells of its longer side: see :func:`working_size`.
+        tokenizer: Tokenizer of the samples.
+        turn_end: Text that the chat template writes after an answer.
+        merge_size: Patches per side that become one token.
+        resolutions: Minimum cells of the longer side of each target grid; see :func:`working_size`.
     """
 
     tokenizer: Tokenizer
@@ -110,19 +109,19 @@ class MaskReader:
 
     @property
     def prompts(self) -> bool:
-        """Samples keep their answers: their words are what looks at the picture."""
+        """False: samples keep their answers, whose attention to the image is read."""
         return False
 
     @property
     def reads_plan(self) -> bool:
-        """Masks are read beside the sizes of pictures and the tokens of phrases."""
+        """True: reading masks needs the sizes of images and the tokens of phrases."""
         return True
 
     def check(self, sample: Sample, conversation: Conversation) -> None:
-        """Look at the phrases of a sample.
+        """Check the phrases of a sample.
 
         Raises:
-            SampleError: there is none (``no_masks``), or one is not in the answers (``bad_mask``).
+            SampleError: there are none (``no_masks``), or one is not in the answers (``bad_mask``).
         """
         for number, item in enumerate(_items(sample)):
             try:
@@ -134,8 +133,8 @@ class MaskReader:
         """Return the regions of a sample.
 
         Raises:
-            SampleError: there is none (``no_masks``), or one cannot be used (``bad_mask``).
-            UserError: a package for its masks is missing.
+            SampleError: there are none (``no_masks``), or one cannot be used (``bad_mask``).
+            UserError: a package that the masks need is missing.
         """
         found = []
         for number, item in enumerate(_items(sample)):
@@ -146,19 +145,19 @@ class MaskReader:
         return tuple(found)
 
     def identity(self) -> list[Any]:
-        """Return what lengths depend on: nothing of this reader."""
+        """Return the identity for length caches; lengths depend on no setting of this reader."""
         return ["masks"]
 
     def place(self, item: Any, sample: Sample, plan: Plan) -> Place:
-        """Return where a phrase and its picture stand.
+        """Return the token positions of a phrase and its image.
 
         Args:
-            item: of ``masks``, with or without a segmentation.
-            sample: the record.
-            plan: of the sample.
+            item: Entry of ``masks``, with or without a segmentation.
+            sample: Sample with the record.
+            plan: Plan of the sample.
 
         Raises:
-            SampleError: they cannot be found (``bad_mask``).
+            SampleError: the phrase or the image cannot be found (``bad_mask``).
         """
         texts = _texts(plan.conversation)
         answer, start, stop = _span(item, texts, sample)
@@ -166,7 +165,7 @@ class MaskReader:
         tokens = self._tokens(plan, answer, texts[answer], start, stop)
         image_start = self._image_start(plan, medium)
         if image_start >= tokens[0]:
-            raise _bad("its image stands after the phrase, which cannot look at it.")
+            raise _bad("its image comes after the phrase, which therefore cannot attend to it.")
         grid = image.grid[1] // self.merge_size, image.grid[2] // self.merge_size
         return Place(texts[answer][start:stop], tokens, medium, len(plan.media), image_start, grid)
 
@@ -179,13 +178,13 @@ class MaskReader:
         return Region(place, mask, tuple(shares(mask.pixels(), size) for size in sizes))
 
     def _tokens(self, plan: Plan, answer: int, text: str, start: int, stop: int) -> tuple[int, ...]:
-        """Return the positions of the tokens that hold characters ``start`` to ``stop`` of an answer.
+        """Return the positions of the tokens that contain characters ``start`` to ``stop`` of an answer.
 
-        A token that holds others besides counts too, as " car" does for "car".
+        A token that also contains other characters counts too, such as " car" for "car".
         """
         message = _answers(plan.conversation)[answer]
         if not plan.conversation.messages[message].trained:
-            raise _bad("its answer is not trained, so that no token of it learns to look.")
+            raise _bad("its answer is not trained on, so its tokens cannot be used.")
         if message not in plan.rendering.turns:
             raise _bad("its answer has a training row of its own. Use --history as_rendered.")
         number = plan.rendering.turns.index(message)
@@ -204,19 +203,19 @@ class MaskReader:
 
 
 def _written_at(written: str, text: str, start: int, stop: int) -> int:
-    """Return how far the characters of an answer are moved in what the template made of it.
+    """Return the offset of an answer's characters in the rendered answer.
 
-    A template may write something in front of an answer, or leave some of it out, such as thoughts. What both end with,
-    white space at the end left out, is the same characters in both.
+    A template may add text before an answer, or omit parts of it, such as thoughts. Only the common suffix of both
+    texts, stripped of trailing white space, is located.
 
     Raises:
-        SampleError: it leaves out what is wanted.
+        SampleError: the template changes or omits the characters in question.
     """
     written, text = written.rstrip(), text.rstrip()
     pairs = zip(reversed(written), reversed(text), strict=False)
     common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     if start < len(text) - common or stop > len(text):
-        raise _bad("the checkpoint's chat template leaves its words out of the answer, or writes others.")
+        raise _bad("the checkpoint's chat template omits or changes its words in the answer.")
     return len(written) - len(text)
 
 
@@ -234,7 +233,7 @@ def _items(sample: Sample) -> list[Any]:
     if not isinstance(written, list) or not written:
         raise SampleError(
             "no_masks",
-            f"'masks' is {reprlib.repr(written)}: --task grounding needs a list with a mask, such as "
+            f"'masks' is {reprlib.repr(written)}: --task grounding needs a list of one or more masks, such as "
             '[{"phrase": "the red car", "segmentation": {...}}].',
         )
     return written
@@ -249,14 +248,14 @@ def _numbered(error: SampleError, number: int) -> SampleError:
 
 
 def _image(item: Mapping[str, Any], media: Sequence[MediaPlan]) -> tuple[int, ImagePlan]:
-    """Return the image of a mask, and which of the pictures and videos it is."""
+    """Return the image of a mask, with its index among the images and videos."""
     images = [(place, plan) for place, plan in enumerate(media) if isinstance(plan, ImagePlan)]
     number = _number(item, "image", len(images), "image")
     return images[0 if number is None else number]
 
 
 def _number(item: Mapping[str, Any], key: str, count: int, what: str) -> int | None:
-    """Return a number of a mask that counts from 0; None where it is not given."""
+    """Return an index field of a mask, counted from 0; None where it is not given."""
     value = item.get(key)
     if value is None and count:
         return None
@@ -266,16 +265,16 @@ def _number(item: Mapping[str, Any], key: str, count: int, what: str) -> int | N
 
 
 def _span(item: Any, texts: Sequence[str], sample: Sample) -> _Span:
-    """Return (answer, start, stop) of a mask's words, without white space around."""
+    """Return (answer, start, stop) of a mask's words, stripped of white space."""
     if not isinstance(item, Mapping):
         raise _bad(f"it is {reprlib.repr(item)}, not an object with {', '.join(_KEYS)}.")
     for key in item:
         if key not in _KEYS:
-            raise _bad(f"{key!r} is none of {', '.join(_KEYS)}.{nearest(str(key)[:80], _KEYS)}")
+            raise _bad(f"{key!r} is not one of {', '.join(_KEYS)}.{nearest(str(key)[:80], _KEYS)}")
     phrase, span = item.get("phrase"), item.get("span")
     answer = _number(item, "answer", len(texts), "assistant turn")
     if (phrase is None) == (span is None):
-        raise _bad("it needs 'phrase' or 'span', one of them: the words of the answer that name what is in the mask.")
+        raise _bad("it needs exactly one of 'phrase' and 'span', for the words of the answer that refer to the mask.")
     return _by_span(span, answer, texts, sample) if phrase is None else _by_phrase(phrase, answer, texts)
 
 
@@ -292,8 +291,8 @@ def _by_phrase(phrase: Any, answer: int | None, texts: Sequence[str]) -> _Span:
     ]
     if len(found) != 1:
         raise _bad(
-            f"the phrase {reprlib.repr(phrase)} stands in the answer {len(found)} times. "
-            + ("Give 'span': [first, last + 1], in characters." if found else "It must stand there word for word.")
+            f"the phrase {reprlib.repr(phrase)} occurs in the answer {len(found)} times. "
+            + ("Give 'span': [first, last + 1], in characters." if found else "It has to occur there word for word.")
         )
     return found[0]
 
@@ -301,10 +300,11 @@ def _by_phrase(phrase: Any, answer: int | None, texts: Sequence[str]) -> _Span:
 def _by_span(span: Any, answer: int | None, texts: Sequence[str], sample: Sample) -> _Span:
     if bbox_format(sample) is not None or read_objects(sample.record) is not None:
         raise _bad(
-            "'span' with bbox_format or objects: coordinates are written anew, which moves characters. Give 'phrase'."
+            "'span' cannot be used with bbox_format or objects, which rewrite coordinates in the answer and so shift "
+            "its characters. Give 'phrase'."
         )
     if answer is None and len(texts) > 1:
-        raise _bad("'span' needs 'answer', the number of the assistant's turn from 0: there are several.")
+        raise _bad("'span' needs 'answer', the index of the assistant's turn from 0, because there are several.")
     text = texts[answer or 0]
     whole = isinstance(span, list) and len(span) == 2 and all(type(value) is int for value in span)
     if not whole or not 0 <= span[0] < span[1] <= len(text):
@@ -313,5 +313,5 @@ def _by_span(span: Any, answer: int | None, texts: Sequence[str], sample: Sample
         )
     words = text[span[0] : span[1]]
     if not words.strip():
-        raise _bad(f"'span' {span} holds white space alone.")
+        raise _bad(f"'span' {span} contains only white space.")
     return answer or 0, span[0] + len(words) - len(words.lstrip()), span[1] - len(words) + len(words.rstrip())

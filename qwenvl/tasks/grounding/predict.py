@@ -1,4 +1,4 @@
-"""Masks and maps of a model that is opened from a folder, for samples, and what a batch of them has to say to it."""
+"""Open a model folder to get the masks and attention maps of samples, and build the inputs of the grounding module."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ Size = tuple[int, ...]
 Places = Sequence[Sequence[Place]]
 
 
-USAGE = """from qwenvl.tasks.grounding.predict import open_grounder  # of this trainer
+USAGE = """from qwenvl.tasks.grounding.predict import open_grounder  # from this trainer
 
-# The model alone opens as usual, with AutoModelForImageTextToText, and answers as before. tools/show_attention.py draws
-# what its words look at, and the masks.
+# Without masks, the model opens with AutoModelForImageTextToText as usual, and answers as before.
+# tools/show_attention.py draws the attention of phrases, and their masks.
 
 grounder = open_grounder("{name}")"""
 """Lines of a model card."""
@@ -43,11 +43,11 @@ grounder = open_grounder("{name}")"""
 
 @dataclass(frozen=True)
 class Grounder:
-    """A model folder, opened to see where the words of answers look, and to find masks where it has learned to.
+    """An open model for the attention maps of phrases, and for masks if it was trained with ``--task grounding``.
 
     Args:
-        answerer: the model, which ``generate`` can be asked, and its processor.
-        readout: what ``--task grounding`` trained; None for a folder without it.
+        answerer: Model and processor.
+        readout: Module that ``--task grounding`` trained; None for a folder without it.
     """
 
     answerer: Answerer
@@ -55,7 +55,7 @@ class Grounder:
 
     @property
     def layers(self) -> list[int]:
-        """Numbers of the layers that have maps: those of full attention, from 0."""
+        """Indices of the layers that have attention maps: the layers of full attention."""
         return mapped_layers(self.answerer.model.config)
 
     def ask(self, prompt: Prompt, decoding: Decoding) -> str:
@@ -69,13 +69,13 @@ class Grounder:
         return answer.text
 
     def mask_reader(self, encoder: SampleEncoder) -> MaskReader:
-        """Return what finds phrases in samples of an encoder, and reads their masks as training did."""
+        """Return a reader that finds phrases in samples of an encoder, and reads their masks as in training."""
         settings = None if self.readout is None else self.readout.settings
         resolutions = () if settings is None else (settings.resolution, settings.refined_resolution)
         return MaskReader(encoder.tokenizer, encoder.template.turn_end, encoder.settings.merge_size, resolutions)
 
     def maps(self, sample: EncodedSample, places: Sequence[Place]) -> list[Tensor]:
-        """Return the attention of phrases over their pictures: float32 [layers, heads, height, width] each."""
+        """Return the attention of phrases to their images: float32 [layers, heads, height, width] each."""
         batch = self._batch(sample)
         probe = AttentionProbe(looks_of(batch, [places]))
         self._run(tell_host(batch) | {"attention_probe": probe, "kept_positions": torch.zeros(0).long()})
@@ -84,22 +84,22 @@ class Grounder:
     def masks(
         self, sample: EncodedSample, places: Sequence[Place], sizes: Sequence[tuple[int, int]]
     ) -> list[np.ndarray]:
-        """Return the masks of phrases, the finest that there are.
+        """Return the finest masks of phrases.
 
         Args:
-            sample: from its encoder.
-            places: of its phrases.
-            sizes: (height, width) in pixels of the mask of each.
+            sample: Encoded sample.
+            places: Positions of its phrases.
+            sizes: (height, width) of each mask in pixels.
 
         Returns:
-            bool of each size.
+            One mask for each phrase, bool [height, width].
         """
         assert self.readout is not None, "the folder has not learned masks"
         settings, has_sam = self.readout.settings, self.readout.refiner is not None
         longest = [settings.resolution, *([settings.refined_resolution] if has_sam else ())]
         working = [[working_size(place.grid, one) for one in longest] for place in places]
         batch = self._batch(sample)
-        inputs = readout_inputs(batch, [places], working, with_pictures=has_sam)
+        inputs = readout_inputs(batch, [places], working, with_images=has_sam)
         prepared = tell_host(batch)
         for name in ("kept_positions", "targets"):
             prepared.pop(name)
@@ -118,13 +118,13 @@ class Grounder:
 def open_grounder(
     folder: str, *, base: str | None = None, device: str | None = None, dtype: torch.dtype | None = None
 ) -> Grounder:
-    """Open a model folder, and what ``--task grounding`` left in it.
+    """Open a model folder, with the grounding module if it holds one.
 
     Args:
-        folder: model folder or Hugging Face id.
-        base: Base model of adapters, where it is not where their folder says.
-        device: such as ``cpu`` or ``cuda:1``; None for the accelerator where there is one.
-        dtype: of the model's weights; None for the one they are saved in.
+        folder: Model folder, adapter folder, or a Hugging Face id.
+        base: Base model of the adapters, if it is not at the location in ``adapter_config.json``.
+        device: Device such as ``cpu`` or ``cuda:1``; None for the accelerator if there is one.
+        dtype: Dtype of the model's weights; None for the dtype that they are saved in.
 
     Raises:
         UserError: the folder cannot be opened.
@@ -142,11 +142,11 @@ def open_grounder(
 
 
 def looks_of(batch: Mapping[str, Any], places: Places) -> list[Look]:
-    """Return the places of a batch's samples as its rows have them.
+    """Return the positions of phrases and images in the rows of a batch.
 
     Args:
-        batch: of the collator, on the host.
-        places: of each of its samples.
+        batch: Batch of the collator, on the host.
+        places: Positions in each of its samples.
     """
     borders = batch.get("cu_seq_lens_q")
     looks = []
@@ -159,45 +159,45 @@ def looks_of(batch: Mapping[str, Any], places: Places) -> list[Look]:
 
 
 def readout_inputs(
-    batch: Mapping[str, Any], places: Places, sizes: Sequence[Sequence[Size]], *, with_pictures: bool
+    batch: Mapping[str, Any], places: Places, sizes: Sequence[Sequence[Size]], *, with_images: bool
 ) -> dict[str, Any]:
-    """Return what :class:`qwenvl.tasks.grounding.module.GroundingReadout` has to know of a batch.
+    """Return the inputs of :class:`qwenvl.tasks.grounding.module.GroundingReadout` for a batch.
 
     Args:
-        batch: of the collator, on the host.
-        places: of each of its samples.
-        sizes: of the masks of each place, in the same order: (height, width) of the coarse one and of SAM's.
-        with_pictures: for SAM.
+        batch: Batch of the collator, on the host.
+        places: Positions in each of its samples.
+        sizes: (height, width) of the coarse mask, and of SAM's mask, for each place in order.
+        with_images: Whether to add the images, for SAM.
     """
     inputs: dict[str, Any] = {"looks": looks_of(batch, places), "sizes": sizes}
-    if with_pictures:
+    if with_images:
         starts = accumulate((of_sample[0].of_media for of_sample in places), initial=0)
-        picture_of = [
+        image_of = [
             start + place.medium for start, of_sample in zip(starts, places, strict=False) for place in of_sample
         ]
-        used = sorted(set(picture_of))
-        inputs["pictures"] = [_picture(batch, number) for number in used]
-        inputs["picture_of"] = [used.index(number) for number in picture_of]
+        used = sorted(set(image_of))
+        inputs["images"] = [_image(batch, number) for number in used]
+        inputs["image_of"] = [used.index(number) for number in image_of]
     return inputs
 
 
-def _picture(batch: Mapping[str, Any], number: int) -> Tensor:
-    """Return one picture of a batch as the model sees it: uint8 [height, width, 3]."""
+def _image(batch: Mapping[str, Any], number: int) -> Tensor:
+    """Return one image of a batch, resized for the model: uint8 [height, width, 3]."""
     cells = [frames * height * width for frames, _, height, width in batch["media"]]
-    values = batch["pixels"].numel() // sum(cells)  # of a patch of one frame
+    values = batch["pixels"].numel() // sum(cells)  # values per patch of one frame
     side = math.isqrt(values // 3)
     start = values * sum(cells[:number])
     _, _, height, width = batch["media"][number]
-    picture: Tensor = batch["pixels"][start : start + values * cells[number]]
-    return picture.view(height * side, width * side, 3)
+    image: Tensor = batch["pixels"][start : start + values * cells[number]]
+    return image.view(height * side, width * side, 3)
 
 
 def split_masks(output: Tensor, sizes: Sequence[Sequence[Size]]) -> list[list[Tensor]]:
-    """Return the masks of each phrase, the coarse one first.
+    """Return the masks of each phrase, coarse mask first.
 
     Args:
-        output: [cells], the logits of all coarse masks, then of all finer ones.
-        sizes: of each phrase the (height, width) of each of its masks.
+        output: [cells], the logits of all coarse masks, then of all fine masks.
+        sizes: (height, width) of each mask of each phrase.
     """
     kinds = len(sizes[0]) if sizes else 0
     shapes = [of_phrase[kind] for kind in range(kinds) for of_phrase in sizes]
@@ -207,11 +207,11 @@ def split_masks(output: Tensor, sizes: Sequence[Sequence[Size]]) -> list[list[Te
 
 
 def mask_pixels(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Return a mask in pixels of a picture, bool [height, width]: more likely in it than not, between cells linearly.
+    """Return a mask in pixels of an image, bool [height, width]: interpolated probabilities above 0.5.
 
     Args:
-        logits: [h, w], over the whole picture.
-        size: (height, width) of the picture.
+        logits: [h, w], over the whole image.
+        size: (height, width) of the image in pixels.
     """
     chances = functional.interpolate(logits.float().sigmoid()[None, None], size=size, mode="bilinear")
     found: np.ndarray = (chances[0, 0] > 0.5).cpu().numpy()

@@ -1,8 +1,8 @@
-"""SAM, prompted by a coarse mask, the box around it, and the words that name the thing.
+"""SAM, prompted by a coarse mask, its bounding box, and the words that refer to the object.
 
-As in F-LMM (Wu et al., arXiv 2406.05821, section 3.4): image encoder and prompt encoder of SAM (Kirillov et al., arXiv
-2304.02643) stay as they are, its mask decoder trains. The words' hidden states of all layers are mixed with learned
-weights (a softmax), and projected to further prompts, one a token.
+As in F-LMM (Wu et al., arXiv 2406.05821, section 3.4): the image encoder and prompt encoder of SAM (Kirillov et al.,
+arXiv 2304.02643) are frozen, its mask decoder is trained. The words' hidden states of all layers are mixed with learned
+softmax weights, and projected to additional prompts, one per token.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ Size = tuple[int, int]
 
 
 class WordPrompts(nn.Module):
-    """Hidden states of a phrase's tokens to prompts of SAM; a module, because ZeRO-3 gathers weights while one runs.
+    """Project hidden states of a phrase's tokens to prompts of SAM.
+
+    This is a module of its own because ZeRO-3 gathers the weights of a module while its forward runs.
 
     Args:
-        layers: of the language model, whose states are mixed.
-        hidden_size: of these states.
-        outputs: of SAM's prompts.
+        layers: Number of layers of the language model whose hidden states are mixed.
+        hidden_size: Size of the hidden states.
+        outputs: Size of SAM's prompts.
     """
 
     def __init__(self, layers: int, hidden_size: int, outputs: int) -> None:
@@ -42,14 +44,14 @@ class WordPrompts(nn.Module):
 
 
 class MaskRefiner(nn.Module):
-    """Coarse masks to finer ones.
+    """Refine coarse masks with SAM.
 
     Args:
-        sam: as published; what does not train is frozen here.
-        normalisation: ``image_mean`` and ``image_std`` of its pictures' values from 0 to 1.
-        layers: of the language model, whose states are mixed.
-        hidden_size: of these states.
-        seed: of the weights that are new.
+        sam: Published SAM; everything but its mask decoder is frozen here.
+        normalisation: ``image_mean`` and ``image_std`` of SAM's processor, for values from 0 to 1.
+        layers: Number of layers of the language model whose hidden states are mixed.
+        hidden_size: Size of the hidden states.
+        seed: Seed of the new weights.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class MaskRefiner(nn.Module):
         self.sam = sam
         sam.requires_grad_(False)
         sam.mask_decoder.requires_grad_(True)
-        # one mask is asked for, so that nothing chooses among several
+        # only one mask is predicted, so the scores that rank several masks are unused
         sam.mask_decoder.iou_prediction_head.requires_grad_(False)
         for unused in sam.mask_decoder.output_hypernetworks_mlps[1:]:
             unused.requires_grad_(False)
@@ -74,7 +76,7 @@ class MaskRefiner(nn.Module):
         """Open a published SAM.
 
         Raises:
-            UserError: there is none.
+            UserError: the checkpoint cannot be opened as a SAM.
         """
         try:
             model_type = AutoConfig.from_pretrained(path).model_type
@@ -95,43 +97,43 @@ class MaskRefiner(nn.Module):
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], layers: int, hidden_size: int) -> MaskRefiner:
-        """Build one of the same shape, whose weights are loaded afterwards."""
+        """Build a refiner of the same architecture; its weights are loaded afterwards."""
         return cls(SamModel(SamConfig.from_dict(dict(record["config"]))), record, layers, hidden_size)
 
     def train(self, mode: bool = True) -> MaskRefiner:
-        """Train, but for what is frozen."""
+        """Set the training mode; the frozen parts stay in evaluation mode."""
         super().train(mode)
         self.sam.vision_encoder.eval()
         self.sam.prompt_encoder.eval()
         return self
 
     @torch.no_grad()
-    def encode(self, picture: Tensor) -> Tensor:
-        """Return the image embedding [1, C, h, w] of a picture: uint8 [height, width, 3]."""
+    def encode(self, image: Tensor) -> Tensor:
+        """Return SAM's embedding [1, C, h, w] of an image: uint8 [height, width, 3]."""
         side = self.sam.config.vision_config.image_size
-        size = self._fitted((picture.shape[0], picture.shape[1]))
+        size = self._fitted((image.shape[0], image.shape[1]))
         mean, std = (
-            torch.tensor(self.normalisation[name], device=picture.device).view(3, 1, 1) * 255
+            torch.tensor(self.normalisation[name], device=image.device).view(3, 1, 1) * 255
             for name in ("image_mean", "image_std")
         )
-        values = picture.permute(2, 0, 1)[None].float()
+        values = image.permute(2, 0, 1)[None].float()
         values = functional.interpolate(values, size=size, mode="bilinear", antialias=True).round()
         values = functional.pad((values - mean) / std, (0, side - size[1], 0, side - size[0]))
         embedding: Tensor = self.sam.get_image_embeddings(values.to(self.words.mix.dtype))
         return embedding
 
-    def forward(self, embedding: Tensor, picture_size: Size, coarse: Tensor, words: Tensor, size: Size) -> Tensor:
-        """Return logits [height, width] of a finer mask.
+    def forward(self, embedding: Tensor, image_size: Size, coarse: Tensor, words: Tensor, size: Size) -> Tensor:
+        """Return the logits [height, width] of a fine mask.
 
         Args:
-            embedding: of the picture, from :meth:`encode`.
-            picture_size: (height, width) of the picture in pixels.
-            coarse: logits of a mask over the whole picture, of any size.
-            words: prompts of the phrase, from ``words``.
-            size: (height, width) of the result, over the whole picture.
+            embedding: Embedding of the image, from :meth:`encode`.
+            image_size: (height, width) of the image in pixels.
+            coarse: [h, w], logits of a mask over the whole image, of any size.
+            words: [tokens, C], prompts of the phrase, from ``self.words``.
+            size: (height, width) of the result, over the whole image.
         """
         side = self.sam.config.vision_config.image_size
-        fitted = self._fitted(picture_size)
+        fitted = self._fitted(image_size)
         sparse, dense = self._prompts(coarse, fitted, side)
         dtype = self.words.mix.dtype
         low, _ = self.sam.mask_decoder(
@@ -146,7 +148,7 @@ class MaskRefiner(nn.Module):
         return functional.interpolate(cut, size=size, mode="bilinear", antialias=True)[0, 0]
 
     def _prompts(self, coarse: Tensor, fitted: Size, side: int) -> tuple[Tensor, Tensor]:
-        """Return sparse [1, 1, 2, C] and dense [1, C, h, w] prompts of a coarse mask: its box, and itself."""
+        """Return the prompts of a coarse mask: sparse [1, 1, 2, C] for its box, dense [1, C, h, w] for the mask."""
         mask = functional.interpolate(coarse[None, None].float(), size=fitted, mode="bilinear")
         box = box_around(mask[0, 0].detach() > 0)
         outside = -1.0 if mask.is_meta else min(-1.0, float(mask.detach().min()))
@@ -157,18 +159,18 @@ class MaskRefiner(nn.Module):
         return sparse, dense
 
     def _fitted(self, size: Size) -> Size:
-        """Return the (height, width) to which SAM resizes a picture: its longer side is the side of SAM's square."""
+        """Return the (height, width) to which SAM resizes an image: the longer side is that of SAM's square."""
         scale = self.sam.config.vision_config.image_size / max(size)
         return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
 
 def box_around(mask: Tensor) -> Tensor:
-    """Return (left, top, right, bottom) around a mask, right and bottom outside; of the whole where it is empty.
+    """Return the bounding box of a mask: (left, top, right, bottom), the last two exclusive; all of an empty mask.
 
     Args:
         mask: bool [height, width].
     """
-    if mask.is_meta:  # a dry run: sizes alone
+    if mask.is_meta:  # a dry run computes shapes only
         return torch.empty(4, device=mask.device)
     rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
     if not len(rows):

@@ -1,9 +1,9 @@
 """A small U-Net from a stack of attention maps to a mask, and the loss of masks.
 
 As in F-LMM (Wu et al., arXiv 2406.05821, section 3.3, and ``configs`` of github.com/wusize/F-LMM): every map is divided
-by its sum, so that it counts where a phrase looks and not how much; maps of few tokens are made finer; four stages of
-two 3 x 3 convolutions with group norm of one group, 64 channels in the first and twice as many in each after it. Group
-norm sees one picture at a time, so that a mask does not depend on what else is in the batch.
+by its sum, so that only the distribution of attention matters, not its amount; small maps are upsampled; four stages of
+two 3 x 3 convolutions with group norm of one group, 64 channels in the first stage, doubled in each further one. Group
+norm is computed per sample, so a mask does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 class _Convolutions(nn.Sequential):
-    """Two 3 x 3 convolutions, each with norm and ReLU."""
+    """Two 3 x 3 convolutions, each with group norm and ReLU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(
@@ -24,7 +24,7 @@ class _Convolutions(nn.Sequential):
 
 
 class _Up(nn.Module):
-    """Twice as fine, and joined with what the same size was on the way down."""
+    """Upsample by 2, and join with the states of the same size from the way down (skip connection)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class _Up(nn.Module):
 
 
 class MaskUNet(nn.Module):
-    """Maps to logits of a mask.
+    """U-Net from attention maps to the logits of a mask.
 
     Args:
-        maps: how many there are: layers x heads.
-        channels: of the first stage.
-        stages: sizes that are worked on, each half as fine as the one before.
-        seed: of the weights, which do not depend on what was drawn before.
+        maps: Number of attention maps: layers x heads.
+        channels: Channels of the first stage.
+        stages: Number of stages, each with half the resolution of the one before.
+        seed: Seed of the weights, which are independent of the global random state.
     """
 
     def __init__(self, maps: int, channels: int = 64, stages: int = 4, seed: int = 0) -> None:
@@ -60,7 +60,7 @@ class MaskUNet(nn.Module):
         """Return logits [n, height, width].
 
         Args:
-            maps: [n, maps, h, w], weights of 0 or more.
+            maps: [n, maps, h, w], attention weights of 0 or more.
             size: (height, width) of the mask, at least that of the maps.
         """
         weights = maps / maps.sum((-2, -1), keepdim=True).clamp(min=1e-12)
@@ -78,13 +78,13 @@ class MaskUNet(nn.Module):
 
 
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the loss of a mask: mean binary cross entropy of its cells, plus Dice loss.
+    """Return the loss of a mask: mean binary cross entropy over its cells, plus Dice loss.
 
-    Dice: 1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1), as F-LMM takes it (``naive_dice`` of mmdet with eps 1).
+    Dice: 1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1), as in F-LMM (``naive_dice`` of mmdet with eps 1).
 
     Args:
         logits: [height, width].
-        target: the same shape, 0 to 1: how much of each cell belongs to the mask.
+        target: [height, width], the share of each cell that the mask covers, 0 to 1.
 
     Returns:
         float32 [].

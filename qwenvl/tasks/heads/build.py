@@ -1,4 +1,4 @@
-"""A head from the settings and the labels of a run, and readers of labels for the commands."""
+"""Build a head from the settings and labels of a run, and label readers for the commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def open_head_task(
     held_out: Sequence[SampledTable],
     encoder: SampleEncoder,
 ) -> Task:
-    """Return the task of a run, as :attr:`qwenvl.tasks.registry.TaskKind.open`: its labels say classes and scale."""
+    """Return the task of a run, for :attr:`qwenvl.tasks.registry.TaskKind.open`; classes and scale come from labels."""
     del encoder
     chosen, skip = parsed.tasks, parsed.data.on_bad_sample == "skip"
     reader = label_reader(chosen)
@@ -44,7 +44,7 @@ def open_head_task(
     classes = reader.classes or order_classes(found.names)
     reader = replace(reader, classes=classes, outputs=len(found.sums))
     _require_enough(chosen, found, classes)
-    from_main_process(lambda: count_labels(held_out, reader, skip=skip))  # before the first evaluation meets them
+    from_main_process(lambda: count_labels(held_out, reader, skip=skip))  # report bad labels before training starts
     means, deviations = found.mean_and_deviation()
     assert chosen.task is not None
     spec = HeadSpec(
@@ -68,16 +68,16 @@ def open_head_task(
 
 
 def checking_reader(chosen: TaskArguments, encoder: SampleEncoder | None) -> LabelReader:
-    """Return what reads the labels of rows that are checked."""
+    """Return a reader of labels for ``tools/check_image.py``."""
     del encoder
     return label_reader(chosen)
 
 
 def saved_reader(record: Mapping[str, Any]) -> LabelReader:
-    """Return what renders samples for a saved head, and reads their labels where they have any.
+    """Return a reader of samples for a saved head; labels are optional.
 
     Raises:
-        UserError: ``task.json`` is not that of a head.
+        UserError: ``task.json`` does not describe a head.
     """
     spec = HeadSpec.from_record(record)
     needs_media = spec.pooling == "vision_mean"
@@ -86,10 +86,10 @@ def saved_reader(record: Mapping[str, Any]) -> LabelReader:
 
 def _require_enough(chosen: TaskArguments, found: LabelStatistics, classes: Sequence[str]) -> None:
     if not found.samples:
-        raise UserError(f"--task {chosen.task}: none of the training rows has a label that can be used.")
+        raise UserError(f"--task {chosen.task}: no training row has a usable label.")
     if chosen.task == "classification" and len(classes) < 2:
         raise UserError(
-            f"--task classification: all training rows have the label {classes[0]!r}: nothing to tell apart."
+            f"--task classification: all training rows have the label {classes[0]!r}; it needs two or more classes."
         )
     if chosen.task == "multilabel" and not classes:
         raise UserError("--task multilabel: the labels of all training rows are empty lists.")
@@ -105,4 +105,4 @@ def _log(spec: HeadSpec, found: LabelStatistics) -> None:
         numbers = ", ".join(f"{mean:.4g} ± {deviation:.4g}" for mean, deviation in pairs)
         logger.info("Labels: %d samples, mean and deviation %s.", found.samples, numbers)
     else:
-        logger.info("Labels: %d samples with ranked pictures.", found.samples)
+        logger.info("Labels: %d samples with ranked images.", found.samples)

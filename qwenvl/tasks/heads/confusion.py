@@ -1,4 +1,4 @@
-"""A confusion matrix as a picture: SVG, written by hand."""
+"""Draw a confusion matrix as SVG."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 
 CELL = 44
 MOST_NUMBERS = 25
-"""Classes up to which the counts are written into the cells."""
+"""Maximum number of classes for which counts are written into the cells."""
 
 _LETTER = 7.2
 _LONGEST = 24
 
 
 def confusion_svg(counts: np.ndarray, classes: Sequence[str], title: str = "Confusion matrix") -> str:
-    """Return the picture of a confusion matrix.
+    """Return a confusion matrix as SVG.
 
-    A row is what was expected, a column what was predicted; the shade is the share of the row.
+    Rows are expected classes, columns predicted ones; a cell's shade is its share of the row.
 
     Args:
         counts: int [classes, classes].
-        classes: their names.
-        title: above it.
+        classes: Names of the classes.
+        title: Title above the matrix.
     """
     size = CELL if len(classes) <= MOST_NUMBERS else max(6, CELL * MOST_NUMBERS // len(classes))
     names = [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in classes]

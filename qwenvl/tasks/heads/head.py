@@ -1,7 +1,7 @@
-"""A head on pooled hidden states, for classes, numbers and ranks.
+"""A head on pooled hidden states, for classification, regression and ranking.
 
-As transformers' ``...ForSequenceClassification`` (a linear layer on the last token's state), with a choice of layer,
-pooling and a second layer.
+Like transformers' ``...ForSequenceClassification`` (a linear layer on the last token's hidden state), with a choice of
+layer, pooling and an optional second linear layer.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from qwenvl.utils.errors import UserError
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """Everything that a head is, but its weights: what ``task.json`` holds.
+    """Config of a head: the content of ``task.json``.
 
     Args:
-        task: what it predicts.
-        hidden_size: of the model.
-        outputs: numbers that it gives: classes, numbers of a label, or 1 for the score of a picture.
-        pooling: of hidden states.
-        hidden_layer: which ones, as transformers numbers them.
-        head: one layer or two.
-        classes: names, in the order of the outputs.
-        loss: that it was trained with.
-        class_weights: of each class; none where all weigh alike.
-        focal_gamma: of focal loss.
-        huber_delta: of Huber's loss, in ``deviations``.
-        means: of the numbers of the labels, which are learned as (number - mean) / deviation.
-        deviations: of the same.
-        keep_answer: it sees the answer at the end of a sample.
+        task: Name of the task.
+        hidden_size: Hidden size of the model.
+        outputs: Number of outputs: classes, numbers of a label, or 1 for the score of an image.
+        pooling: Pooling of hidden states.
+        hidden_layer: Index of the hidden states, as in transformers' ``hidden_states``.
+        head: ``linear`` (one layer) or ``mlp`` (two).
+        classes: Names of the classes, in the order of the outputs.
+        loss: Training loss.
+        class_weights: Weight of each class; empty for equal weights.
+        focal_gamma: Gamma of focal loss.
+        huber_delta: Delta of Huber's loss, in standard deviations.
+        means: Mean of each number of the labels, which are normalised as (number - mean) / deviation.
+        deviations: Standard deviation of each number of the labels.
+        keep_answer: Whether the head sees the answer at the end of a sample.
     """
 
     task: TaskName
@@ -60,10 +60,10 @@ class HeadSpec:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> HeadSpec:
-        """Read what ``task.json`` holds.
+        """Read the content of ``task.json``.
 
         Raises:
-            UserError: it is not that of a head.
+            UserError: it does not describe a head.
         """
         names = {one.name for one in fields(cls)}
         values: dict[str, Any] = {
@@ -76,7 +76,7 @@ class HeadSpec:
 
 
 class _ExactLinear(nn.Linear):
-    """A linear layer that computes in float32 (float64 where it is given that), whatever autocast and weights say."""
+    """A linear layer that computes in the dtype of its input (float32 or float64), ignoring autocast."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         kind = hidden.device.type
@@ -86,12 +86,12 @@ class _ExactLinear(nn.Linear):
 
 
 class TaskHead(Readout):
-    """Pools hidden states of a layer and computes scores.
+    """Pool hidden states of a layer and compute scores.
 
     Args:
-        spec: what it is.
-        seed: of its first weights: normal with a deviation of 0.02, as in transformers; biases are 0.
-        learning_rate: of its own; None for the run's.
+        spec: Config of the head.
+        seed: Seed of the initial weights: normal with a deviation of 0.02, as in transformers; biases are 0.
+        learning_rate: Learning rate of the head; None for the run's.
     """
 
     def __init__(self, spec: HeadSpec, seed: int = 0, learning_rate: float | None = None) -> None:
@@ -109,7 +109,7 @@ class TaskHead(Readout):
         self._states: Tensor | None = None
 
     def watch(self, language_model: nn.Module) -> Sequence[RemovableHandle]:
-        """Watch what goes into the layer above the chosen hidden states; the last ones are in the output."""
+        """Hook the input of the layer above the chosen hidden states; the last hidden states are in the output."""
         layers: Any = language_model.layers
         number = layer_number(self.spec.hidden_layer, len(layers))
         if number == len(layers):
@@ -124,11 +124,11 @@ class TaskHead(Readout):
 
     def _note_states(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del layer
-        if self._wants_states:  # not when checkpointing computes the layer again
+        if self._wants_states:  # not when activation checkpointing recomputes the layer
             self._states, self._wants_states = args[0] if args else kwargs["hidden_states"], False
 
     def start(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Wait for the hidden states of the next call."""
+        """Prepare to collect the hidden states of the next forward pass."""
         del inputs
         self._wants_states, self._states = True, None
         return {}
@@ -137,7 +137,7 @@ class TaskHead(Readout):
         """Return scores [units, outputs], float32.
 
         Args:
-            output: of the language model.
+            output: Output of the language model.
             inputs: ``rows`` and ``lengths`` of :class:`qwenvl.tasks.heads.pooling.PooledRows`.
         """
         states, self._states = self._states, None
@@ -152,12 +152,15 @@ class TaskHead(Readout):
 
 
 def layer_number(hidden_layer: int, layers: int) -> int:
-    """Return how many layers the chosen hidden states have passed, 0 to ``layers``.
+    """Return the number of layers below the chosen hidden states, 0 to ``layers``.
 
     Raises:
         UserError: there is no such layer.
     """
     number = hidden_layer if hidden_layer >= 0 else layers + 1 + hidden_layer
     if not 0 <= number <= layers:
-        raise UserError(f"--hidden_layer {hidden_layer}: the model has {layers} layers: {-layers - 1} to {layers}.")
+        raise UserError(
+            f"--hidden_layer {hidden_layer}: the model has {layers} layers, so the value has to be from "
+            f"{-layers - 1} to {layers}."
+        )
     return number

@@ -1,4 +1,4 @@
-"""The labels of all rows, counted before training: classes, how often they come, means and deviations."""
+"""Statistics of all labels, computed before training: classes and their counts, or means and standard deviations."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from qwenvl.utils.errors import SampleError, UserError, nearest
 
 @dataclass
 class LabelStatistics:
-    """What is known of the labels that are trained on.
+    """Statistics of the training labels.
 
     Args:
-        samples: how many there are.
-        names: how often each class comes.
-        sums: of the numbers, by their place.
-        squares: of their squares.
+        samples: Number of labels.
+        names: Count of each class.
+        sums: Sum of each number of the labels.
+        squares: Sum of squares of each number of the labels.
     """
 
     samples: int = 0
@@ -32,7 +32,7 @@ class LabelStatistics:
     squares: list[float] = field(default_factory=list)
 
     def add(self, label: Label, task: TaskName, times: int = 1) -> None:
-        """Count a label that is used so many times."""
+        """Add a label that is used ``times`` times."""
         self.samples += times
         if task == "classification":
             self.names[str(label)] += times
@@ -46,7 +46,7 @@ class LabelStatistics:
             self.squares = [total + times * one * one for total, one in zip(self.squares, numbers, strict=True)]
 
     def mean_and_deviation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return them for each number of the labels; a deviation of 0 becomes 1."""
+        """Return mean and standard deviation of each number of the labels; a deviation of 0 becomes 1."""
         means = [total / self.samples for total in self.sums]
         spreads = [max(total / self.samples - mean**2, 0.0) for total, mean in zip(self.squares, means, strict=True)]
         small = [1e-12 * (1 + mean**2) for mean in means]
@@ -55,12 +55,12 @@ class LabelStatistics:
 
 
 def count_labels(tables: Iterable[SampledTable], reader: LabelReader, *, skip: bool) -> LabelStatistics:
-    """Read the labels of all rows that are used; nothing else of the rows is looked at.
+    """Read the labels of all rows that are used; no other field is checked.
 
     Args:
-        tables: the datasets.
-        reader: of the labels. Without ``classes`` any name is taken; without ``outputs`` the first label decides.
-        skip: leave rows out that cannot be used, rather than stop at the first one; training reports them.
+        tables: Datasets with their rows.
+        reader: Reader of labels. Without ``classes`` it accepts any name; without ``outputs`` the first label decides.
+        skip: Whether to skip unusable rows, which training reports, instead of raising at the first one.
 
     Raises:
         SampleError: a label is missing or wrong.
@@ -87,34 +87,34 @@ def _require_as_long(found: LabelStatistics, label: Label, reader: LabelReader, 
 
 
 def order_classes(names: Iterable[str]) -> tuple[str, ...]:
-    """Return classes in the order of their numbers where all are whole numbers, else in alphabetical order."""
+    """Return classes in numerical order if all are whole numbers, else in alphabetical order."""
     found = set(names)
     numbers = all(name.lstrip("-").isdecimal() for name in found)
     return tuple(sorted(found, key=int if numbers else str))
 
 
 def read_class_names(path: str) -> tuple[str, ...]:
-    """Read a file of class names, one a line; empty lines are passed over.
+    """Read a file of class names, one per line; empty lines are ignored.
 
     Raises:
-        UserError: it cannot be read, names fewer than two classes, or one twice.
+        UserError: it cannot be read, names fewer than two classes, or names one twice.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--class_names {path}: it cannot be read: {error}. It is a text with one name a line."
+            f"--class_names {path} cannot be read: {error}. It has to be a text file with one name per line."
         ) from error
     names = tuple(line.strip() for line in lines if line.strip())
     twice = [name for name, count in Counter(names).items() if count > 1]
     if len(names) < 2 or twice:
-        problem = f"{twice[0]!r} stands there twice" if twice else f"it names {len(names)} classes"
-        raise UserError(f"--class_names {path}: {problem}. It is a text with one name a line, two or more.")
+        problem = f"it names {twice[0]!r} twice" if twice else f"it names {len(names)} classes"
+        raise UserError(f"--class_names {path}: {problem}. It needs two or more different names, one per line.")
     return names
 
 
 def label_reader(chosen: TaskArguments) -> LabelReader:
-    """Return what reads the labels of a task, as far as the flags say it.
+    """Return a reader of the labels of a task, from the flags alone.
 
     Raises:
         UserError: the file of class names cannot be used.
@@ -131,19 +131,19 @@ def label_reader(chosen: TaskArguments) -> LabelReader:
 def class_weights(
     flag: str | None, by_name: Mapping[str, float], counts: Mapping[str, int], classes: Sequence[str]
 ) -> tuple[float, ...]:
-    """Return what each class weighs; nothing where all weigh alike.
+    """Return the weight of each class; empty for equal weights.
 
-    ``balanced``: samples / (classes x samples of the class), so that the mean over the samples is 1 (as scikit-learn).
+    ``balanced``: samples / (classes x samples of the class), so that the mean over samples is 1 (as in scikit-learn).
 
     Raises:
-        UserError: a name is none of the classes.
+        UserError: a name is not one of the classes.
     """
     if flag is None:
         return ()
     if flag != "balanced":
         for name in by_name:
             if name not in classes:
-                raise UserError(f"--class_weights: {name!r} is none of the classes.{nearest(name, classes)}")
+                raise UserError(f"--class_weights: {name!r} is not one of the classes.{nearest(name, classes)}")
         return tuple(by_name.get(name, 1.0) for name in classes)
     total = sum(counts.values())
     return tuple(total / (len(classes) * counts[name]) if counts.get(name) else 0.0 for name in classes)

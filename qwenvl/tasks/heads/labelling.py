@@ -1,4 +1,7 @@
-"""Rows of datasets labelled by the head of a task, as :mod:`qwenvl.inference.batch` has them answered."""
+"""Predict labels for rows of datasets with the head of a task, as an answer function of :mod:`qwenvl.inference.batch`.
+
+Also the metrics of predicted labels.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,11 @@ def label(
     write: Callable[[Iterable[Prediction]], None],
     told: Progress = lambda _: None,
 ) -> None:
-    """Label rows a batch at a time; the arguments are those of :func:`qwenvl.inference.batch.answer`."""
+    """Label rows batch by batch; the arguments are those of :func:`qwenvl.inference.batch.answer`."""
     for start in range(0, len(indices), job.batch_size):
         chunk = indices[start : start + job.batch_size]
         lines = [line for index in chunk for line in open_row(job, index)]
-        prompts = [exercise.prompt for _, exercise in lines if exercise is not None]
+        prompts = [example.prompt for _, example in lines if example is not None]
         found = iter(model.predict_prompts(prompts) if prompts else [])
         task = model.head.spec.task
         write([line if one is None else _labelled(line, task, next(found)) for line, one in lines])
@@ -45,10 +48,10 @@ def _labelled(line: Prediction, task: str, said: dict[str, Any]) -> Prediction:
 
 
 def label_metrics(lines: Iterable[Prediction]) -> dict[str, float]:
-    """Return the metrics of predicted labels, as the evaluation of training has them; nothing without a known label.
+    """Return the metrics of predicted labels, the same as in evaluation during training; empty without known labels.
 
     Args:
-        lines: of one task.
+        lines: Predictions of one task.
     """
     known = [line for line in lines if line.task is not None and line.error is None and line.expected]
     if not known:

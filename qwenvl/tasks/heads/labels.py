@@ -1,10 +1,10 @@
-"""The field ``label`` of samples: read and checked.
+"""Read and check the field ``label`` of samples.
 
 ===============  =====================================================================================================
-classification   a name, or a whole number, which counts as the name it is written as
-multilabel       a list of such names; an empty one means none of the classes
-regression       a number, or a list of numbers, as many in every sample
-ranking          a list of relevances, numbers from 0 up, one for each picture of the sample in order, not all equal
+classification   a name, or a whole number, which is converted to text
+multilabel       a list of such names; an empty list means none of the classes
+regression       a number, or a list of numbers of the same length in every sample
+ranking          a list of relevances, numbers from 0 up, one for each image of the sample in order, not all equal
 ===============  =====================================================================================================
 """
 
@@ -27,15 +27,15 @@ _LISTED = 8
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Reads labels; a :class:`qwenvl.data.encoding.targets.TargetReader`.
+    """Reader of labels; a :class:`qwenvl.data.encoding.targets.TargetReader`.
 
     Args:
-        task: what labels are.
-        classes: names in their order; empty where there are none, or any name may come.
-        outputs: numbers in a label of regression; 0 for any.
-        needs_media: each sample must have a picture or video.
-        prompts: samples are rendered as questions.
-        optional: a sample may have no label; its target is None then.
+        task: Name of the task.
+        classes: Names of the classes in order; empty for a task without classes, or to accept any name.
+        outputs: Numbers in a label of regression; 0 for any.
+        needs_media: Whether each sample must have an image or video.
+        prompts: Whether samples are rendered as questions, without their answers.
+        optional: Whether a sample may have no label.
     """
 
     task: TaskName
@@ -56,10 +56,10 @@ class LabelReader:
         return ("label",)
 
     def label(self, sample: Sample) -> Label | None:
-        """Return the label of a sample; None where it may have none.
+        """Return the label of a sample; None if it has none and labels are optional.
 
         Raises:
-            SampleError: it is missing, of another kind, or none of the classes.
+            SampleError: it is missing, of another type, or not one of the classes.
         """
         value = sample.record.get("label")
         if value is None and self.optional:
@@ -69,33 +69,33 @@ class LabelReader:
             for name in label if self.task == "multilabel" else [label] if self.task == "classification" else ():
                 self._require_known(str(name))
             if self.task == "regression" and len(label) != (self.outputs or len(label)):
-                raise wrong_label(f"it has {len(label)} numbers, and others have {self.outputs}")
+                raise wrong_label(f"it has {len(label)} numbers, while others have {self.outputs}")
         except SampleError as error:
             raise error.at(sample.origin) from None
         return label
 
     def check(self, sample: Sample, conversation: Conversation) -> None:
-        """Look at label and media.
+        """Check label and media.
 
         Raises:
             SampleError: the label is missing or wrong, or does not fit the media.
         """
         label, media = self.label(sample), conversation.media()
         if self.needs_media and not media:
-            reason = "the sample has no picture or video, and --pooling vision_mean reads nothing else."
+            reason = "the sample has no image or video, which --pooling vision_mean needs."
             raise SampleError("no_media", reason, sample.origin)
         if self.task != "ranking":
             return
         if not all(isinstance(item, ImageItem) for item in media):
-            raise SampleError("bad_label", "--task ranking ranks pictures, and the sample has a video.", sample.origin)
+            raise SampleError("bad_label", "--task ranking ranks images, but the sample has a video.", sample.origin)
         if label is not None and len(label) != len(media):
             reason = (
-                f"its 'label' has {len(label)} relevances for {len(media)} pictures; --task ranking needs one each."
+                f"its 'label' has {len(label)} relevances for {len(media)} images; --task ranking needs one for each."
             )
             raise SampleError("bad_label", reason, sample.origin)
 
     def read(self, sample: Sample, plan: Plan) -> Any:
-        """Return the number of a class; the numbers of classes; or the numbers of the label. -1 without a label.
+        """Return the target: index of the class, indices of classes, or numbers of the label; -1 without a label.
 
         Raises:
             SampleError: as :meth:`label`.
@@ -111,7 +111,7 @@ class LabelReader:
         return label
 
     def identity(self) -> list[Any]:
-        """Return what :meth:`check` depends on, as values that JSON can hold."""
+        """Return the settings that :meth:`check` depends on, as JSON values."""
         return [self.task, list(self.classes), self.outputs, self.needs_media, self.prompts, self.optional]
 
     def _require_known(self, name: str) -> None:
@@ -120,8 +120,8 @@ class LabelReader:
             known = ", ".join(self.classes[:_LISTED]) + more
             raise SampleError(
                 "unknown_label",
-                f"its 'label' {name!r} is none of the classes ({known}).{nearest(name, self.classes)} Correct it, or "
-                "add the class (--class_names; without it, classes are those of the training data).",
+                f"its 'label' {name!r} is not one of the classes ({known}).{nearest(name, self.classes)} Correct it, "
+                "or add the class to --class_names; without this flag, the classes are those of the training data.",
             )
 
 
@@ -129,8 +129,8 @@ def _parse(task: TaskName, value: Any) -> Label:
     if value is None:
         raise SampleError(
             "no_label",
-            f"the sample has no 'label', from which --task {task} learns. Add it; where the column has another name, "
-            'say so in the registry entry: "columns": {"label": NAME}.',
+            f"the sample has no 'label', which --task {task} needs. Add it; if the column has another name, name it in "
+            'the registry entry: "columns": {"label": NAME}.',
         )
     if task == "classification":
         return _name(value)
@@ -142,10 +142,10 @@ def _parse(task: TaskName, value: Any) -> Label:
         numbers = value if isinstance(value, list | tuple) else [value]
         return tuple(_number(one) for one in numbers) if numbers else _raise("it is an empty list")
     if not isinstance(value, list | tuple) or len(value) < 2:
-        raise wrong_label("--task ranking takes a list of relevances, one for each of two or more pictures", value)
+        raise wrong_label("--task ranking takes a list of relevances, one for each of two or more images", value)
     relevances = tuple(_number(one) for one in value)
     if min(relevances) < 0 or len(set(relevances)) == 1:
-        raise wrong_label("relevances are numbers from 0 up, and not all equal: there would be nothing to rank", value)
+        raise wrong_label("relevances have to be numbers from 0 up that are not all equal", value)
     return relevances
 
 
@@ -166,7 +166,7 @@ def _number(value: Any) -> float:
 
 
 def wrong_label(problem: str, *value: Any) -> SampleError:
-    """Return the error of a label that cannot be used, which is shown if it is given."""
+    """Return the error for an unusable label, with its value if it is given."""
     shown = f" {str(value[0])[:80]!r}" if value else ""
     return SampleError("bad_label", f"its 'label'{shown} cannot be used: {problem}.")
 

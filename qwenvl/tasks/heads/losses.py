@@ -1,4 +1,4 @@
-"""The losses of heads: each a sum over samples, so that it does not depend on how they are split.
+"""The losses of heads. Each is a sum over samples, so that it does not depend on how batches are split.
 
 Cross entropy; focal loss (Lin et al., 2017, "Focal Loss for Dense Object Detection", arXiv 1708.02002, equation 4;
 without its alpha, which class weights stand for); squared error; Huber's loss (Huber, 1964); binary cross entropy of
@@ -23,11 +23,11 @@ def summed_loss(spec: HeadSpec, scores: Tensor, targets: Sequence[Any]) -> Tenso
     """Return the loss summed over samples, float32 [] (float64 for scores of it).
 
     Args:
-        spec: of the head.
+        spec: Config of the head.
         scores: [units, outputs].
-        targets: of each sample, from :class:`qwenvl.tasks.heads.labels.LabelReader`.
+        targets: Target of each sample, from :class:`qwenvl.tasks.heads.labels.LabelReader`.
     """
-    if not targets:  # zero, and connected
+    if not targets:  # zero that is still connected to the graph
         return scores.sum()
     losses: dict[str, Callable[[HeadSpec, Tensor, Sequence[Any]], Tensor]] = {
         "classification": _of_classes,
@@ -39,7 +39,7 @@ def summed_loss(spec: HeadSpec, scores: Tensor, targets: Sequence[Any]) -> Tenso
 
 
 def _of_classes(spec: HeadSpec, scores: Tensor, targets: Sequence[int]) -> Tensor:
-    """Sum of w_y (1 - p_y)^gamma (-log p_y); weights are not divided by, unlike torch's mean."""
+    """Return the sum of w_y (1 - p_y)^gamma (-log p_y); unlike torch's mean, it is not divided by the weights."""
     wanted = torch.tensor(list(targets), device=scores.device)
     loss = functional.cross_entropy(scores, wanted, reduction="none")
     if spec.loss == "focal":
@@ -50,7 +50,7 @@ def _of_classes(spec: HeadSpec, scores: Tensor, targets: Sequence[int]) -> Tenso
 
 
 def _of_labels(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
-    """Sum over samples of the mean over classes; what a sample has weighs as its class does, what it lacks 1."""
+    """Return the sum over samples of the mean over classes; class weights apply to the positive labels only."""
     wanted = many_hot(targets, spec.outputs, scores)
     loss = functional.binary_cross_entropy_with_logits(scores, wanted, reduction="none")
     if spec.loss == "focal":
@@ -61,7 +61,7 @@ def _of_labels(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[int]])
 
 
 def many_hot(targets: Sequence[Sequence[int]], classes: int, like: Tensor) -> Tensor:
-    """Return [samples, classes], 1 where a sample has a class, in the type and place of a tensor."""
+    """Return [samples, classes], 1 where a sample has a class, with the dtype and device of ``like``."""
     wanted = torch.zeros(len(targets), classes)
     for row, names in enumerate(targets):
         wanted[row, list(names)] = 1
@@ -69,7 +69,7 @@ def many_hot(targets: Sequence[Sequence[int]], classes: int, like: Tensor) -> Te
 
 
 def _of_numbers(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[float]]) -> Tensor:
-    """Sum over samples of the mean over the numbers of a label, in standard deviations."""
+    """Return the sum over samples of the mean over the numbers of a label, in standard deviations."""
     wanted = torch.tensor(list(targets), dtype=torch.float64)
     wanted = ((wanted - torch.tensor(spec.means)) / torch.tensor(spec.deviations)).to(scores)
     if spec.loss == "huber":
@@ -80,7 +80,7 @@ def _of_numbers(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[float
 
 
 def _of_ranks(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[float]]) -> Tensor:
-    """Sum over samples of a loss of their own pictures: those of other samples are never compared."""
+    """Return the sum over samples of a ranking loss among the images of one sample."""
     parts = scores.squeeze(1).split([len(one) for one in targets])
     of_sample = listnet if spec.loss == "listnet" else pairwise
     return torch.stack([of_sample(part, part.new_tensor(one)) for part, one in zip(parts, targets, strict=True)]).sum()

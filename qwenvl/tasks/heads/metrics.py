@@ -1,4 +1,4 @@
-"""How good the predictions of heads are."""
+"""Metrics of the predictions of heads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def classification_metrics(predicted: np.ndarray, expected: np.ndarray) -> dict[
     """Return accuracy, and macro F1: the mean of F1 over the classes that are predicted or expected.
 
     Args:
-        predicted: int64 [n], number of the class.
-        expected: the same.
+        predicted: int64 [n], indices of classes.
+        expected: int64 [n], indices of classes.
     """
     classes = np.union1d(predicted, expected)
     hits = predicted == expected
@@ -29,7 +29,7 @@ def _f1(hits: float, predicted: float, expected: float) -> float:
 
 
 def confusion_matrix(predicted: np.ndarray, expected: np.ndarray, classes: int) -> np.ndarray:
-    """Return int64 [classes, classes]: how often each expected class (row) was predicted as each (column)."""
+    """Return int64 [classes, classes]: counts of each pair of expected class (row) and predicted class (column)."""
     return np.bincount(expected * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
@@ -59,7 +59,7 @@ def average_precision(scores: np.ndarray, expected: np.ndarray) -> float:
         expected: bool [n], at least one of them true.
     """
     order = np.argsort(-scores, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of each run of equal scores
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # ends of runs of equal scores
     hits = np.cumsum(expected[order])[last]
     gained = np.diff(hits, prepend=0) / expected.sum()
     return float((gained * hits / (last + 1)).sum())
@@ -70,7 +70,7 @@ def regression_metrics(predicted: np.ndarray, expected: np.ndarray) -> dict[str,
 
     Args:
         predicted: [n, numbers], in the unit of the labels.
-        expected: the same. Where a number never changes, R2 is left out of the mean; NaN if there is none.
+        expected: [n, numbers]. A number that never changes is left out of R2, which is NaN if none is left.
     """
     apart = predicted - expected
     left, spread = (apart**2).sum(0), ((expected - expected.mean(0)) ** 2).sum(0)
@@ -86,8 +86,8 @@ def ranking_metrics(scores: Sequence[np.ndarray], relevances: Sequence[np.ndarra
     """Return the means over samples of pairwise accuracy, NDCG and Kendall's tau-b.
 
     Args:
-        scores: of the pictures of each sample.
-        relevances: the same, from 0 up and not all equal.
+        scores: Scores of the images of each sample.
+        relevances: Relevances of the images of each sample, from 0 up and not all equal.
     """
     pairs = list(zip(scores, relevances, strict=True))
     return {
@@ -98,23 +98,23 @@ def ranking_metrics(scores: Sequence[np.ndarray], relevances: Sequence[np.ndarra
 
 
 def _ordered_pairs(scores: np.ndarray, relevances: np.ndarray) -> float:
-    """Return the share of pairs of different relevance that are in order; one with equal scores counts half."""
+    """Return the share of pairs of different relevance in the right order; a pair with equal scores counts half."""
     more = relevances[:, None] > relevances[None, :]
     above = (np.sign(scores[:, None] - scores[None, :]) + 1) / 2
     return float(above[more].mean())
 
 
 def kendall_tau(scores: np.ndarray, relevances: np.ndarray) -> float:
-    """Return tau-b (Kendall, 1945): in order minus out of order, of pairs that are equal in neither; 0 if all are."""
+    """Return tau-b (Kendall, 1945), the rank correlation with a correction for ties; 0 if all scores are equal."""
     first, second = (np.sign(one[:, None] - one[None, :]) for one in (scores, relevances))
     pairs = math.sqrt(float((first != 0).sum()) * float((second != 0).sum()))
     return float((first * second).sum() / pairs) if pairs else 0.0
 
 
 def ndcg(scores: np.ndarray, relevances: np.ndarray) -> float:
-    """Return sum of relevance / log2(1 + rank), as a share of the best order's (Järvelin and Kekäläinen, 2002).
+    """Return the sum of relevance / log2(1 + rank), divided by that of the best order (Järvelin and Kekäläinen, 2002).
 
-    Pictures with equal scores share the mean of their discounts.
+    Images with equal scores share the mean of their discounts.
     """
     discounts = 1 / np.log2(np.arange(2, len(scores) + 2))
     _, groups, counts = np.unique(-scores, return_inverse=True, return_counts=True)

@@ -28,12 +28,12 @@ PICTURE = "confusion_matrix.svg"
 
 
 class HeadObjective(Objective):
-    """Trains a :class:`~qwenvl.tasks.heads.head.TaskHead`.
+    """Objective of a :class:`~qwenvl.tasks.heads.head.TaskHead`.
 
     Args:
-        spec: of the head.
-        seed: of its first weights.
-        learning_rate: of the head; None for the run's.
+        spec: Config of the head.
+        seed: Seed of the initial weights.
+        learning_rate: Learning rate of the head; None for the run's.
     """
 
     unit = "labelled_samples"
@@ -53,16 +53,16 @@ class HeadObjective(Objective):
         return TaskHead(self.spec, self._seed, self._learning_rate)
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Find the hidden states to pool; see :meth:`Objective.prepare`."""
+        """Add the positions of the hidden states to pool; see :meth:`Objective.prepare`."""
         batch = dict(batch)
         batch["segments"] = segments_of(batch, batch.pop("labels"))
         mask = batch["vision_mask"].flatten().numpy()
-        by_picture = self.spec.task == "ranking"
-        pooled = pooled_rows(self.spec.pooling, token_places(batch), mask, by_picture=by_picture)
+        by_image = self.spec.task == "ranking"
+        pooled = pooled_rows(self.spec.pooling, token_places(batch), mask, by_image=by_image)
         return batch | {"readout_inputs": {"rows": pooled.rows, "lengths": pooled.lengths}}
 
     def count(self, batch: Mapping[str, Any]) -> int:
-        """Return the samples of a batch."""
+        """Return the number of samples of a batch."""
         return len(batch["sample_targets"])
 
     def compute(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
@@ -83,7 +83,7 @@ class HeadObjective(Objective):
         return list(zip(np.split(scores, np.cumsum(units)[:-1]) if targets else [], targets, strict=True))
 
     def metrics(self, records: Sequence[Any]) -> dict[str, float]:
-        """Return the metrics of the task; nothing without a record."""
+        """Return the metrics of the task; empty without records."""
         if not records:
             return {}
         scores, targets = [one for one, _ in records], [target for _, target in records]
@@ -100,7 +100,7 @@ class HeadObjective(Objective):
         return multilabel_metrics(probabilities(self.spec, rows), expected)
 
     def draw(self, records: Sequence[Any], folder: Path) -> None:
-        """Write the confusion matrix, where there are classes of which each sample has one."""
+        """Write the confusion matrix of a classification."""
         if self.spec.task == "classification" and records:
             predicted = np.concatenate([one for one, _ in records]).argmax(1)
             expected = np.array([target for _, target in records])
@@ -109,7 +109,7 @@ class HeadObjective(Objective):
 
 
 def probabilities(spec: HeadSpec, scores: np.ndarray) -> np.ndarray:
-    """Return the probability of each class, [n, classes]: of one class a sample they add up to 1."""
+    """Return the probability of each class, [n, classes]: softmax for classification, else sigmoid."""
     if spec.task == "classification":
         powers = np.exp(scores - scores.max(1, keepdims=True))
         shares: np.ndarray = powers / powers.sum(1, keepdims=True)
@@ -119,21 +119,21 @@ def probabilities(spec: HeadSpec, scores: np.ndarray) -> np.ndarray:
 
 
 def values(spec: HeadSpec, scores: np.ndarray) -> np.ndarray:
-    """Return the numbers that scores of regression stand for, [n, numbers]."""
+    """Return the numbers that a regression predicts, [n, numbers]: scores with the normalisation undone."""
     found: np.ndarray = scores * np.array(spec.deviations) + np.array(spec.means)
     return found
 
 
 def describe_scores(spec: HeadSpec, scores: np.ndarray) -> dict[str, Any]:
-    """Return what the scores of one sample say, in values of JSON.
+    """Return the prediction of one sample, as JSON values.
 
     Args:
-        spec: of the head.
+        spec: Config of the head.
         scores: [units of the sample, outputs].
 
     Returns:
         ``label``, and beside it ``probabilities`` of each class by name (classification, multilabel) or ``scores`` and
-        ``order``, the numbers of the pictures, best first, from 0 (ranking). ``label`` of regression is a number, or
+        ``order``, the indices of the images, best first, from 0 (ranking). ``label`` of regression is a number, or
         a list of several.
     """
     if spec.task == "ranking":

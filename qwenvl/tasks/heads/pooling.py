@@ -1,7 +1,7 @@
-"""Hidden states of many tokens to one vector a sample, or one a picture.
+"""Pool hidden states to one vector per sample, or per image.
 
-Which tokens, is found on the host: a sample is where its tokens are, in a flattened row or in a padded one, and
-padding is no token of any sample. So it does not matter whether rows are packed, nor on which side they are padded.
+The positions of the tokens are computed on the host, for flattened and for padded batches. Padding belongs to no
+sample, so the result does not depend on packing or on the side of padding.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from qwenvl.config.tasks import Pooling
 
 @dataclass(frozen=True, slots=True)
 class PooledRows:
-    """Which hidden states are pooled together.
+    """Indices of the hidden states that are pooled, by unit.
 
     Args:
-        rows: int64 [n], tokens in the batch's rows one after another, those of a unit in a row.
-        lengths: how many of them belong to each unit; they add up to n.
+        rows: int64 [n], indices into the tokens of all rows of the batch; the tokens of a unit are consecutive.
+        lengths: Number of tokens of each unit; they add up to n.
     """
 
     rows: Tensor
@@ -32,11 +32,11 @@ class PooledRows:
 
 
 def token_places(batch: Mapping[str, Any]) -> list[np.ndarray]:
-    """Return where the tokens of each usable sample of a batch are: int64 [its tokens] each, in order.
+    """Return the token indices of each usable sample of a batch: int64 [tokens of the sample] each, in order.
 
     Args:
-        batch: on the host, with ``cu_seq_lens_q`` if flattened, else ``attention_mask`` [B, T], 0 at padding on either
-            side.
+        batch: Batch on the host, with ``cu_seq_lens_q`` if flattened, else ``attention_mask`` [B, T], 0 at padding on
+            either side.
     """
     if not batch.get("num_samples", 1):
         return []
@@ -48,23 +48,23 @@ def token_places(batch: Mapping[str, Any]) -> list[np.ndarray]:
 
 
 def pooled_rows(
-    pooling: Pooling, places: Sequence[np.ndarray], vision_mask: np.ndarray, *, by_picture: bool = False
+    pooling: Pooling, places: Sequence[np.ndarray], vision_mask: np.ndarray, *, by_image: bool = False
 ) -> PooledRows:
     """Choose the hidden states that are pooled.
 
     Args:
-        pooling: the last token, the first one, all of them, or those of pictures and videos.
-        places: of the tokens of each sample.
-        vision_mask: bool, whether each of the batch's tokens stands for a picture or video, rows one after another.
-        by_picture: a unit is a picture, and its tokens are those that stand for it. Otherwise it is a sample.
+        pooling: Pooling over the last token, the first token, all tokens, or those of images and videos.
+        places: Token indices of each sample.
+        vision_mask: bool [tokens], whether each token of the batch's rows belongs to an image or video.
+        by_image: Whether a unit is an image with its tokens, instead of a sample.
 
     Returns:
-        Units in the order of the samples, and of their pictures.
+        Units in the order of the samples, and of their images.
     """
     units = list(places)
-    if by_picture or pooling == "vision_mean":
+    if by_image or pooling == "vision_mean":
         units = [one[vision_mask[one]] for one in units]
-    if by_picture:  # brackets stand between two pictures
+    if by_image:  # start and end tokens separate two images
         units = [run for one in units for run in np.split(one, np.flatnonzero(np.diff(one) > 1) + 1)]
     if pooling in ("last_non_pad", "first"):
         units = [one[-1:] if pooling == "last_non_pad" else one[:1] for one in units]
@@ -79,10 +79,10 @@ def pool(hidden: Tensor, rows: Tensor, lengths: Sequence[int]) -> Tensor:
     Args:
         hidden: [tokens, H].
         rows: int64 [n], of :class:`PooledRows`.
-        lengths: of each unit.
+        lengths: Number of tokens of each unit.
 
     Returns:
-        float32 (float64 for hidden states of it) [units, H]; connected to ``hidden`` even without a unit.
+        float32 (float64 for float64 hidden states) [units, H]; connected to ``hidden`` even without a unit.
     """
     chosen = hidden.index_select(0, rows)
     chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""A folder of a model with the head of a task, opened by one call, on stock transformers.
+"""Open a model folder with the head of a task, on stock transformers, and predict.
 
 from qwenvl.tasks.heads.predict import open_task_model
 
@@ -25,9 +25,9 @@ from qwenvl.tasks.heads.head import HeadSpec, TaskHead
 from qwenvl.tasks.heads.objective import describe_scores
 from qwenvl.tasks.heads.pooling import pooled_rows, token_places
 
-USAGE = """from qwenvl.tasks.heads.predict import open_task_model  # of this trainer
+USAGE = """from qwenvl.tasks.heads.predict import open_task_model  # from this trainer
 
-# The model alone opens as usual, with AutoModelForImageTextToText.
+# Without the head, the model opens with AutoModelForImageTextToText as usual.
 
 model = open_task_model("{name}")
 turn = {{"role": "user", "content": [{{"type": "image", "image": "a.jpg"}}, {{"type": "text", "text": "..."}}]}}
@@ -37,25 +37,25 @@ print(model.predict([[turn]]))"""
 
 @dataclass(frozen=True)
 class TaskModel:
-    """A stock model and the head that reads its hidden states.
+    """A stock model with a head on its hidden states.
 
     Args:
-        answerer: the model with its processor.
-        head: of its task; ``head.spec`` says which, with classes, pooling and layer.
+        answerer: Model and processor.
+        head: Head of the task; ``head.spec`` holds its classes, pooling and layer.
     """
 
     answerer: Answerer
     head: TaskHead
 
     def predict(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-        """Return what each conversation is, in words.
+        """Return the prediction for each conversation.
 
         Args:
-            conversations: turns in the form that the processor's ``apply_chat_template`` takes, up to the question;
-                with the answer, where the head was trained with ``--keep_answer``.
+            conversations: Turns in the form that the processor's ``apply_chat_template`` takes, up to the question;
+                with the answer if the head was trained with ``--keep_answer``.
 
         Returns:
-            As :func:`qwenvl.tasks.heads.objective.describe_scores`.
+            Dicts as from :func:`qwenvl.tasks.heads.objective.describe_scores`.
         """
         inputs = self.answerer.processor.apply_chat_template(
             [list(turns) for turns in conversations],
@@ -69,16 +69,16 @@ class TaskModel:
         return [describe_scores(self.head.spec, scores) for scores in self.scores(inputs)]
 
     def predict_prompts(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """Return what each sample of the data path is; see :meth:`predict`."""
+        """Return the prediction for each prompt of the data path; see :meth:`predict`."""
         inputs = encode_prompts(self.answerer, prompts, answered=self.head.spec.keep_answer)
         return [describe_scores(self.head.spec, scores) for scores in self.scores(inputs)]
 
     def scores(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
-        """Return the scores of each row, [units of the sample, outputs]: one unit, or one for each picture to rank.
+        """Return the scores of each row, [units of the sample, outputs]: one unit, or one for each image to rank.
 
         Args:
-            inputs: of the processor: ``input_ids`` and ``attention_mask`` int64 [B, T], padded on either side, and the
-                media's tensors.
+            inputs: Output of the processor: ``input_ids`` and ``attention_mask`` int64 [B, T], padded on either side,
+                and the tensors of media.
         """
         model = self.answerer.model
         stock = getattr(model, "get_base_model", lambda: model)()
@@ -89,7 +89,7 @@ class TaskModel:
         moved["mm_token_type_ids"] = kinds.to(model.device)
         places = token_places({"attention_mask": inputs["attention_mask"].cpu()})
         mask, spec = (kinds > 0).flatten().cpu().numpy(), self.head.spec
-        units = [pooled_rows(spec.pooling, [one], mask, by_picture=spec.task == "ranking") for one in places]
+        units = [pooled_rows(spec.pooling, [one], mask, by_image=spec.task == "ranking") for one in places]
         rows = torch.cat([one.rows for one in units]).to(model.device)
         lengths = [length for one in units for length in one.lengths]
         handles = self.head.watch(language_model(stock))
@@ -105,10 +105,10 @@ class TaskModel:
 
 
 def open_head(folder: str) -> TaskHead:
-    """Open the head alone.
+    """Open the head without its model.
 
     Raises:
-        UserError: the folder holds none, or a damaged one.
+        UserError: the folder holds no head, or a damaged one.
     """
     head = TaskHead(HeadSpec.from_record(task_files.read_record(folder)))
     task_files.load(head, folder)
@@ -116,12 +116,12 @@ def open_head(folder: str) -> TaskHead:
 
 
 def open_task_model(folder: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> TaskModel:
-    """Open a folder that a run with ``--task`` has saved, whole or adapters.
+    """Open a folder saved by a run with ``--task``, with full weights or adapters.
 
     Args:
-        folder: the output folder, or a checkpoint.
-        device: such as ``cpu`` or ``cuda:1``; None for the accelerator where there is one.
-        dtype: of the model's weights; None for the one they are saved in. The head computes in float32.
+        folder: Output folder, or a checkpoint.
+        device: Device such as ``cpu`` or ``cuda:1``; None for the accelerator if there is one.
+        dtype: Dtype of the model's weights; None for the dtype that they are saved in. The head computes in float32.
 
     Raises:
         UserError: it holds no head of a task, or cannot be opened.
@@ -135,11 +135,11 @@ def add_head(answerer: Answerer, folder: str) -> TaskModel:
     """Return an open model with the head in its folder.
 
     Raises:
-        UserError: the folder holds none, or a damaged one.
+        UserError: the folder holds no head, or a damaged one.
     """
     return TaskModel(answerer, open_head(folder).to(answerer.model.device))
 
 
 def saved_scores(folder: str, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return what the saved head says of one sample with a stock model: [units, outputs]."""
+    """Return the scores of one sample from a stock model with the saved head: [units, outputs]."""
     return torch.from_numpy(add_head(Answerer(model, None), folder).scores(inputs)[0])

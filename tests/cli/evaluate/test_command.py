@@ -144,7 +144,7 @@ def test_a_random_model_does_not_look(evaluate: Evaluate, tmp_path: Path) -> Non
     flags = ("--dataset_registry", registry, "--dataset_use", "set", "--blind")
     code, printed, _ = evaluate(*flags)
     assert code == 1
-    assert "set: No evidence that the answers depend on the pictures and videos: exact match is 0.0%" in printed
+    assert "set: No evidence that the answers depend on the images and videos: exact match is 0.0%" in printed
     assert "4 samples compared, 5 left out." in printed
     (found,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["blind"]
     assert found["losses"]["shown"]["value"] == pytest.approx(found["losses"]["blank"]["value"], rel=0.05)

@@ -198,7 +198,7 @@ def test_a_dry_run_measures_masks_too(train, capsys, caplog, tmp_path) -> None:
         ({"deepspeed": "configs/zero3.json"}, "--task grounding with ZeRO-3: ranks would have to gather"),
         ({"mask_resolution": 4}, "--mask_resolution must be 8 or more"),
         ({"sam_model_name_or_path": "qwen3_vl"}, "holds no SAM that transformers opens: it is a qwen3_vl"),
-        ({"dataset_use": "pictures"}, "'masks' is None: --task grounding needs a list with a mask"),
+        ({"dataset_use": "pictures"}, "'masks' is None: --task grounding needs a list of one or more masks"),
     ],
 )
 def test_mistakes_end_with_one_message(settings, expected, fail, registry, scenes, tiny_checkpoint, tmp_path) -> None:

@@ -125,7 +125,7 @@ def test_an_answer_after_thinking_is_found_where_the_template_puts_it(tiny_check
     assert opened[1].tokenizer.decode(plan.tokens.input_ids[list(region.place.tokens)]).strip() == "a cat"
     thought = {"span": [8, 13], "answer": 0, "segmentation": ALL}
     if "A dog?" not in plan.rendering.text:  # thoughts of earlier turns are left out
-        with pytest.raises(SampleError, match="leaves its words out"):
+        with pytest.raises(SampleError, match="omits or changes its words"):
             _read(opened, _sample(folder, "", thought, conversations=turns))
 
 
@@ -174,13 +174,13 @@ def test_a_mask_lies_on_its_thing_in_the_pixels_that_the_model_sees(qwen3, tmp_p
     [
         ("cat", "it is 'cat', not an object with phrase, span"),
         ({"phrase": "cat", "segmentaton": ALL}, "Did you mean 'segmentation'?"),
-        ({"segmentation": ALL}, "it needs 'phrase' or 'span'"),
-        ({"phrase": "cat", "span": [0, 2], "segmentation": ALL}, "it needs 'phrase' or 'span'"),
-        ({"phrase": "dog", "segmentation": ALL}, "stands in the answer 0 times"),
-        ({"phrase": "a", "segmentation": ALL}, "stands in the answer 2 times. Give 'span'"),
+        ({"segmentation": ALL}, "it needs exactly one of 'phrase' and 'span'"),
+        ({"phrase": "cat", "span": [0, 2], "segmentation": ALL}, "it needs exactly one of 'phrase' and 'span'"),
+        ({"phrase": "dog", "segmentation": ALL}, "occurs in the answer 0 times"),
+        ({"phrase": "a", "segmentation": ALL}, "occurs in the answer 2 times. Give 'span'"),
         ({"phrase": " ", "segmentation": ALL}, "not words of an answer"),
         ({"span": [0, 99], "segmentation": ALL}, "not [first, last + 1] in the 6 characters"),
-        ({"span": [1, 2], "segmentation": ALL}, "white space alone"),
+        ({"span": [1, 2], "segmentation": ALL}, "contains only white space"),
         ({"phrase": "cat", "image": 1, "segmentation": ALL}, "'image' is 1, but the sample has 1 images"),
         ({"phrase": "cat", "answer": 1, "segmentation": ALL}, "'answer' is 1, but the sample has 1 assistant turns"),
         ({"phrase": "cat", "segmentation": {"size": [1, 1], "counts": [0, 1]}}, "shown 64 pixels high and 64 wide"),
@@ -198,9 +198,9 @@ def test_samples_without_masks_and_spans_that_move_are_refused(qwen3, folder) ->
     with pytest.raises(SampleError, match="'masks' is \\[\\]: --task grounding needs a list"):
         qwen3[0].plans(_sample(folder, "a cat."))[0]
     mask = {"span": [0, 5], "segmentation": ALL}
-    with pytest.raises(SampleError, match="'span' with bbox_format"):
+    with pytest.raises(SampleError, match="'span' cannot be used with bbox_format"):
         qwen3[0].plans(_sample(folder, "a cat.", mask, bbox_format="pixel"))
-    with pytest.raises(SampleError, match="'span' with bbox_format or objects"):
+    with pytest.raises(SampleError, match="'span' cannot be used with bbox_format or objects"):
         qwen3[0].plans(_sample(folder, "a cat <bbox>.", mask, objects={"bbox": [[1, 1]]}))
     assert len(replace(qwen3[0], targets=None).plans(_sample(folder, "a cat.", "nonsense"))[0].tokens)
 

@@ -80,7 +80,7 @@ def test_each_picture_is_pooled_over_its_own_tokens(
 ) -> None:
     batch, states, hidden = lay_out(flags, layout, seed)
     mask = batch["vision_mask"].flatten().numpy()
-    pooled = pooled_rows(pooling, token_places(batch), mask, by_picture=True)
+    pooled = pooled_rows(pooling, token_places(batch), mask, by_image=True)
     found = pool(hidden.flatten(0, 1), pooled.rows, pooled.lengths)
     expected = []
     for of_sample, one in zip(states, flags, strict=True):

@@ -88,9 +88,9 @@ def test_other_files_of_fsdp_are_refused(kind: str, tmp_path: Path) -> None:
 
 
 TASKS: dict[str, tuple[dict[str, Any], str]] = {
-    "another head": ({"head": "mlp"}, "head: linear there, mlp here"),
-    "another layer": ({"hidden_layer": 1}, "hidden_layer: -1 there, 1 here"),
-    "no task": ({"task": None, "dataset_use": "mixed"}, "task: classification there, None here"),
+    "another head": ({"head": "mlp"}, "head: linear in the checkpoint, mlp in this run"),
+    "another layer": ({"hidden_layer": 1}, "hidden_layer: -1 in the checkpoint, 1 in this run"),
+    "no task": ({"task": None, "dataset_use": "mixed"}, "task: classification in the checkpoint, None in this run"),
     "another loss": ({"task_loss": "focal", "head_lr": 1e-4}, ""),
 }
 
