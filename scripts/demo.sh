@@ -92,3 +92,4 @@ make_base
 make_data
 train "$@"
 make_report
+say "to serve it with vLLM: bash $root/scripts/serve.sh $DEMO_DIR/model"
