@@ -1,1 +1,1 @@
-"""Parts of the HTML pages that training and tools write: the style, tables, curves, and pictures inside the page."""
+"""Parts of the HTML pages that training and tools write: the style, tables, curves, and images inside the page."""

@@ -1,4 +1,4 @@
-"""Answers to the same questions at one evaluation after another, beside what they are about."""
+"""Answers to the same questions at successive evaluations, beside the images and videos of their samples."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ STEPS = 6
 LONGEST_TEXT = 300
 """Characters of a question or answer that are shown."""
 
-_SIDE = 256  # pixels; they are drawn smaller than that
+_SIDE = 256  # pixels; the page draws images smaller than that
 
 
 @dataclass(frozen=True)
 class Medium:
-    """A picture or video of a sample.
+    """An image or video of a sample.
 
     Args:
-        frames: as the model gets them; one of a picture.
+        frames: Frames as the model gets them; an image has one.
     """
 
     frames: tuple[Image.Image, ...]
 
 
 OpenMedia = Callable[[Prediction], Sequence[Medium] | str]
-"""Returns what a sample shows, or why that cannot be shown."""
+"""Returns the media of a sample, or the reason why they cannot be shown."""
 
 
 def answers_section(answers: Sequence[Answered], open_media: OpenMedia) -> str:
-    """Return the samples with their answers over time, or how to get them.
+    """Return the samples with their answers over time, or a note on how to get answers.
 
     Args:
-        answers: of all evaluations.
-        open_media: called for the samples that are shown.
+        answers: Answers of all evaluations.
+        open_media: Function that opens the media of a sample; called for the samples that are shown.
     """
     if not answers:
         text = (
-            '<p class="note">None: <code>--eval_generate 100</code> lets the model answer so many held-out samples at '
-            "every evaluation, shows some of them here, and adds scores to the curves.</p>"
+            '<p class="note">None: <code>--eval_generate 100</code> lets the model answer that many held-out samples '
+            "at every evaluation, shows some of them here, and adds scores to the curves.</p>"
         )
         return f'<section class="panel"><h2>Answers over time</h2>{text}</section>'
     steps = sorted({one.step for one in answers})
@@ -78,7 +78,7 @@ def answers_section(answers: Sequence[Answered], open_media: OpenMedia) -> str:
 
 
 def choose(lines: Sequence[Prediction]) -> list[Prediction]:
-    """Return the samples that are shown: of each dataset in turn, always the same ones."""
+    """Return the samples to show: one from each dataset in turn, the same ones on every call."""
     groups: dict[str, list[Prediction]] = {}
     for line in sorted(lines, key=lambda line: (line.index, line.member or 0)):
         groups.setdefault(line.dataset, []).append(line)
@@ -99,12 +99,12 @@ def _card(number: int, line: Prediction, answers: Sequence[Answered | None], ope
             assert line.canvas is not None and not isinstance(media, str)
             answer = answered.line.prediction or ""
             boxes = read_boxes(final_answer(line.expected)), read_boxes(final_answer(answer))
-            drawing = with_boxes(media[0].frames[0], line.canvas, *boxes, name=f"picture-{number}", again=bool(columns))
+            drawing = with_boxes(media[0].frames[0], line.canvas, *boxes, name=f"image-{number}", again=bool(columns))
         columns.append(_column(answered, drawing))
-    pictures = "" if boxed else f'<div class="media">{_pictures(media)}</div>' if media else ""
+    images = "" if boxed else f'<div class="media">{_images(media)}</div>' if media else ""
     label = f"{line.dataset}, {line.id or f'line {line.line}'}"
     return (
-        f'<article class="card learned">{pictures}<div><p class="question">{escape(_cut(line.question))}</p>'
+        f'<article class="card learned">{images}<div><p class="question">{escape(_cut(line.question))}</p>'
         f"<dl><dt>expected</dt><dd>{escape(_cut(short_answer(line.expected)))}</dd></dl>"
         f'<ol class="answers">{"".join(columns)}</ol><p class="note">{escape(label)}</p></div></article>'
     )
@@ -123,7 +123,7 @@ def _column(answered: Answered, drawing: str) -> str:
     )
 
 
-def _pictures(media: Sequence[Medium] | str) -> str:
+def _images(media: Sequence[Medium] | str) -> str:
     if isinstance(media, str):
         return f'<p class="missing">{escape(media)}</p>'
     shown = media[:SHOWN_FRAMES]
@@ -137,16 +137,16 @@ def _pictures(media: Sequence[Medium] | str) -> str:
 
 
 def _frames(medium: Medium, number: int, most: int) -> list[tuple[str, Image.Image]]:
-    """Return frames from the first to the last, with their names."""
+    """Return at most ``most`` frames, from the first to the last, with their names."""
     count = len(medium.frames)
     if count == 1:
-        return [(f"picture {number}", medium.frames[0])]
+        return [(f"image {number}", medium.frames[0])]
     places = np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
     return [(f"video {number}, frame {place + 1} of {count}", medium.frames[place]) for place in places]
 
 
 def short_answer(answer: str) -> str:
-    """Return boxes as four numbers each, other answers as they are."""
+    """Return boxes as four numbers each, and other answers unchanged."""
     boxes = read_boxes(final_answer(answer))
     return "; ".join(", ".join(f"{edge:g}" for edge in box) for box in boxes) if boxes else answer.strip()
 

@@ -1,4 +1,4 @@
-"""Values over the steps of a run as an SVG drawing, which stays small however many there are."""
+"""Line charts of values by training step, as SVG whose size does not grow with the number of values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import groupby, pairwise
 from qwenvl.report.scales import linear_ticks, log_ticks, short, tick_label
 
 Point = tuple[float, float]
-"""Optimizer step, value; the value may be infinite or no number."""
+"""Optimizer step, value; the value may be infinite or NaN."""
 
 STYLES = 6
 """Classes ``s0`` to ``s5`` of the style sheet: each has a colour and a pattern of dashes."""
@@ -21,7 +21,7 @@ _RIGHT, _TOP, _BOTTOM = 18, 12, 42
 _BUCKETS = 120
 _BANDS = 60
 _MOST_DOTS = 30
-_LARGEST = 1e300  # the sum of two numbers of an axis has to be one
+_LARGEST = 1e300  # the sum of two numbers of an axis must be finite
 _WIDE_RANGE = 10  # greatest over smallest value from which a logarithmic axis helps
 
 
@@ -30,8 +30,8 @@ class Line:
     """One line of a chart.
 
     Args:
-        name: for the legend.
-        points: by step.
+        name: Name in the legend.
+        points: Points in the order of their steps.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Chart:
     """Lines that share an axis.
 
     Args:
-        title: what is drawn.
-        lines: at most :data:`STYLES` look different.
-        unit: of the values.
-        log: the axis may be logarithmic: it is where values are positive, and far apart.
-        percent: values are shares, and shown as per cent.
+        title: Title of the chart.
+        lines: Lines to draw; at most :data:`STYLES` look different.
+        unit: Unit of the values.
+        log: Use a logarithmic axis if all values are positive and their range is wide.
+        percent: Values are shares, and shown as per cent.
     """
 
     title: str
@@ -71,14 +71,14 @@ def _is_drawable(point: Point) -> bool:
 
 
 def thin(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
-    """Return points that draw the same line: first, last, smallest and greatest of equal stretches of steps.
+    """Return fewer points that draw the same line: the first, the last, and the extremes of equal stretches of steps.
 
     Args:
-        points: by step.
-        buckets: stretches; twice as many points or fewer stay as they are.
+        points: Points in the order of their steps.
+        buckets: Number of stretches; up to twice as many points are returned unchanged.
 
     Returns:
-        Some of the points, at most ``2 * buckets + 2``; of a stretch without a finite value, one that is not.
+        Some of the points, at most ``2 * buckets + 2``; of a stretch without a finite value, its first point.
     """
     if len(points) <= 2 * buckets:
         return list(points)
@@ -94,13 +94,13 @@ def thin(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
 
 
 def draw(chart: Chart) -> str:
-    """Return a legend, where there are several lines, the drawing and a sentence; or a sentence alone.
+    """Return the drawing, with a legend if there are several lines and a sentence; or a sentence alone.
 
-    Where the page is moved over, browsers show the values of the step.
+    Browsers show the values of the step under the pointer.
     """
     lines = [Line(line.name, tuple(thin(line.points))) for line in chart.lines if line.finite]
     if not lines:
-        return '<p class="note">There is no value that could be drawn.</p>'
+        return '<p class="note">There are no finite values to draw.</p>'
     frame = _Frame.around(chart, lines)
     drawn = "".join(frame.line(line, place % STYLES) for place, line in enumerate(lines))
     said = _say(chart)
@@ -114,14 +114,14 @@ def draw(chart: Chart) -> str:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where steps and values stand in the drawing.
+    """Positions of steps and values in the drawing.
 
     Args:
-        chart: that is drawn.
-        steps: first and last.
-        low: of the axis; its exponent on a logarithmic one.
-        high: of the axis.
-        log: it is logarithmic.
+        chart: Chart to draw.
+        steps: First and last step.
+        low: Lower end of the axis; the power of ten on a logarithmic one.
+        high: Upper end of the axis, as ``low``.
+        log: The axis is logarithmic.
     """
 
     chart: Chart
@@ -132,7 +132,7 @@ class _Frame:
 
     @classmethod
     def around(cls, chart: Chart, lines: Sequence[Line]) -> _Frame:
-        """Return a frame that all points fit into."""
+        """Return a frame that holds all points."""
         steps = (0.0, max(1.0, *(step for line in lines for step, _ in line.points)))
         values = [value for line in lines for _, value in line.finite]
         low, high = min(values), max(values)
@@ -146,14 +146,14 @@ class _Frame:
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        """Values of the axis, and what stands beside them."""
+        """Values of the axis, and their labels."""
         found = log_ticks(self.low, self.high, 6) if self.log else linear_ticks(self.low, self.high, 5)
         percent = self.chart.percent
         return [(one, f"{tick_label(float(f'{100 * one:.9g}'))}%" if percent else tick_label(one)) for one in found]
 
     @property
     def left(self) -> float:
-        """Where the drawing begins, right of the labels."""
+        """Left end of the drawing, right of the labels."""
         return 14 + 7.2 * max((len(label) for _, label in self.ticks), default=1)
 
     def x(self, step: float) -> float:
@@ -198,7 +198,7 @@ class _Frame:
         return "".join(f'<circle class="dot s{style}" cx="{x}" cy="{y}" r="3"/>' for x, y in pairs)
 
     def bands(self, lines: Sequence[Line]) -> str:
-        """Return upright bands that say the values nearest to them."""
+        """Return vertical bands whose tooltips give the values nearest to them."""
         steps = sorted({step for line in lines for step, _ in line.points})
         if len(steps) > _BANDS:
             steps = [steps[round(place * (len(steps) - 1) / (_BANDS - 1))] for place in range(_BANDS)]
@@ -231,7 +231,7 @@ def _legend(names: Sequence[str]) -> str:
 
 
 def _say(chart: Chart) -> str:
-    """Return what the lines say in words: their last value, and how far they go."""
+    """Return the last value and the range of each line in words."""
     said = []
     for line in chart.lines:
         name = f"{line.name}: " if len(chart.lines) > 1 else ""

@@ -1,4 +1,4 @@
-"""What a run has logged, as charts: each figure where it belongs, and figures that nobody named here as well."""
+"""Charts of the values that a run has logged: known ones in groups, all others in charts of their own."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from qwenvl.report.chart import STYLES, Chart, Line, Point
 
 History = Sequence[Mapping[str, Any]]
-"""Lines of the log: figures by name, each with its ``step``."""
+"""Entries of the log: values by name, each with its ``step``."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A chart of figures that are known.
+    """A chart of known log entries.
 
     Args:
-        title: of the chart.
-        names: of the lines, by the names of the figures.
-        unit: of the values.
-        log: see :class:`qwenvl.report.chart.Chart`.
-        percent: see there.
+        title: Title of the chart.
+        names: Names of the lines, by the keys of their values in the log.
+        unit: Unit of the values.
+        log: See :class:`qwenvl.report.chart.Chart`.
+        percent: See :class:`qwenvl.report.chart.Chart`.
     """
 
     title: str
@@ -33,13 +33,13 @@ class _Plan:
 
 
 TRAINED_TOKENS = "trained_tokens"
-"""What the loss of language modelling is a mean of."""
+"""Unit over which the loss of language modelling is averaged."""
 
 _TRAINING = (
     _Plan("Loss", {"loss": "training", "eval_loss": "evaluation"}, log=True),
     _Plan("Gradient norm", {"grad_norm": "gradient norm"}, log=True),
-    _Plan("Tokens", {"tokens_per_second": "all", "trained_tokens_per_second": "trained"}, "a second, all devices"),
-    _Plan("Samples", {"samples_per_second": "samples"}, "a second, all devices"),
+    _Plan("Tokens", {"tokens_per_second": "all", "trained_tokens_per_second": "trained"}, "per second, all devices"),
+    _Plan("Samples", {"samples_per_second": "samples"}, "per second, all devices"),
     _Plan("Model FLOPs utilization", {"mfu": "all", "mfu_vision": "vision", "mfu_language": "language"}, percent=True),
     _Plan(
         "Waiting for data",
@@ -51,14 +51,14 @@ _TRAINING = (
     _Plan("Peak memory", {"peak_memory_gib": "fullest device"}, "GiB"),
 )
 _BLIND = _Plan(
-    "Loss by picture shown",
+    "Loss by image shown",
     {"eval_loss_shown": "its own", "eval_loss_blank": "blank", "eval_loss_swapped": "another sample's"},
     "nats per trained token",
     log=True,
 )
 RATE = "learning_rate"
 PART_RATE = f"{RATE}_"
-"""Begins the names of the learning rates of single parts."""
+"""Prefix of the keys of learning rates of single parts."""
 
 _UNSHOWN = {"step", "epoch", "total_flos", RATE, "eval_answered_samples", "eval_cut_answers", "skipped_steps"}
 _UNSHOWN_ENDS = ("_per_device", "_runtime")
@@ -66,7 +66,7 @@ _MOST_OTHERS = 12
 
 
 def series(history: History, key: str) -> tuple[Point, ...]:
-    """Return (step, value) of every line of the log that has a figure, in order of steps."""
+    """Return (step, value) of every log entry that has the key, in the order of steps."""
     found = [
         (float(line["step"]), float(line[key])) for line in history if _is_number(line.get(key)) and "step" in line
     ]
@@ -74,7 +74,7 @@ def series(history: History, key: str) -> tuple[Point, ...]:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, str):  # what no number is, in state files of some versions
+    if isinstance(value, str):  # some versions write NaN and infinity to state files as strings
         try:
             float(value)
         except ValueError:
@@ -83,11 +83,11 @@ def _is_number(value: Any) -> bool:
 
 
 def training_charts(history: History, unit: str = TRAINED_TOKENS) -> list[Chart]:
-    """Return the charts of training: those of which anything was logged.
+    """Return the charts of training whose values were logged.
 
     Args:
-        history: lines of the log.
-        unit: what the loss is a mean of, in the plural.
+        history: Entries of the log.
+        unit: Unit over which the loss is averaged, in the plural.
     """
     first, *rest = (_chart(history, plan) for plan in _TRAINING)
     said = "nats per trained token" if unit == TRAINED_TOKENS else f"mean of the {unit.replace('_', ' ')}"
@@ -99,7 +99,7 @@ def training_charts(history: History, unit: str = TRAINED_TOKENS) -> list[Chart]
 
 
 def evaluation_charts(history: History, unit: str = TRAINED_TOKENS) -> list[Chart]:
-    """Return the charts of what evaluations found, besides the loss; see :func:`training_charts`."""
+    """Return the charts of evaluation results other than the loss; see :func:`training_charts`."""
     found = _others(history, eval_too=True)
     keys = [key for key in found if key.startswith("eval_") and key != f"eval_{unit}"]
     lines = {key: Line(_title(key), series(history, key)) for key in keys if key not in _BLIND.names}
@@ -127,7 +127,7 @@ def _has_values(chart: Chart) -> bool:
 
 
 def _others(history: History, *, eval_too: bool) -> Iterator[str]:
-    """Yield the names of figures that no chart above draws, the first ones."""
+    """Yield the first keys that no chart above draws."""
     known = _UNSHOWN.union(*(plan.names for plan in _TRAINING))
     keys = dict.fromkeys(key for line in history for key in line)
     kinds = ("train_", PART_RATE) if eval_too else ("train_", PART_RATE, "eval_")

@@ -1,4 +1,4 @@
-"""The style sheet and plain parts of every page."""
+"""The style sheet, frame and tables of every page."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ def style() -> str:
 
 
 def build_page(title: str, *parts: str) -> str:
-    """Return a page that needs no other file.
+    """Return an HTML page that needs no other file.
 
     Args:
-        title: plain text.
-        parts: what stands below the title, one after another.
+        title: Title, plain text.
+        parts: HTML below the title, in order; empty parts are left out.
     """
     template = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     return template.substitute(title=escape(title), style=style(), body="\n".join(part for part in parts if part))
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of plain texts, which scrolls where the page is narrow.
+    """Return a table of plain text, which scrolls sideways on narrow pages.
 
     Args:
-        names: of the columns.
-        rows: a text for each of them.
+        names: Names of the columns.
+        rows: Rows, each with one text per column.
     """
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)

@@ -1,4 +1,4 @@
-"""Pictures and frames of videos as parts of a page."""
+"""Images and video frames as parts of a page."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ LONGEST_SIDE = 400
 _LOSSLESS_SIDE = 160  # small drawings and digits suffer from JPEG
 
 
-def data_uri(picture: Image.Image, longest: int = LONGEST_SIDE) -> str:
-    """Return a picture as an address that holds all of it: shrunk, and JPEG unless it is small.
+def data_uri(image: Image.Image, longest: int = LONGEST_SIDE) -> str:
+    """Return an image as a data URI: shrunk, and as JPEG unless it is small.
 
     Args:
-        picture: of any size.
-        longest: pixels of its longest side, at most.
+        image: Image of any size.
+        longest: Greatest length of the longest side, in pixels.
     """
-    picture = picture.convert("RGB")
-    small = max(picture.size) <= _LOSSLESS_SIDE
-    picture.thumbnail((longest, longest))
+    image = image.convert("RGB")
+    small = max(image.size) <= _LOSSLESS_SIDE
+    image.thumbnail((longest, longest))
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG" if small else "JPEG", quality=85)
+    image.save(buffer, format="PNG" if small else "JPEG", quality=85)
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def image_tag(picture: Image.Image, name: str, longest: int = LONGEST_SIDE) -> str:
-    """Return an ``<img>`` of a picture, with the arguments of :func:`data_uri`."""
-    return f'<img alt="{escape(name)}" src="{data_uri(picture, longest)}">'
+def image_tag(image: Image.Image, name: str, longest: int = LONGEST_SIDE) -> str:
+    """Return the ``<img>`` tag of an image; see :func:`data_uri`."""
+    return f'<img alt="{escape(name)}" src="{data_uri(image, longest)}">'
 
 
 def video_frames(reader: MediaReader, item: VideoItem) -> list[Image.Image]:
     """Return a few frames of a video, from its first to its last.
 
     Raises:
-        SampleError: it cannot be read.
+        SampleError: The video cannot be read.
     """
     count = reader.video_header(item).num_frames
     indices = np.linspace(0, count - 1, min(SHOWN_FRAMES, count)).round().astype(np.int64)
@@ -53,7 +53,7 @@ def video_frames(reader: MediaReader, item: VideoItem) -> list[Image.Image]:
 
 
 def with_boxes(
-    picture: Image.Image,
+    image: Image.Image,
     canvas: tuple[int, int],
     expected: Iterable[Box],
     found: Iterable[Box],
@@ -61,17 +61,17 @@ def with_boxes(
     name: str | None = None,
     again: bool = False,
 ) -> str:
-    """Return a drawing of a picture under boxes.
+    """Return an SVG drawing of boxes over an image.
 
     Args:
-        picture: as it is.
-        canvas: its (width, height) in what the boxes count.
-        expected: dashed.
-        found: the model's.
-        name: of the picture in the page, where it is drawn more than once.
-        again: the picture of this name stands in the page already, and is not held twice.
+        image: Image of any size.
+        canvas: (width, height) of the image in the units of the boxes.
+        expected: Annotated boxes, drawn dashed.
+        found: Boxes of the model.
+        name: Id of the image in the page if it is drawn more than once.
+        again: Refer to the image with this ``name``, which the page holds already.
     """
-    width, height = 1000.0, 1000.0 * picture.height / picture.width
+    width, height = 1000.0, 1000.0 * image.height / image.width
     across, down = width / canvas[0], height / canvas[1]
     lines = [(box, "expected-line") for box in expected] + [(box, "answer-line") for box in found]
     rectangles = ""
@@ -82,13 +82,12 @@ def with_boxes(
         )
         rectangles += f'<rect class="expected-box" {place}/><rect class="{style}" {place}/>'
     own = f' id="{name}"' if name else ""
-    image = (
+    layer = (
         f'<use href="#{name}"/>'
         if again
-        else f'<image{own} href="{data_uri(picture)}" width="{width:g}" height="{height:g}" '
-        'preserveAspectRatio="none"/>'
+        else f'<image{own} href="{data_uri(image)}" width="{width:g}" height="{height:g}" preserveAspectRatio="none"/>'
     )
     return (
-        f'<svg viewBox="-8 -8 {width + 16:g} {height + 16:g}" role="img" aria-label="picture with boxes">'
-        f"{image}{rectangles}</svg>"
+        f'<svg viewBox="-8 -8 {width + 16:g} {height + 16:g}" role="img" aria-label="image with boxes">'
+        f"{layer}{rectangles}</svg>"
     )

@@ -1,4 +1,4 @@
-"""The report of a training run as one page: its curves, answers, data, what trains, and how to repeat it."""
+"""The report of a training run as one page: its curves, answers, data, trained parameters and settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwenvl.report.html import build_page, table
 from qwenvl.report.scales import short
 
 LISTED = 30
-"""Samples that were left out that are listed."""
+"""Most left-out samples that are listed."""
 
 SHOWN_WARNINGS = 30
 _LONGEST_REASON = 500
@@ -24,14 +24,14 @@ _LONGEST_REASON = 500
 
 @dataclass(frozen=True)
 class Data:
-    """What a run is trained and evaluated on.
+    """The training and evaluation data of a run.
 
     Args:
-        rows: lines of (dataset, use, rows used, rows there are, samples in those used, where they were counted).
-        events: lines of (dataset, what happened, samples).
-        left_out: records of samples that are left out, the first ones.
-        num_left_out: how many there are.
-        file: that lists all of them.
+        rows: Tuples of (dataset, use, rows used, rows in all, usable samples in the used rows or None).
+        events: Tuples of (dataset, event, number of samples).
+        left_out: Records of the first samples that were left out.
+        num_left_out: Number of all samples that were left out.
+        file: Name of the file that lists all of them.
     """
 
     rows: Sequence[tuple[str, str, int, int, int | None]]
@@ -43,17 +43,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Setup:
-    """How a run was made.
+    """The command, settings, versions and devices of a run.
 
     Args:
-        command: that starts it again.
-        given: settings that the user gave.
-        settings: all others, and these if they are here too.
-        versions: of packages.
-        devices: what it runs on, in words.
-        modules: parts of the model, and what of them trains.
-        adapters: of the trained parameters of parts, those in adapters.
-        unit: what the loss is a mean of, in the plural.
+        command: Command that starts the run again.
+        given: Settings that the user gave.
+        settings: All other settings; may contain the given ones too.
+        versions: Versions of packages, by name.
+        devices: Description of the devices.
+        modules: Parts of the model with their trainable parameters.
+        adapters: Numbers of trained parameters in adapters, by part.
+        unit: Unit over which the loss is averaged, in the plural.
     """
 
     command: str
@@ -71,14 +71,14 @@ class Run:
     """A run, finished or not.
 
     Args:
-        title: of the page.
-        status: how far it is, a sentence.
-        history: lines of its log.
-        data: what it is trained on.
-        setup: how it was made.
-        warnings: that it gave.
-        answers: at its evaluations.
-        open_media: of the samples that are answered.
+        title: Title of the page.
+        status: Progress of the run, a sentence.
+        history: Entries of the log.
+        data: Training and evaluation data.
+        setup: Command, settings, versions and devices.
+        warnings: Warnings of the run.
+        answers: Answers at the evaluations.
+        open_media: Function that opens the media of an answered sample.
     """
 
     title: str
@@ -88,11 +88,11 @@ class Run:
     setup: Setup
     warnings: Sequence[str] = ()
     answers: Sequence[Answered] = ()
-    open_media: OpenMedia = lambda line: f"{len(line.media)} pictures or videos"
+    open_media: OpenMedia = lambda line: f"{len(line.media)} images or videos"
 
 
 def build_run_page(run: Run) -> str:
-    """Return the page."""
+    """Return the report as an HTML page."""
     unit = run.setup.unit
     charts = (*training_charts(run.history, unit), *evaluation_charts(run.history, unit))
     return build_page(
@@ -108,11 +108,11 @@ def build_run_page(run: Run) -> str:
 
 
 def _tiles(history: History) -> str:
-    """Return the newest figures that people look for first."""
+    """Return the latest values of the most important metrics."""
     wanted = {
         "loss": ("training loss", 1, ""),
         "eval_loss": ("evaluation loss", 1, ""),
-        "tokens_per_second": ("tokens a second", 1, ""),
+        "tokens_per_second": ("tokens per second", 1, ""),
         "mfu": ("MFU", 100, "%"),
         "data_wait_share": ("waiting for data", 100, "%"),
         "peak_memory_gib": ("peak memory", 1, " GiB"),
@@ -198,7 +198,7 @@ def _modules(setup: Setup) -> str:
         sums = [setup.adapters.get(one.module, 0) for one in modules]
         for row, count in zip(rows, [*sums, sum(sums)], strict=True):
             row.insert(2, f"{count:,}")
-    return f'<section class="panel"><h2>What trains</h2>{table(names, rows)}</section>'
+    return f'<section class="panel"><h2>Trainable parameters</h2>{table(names, rows)}</section>'
 
 
 def _setup(setup: Setup) -> str:

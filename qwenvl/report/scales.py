@@ -22,12 +22,12 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, count: int) -> list[float]:
-    """Return round numbers between two powers of ten: 1, 2, 5 of each decade, or some decades where they are many.
+    """Return round numbers between two powers of ten: 1, 2, 5 of each decade, or some decades if there are many.
 
     Args:
-        low: exponent of the smallest.
-        high: exponent of the greatest.
-        count: about the most of them.
+        low: Exponent of the lower end.
+        high: Exponent of the upper end.
+        count: Approximate limit to the number of ticks.
     """
     factors = (1, 2, 5) if 3 * (high - low) <= count + 1 else (1,)
     every = max(1, math.ceil((high - low) / count))
@@ -54,6 +54,6 @@ def tick_label(value: float) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a number without the zeros of its exponent."""
+    """Return a number without leading zeros in its exponent."""
     mantissa, mark, exponent = text.partition("e")
     return f"{mantissa}e{int(exponent)}" if mark else mantissa

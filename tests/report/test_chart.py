@@ -122,7 +122,7 @@ def test_each_figure_of_the_log_has_its_chart_and_new_ones_too() -> None:
     assert evaluation == {
         "Scores": ["exact match"],
         "reward": ["reward"],
-        "Loss by picture shown": ["its own", "blank"],
+        "Loss by image shown": ["its own", "blank"],
     }
     assert training_charts([]) == evaluation_charts([]) == []
 

@@ -1,4 +1,4 @@
-"""The page of a run from its parts: text stays text, pictures are held once, and nothing makes it large."""
+"""The page of a run from its parts: text stays text, images are held once, and nothing makes it large."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def line(index: int, dataset: str = "set", **values: object) -> Prediction:
 
 
 def full_run() -> Run:
-    """Return a run with something in each section: every style of line, boxes, pictures, warnings, bad samples."""
+    """Return a run with something in each section: every style of line, boxes, images, warnings, bad samples."""
     names = ("learning_rate_vision", "learning_rate_merger", "learning_rate_language", "learning_rate_head", "mfu")
     history = [
         {"step": step, "loss": 5.0 / step, **{name: place / step for place, name in enumerate(names)}}
@@ -77,12 +77,12 @@ def test_boxes_of_every_evaluation_are_drawn_over_one_copy_of_the_picture() -> N
     boxed = line(0, expected=BOX, canvas=(1000, 1000))
     said = {1: "nothing", 2: BOX.replace("100", "150"), 3: BOX}
     answers = [Answered(step, replace(boxed, prediction=text), float(step == 3)) for step, text in said.items()]
-    picture = noise(300)
-    source = build_run_page(replace(RUN, answers=answers, open_media=lambda _: [Medium((picture,))]))
+    image = noise(300)
+    source = build_run_page(replace(RUN, answers=answers, open_media=lambda _: [Medium((image,))]))
     page = Page(source)
     assert page.open == []
-    assert source.count("data:image/jpeg") == 1 and source.count('<use href="#picture-0"/>') == 2
-    assert source.count('id="picture-0"') == 1
+    assert source.count("data:image/jpeg") == 1 and source.count('<use href="#image-0"/>') == 2
+    assert source.count('id="image-0"') == 1
     assert source.count('<rect class="expected-line" x="100" y="200" width="200" height="200"/>') == 3
     assert source.count('<rect class="answer-line" x="150" y="200" width="150" height="200"/>') == 1
     assert source.count('<rect class="answer-line" x="100" y="200" width="200" height="200"/>') == 1
@@ -103,7 +103,7 @@ def test_many_samples_evaluations_pictures_and_events_stay_a_small_page() -> Non
     run = replace(RUN, answers=answers, data=data, history=history, warnings=warnings, open_media=lambda _: [video] * 5)
     source = build_run_page(run)
     text = Page(source).text
-    assert len(source) < 3 * 1024**2  # almost all of it noise as JPEG, the worst picture there is
+    assert len(source) < 3 * 1024**2  # almost all of it noise as JPEG, the worst image there is
     assert len(re.sub('base64,[^"]*', "", source)) < 300_000
     assert "8 of 40 samples, 6 of 50 evaluations" in text and "and 1 more" in text
     assert "Samples that were left out: 30 of 1,000,000" in text and "And 170 more." in text

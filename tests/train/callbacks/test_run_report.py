@@ -80,7 +80,7 @@ def test_report_shows_curves_answers_data_and_settings(asked: Path) -> None:
     assert "vision: 1e-5 throughout; merger: 0.001 throughout; language: 0.001 throughout" in page.text
     assert source.count('<article class="card learned">') == 3
     assert page.text.count("step 2") >= 3 and "Sample 101: what is here?" in page.text
-    assert len(re.findall(r'<img alt="(?:picture|video)', source)) >= 3
+    assert len(re.findall(r'<img alt="(?:image|video)', source)) >= 3
     assert "left out: longer than --model_max_length" in page.text and "bad_samples.jsonl" in page.text
     left_out = [json.loads(line) for line in (asked / "bad_samples.jsonl").read_text().splitlines()]
     assert left_out and all(f"{one['file']}:{one['line']}" in page.text for one in left_out)
