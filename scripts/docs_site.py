@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml: the pages that stand outside of docs/ become pages of the site, and links find them."""
+"""Hooks of mkdocs.yml that add pages from outside docs/ to the site and adjust links to them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ OUTSIDE = {
     "benchmarks/README.md": "benchmarks.md",
     "configs/lab/README.md": "lab.md",
 }
-"""Name on the site of each page outside of docs/, by its path in the repository."""
+"""File name on the site of each page from outside docs/, by its path in the repository."""
 
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 
 
 def on_config(config: Any) -> Any:
-    """Give Chinese headings the anchors that they have on a code host."""
+    """Give Chinese headings the same anchors as on GitHub."""
     config.mdx_configs["toc"]["slugify"] = slugify_unicode
     return config
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages that stand outside of docs/."""
+    """Add the pages from outside docs/."""
     for path, name in OUTSIDE.items():
         files.append(File.generated(config, name, abs_src_path=str(ROOT / path)))
     return files

@@ -14,12 +14,12 @@ from qwenvl.config.parsing.parser import GROUPS, INHERITED, all_settings
 
 HEAD = """# Flags
 
-Every flag of `qwenvl/train/train_qwen.py` that this trainer adds or explains anew, from its help text. The other fields
+Every flag of `qwenvl/train/train_qwen.py` that this trainer adds or redefines, with its help text. The other fields
 of `transformers.TrainingArguments` are on [their own page](training_arguments.md). A flag is also the key in a recipe.
-Whole numbers may be expressions, such as `576*32*32`. `python scripts/flags_page.py` makes this page.
+Whole numbers may be expressions, such as `576*32*32`. `python scripts/flags_page.py` generates this page.
 """
 MOST_CHOICES = 12
-"""Choices that are shown: longer lists are those of the installed transformers, and change with it."""
+"""Most choices that are shown; longer lists come from the installed transformers and change with its version."""
 
 
 def page() -> str:
@@ -53,7 +53,7 @@ def _default(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text as a cell of a table shows it."""
+    """Return a text escaped for a cell of a Markdown table."""
     for character in ("\\", "|", "*", "<", "`"):
         text = text.replace(character, f"\\{character}")
     return " ".join(text.split())

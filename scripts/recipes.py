@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Write the recipes of ``configs/`` and their launchers of ``scripts/``, one table for all models.
+"""Write the recipes of ``configs/`` and their launchers of ``scripts/`` from one table of models.
 
     python scripts/recipes.py
 
 Writes ``configs/sft_NAME.yaml`` (full fine-tuning, with the values of the official recipe where it has the model),
-``configs/lora_NAME.yaml`` and ``scripts/sft_NAME.sh``, ``scripts/lora_NAME.sh``. Change a value of one model in the
-table, and one of all models in the text below it; a test compares the files with what this script writes.
+``configs/lora_NAME.yaml`` and ``scripts/sft_NAME.sh``, ``scripts/lora_NAME.sh``. Values of one model are in the table,
+values of all models in the text below it; a test compares the files with the output of this script.
 """
 
 from __future__ import annotations

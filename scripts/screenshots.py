@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Take the screenshots of the README from what ``bash scripts/demo.sh`` made: viewer, run report, evaluation.
+"""Take the README's screenshots of the demo (``bash scripts/demo.sh``): viewer, run report, evaluation.
 
     DEMO_DIR=demo python scripts/screenshots.py [--output docs/images]
 
@@ -19,11 +19,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE = (1280, 860)
 ASKED = "demo_digits_heldout,demo_comparisons_heldout,demo_grounding_heldout"
-LIMITS = ("--min_pixels", "64*64", "--max_pixels", "128*128")  # those of configs/demo.yaml
+LIMITS = ("--min_pixels", "64*64", "--max_pixels", "128*128")  # the limits of configs/demo.yaml
 
 
 def main() -> int:
-    """Read the command line, make the pages and take the pictures of them; return the exit code."""
+    """Read the command line, make the pages and take their screenshots; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "images")
     output: Path = parser.parse_args().output
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def _page(demo: Path, folder: Path, tool: str, dataset: str, file: str) -> Path:
-    """Run a tool on the demo's model and data; return the page that it wrote."""
+    """Run a tool on the demo's model and data; return the page it wrote."""
     command = [sys.executable, str(REPOSITORY / "tools" / f"{tool}.py"), "--model_name_or_path", str(demo / "model")]
     command += ["--dataset_use", dataset, "--output", str(folder), *LIMITS]
     subprocess.run(command, check=True, env=os.environ | {"DEMO_DIR": str(demo), "HF_HUB_OFFLINE": "1"})

@@ -1,4 +1,4 @@
-"""The losses of a training run, as its folder tells them."""
+"""The losses of a training run, read from its output folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Losses:
     """Loss per trained token (nats) against optimizer steps.
 
     Args:
-        train: during training, each the mean of the steps since the last one.
-        held_out: on held-out samples.
-        seconds: wall time of training; None where it is not known.
+        train: Training losses, each the mean of the steps since the previous one.
+        held_out: Losses on held-out samples.
+        seconds: Wall time of training; None if unknown.
     """
 
     train: tuple[Point, ...] = ()
@@ -32,7 +32,7 @@ class Losses:
 
 
 def read_losses(model: Path) -> Losses:
-    """Read what the Trainer has logged in ``trainer_state.json``; nothing where a folder has none."""
+    """Read the losses from ``trainer_state.json``; return empty ones if the folder has no such file."""
     file = model / "trainer_state.json"
     if not file.is_file():
         return Losses()

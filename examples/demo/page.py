@@ -1,4 +1,4 @@
-"""The demo's result as one HTML page that needs nothing else: pictures, styles and chart are inside it."""
+"""The demo's result as one self-contained HTML page with its images, styles and chart."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from qwenvl.report.html import build_page, table
 from qwenvl.report.images import image_tag, video_frames, with_boxes
 
 TITLE = "A tiny Qwen3-VL learns to see"
-SCORES_NOTE = "Chance: how often the answer to another sample of the same task would be right."
+SCORES_NOTE = "Chance: share of right answers if each were the answer to another sample of the same task."
 VIDEO_SUFFIXES = (".mp4",)
 
 ABOUT = {
     "digits": "Real handwritten digits that the model has never seen.",
-    "comparisons": "Two pictures in one question.",
-    "grounding": "The answer is a box in JSON, 0 to 1000 across the picture; it counts from an overlap of one half.",
-    "motion": "Short video clips; four of their frames are shown. The square crosses most of the picture, so where it "
-    "starts already tells which way it goes.",
+    "comparisons": "Two images in one question.",
+    "grounding": "The answer is a box in JSON, 0 to 1000 across the image; an IoU of one half or more is right.",
+    "motion": "Short video clips; four of their frames are shown. The square crosses most of the image, so its start "
+    "alone gives away its direction.",
 }
 
 
 def build_demo_page(results: Sequence[Result], scores: Sequence[TaskScore], losses: Losses, *, shown: int = 12) -> str:
-    """Return the page.
+    """Return the demo's HTML page.
 
     Args:
-        results: all answers.
-        scores: their summary, a task each.
-        losses: of the training run.
-        shown: samples shown of a task, the first ones; wrong answers among the others follow, at most half as many.
+        results: Answers to all samples.
+        scores: Scores of the tasks.
+        losses: Losses of the training run.
+        shown: Number of first samples shown of each task; at most half as many wrong answers of the others follow.
     """
     figures = (
         f'<section class="panel"><h2>Right answers</h2>{_score_table(scores)}'
@@ -61,7 +61,7 @@ def _lead(scores: Sequence[TaskScore], losses: Losses) -> str:
     total = sum(score.total for score in scores)
     return (
         "This model started from random weights: no language, no sight. It was trained with this repository's trainer "
-        f"on pictures and short clips{trained}, and then asked {total} questions about ones it had never seen. Its "
+        f"on images and short clips{trained}, and then asked {total} questions about ones it had never seen. Its "
         "folder was opened with the stock classes of transformers, AutoModelForImageTextToText and AutoProcessor."
     )
 
@@ -102,7 +102,7 @@ def _cards(results: Sequence[Result], classes: str) -> str:
 def _card(result: Result) -> str:
     verdict = "&#10003; right" if result.right else "&#10007; wrong"
     return (
-        f'<div class="card {"right" if result.right else "wrong"}"><div class="media">{_pictures(result)}</div>'
+        f'<div class="card {"right" if result.right else "wrong"}"><div class="media">{_images(result)}</div>'
         f'<p class="question">{escape(result.question.strip())}</p>'
         f"<dl><dt>expected</dt><dd>{escape(short_answer(result.expected))}</dd>"
         f"<dt>answer</dt><dd>{escape(short_answer(result.answer)) or '(nothing)'}</dd></dl>"
@@ -110,14 +110,14 @@ def _card(result: Result) -> str:
     )
 
 
-def _pictures(result: Result) -> str:
+def _images(result: Result) -> str:
     if _is_video(result.media[0]):
         frames = video_frames(MediaReader("", allow_absolute=True), VideoItem(result.media[0]))
         return "".join(image_tag(frame, f"frame {number}") for number, frame in enumerate(frames))
-    pictures = [Image.open(path).convert("RGB") for path in result.media]
-    if (boxes := read_boxes(result.expected)) and len(pictures) == 1:
-        return with_boxes(pictures[0], (1000, 1000), boxes, read_boxes(result.answer))
-    return "".join(image_tag(picture, f"picture {number}") for number, picture in enumerate(pictures, start=1))
+    images = [Image.open(path).convert("RGB") for path in result.media]
+    if (boxes := read_boxes(result.expected)) and len(images) == 1:
+        return with_boxes(images[0], (1000, 1000), boxes, read_boxes(result.answer))
+    return "".join(image_tag(image, f"image {number}") for number, image in enumerate(images, start=1))
 
 
 def _is_video(path: str) -> bool:

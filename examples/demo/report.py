@@ -61,7 +61,7 @@ def report(model: Path, data: Path, output: Path, limit: int | None = None) -> l
         The score of every task.
 
     Raises:
-        UserError: model or data cannot be used.
+        UserError: The model or the data cannot be used.
     """
     results = answer_heldout(str(model), data.resolve(), limit=limit)
     scores = score(results)
@@ -71,7 +71,7 @@ def report(model: Path, data: Path, output: Path, limit: int | None = None) -> l
     console = Console()
     console.print(answer_table(results, data.resolve()))
     console.print(score_table(scores))
-    console.print(f"Page with all this: {output.resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"Page with all answers: {output.resolve()}", highlight=False, soft_wrap=True)
     return scores
 
 
@@ -93,7 +93,7 @@ def answer_table(results: Sequence[Result], data: Path) -> Table:
 
 
 def score_table(scores: Sequence[TaskScore]) -> Table:
-    """Return a table of accuracy and chance level, a task a row."""
+    """Return a table of accuracy and chance level, one row per task."""
     table = Table(title="Right answers")
     table.add_column("task")
     for name in ("right", "accuracy", "chance"):

@@ -1,4 +1,4 @@
-"""The held-out samples of the demo and what a model answers to them."""
+"""The held-out samples of the demo and the answers of a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qwenvl.utils.errors import UserError
 
 SUFFIX = "_heldout.jsonl"
 ORDER = ("digits", "comparisons", "grounding", "motion")
-"""Tasks in the order in which they are shown; others follow."""
+"""Tasks in the order of the page; others follow."""
 
 MAX_NEW_TOKENS = 64
 """More than the longest answer, a box as JSON."""
@@ -34,12 +34,12 @@ class Result:
     """One held-out sample with the model's answer.
 
     Args:
-        task: name of its annotation file, without :data:`SUFFIX`.
-        media: its pictures or its video; absolute paths.
-        question: text of the user's turn.
-        expected: the answer that is right.
-        answer: what the model wrote.
-        right: whether that counts as right.
+        task: Name of the annotation file, without :data:`SUFFIX`.
+        media: Absolute paths of the images or the video.
+        question: Text of the user's turn.
+        expected: Annotated answer.
+        answer: Answer of the model.
+        right: The answer counts as right.
     """
 
     task: str
@@ -52,13 +52,13 @@ class Result:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """How a task went.
+    """Score of a task.
 
     Args:
-        task: its name.
-        right: number of right answers.
-        total: number of samples.
-        chance: share of right answers of guesses that are answers to other samples.
+        task: Name of the task.
+        right: Number of right answers.
+        total: Number of samples.
+        chance: Share of right answers, from 0 to 1, if each were the answer to another sample.
     """
 
     task: str
@@ -76,18 +76,18 @@ def answer_heldout(model: str, data: Path, *, limit: int | None = None, batch_si
     """Let a model answer the held-out samples of every task below a folder.
 
     Args:
-        model: its folder.
-        data: folder with ``*_heldout.jsonl``.
-        limit: most samples of a task; None for all.
-        batch_size: samples answered at once.
+        model: Folder of the model.
+        data: Folder with ``*_heldout.jsonl``.
+        limit: Most samples of a task; None for all.
+        batch_size: Samples in a generation batch.
 
     Raises:
-        UserError: the model cannot be opened, or there is nothing to answer.
+        UserError: The model cannot be opened, or there is nothing to answer.
     """
     files = sorted(data.glob(f"*{SUFFIX}"), key=lambda file: _place(file.name.removesuffix(SUFFIX)))
     if not files:
         raise UserError(
-            f"{data} holds no held-out samples (*{SUFFIX}). Make them: tools/make_demo_data.py --output DIR"
+            f"{data} holds no held-out samples (*{SUFFIX}). Generate them: tools/make_demo_data.py --output DIR"
         )
     arguments = AskArguments(model_name_or_path=model, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch_size)
     encoder = open_asking_encoder(arguments)
@@ -110,7 +110,7 @@ def _answer_file(
     answer(job, rows.tolist(), answerer, lines.extend)
     for line in lines:
         if line.error is not None:
-            raise UserError(f"{line.file}:{line.line}: {line.error} Make the data anew: tools/make_demo_data.py")
+            raise UserError(f"{line.file}:{line.line}: {line.error} Generate the data again: tools/make_demo_data.py")
     scored = score_lines(lines, choose_metric([to_case(line) for line in lines]))
     return [
         Result(
@@ -126,14 +126,14 @@ def _answer_file(
 
 
 def guess_rate(expected: Sequence[str]) -> float:
-    """Return how often a guess is right that is the answer to another sample of the same task: the chance level."""
+    """Return the chance level: the share of right answers if each were the answer to another sample of the task."""
     metric = choose_metric([Case("", (answer,), answer) for answer in expected])
     pairs = [(guess, answer) for i, guess in enumerate(expected) for j, answer in enumerate(expected) if i != j]
     return sum(metric.score(Case("", (want,), got)).value == 1 for got, want in pairs) / len(pairs) if pairs else 0.0
 
 
 def score(results: Iterable[Result]) -> list[TaskScore]:
-    """Return the score of every task, in the order in which tasks come."""
+    """Return the score of every task, in the order of the results."""
     tasks: dict[str, list[Result]] = {}
     for result in results:
         tasks.setdefault(result.task, []).append(result)
@@ -144,6 +144,6 @@ def score(results: Iterable[Result]) -> list[TaskScore]:
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
-    """Write one JSON line a sample."""
+    """Write one JSON line per sample."""
     lines = [json.dumps(asdict(result), ensure_ascii=False) + "\n" for result in results]
     path.write_text("".join(lines), encoding="utf-8")

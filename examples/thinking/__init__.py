@@ -1,1 +1,1 @@
-"""A tiny model that answers with or without a thought, as it is asked."""
+"""A tiny model that answers with or without a thinking block, depending on the prompt."""

@@ -1,10 +1,10 @@
-"""Make a mixture of plain and thinking data: two digits to compare, with the way to the answer in every second sample.
+"""Make a mixture of plain and thinking data: two digits to compare, with a thinking block in every other sample.
 
     python examples/thinking/mixture.py --data DIR [--count 2000]
 
-``DIR`` is what ``tools/make_demo_data.py`` has made. Writes ``compare_train.jsonl`` (half with a thought) and, of
-digits that are in no training sample, ``compare_plain_heldout.jsonl`` and ``compare_thinking_heldout.jsonl``: the same
-questions, with answers of the two kinds.
+``DIR`` is a folder written by ``tools/make_demo_data.py``. Writes ``compare_train.jsonl`` (half of it with thinking)
+and, from digits that are in no training sample, ``compare_plain_heldout.jsonl`` and ``compare_thinking_heldout.jsonl``:
+the same questions with the two kinds of answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ QUESTION = "<image>\n<image>\nWhich picture shows the larger digit, the first or
 def main() -> None:
     """Read the command line and write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", required=True, type=Path, help="folder of tools/make_demo_data.py")
+    parser.add_argument("--data", required=True, type=Path, help="folder that tools/make_demo_data.py wrote")
     parser.add_argument("--count", type=int, default=2000, help="training samples; a twentieth of them is held out")
     arguments = parser.parse_args()
     train = _pairs(arguments.data / "digits_train.jsonl", arguments.count)
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _pairs(digits: Path, count: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield two samples of different digits, ``count`` times; always the same ones."""
+    """Yield ``count`` pairs of samples with different digits, the same ones on every call."""
     records = [json.loads(line) for line in digits.read_text(encoding="utf-8").splitlines()]
     generator = random.Random(0)
     while count:
