@@ -1,1 +1,1 @@
-"""Parts of tools/view_data.py: samples as the model gets them, statistics, drawings, and the site."""
+"""Parts of tools/view_data.py: samples as the model gets them, statistics, charts, and the site."""

@@ -1,4 +1,4 @@
-"""Boxes in answers, and the picture each lies in."""
+"""Boxes in answers, and the image that each belongs to."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class FoundBoxes:
     """The boxes of a sample's answers.
 
     Args:
-        drawn: for every medium, ``[left, top, right, bottom, as written]`` in pixels of the resized picture.
-        left: number of boxes of which it cannot be told in which picture they lie.
+        drawn: ``[left, top, right, bottom, text]`` of each box, by medium, in pixels of the resized image.
+        left: Number of boxes whose image is unknown.
     """
 
     drawn: tuple[list[list[float | str]], ...]
@@ -27,13 +27,13 @@ class FoundBoxes:
 
 
 def find_boxes(plan: Plan, family: Family) -> FoundBoxes:
-    """Return the boxes of the answers as the model is to write them, after conversion to the family's convention.
+    """Return the boxes of the answers in the coordinates that the model has to write.
 
-    A box lies in the only medium of the sample, or of the last turn with media before it, where that is a picture.
+    A box belongs to the only medium of the sample, or else of the last turn with media before it, if it is an image.
 
     Args:
-        plan: of the sample.
-        family: of the model.
+        plan: Plan of the sample.
+        family: Family of the model.
     """
     drawn = tuple(list[list[float | str]]() for _ in plan.media)
     seen, left, current = 0, 0, range(0)
@@ -44,19 +44,19 @@ def find_boxes(plan: Plan, family: Family) -> FoundBoxes:
             seen += count
         boxes = _boxes(message.text) if message.role == "assistant" else []
         place = 0 if len(plan.media) == 1 else current[0] if len(current) == 1 else None
-        picture = None if place is None else plan.media[place]
-        if place is None or not isinstance(picture, ImagePlan):
+        medium = None if place is None else plan.media[place]
+        if place is None or not isinstance(medium, ImagePlan):
             left += len(boxes)
             continue
-        drawn[place].extend(_drawn(box, picture, family) for box in boxes)
+        drawn[place].extend(_drawn(box, medium, family) for box in boxes)
     return FoundBoxes(drawn, left)
 
 
 def _boxes(text: str) -> Sequence[Box]:
-    """Return the boxes of a text that says that they are some; two points in brackets alone may be anything."""
+    """Return the boxes of a text with a box marker; bare numbers in brackets may mean anything."""
     return read_boxes(text) if "bbox_2d" in text or "<|box_start|>" in text else []
 
 
-def _drawn(box: Box, picture: ImagePlan, family: Family) -> list[float | str]:
-    pixels = to_pixels(box, picture.resized, family, picture.resized)
+def _drawn(box: Box, image: ImagePlan, family: Family) -> list[float | str]:
+    pixels = to_pixels(box, image.resized, family, image.resized)
     return [*(round(value, 1) for value in pixels), ", ".join(f"{value:g}" for value in box)]

@@ -2,7 +2,7 @@
 // Cards of samples. All text goes through textContent and setAttribute, never through HTML.
 
 const cards = (() => {
-  const FIRST_PIECES = 1500; // of a conversation; the rest is shown when it is asked for
+  const FIRST_PIECES = 1500; // of a conversation; the rest is shown on request
   const SVG = "http://www.w3.org/2000/svg";
 
   function element(tag, attributes = {}, ...children) {
@@ -37,7 +37,7 @@ const cards = (() => {
   function frame(medium, one, alt) {
     const image = element("img", { src: one.small, alt, loading: "lazy", decoding: "async",
       width: medium.size[0], height: medium.size[1] });
-    const link = element("a", { href: one.full, target: "_blank", rel: "noopener", title: "real size" }, image);
+    const link = element("a", { href: one.full, target: "_blank", rel: "noopener", title: "full size" }, image);
     if (medium.boxes.length) link.append(drawBoxes(medium));
     const figure = element("figure", {}, link);
     if (one.time !== null) figure.append(element("figcaption", {}, `${one.time} s`));
@@ -85,7 +85,7 @@ const cards = (() => {
   function conversation(runs) {
     const block = element("div", { class: "conversation" });
     const left = pieces(runs);
-    const more = element("button", { type: "button" }, "Show all of it");
+    const more = element("button", { type: "button" }, "Show all");
     const add = (most) => {
       for (let number = 0; number < most; number += 1) {
         const { value, done } = left.next();
@@ -115,8 +115,8 @@ const cards = (() => {
     }
     if (sample.media?.length) made.append(element("div", { class: "all-media" }, ...sample.media.map(mediumBlock)));
     if (sample.boxes_left) {
-      made.append(element("p", { class: "note" }, "Boxes not drawn, since it " +
-        `cannot be told in which picture they lie: ${sample.boxes_left}.`));
+      made.append(element("p", { class: "note" }, "Boxes not drawn, since it is unknown which image they belong to: " +
+        `${sample.boxes_left}.`));
     }
     if (sample.weights?.length) made.append(element("p", { class: "note" }, `${sample.weights.join("; ")}.`));
     if (sample.runs) made.append(...conversation(sample.runs));

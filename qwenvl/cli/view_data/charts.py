@@ -11,20 +11,20 @@ import numpy as np
 from qwenvl.report.scales import round_up, short
 
 COLOURS = 8
-"""Classes ``c0`` to ``c7`` of the style sheet; further datasets start again."""
+"""Classes ``c0`` to ``c7`` of the style sheet; further datasets reuse them from ``c0``."""
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 320, 150, 8, 22, 8
 _BINS = 24
-_WIDEST = 36  # drawing units; a single value is no wall
+_WIDEST = 36  # drawing units; keeps the bar of a single value narrow
 
 
 def histogram(title: str, values: Sequence[float] | np.ndarray, unit: str) -> str:
-    """Return a figure of how often values of one kind come, with their median, 95th percentile and greatest.
+    """Return a histogram with the median, 95th percentile and maximum; an empty text if there are no values.
 
     Args:
-        title: what is counted.
-        values: one of each; none, and there is no drawing.
-        unit: of the values.
+        title: Title of the figure.
+        values: Values to count.
+        unit: Unit of the values.
     """
     numbers = np.asarray(values, np.float64)
     if not len(numbers):
@@ -48,7 +48,7 @@ def histogram(title: str, values: Sequence[float] | np.ndarray, unit: str) -> st
         f'<text x="{_WIDTH - _LEFT}" y="{_HEIGHT - 5}" text-anchor="end">{last}</text>'
     )
     middle, high, most = np.median(numbers), np.percentile(numbers, 95), numbers.max()
-    says = f"median {short(middle)}, 95% up to {short(high)}, most {short(most)} {unit}"
+    says = f"median {short(middle)}, 95% up to {short(high)}, maximum {short(most)} {unit}"
     return (
         f'<figure class="panel"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(f"{title}: {says}")}">{axis}{bars}{ends}'
@@ -57,7 +57,7 @@ def histogram(title: str, values: Sequence[float] | np.ndarray, unit: str) -> st
 
 
 def _edges(numbers: np.ndarray) -> np.ndarray:
-    """Return round borders of bins; whole numbers of a small range have a bin each."""
+    """Return round bin edges; whole numbers of a small range have a bin each."""
     low, high = float(numbers.min()), float(numbers.max())
     whole = bool(np.all(numbers == np.round(numbers)))
     if whole and high - low < _BINS:
@@ -78,7 +78,7 @@ def _is_one_number(edges: np.ndarray, place: int) -> bool:
 
 
 def shares(title: str, names: Sequence[str], values: Sequence[float]) -> str:
-    """Return one bar that is divided by datasets."""
+    """Return one bar divided into the shares of the datasets."""
     total = sum(values)
     if not total:
         return ""
@@ -98,12 +98,12 @@ def shares(title: str, names: Sequence[str], values: Sequence[float]) -> str:
 
 
 def pack_bars(packs: Sequence[Sequence[tuple[int, int]]], capacity: int, names: Sequence[str]) -> str:
-    """Return packs as bars of their samples; what is left to the right is padding that no sample fits.
+    """Return packs as bars of their samples; the free space to the right is padding.
 
     Args:
-        packs: of each its members' (dataset, tokens).
-        capacity: most tokens of a pack.
-        names: of the datasets.
+        packs: Packs, each the (dataset, tokens) of its samples.
+        capacity: Most tokens of a pack.
+        names: Names of the datasets.
     """
     height, rows = 14, ""
     for number, members in enumerate(packs):
@@ -124,7 +124,7 @@ def pack_bars(packs: Sequence[Sequence[tuple[int, int]]], capacity: int, names: 
 
 
 def legend(names: Sequence[str]) -> str:
-    """Return the colours of the datasets."""
+    """Return the legend of the datasets' colours."""
     marks = "".join(
         f'<li><span class="swatch c{place % COLOURS}"></span>{escape(name)}</li>' for place, name in enumerate(names)
     )

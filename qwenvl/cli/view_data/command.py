@@ -1,14 +1,15 @@
-r"""Make a site of samples as the model gets them, and of the datasets they come from.
+r"""Write a site that shows samples as the model gets them, and statistics of their datasets.
 
     python tools/view_data.py --dataset_use "a%50,b" --model_name_or_path MODEL --output view
     python tools/view_data.py --annotation_path FILE --data_path DIR --model_name_or_path MODEL --output view
 
 Open ``view/index.html`` in a browser: there is no server, and nothing is loaded from a network. Takes the data flags of
-training (``--max_pixels``, ``--video_fps``, ``--overlength``, ...) with their defaults; give those of the run.
+training (``--max_pixels``, ``--video_fps``, ``--overlength``, ...) with the same defaults; give the values of the run.
 With ``--model_max_length N --data_packing True`` the packs are shown as well.
 
-Of large datasets ``--limit`` samples are shown, drawn at random from each by its share, and as many of those that
-training would leave out. Lengths are exact and of all rows; they are kept, so that a second call counts what is new.
+Of large datasets ``--limit`` samples are shown, drawn at random in proportion to the sizes of the datasets, and at most
+as many samples that training would leave out. Lengths are exact and cover all rows; they are cached, so that a later
+call measures new rows only.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ from qwenvl.utils.logging import setup_logging
 logger = logging.getLogger("qwenvl.view_data")
 
 COUNTED = 5000
-"""Rows whose headers are read for the statistics of media."""
+"""Rows whose media headers are read for the statistics."""
 
 PAGE = HelpPage(
     "view_data.py --model_name_or_path MODEL --dataset_use NAMES --output DIR [--flag VALUE ...]",
-    "Write a site (DIR/index.html) of samples as the model gets them: resized pictures, sampled frames, "
-    "trained tokens, boxes, problems; and statistics of the datasets. Give training's own data flags.",
+    "Write a site (DIR/index.html) of samples as the model gets them: resized images, sampled frames, "
+    "trained tokens, boxes, problems; and statistics of the datasets. Give the data flags of training.",
 )
 
 
@@ -56,11 +57,11 @@ class ViewArguments(ToolArguments):
     """Flags of this tool, besides those of all tools."""
 
     output: str = field(default="", metadata={"help": "Folder of the site. Required."})
-    limit: int = field(default=200, metadata={"help": "Most samples that are shown."})
+    limit: int = field(default=200, metadata={"help": "Most samples to show."})
     model_max_length: int = field(default=0, metadata={"help": "Most tokens of a sample. Default: no limit."})
-    data_seed: int | None = field(default=None, metadata={"help": "As in training; also draws what is shown."})
+    data_seed: int | None = field(default=None, metadata={"help": "As in training; also draws the samples to show."})
     num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that count and write. Default: one a core."}
+        default=None, metadata={"help": "Processes that measure and write. Default: one per core."}
     )
 
     def __post_init__(self) -> None:
@@ -89,17 +90,18 @@ def view_data(arguments: ViewArguments) -> None:
     """Write the site.
 
     Raises:
-        UserError: data or checkpoint cannot be used, or the folder cannot be written.
+        UserError: Data or checkpoint cannot be used, or the folder cannot be written.
     """
     rows, tokenizer = open_rows(arguments)
     folder = Path(arguments.output)
     lengths = measure_lengths(rows, cache_folder(arguments.data_cache_dir), arguments.num_workers)
     try:
         clear(folder)
-        media, samples = write_samples(rows, lengths, tokenizer, arguments)
+        media, samples, entries = write_samples(rows, lengths, tokenizer, arguments)
+        split = f" ({entries:,} training rows)" if entries > samples else ""
         lead = (
-            f"{samples:,} samples of {len(rows):,} rows, as {arguments.model_name_or_path} gets them. Drawn at random; "
-            "rows that training leaves out come besides."
+            f"{samples:,} samples{split} from {len(rows):,} dataset rows, as {arguments.model_name_or_path} gets them. "
+            "They are drawn at random; samples that training leaves out are added."
         )
         write_pages(folder, title_of(rows), lead, sections(rows, lengths, media, arguments))
     except OSError as error:
@@ -108,10 +110,10 @@ def view_data(arguments: ViewArguments) -> None:
 
 
 def open_rows(arguments: ViewArguments) -> tuple[ConversationDataset, Any]:
-    """Open the rows that training would use; return them and the tokenizer. Bad samples are left out, not raised.
+    """Open the rows that training would use; return them and the tokenizer. Bad samples are skipped, not raised.
 
     Raises:
-        UserError: checkpoint, registry or annotations cannot be used.
+        UserError: Checkpoint, registry or annotations cannot be used.
     """
     encoder, processor = open_encoder(arguments, arguments.model_max_length or UNLIMITED)
     if encoder.overlength == "error":
@@ -131,8 +133,8 @@ def title_of(rows: ConversationDataset) -> str:
 
 def write_samples(
     rows: ConversationDataset, lengths: RowLengths, tokenizer: Any, arguments: ViewArguments
-) -> tuple[dict[str, MediaStatistics], int]:
-    """Write the samples that are shown; return the statistics of media by dataset, and how many are shown."""
+) -> tuple[dict[str, MediaStatistics], int, int]:
+    """Write the shown samples; return the media statistics by dataset, and the numbers of samples and training rows."""
     seed = arguments.data_seed or 0
     choice = choose(rows, lengths.measures["samples"] == 0, arguments.limit, COUNTED, seed)
     media: dict[str, MediaStatistics] = defaultdict(MediaStatistics)
@@ -145,13 +147,13 @@ def write_samples(
             for record in written.records:
                 files.add(record)
             progress.update(written.rows)
-    return media, files.close(title_of(rows))
+    return media, files.samples, files.close(title_of(rows))
 
 
 def sections(
     rows: ConversationDataset, lengths: RowLengths, media: dict[str, MediaStatistics], arguments: ViewArguments
 ) -> Iterator[str]:
-    """Yield the parts of the page of datasets."""
+    """Yield the sections of the page of datasets."""
     yield from datasets.usage(rows, lengths.measures)
     yield from datasets.left_out(lengths)
     if arguments.data_packing:

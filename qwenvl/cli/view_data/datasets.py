@@ -1,4 +1,4 @@
-"""The page of datasets: how much of each is used, how long its samples are, what is left out, and packs."""
+"""The page of datasets: samples used and left out, lengths, media statistics and packs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ LISTED = 500
 
 
 def usage(rows: ConversationDataset, measures: np.ndarray) -> Iterator[str]:
-    """Yield what each dataset contributes after ``%`` sampling: a table, and bars.
+    """Yield a table and bars of what each dataset contributes after ``%`` sampling.
 
     Args:
-        rows: of the run.
-        measures: of these rows.
+        rows: Rows of the run.
+        measures: Measures of these rows.
     """
     tables, _ = rows.locate_all()
     names = names_of(rows)
@@ -60,9 +60,9 @@ def distributions(
     """Yield the histograms of every dataset.
 
     Args:
-        rows: of the run.
-        measures: of these rows; lengths are exact and of all of them.
-        media: what headers say of some of them, by dataset.
+        rows: Rows of the run.
+        measures: Measures of these rows; the lengths are exact.
+        media: Media statistics of some of the rows, by dataset.
     """
     tables, _ = rows.locate_all()
     for number, name in enumerate(names_of(rows)):
@@ -71,20 +71,20 @@ def distributions(
         figures = (
             histogram("Tokens", own["tokens"], "tokens"),
             histogram("Trained tokens", own["trained_tokens"], "tokens"),
-            histogram("Images a sample", found.images, "images"),
+            histogram("Images per sample", found.images, "images"),
             histogram("Resolution after resizing", found.pixels, "pixels"),
             histogram("Turns", found.turns, "turns"),
             histogram("Length of videos", found.seconds, "s"),
         )
         yield (
             f'<section><h2>{escape(name)} <a class="more" href="index.html#dataset={quote(name)}">samples</a></h2>'
-            f'<div class="figures">{"".join(figures)}</div><p class="note">Tokens: exact, of all {len(own):,} rows '
-            f"used. Images, resolution, turns and videos: of {found.samples:,} samples drawn at random.</p></section>"
+            f'<div class="figures">{"".join(figures)}</div><p class="note">Tokens: exact, from all {len(own):,} rows '
+            f"used. Images, resolution, turns and videos: from {found.samples:,} samples drawn at random.</p></section>"
         )
 
 
 def left_out(lengths: RowLengths) -> Iterator[str]:
-    """Yield what training leaves out, and why: counts by reason, and a list."""
+    """Yield the samples that training leaves out: counts by reason, and a list with reasons."""
     events = [event for event in lengths.events if event.record]
     if not events:
         yield '<section class="panel"><h2>Left out</h2><p class="note">Nothing.</p></section>'
@@ -96,7 +96,7 @@ def left_out(lengths: RowLengths) -> Iterator[str]:
     yield (
         f'<section class="panel"><h2>Left out</h2><div class="reason-counts">'
         f"{table(('Dataset', 'Reason', 'Samples'), rows)}</div><details><summary>"
-        f'Every one of them</summary><div class="reasons">'
+        f'All of them</summary><div class="reasons">'
         f"{table(('Dataset', 'Place', 'Id', 'Reason'), listed)}</div>{more}</details></section>"
     )
 
@@ -107,11 +107,11 @@ def _line(event: Event) -> tuple[str, str, str, str]:
 
 
 def packs(rows: ConversationDataset, plan: PackPlan) -> Iterator[str]:
-    """Yield packs as bars, and how full they are.
+    """Yield packs as bars, and statistics of their fill.
 
     Args:
-        rows: not packed.
-        plan: of these rows.
+        rows: Rows of the run, not packed.
+        plan: Packing plan of these rows.
     """
     capacity = rows.encoder.max_length
     tokens = plan.measures["tokens"]
@@ -131,5 +131,5 @@ def packs(rows: ConversationDataset, plan: PackPlan) -> Iterator[str]:
         f"{pack_bars(members, capacity, names)}"
         f'<p class="note">{len(shown):,} of them, evenly spread; each is a bar of its samples.</p></section>'
         f'<section class="after"><div class="figures">{histogram("Fill of packs", of_packs / capacity * 100, "%")}'
-        f"{histogram('Samples a pack', plan.packs.add_up(plan.measures['samples']), 'samples')}</div></section>"
+        f"{histogram('Samples per pack', plan.packs.add_up(plan.measures['samples']), 'samples')}</div></section>"
     )

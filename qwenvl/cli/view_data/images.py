@@ -1,4 +1,4 @@
-"""Pictures and frames as files beside the page: at the size the model gets, and small ones to be shown first."""
+"""Images and frames as files beside the page, at the size that the model gets, with thumbnails."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from qwenvl.data.media.locate import describe
 from qwenvl.data.media.resize import ImagePlan, MediaPlan
 
 THUMBNAIL = (420, 420)
-"""Most pixels (width, height) of a small picture."""
+"""Most pixels (width, height) of a thumbnail."""
 
 SHOWN_FRAMES = 32
-"""Most frames of a video that are shown, evenly spread."""
+"""Most frames shown of a video, evenly spread."""
 
 _LOSSLESS_SIDE = 160  # small drawings and digits suffer from JPEG
 
 
-class PictureFiles:
-    """Writes pictures into a folder, by numbers: names out of the data never become names of files.
+class ImageFiles:
+    """Writes images into a folder, named by numbers: names from the data never become file names.
 
     Args:
-        site: folder of the page.
-        folder: of the pictures inside it.
+        site: Folder of the page.
+        folder: Folder of the images, relative to ``site``.
     """
 
     def __init__(self, site: Path, folder: str = "media") -> None:
@@ -37,28 +37,28 @@ class PictureFiles:
         (site / folder).mkdir(parents=True, exist_ok=True)
 
     def write(self, pixels: torch.Tensor) -> tuple[str, str]:
-        """Write a picture, uint8 [height, width, 3]; return the addresses of it and of its small one, from the page."""
-        picture = Image.fromarray(pixels.numpy())
+        """Write an image, uint8 [height, width, 3]; return the paths of it and its thumbnail, relative to the page."""
+        image = Image.fromarray(pixels.numpy())
         name = f"{self._folder}/{self._count:06d}"
         self._count += 1
-        ending = "png" if max(picture.size) <= _LOSSLESS_SIDE else "jpg"
+        ending = "png" if max(image.size) <= _LOSSLESS_SIDE else "jpg"
         full = f"{name}.{ending}"
-        picture.save(self._site / full, quality=90)
-        if picture.width <= THUMBNAIL[0] and picture.height <= THUMBNAIL[1]:
+        image.save(self._site / full, quality=90)
+        if image.width <= THUMBNAIL[0] and image.height <= THUMBNAIL[1]:
             return full, full
-        picture.thumbnail(THUMBNAIL)
+        image.thumbnail(THUMBNAIL)
         small = f"{name}_small.jpg"
-        picture.save(self._site / small, quality=82)
+        image.save(self._site / small, quality=82)
         return full, small
 
 
-def medium_record(plan: MediaPlan, medium: Medium | None, files: PictureFiles | None) -> dict[str, Any]:
-    """Return what the page says of a picture or video, and write its files.
+def medium_record(plan: MediaPlan, medium: Medium | None, files: ImageFiles | None) -> dict[str, Any]:
+    """Return the record of an image or video for the page, and write its files.
 
     Args:
-        plan: what becomes of it.
-        medium: its pixels; None where it could not be decoded.
-        files: that they are written to.
+        plan: Plan of the medium: its size, grid and frames.
+        medium: Pixels of the medium; None if it could not be decoded.
+        files: Writer of its images.
     """
     source = plan.item.source
     name = f"{len(source)} frames, {describe(source[0])} ..." if isinstance(source, tuple) else describe(source)

@@ -1,4 +1,4 @@
-"""The tokens of a sample as pieces of text that a page can show."""
+"""The tokens of a sample as pieces of text for the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from qwenvl.data.encoding.tokenization import IGNORE_INDEX, Tokens
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are only a part of a character
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoding of the bytes of an incomplete character
 _LONGEST_CHARACTER = 8  # tokens; a text may hold the replacement character itself
 
 PLAIN, TRAINED, VISION = 0, 1, 2
@@ -18,12 +18,12 @@ def pieces_of(tokens: Tokens, tokenizer: Any) -> list[list[Any]]:
     """Return the stretches of a sample, in order.
 
     Each is ``[PLAIN or TRAINED, [[text, ids, is a special token], ...]]``, or ``[VISION, [token, id, count]]`` for a
-    run of placeholders. The texts together are what the model reads; ``ids`` are separated by spaces, several where a
-    character takes several tokens.
+    run of placeholders. The texts add up to the model's input; ``ids`` are separated by spaces, and there are several
+    if a character takes several tokens.
 
     Args:
-        tokens: of the sample.
-        tokenizer: of the checkpoint.
+        tokens: Tokens of the sample.
+        tokenizer: Tokenizer of the checkpoint.
     """
     trained = (tokens.labels != IGNORE_INDEX).tolist()
     marks = zip(tokens.input_ids.tolist(), trained, tokens.vision_mask.tolist(), strict=True)
@@ -41,7 +41,7 @@ def pieces_of(tokens: Tokens, tokenizer: Any) -> list[list[Any]]:
 
 
 def _texts(ids: Sequence[int], tokenizer: Any, special: set[int]) -> list[list[Any]]:
-    """Return [text, ids, is special] of each token; tokens that make one character only together are one piece."""
+    """Return [text, ids, is special] of each token; tokens that form one character together are one piece."""
     found, open_ids = list[list[Any]](), list[int]()
     for token in ids:
         open_ids.append(token)

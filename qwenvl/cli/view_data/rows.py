@@ -1,4 +1,4 @@
-"""Which rows of a run are shown, and what its statistics count."""
+"""The choice of rows to show, and the statistics of their media."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwenvl.data.media.resize import ImagePlan, VideoPlan
 from qwenvl.utils.errors import SampleError
 
 FEWEST = 5
-"""Rows of every dataset that are shown, however small its share."""
+"""Fewest rows shown of a dataset, however small its share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,8 @@ class Choice:
     """Indices of the rows, int64 [n] each, ascending, no row of a file twice.
 
     Args:
-        shown: with their pictures.
-        counted: those whose headers are read for the statistics of media; holds ``shown``.
+        shown: Rows on the page.
+        counted: Rows whose media headers are read for the statistics; contains ``shown``.
     """
 
     shown: np.ndarray
@@ -31,14 +31,14 @@ class Choice:
 
 
 def choose(rows: ConversationDataset, left_out: np.ndarray, limit: int, most_counted: int, seed: int) -> Choice:
-    """Draw rows at random from every dataset by its share; and rows that are left out, as many again.
+    """Draw rows at random from every dataset by its share, and up to the same number of left-out rows.
 
     Args:
-        rows: of the run.
-        left_out: bool [rows], those that training would not see.
-        limit: rows shown, and rows left out shown besides.
-        most_counted: rows counted.
-        seed: of the draw.
+        rows: Rows of the run.
+        left_out: bool [rows], true for rows that training leaves out.
+        limit: Most rows to show, and most left-out rows to show in addition.
+        most_counted: Most rows to count.
+        seed: Seed of the random draw.
     """
     tables, places = rows.locate_all()
     _, first = np.unique(np.stack([tables, places]), axis=1, return_index=True)
@@ -55,7 +55,7 @@ def choose(rows: ConversationDataset, left_out: np.ndarray, limit: int, most_cou
 
 
 def look_at_rows(rows: ConversationDataset, indices: np.ndarray) -> Iterator[tuple[int, Look]]:
-    """Yield (index, look) of every sample of some rows; several for a packed row, one for a row that is damaged."""
+    """Yield (index, look) of every training row of some rows; one for a row that cannot be read."""
     for index in indices.tolist():
         try:
             samples = rows.samples(index)
@@ -69,14 +69,14 @@ def look_at_rows(rows: ConversationDataset, indices: np.ndarray) -> Iterator[tup
 
 @dataclass
 class MediaStatistics:
-    """What headers say of the samples of one dataset.
+    """Statistics of the samples of one dataset, from their media headers.
 
     Args:
-        samples: that were counted.
-        turns: of each sample.
-        images: of each sample; frames of videos do not count.
-        pixels: height x width after resizing, of each image and each video's frame.
-        seconds: of the used range of each video.
+        samples: Number of counted samples.
+        turns: Number of turns of each sample.
+        images: Number of images of each sample, without the frames of videos.
+        pixels: Height x width after resizing, of each image and of the frames of each video.
+        seconds: Length of the used range of each video, in seconds.
     """
 
     samples: int = 0
@@ -94,7 +94,7 @@ class MediaStatistics:
         self.seconds += [medium.num_frames / medium.fps for medium in plan.media if isinstance(medium, VideoPlan)]
 
     def join(self, other: MediaStatistics) -> None:
-        """Count what another one counted."""
+        """Add the counts of other statistics."""
         self.samples += other.samples
         for name in ("turns", "images", "pixels", "seconds"):
             getattr(self, name).extend(getattr(other, name))

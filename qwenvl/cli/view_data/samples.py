@@ -1,4 +1,4 @@
-"""One sample as the page shows it: what the model gets, or why it gets nothing."""
+"""One sample as the page shows it: the model's input, or the reason why it cannot be used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenvl.cli.view_data.answers import find_boxes
-from qwenvl.cli.view_data.images import PictureFiles, medium_record
+from qwenvl.cli.view_data.images import ImageFiles, medium_record
 from qwenvl.cli.view_data.pieces import pieces_of
 from qwenvl.data.conversation.chat_template import weight_lines
 from qwenvl.data.encoding.encoded import EncodedSample, Plan
@@ -22,9 +22,9 @@ UNLIMITED = 1 << 30
 """Tokens; no sample has more."""
 
 LONGEST_RAW = 4000
-"""Characters of the record of a bad sample that are shown."""
+"""Most characters shown of the record of a bad sample."""
 
-_KINDS = {"truncated": "truncated_turns"}  # a file that is cut is called truncated too
+_KINDS = {"truncated": "truncated_turns"}  # "truncated" is the category of cut files
 
 KINDS = ("text", "image", "images", "video", "mixed")
 
@@ -34,10 +34,10 @@ class Look:
     """A sample before its media are decoded.
 
     Args:
-        origin: where it stands.
-        sample: its record; None where the row cannot be read.
-        plan: of it, also of one that is too long; None where it cannot be used for another reason.
-        problems: (category, reason) each.
+        origin: Dataset, file and line of the sample.
+        sample: Sample; None if the row cannot be read.
+        plan: Plan of the training row, also of one that is too long; None if it has another problem.
+        problems: (category, reason) of each problem.
         row: Number of the training row, from 1.
         rows: Training rows of the sample.
     """
@@ -51,7 +51,7 @@ class Look:
 
 
 def look_at(sample: Sample, encoder: SampleEncoder) -> list[Look]:
-    """Plan the training rows of a sample, and say what is wrong with it; nothing is decoded."""
+    """Plan the training rows of a sample and find its problems, without decoding media."""
     try:
         plans = encoder.plans(sample)
     except OverlengthError as error:
@@ -73,13 +73,13 @@ def _rows(sample: Sample, plans: Sequence[Plan], problems: tuple[tuple[str, str]
 
 
 def _reason(message: str, sample: Sample) -> str:
-    """Return what an event says besides the place, which the page shows anyway."""
+    """Return the message of an event without the place, which the page shows anyway."""
     reason = message.removeprefix(str(sample.origin)).removeprefix(": ")
-    return reason or "the last answer has a thought that the template does not open, or lacks the one that it opens."
+    return reason or "the last answer has thinking that the template does not open, or lacks thinking that it opens."
 
 
 def kind_of(plan: Plan | None) -> str:
-    """Return which media a sample has, one of :data:`KINDS`; "text" where it is not known."""
+    """Return the kind of media of a sample, one of :data:`KINDS`; "text" if it is unknown."""
     media = () if plan is None else plan.media
     videos = sum(isinstance(medium, VideoPlan) for medium in media)
     images = sum(isinstance(medium, ImagePlan) for medium in media)
@@ -95,17 +95,17 @@ class Presenter:
     """Makes the records that the page reads.
 
     Args:
-        encoder: of the run.
-        tokenizer: of the checkpoint.
-        files: where pictures are written.
+        encoder: Encoder of the run.
+        tokenizer: Tokenizer of the checkpoint.
+        files: Writer of the images.
     """
 
     encoder: SampleEncoder
     tokenizer: Any
-    files: PictureFiles
+    files: ImageFiles
 
     def record(self, look: Look) -> dict[str, Any]:
-        """Return the record of a sample, and write its pictures."""
+        """Return the record of a training row, and write its images."""
         problems, encoded = list(look.problems), None
         if look.plan is not None and look.sample is not None:
             try:
@@ -119,6 +119,7 @@ class Presenter:
             "dataset": origin.dataset,
             "place": f"{origin.file}:{origin.line}{member}",
             "id": origin.id,
+            "row": look.row,
             "kind": kind_of(look.plan),
             "problems": [list(one) for one in dict.fromkeys(problems)],
         }

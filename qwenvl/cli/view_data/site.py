@@ -1,4 +1,4 @@
-"""The files of the site: pages, and data as scripts, since pages of a ``file://`` address cannot read others."""
+"""The files of the site: pages, and data as scripts, since ``file://`` pages cannot read other files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def clear(folder: Path) -> None:
     """Make the folder of a site, without the files of an earlier one.
 
     Raises:
-        UserError: it cannot be written, or holds something else.
+        UserError: It cannot be written, or holds something else.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file. Choose a folder.")
@@ -38,13 +38,17 @@ def clear(folder: Path) -> None:
 
 
 class SampleFiles:
-    """Writes records of samples in small files, each a call of a function of the page.
+    """Writes records of training rows into small files, each a call of a function of the page.
 
     Args:
-        folder: of the site.
+        folder: Folder of the site.
+
+    Attributes:
+        samples: Number of samples added; a sample may have several training rows.
     """
 
     def __init__(self, folder: Path) -> None:
+        self.samples = 0
         self._folder = folder / "data"
         self._open: list[dict[str, Any]] = []
         self._texts: list[str] = []
@@ -53,7 +57,8 @@ class SampleFiles:
         self._files = {"samples": 0, "texts": 0}
 
     def add(self, record: dict[str, Any]) -> None:
-        """Add a sample; its ``text`` is what is searched."""
+        """Add a training row; the page searches its ``text``."""
+        self.samples += record["row"] == 1
         dataset = self._datasets.setdefault(record["dataset"], len(self._datasets))
         problems = [category for category, _ in record["problems"]]
         self._index.append([dataset, KINDS.index(record["kind"]), problems])
@@ -65,7 +70,7 @@ class SampleFiles:
             self._flush("texts", self._texts)
 
     def close(self, title: str) -> int:
-        """Write the rest and the index; return the number of samples."""
+        """Write the rest and the index; return the number of training rows."""
         for name, rest in (("samples", self._open), ("texts", self._texts)):
             if rest:
                 self._flush(name, rest)
@@ -73,6 +78,7 @@ class SampleFiles:
             "title": title,
             "datasets": list(self._datasets),
             "kinds": KINDS,
+            "unit": "sample" if len(self._index) == self.samples else "training row",
             "samples": self._index,
             "samples_a_file": SAMPLES_A_FILE,
             "texts_a_file": TEXTS_A_FILE,
@@ -90,18 +96,18 @@ class SampleFiles:
 
 
 def script(value: Any) -> str:
-    """Return a value as JavaScript, in ASCII, that no HTML around it could end."""
+    """Return a value as JavaScript in ASCII, without characters that could end an HTML script element."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def write_pages(folder: Path, title: str, lead: str, sections: Iterable[str]) -> None:
-    """Write the pages of samples and of datasets, and what both need.
+    """Write the pages of samples and of datasets, and their scripts.
 
     Args:
-        folder: of the site.
-        title: of the pages, plain text.
-        lead: what is shown, plain text.
+        folder: Folder of the site.
+        title: Title of the pages, plain text.
+        lead: Description of the shown samples, plain text.
         sections: HTML of the page of datasets.
     """
     here = Path(__file__).parent

@@ -7,8 +7,8 @@ const viewer = (() => {
   const WITH_PROBLEM = "*";
   const form = document.getElementById("filters");
   const list = document.getElementById("samples");
-  const files = new Map(); // name of a data file -> promise of what it holds
-  const waiting = new Map(); // name of a data file -> what takes its content
+  const files = new Map(); // name of a data file -> promise of its content
+  const waiting = new Map(); // name of a data file -> function that takes its content
   let index, state, found = [], turn = 0;
 
   function load(name) {
@@ -93,7 +93,8 @@ const viewer = (() => {
       found = chosen;
       state.page = page;
       list.replaceChildren(...numbers.map((number, place) => cards.card(read[place][number % each], number)));
-      const says = `${chosen.length.toLocaleString("en")} ${chosen.length === 1 ? "sample" : "samples"}, page ${page} of ${pages}`;
+      const unit = chosen.length === 1 ? index.unit : `${index.unit}s`;
+      const says = `${chosen.length.toLocaleString("en")} ${unit}, page ${page} of ${pages}`;
       document.querySelectorAll(".pager span").forEach((one) => { one.textContent = says; });
       document.querySelectorAll(".pager button").forEach((one) => {
         one.disabled = one.dataset.step < 0 ? page === 1 : page === pages;

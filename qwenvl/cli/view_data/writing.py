@@ -1,4 +1,4 @@
-"""Samples to records and pictures of the site, by several processes."""
+"""Writes the records and images of the site by several processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from qwenvl.cli.view_data.images import PictureFiles
+from qwenvl.cli.view_data.images import ImageFiles
 from qwenvl.cli.view_data.rows import Choice, MediaStatistics, look_at_rows
 from qwenvl.cli.view_data.samples import Presenter
 from qwenvl.data.dataset import ConversationDataset
@@ -24,12 +24,12 @@ ROWS_A_TASK = 16
 
 @dataclass
 class Written:
-    """What came of some rows.
+    """Statistics and records of some rows.
 
     Args:
-        rows: how many they were.
-        media: statistics by dataset.
-        records: of the samples that are shown, whose pictures are written.
+        rows: Number of rows.
+        media: Media statistics by dataset.
+        records: Records of the shown training rows, whose images are written.
     """
 
     rows: int = 0
@@ -38,7 +38,7 @@ class Written:
 
 
 class _Tasks(Dataset[Written]):
-    """Looks at the rows of one task an index; its pictures have a folder of their own, whichever process writes it."""
+    """Processes the rows of one task per index. Each task has its own image folder, independent of the process."""
 
     def __init__(self, rows: ConversationDataset, tokenizer: Any, choice: Choice, site: Path) -> None:
         self._rows = rows
@@ -52,7 +52,7 @@ class _Tasks(Dataset[Written]):
 
     def __getitem__(self, number: int) -> Written:
         indices = self._tasks[number]
-        presenter = Presenter(self._rows.encoder, self._tokenizer, PictureFiles(self._site, f"media/{number:05d}"))
+        presenter = Presenter(self._rows.encoder, self._tokenizer, ImageFiles(self._site, f"media/{number:05d}"))
         found = Written(len(indices))
         for index, look in look_at_rows(self._rows, indices):
             if look.plan is not None and look.row == look.rows:  # the last one has all media
@@ -66,17 +66,17 @@ class _Tasks(Dataset[Written]):
 def write_rows(
     rows: ConversationDataset, tokenizer: Any, choice: Choice, site: Path, workers: int | None
 ) -> Iterator[Written]:
-    """Write the pictures of the samples that are shown, and yield what is said of them, in the order of the rows.
+    """Write the images of the shown samples, and yield their records and statistics in the order of the rows.
 
     Args:
-        rows: of the run.
-        tokenizer: of the checkpoint.
-        choice: of the rows.
-        site: folder of the page.
-        workers: processes; None for one a core, 0 or 1 for none beside this one.
+        rows: Rows of the run.
+        tokenizer: Tokenizer of the checkpoint.
+        choice: Rows to show and to count.
+        site: Folder of the page.
+        workers: Number of worker processes; None for one per core, 0 or 1 to work in this process.
 
     Raises:
-        UserError: a process died.
+        UserError: A process died.
     """
     tasks = _Tasks(rows, tokenizer, choice, site)
     processes = available_cores() if workers is None else workers
@@ -87,5 +87,5 @@ def write_rows(
             raise
         raise UserError(
             f"A process died while it wrote samples ({error}): out of memory, or a decoder crashed. "
-            "Give --num_workers 1 to go on in one process."
+            "Give --num_workers 1 to work in one process."
         ) from error

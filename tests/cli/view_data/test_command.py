@@ -27,9 +27,9 @@ def turns(question: str, answer: str) -> dict[str, Any]:
 
 def write_sets(folder: Path) -> Path:
     """Two datasets with every kind of sample and problem; return their registry."""
-    picture = Image.new("RGB", (640, 480), "ivory")
-    ImageDraw.Draw(picture).ellipse((160, 120, 320, 360), fill="crimson")
-    picture.save(folder / "a.png")
+    image = Image.new("RGB", (640, 480), "ivory")
+    ImageDraw.Draw(image).ellipse((160, 120, 320, 360), fill="crimson")
+    image.save(folder / "a.png")
     make_video(folder / "a.mp4")
     (folder / "cut.jpg").write_bytes(b"\xff\xd8\xff")
     one = [
@@ -150,7 +150,7 @@ def test_the_page_of_datasets_counts_all_rows_and_shows_packs(view: Callable[...
     ]
     for title in (
         "Trained tokens",
-        "Images a sample",
+        "Images per sample",
         "Resolution after resizing",
         "Turns",
         "Length of videos",
