@@ -100,13 +100,17 @@ def view_data(arguments: ViewArguments) -> None:
         media, samples, entries = write_samples(rows, lengths, tokenizer, arguments)
         split = f" ({entries:,} training rows)" if entries > samples else ""
         lead = (
-            f"{samples:,} samples{split} from {len(rows):,} dataset rows, as {arguments.model_name_or_path} gets them. "
-            "They are drawn at random; samples that training leaves out are added."
+            f"{_count(samples, 'sample')}{split} from {_count(len(rows), 'dataset row')}, as "
+            f"{arguments.model_name_or_path} gets them. Drawn at random; samples that training leaves out are added."
         )
         write_pages(folder, title_of(rows), lead, sections(rows, lengths, media, arguments))
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written: {error}. Choose another folder.") from error
-    logger.info("%d samples. Open %s in a browser.", samples, (folder / "index.html").resolve())
+    logger.info("%s. Open %s in a browser.", _count(samples, "sample"), (folder / "index.html").resolve())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def open_rows(arguments: ViewArguments) -> tuple[ConversationDataset, Any]:

@@ -231,6 +231,7 @@ def write_thoughts(folder: Path, checkpoint: Path) -> int:
 
 def test_each_training_row_has_its_own_targets(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     assert write_thoughts(tmp_path, tiny_checkpoint("qwen3_5")) == 0
+    assert "1 sample (2 training rows) from 1 dataset row, as" in (tmp_path / "site" / "index.html").read_text()
     first, second = written(tmp_path / "site", "samples")
     assert [one["place"].partition(", ")[2] for one in (first, second)] == [f"training row {n} of 2" for n in (1, 2)]
     assert (first["weights"], second["weights"]) == (["message 1: weight 0.5"], [])
@@ -248,7 +249,7 @@ def test_each_training_row_has_its_own_targets(tiny_checkpoint: Callable[..., Pa
 def test_a_browser_colours_targets_and_names_weights(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     assert write_thoughts(tmp_path, tiny_checkpoint("qwen3_5")) == 0
     page = dom(tmp_path / "site" / "index.html", "", tmp_path / "profile")
-    assert page.tags.count("article") == 2
+    assert page.tags.count("article") == 2 and "2 training rows, page 1 of 1" in page.text
     assert "message 1: weight 0.5." in page.text and "training row 2 of 2" in page.text
 
 
