@@ -1,1 +1,1 @@
-"""The parts of tools/check_image.py."""
+"""Parts of tools/check_image.py: the checks, the files they write and the table."""

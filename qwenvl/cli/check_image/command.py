@@ -3,15 +3,15 @@ r"""Find every problem of every sample before training: files, texts, tags, boxe
     python tools/check_image.py --dataset_use "a,b" [--decode] [--model_name_or_path MODEL] [--write_clean]
     python tools/check_image.py --annotation_path FILE --data_path DIR
 
-Without ``--decode`` media are opened as far as their headers; with it they are read as training would. With a model,
-samples are rendered and counted as well, under training's own data flags (``--max_pixels``, ``--model_max_length``,
-...). All rows are checked, whatever percentage of them ``--dataset_use`` takes.
+Without ``--decode`` only the headers of media are read; with it they are decoded as in training. With a model, samples
+are also rendered and their tokens counted, under the data flags of training (``--max_pixels``,
+``--model_max_length``, ...). All rows are checked, whatever percentage of them ``--dataset_use`` takes.
 
-For each dataset, ``NAME_problems.jsonl`` has a line a problem: dataset, file, line, member, id, category, reason. With
-``--write_clean``, ``NAME_valid.jsonl`` has the other samples, to take the place of the old files in the registry entry.
-A duplicate, and a tag in an answer, are problems here though training takes both.
+For each dataset, ``NAME_problems.jsonl`` has one line per problem: dataset, file, line, member, id, category, reason.
+With ``--write_clean``, ``NAME_valid.jsonl`` has the other samples, to replace the old files in the registry entry.
+Duplicates and media tags in answers count as problems here, although training accepts both.
 
-Exit code: 0 without a problem, 1 with problems, 2 where nothing could be checked.
+Exit code: 0 without a problem, 1 with problems, 2 if nothing could be checked.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ logger = logging.getLogger("qwenvl.check_image")
 PAGE = HelpPage(
     "check_image.py --dataset_use NAMES [--decode] [--write_clean] [--flag VALUE ...]",
     "Find every problem of every sample: missing and damaged files, tags, roles, boxes, lengths, duplicates. Writes "
-    "NAME_problems.jsonl for each dataset. Exit code 1 where there are problems, 2 where nothing could be checked.",
+    "NAME_problems.jsonl for each dataset. Exit code 1 if there are problems, 2 if nothing could be checked.",
 )
 
 
@@ -58,26 +58,26 @@ PAGE = HelpPage(
 class CheckArguments(ToolArguments):
     """Flags of this tool, besides those of all tools; those of tasks are training's own."""
 
-    decode: bool = field(default=False, metadata={"help": "Read media as training would, not their headers alone."})
+    decode: bool = field(default=False, metadata={"help": "Decode media, instead of reading only their headers."})
     write_clean: bool = field(
         default=False,
-        metadata={"help": "Write NAME_valid.jsonl: the samples without a problem, all fields as they are."},
+        metadata={"help": "Write NAME_valid.jsonl: the samples without a problem, with all their fields."},
     )
-    output: str = field(default=".", metadata={"help": "Folder of the files that are written."})
+    output: str = field(default=".", metadata={"help": "Folder for the output files."})
     model_max_length: int = field(default=8192, metadata={"help": "Most tokens of a sample; needs a model."})
-    workers: int | None = field(default=None, metadata={"help": "Processes. Default: one for every core."})
+    workers: int | None = field(default=None, metadata={"help": "Processes. Default: one per core."})
     task: TaskName | None = field(
         default=None, metadata={"help": "Check the field 'label' (or 'masks') for this task."}
     )
-    pooling: Pooling | None = field(default=None, metadata={"help": "Of the task: vision_mean needs pictures."})
+    pooling: Pooling | None = field(default=None, metadata={"help": "Pooling of the task; vision_mean needs images."})
     class_names: str | None = field(default=None, metadata={"help": "File with the classes. Default: any name."})
-    keep_answer: bool = field(default=False, metadata={"help": "Of the task: a sample needs its answer."})
+    keep_answer: bool = field(default=False, metadata={"help": "Setting of the task: a sample needs its answer."})
 
     def targets(self, encoder: SampleEncoder | None) -> TargetReader | None:
-        """Return what reads the targets of the task, if there is one.
+        """Return the reader of the task's targets, or None without a task.
 
         Raises:
-            UserError: the file of class names cannot be used, or the task needs a model.
+            UserError: The file of class names cannot be used, or the task needs a model.
         """
         chosen = TaskArguments(
             task=self.task, pooling=self.pooling, class_names=self.class_names, keep_answer=self.keep_answer
@@ -100,7 +100,7 @@ def check(arguments: CheckArguments) -> int:
     """Check the datasets, write the files and print the table; return 1 if there are problems.
 
     Raises:
-        UserError: wrong flags, or a dataset that cannot be opened.
+        UserError: A flag is wrong, or a dataset cannot be opened.
     """
     specs = chosen_datasets(arguments)
     checker = _checker(arguments)
@@ -163,10 +163,10 @@ def _write_clean(summary: Summary, arguments: CheckArguments) -> str:
 
 
 def _path(table: AnnotationTable, arguments: CheckArguments, what: str) -> Path:
-    """Return a file to write; never one that is read.
+    """Return the path of an output file, which is never an input file.
 
     Raises:
-        UserError: it is an annotation file of the dataset.
+        UserError: It is an annotation file of the dataset.
     """
     path = Path(arguments.output) / f"{table.spec.name.replace(os.sep, '_')}_{what}.jsonl"
     if path.exists() and any(os.path.exists(rows.path) and path.samefile(rows.path) for rows in table.files):
@@ -175,13 +175,13 @@ def _path(table: AnnotationTable, arguments: CheckArguments, what: str) -> Path:
 
 
 def _notes(arguments: CheckArguments, summaries: list[Summary], seconds: float) -> list[str]:
-    """Return what there is to say below the table."""
+    """Return the notes below the table."""
     media = sum(summary.media for summary in summaries)
-    how = "read" if arguments.decode else "opened as far as their headers"
-    rate = f" ({media / seconds:,.0f} a second)" if seconds > 1 else ""
+    how = "decoded" if arguments.decode else "checked by their headers"
+    rate = f" ({media / seconds:,.0f} per second)" if seconds > 1 else ""
     notes = [f"{media:,} images and videos {how} in {seconds:.1f} s{rate}."]
     if not arguments.decode:
-        notes.append("Not checked: pixels, such as those of a file that is cut behind its header. --decode reads them.")
+        notes.append("Not checked: pixels, for instance of files cut behind their header. --decode reads them.")
     if not arguments.model_name_or_path:
         notes.append("Not checked: lengths and chat template. --model_name_or_path MODEL checks them.")
     if any(summary.table.spec.sampling_percent != 100 for summary in summaries):

@@ -1,4 +1,4 @@
-"""What a check found: counted, written to files, and shown as a table."""
+"""The results of a check: counts, output files and the table."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ USABLE = "no problem"
 
 @dataclass
 class Summary:
-    """What was found in a dataset.
+    """Results of the check of a dataset.
 
     Args:
-        table: the dataset.
-        counts: samples (and rows that cannot be read) with each category of problem.
-        examples: first problem of each category.
-        samples: int64 arrays, samples of each row.
-        digests: content hashes of all samples.
-        media: images and videos.
-        bad: (row, member) of all with a problem.
-        unread_keys: Keys that nothing reads, as in messages.
-        remarks: number of samples of each kind of :data:`qwenvl.data.sample_stats.REMARKS`.
+        table: Annotations of the dataset.
+        counts: Number of samples (and unreadable rows) with a problem, by category.
+        examples: First problem of each category.
+        samples: int64 arrays, the number of samples of each row.
+        digests: Content hashes of all samples.
+        media: Number of images and videos.
+        bad: (row, member) of every sample with a problem.
+        unread_keys: Unused keys of the samples, as named in messages.
+        remarks: Number of samples by kind of :data:`qwenvl.data.sample_stats.REMARKS`.
     """
 
     table: AnnotationTable
@@ -51,7 +51,7 @@ class Summary:
     _seen: tuple[int, int, frozenset[str]] = (-1, -1, frozenset())
 
     def add(self, checked: CheckedRows) -> None:
-        """Take in the result of some rows."""
+        """Add the results of some rows."""
         self.samples.append(checked.samples)
         self.digests.append(checked.digests)
         self.media += int(checked.media.sum())
@@ -59,7 +59,7 @@ class Summary:
         self.remarks.update(checked.remarks)
 
     def note(self, problem: Problem) -> None:
-        """Count a problem; those of one sample follow one another."""
+        """Count a problem; the problems of one sample must come in succession."""
         row, member, seen = self._seen
         seen = seen if (row, member) == problem[:2] else frozenset()
         if problem.category not in seen:
@@ -70,7 +70,7 @@ class Summary:
 
     @property
     def total(self) -> int:
-        """Samples, and rows that cannot be read."""
+        """Number of samples and unreadable rows."""
         return sum(int(samples.sum()) + int((samples == 0).sum()) for samples in self.samples)
 
 
@@ -80,11 +80,11 @@ def write_problem(file: IO[str], problem: Problem) -> None:
 
 
 def write_clean(summary: Summary, path: Path) -> int:
-    """Write the usable samples of a dataset as JSON lines; return how many rows that are.
+    """Write the usable samples of a dataset as JSON lines; return the number of rows.
 
-    A line of text stays as it is, byte for byte. What cannot, is written anew with all of its fields: items of an
-    indented array, rows of Parquet files, packed rows without their bad members. Bytes, which JSON cannot hold, become
-    data URIs.
+    JSON lines are copied byte for byte. Other rows are serialized again with all of their fields: items of an indented
+    array, rows of Parquet files, packed rows without their bad members. Bytes, which JSON cannot hold, become data
+    URIs.
     """
     rows = 0
     with path.open("wb") as file:
@@ -114,7 +114,7 @@ def _dump(value: Any) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """Return a value as JSON can hold it: embedded media as data URIs, other things that are no JSON as text."""
+    """Return a value in a form that JSON can hold: embedded media as data URIs, other objects as text."""
     if isinstance(value, Mapping):
         if isinstance(value.get("bytes"), bytes):
             rest = {key: item for key, item in value.items() if key not in ("bytes", "path")}
@@ -134,7 +134,7 @@ def _data_uri(content: bytes) -> str:
 def show(summaries: list[Summary], notes: list[str], console: Console | None = None) -> None:
     """Print the table: a line for every category of every dataset, with the first sample that has it.
 
-    A terminal gets as much of a line as fits; files and pipes get all of it.
+    Lines are cut to the width of a terminal, but not in files and pipes.
     """
     console = console or Console(highlight=False)
     rows = [row for summary in summaries for row in _rows(summary)]

@@ -1,4 +1,4 @@
-"""Everything that is wrong with one sample, by the rules that training goes by."""
+"""Finds all problems of a sample by the rules of training."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from qwenvl.families import get_family
 from qwenvl.utils.errors import SampleError
 
 DIGEST_BYTES = 16
-# What a sample is trained on; all else, such as its id, may differ between samples of the same content.
+# The keys that training uses; others, such as the id, may differ between samples of the same content.
 CONTENT = (
     *("conversations", "messages", "image", "images", "video", "videos", "system", "tools"),
     *("bbox_format", "objects"),
 )
 TAGS = ("<image>", "<video>")
-TAG_IN_ANSWER = "tag_in_answer"  # a problem here alone: training takes such samples
-# Where no model is named: the tokens of pictures have these names in all families, and which pictures and videos are
-# refused does not depend on the family.
+TAG_IN_ANSWER = "tag_in_answer"  # a problem only here: training accepts such samples
+# For checks without a model: these tokens have the same names in all families, and the same images and videos are
+# rejected for every family.
 RESERVED_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 DEFAULT_FAMILY = "qwen3_vl"
 
 
 def default_settings(arguments: DataArguments) -> VisionSettings:
-    """Return the limits of the flags on the patches of Qwen3-VL, for a check without a model."""
+    """Return the limits of the flags with the patch sizes of Qwen3-VL, for a check without a model."""
     family = get_family(DEFAULT_FAMILY)
     return vision_settings(family, arguments, patch_size=16, merge_size=2, temporal_patch_size=2)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found in a sample.
+    """Results of the check of a sample.
 
     Args:
-        problems: everything that is wrong with it, each once.
-        media: number of its images and videos.
-        unread_keys: Its keys that nothing reads, as :class:`qwenvl.data.types.Conversation` has them.
-        remarks: kinds of :data:`qwenvl.data.sample_stats.REMARKS` that it is of.
+        problems: Problems of the sample, each once.
+        media: Number of its images and videos.
+        unread_keys: Unused keys of the sample, as in :class:`qwenvl.data.types.Conversation`.
+        remarks: Kinds of :data:`qwenvl.data.sample_stats.REMARKS` that apply to the sample.
     """
 
     problems: tuple[SampleError, ...]
@@ -64,15 +64,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class SampleChecker:
-    """Finds what is wrong with samples. Safe to send to other processes.
+    """Finds the problems of samples. Can be sent to other processes.
 
     Args:
-        settings: limits of pictures and videos.
-        reserved_tokens: strings that no text may contain.
-        allow_remote: http(s) media may be fetched.
-        decode: decode media, rather than read their headers alone.
-        encoder: of the run, to render and count tokens; None to leave that out.
-        labels: of a task, to check them; None to leave that out.
+        settings: Limits of images and videos.
+        reserved_tokens: Strings that no text may contain.
+        allow_remote: Media may be fetched by http(s).
+        decode: Decode media instead of reading only their headers.
+        encoder: Encoder of the run, to render samples and count tokens; None to skip that.
+        labels: Reader of a task's labels, to check them; None to skip that.
     """
 
     settings: VisionSettings
@@ -83,7 +83,7 @@ class SampleChecker:
     labels: TargetReader | None = None
 
     def check_row(self, samples: Sequence[Sample]) -> list[Finding]:
-        """Check the samples of a row, which together may be too long."""
+        """Check the samples of a row, whose total length is limited."""
         used, findings = 0, list[Finding]()
         for sample in samples:
             finding = self._check(sample)
@@ -141,7 +141,7 @@ class SampleChecker:
 
 
 def tags_in_answers(conversation: Conversation) -> Iterator[SampleError]:
-    """Yield a problem for every answer that holds a media tag, which training takes for words."""
+    """Yield a problem for every answer with a media tag, which training treats as plain text."""
     for message in conversation.messages:
         tags = [tag for tag in TAGS if tag in message.text] if message.role == "assistant" else []
         if tags:
@@ -155,20 +155,20 @@ def tags_in_answers(conversation: Conversation) -> Iterator[SampleError]:
 
 
 def content_digest(sample: Sample) -> bytes:
-    """Return a hash of what a sample is trained on: equal where turns and names of media are the same."""
+    """Return a hash of the content of a sample: equal if the turns and the names of media are the same."""
     record = sample.record
     media = (key for keys in media_keys(record).values() for key in keys)
     keys = {*CONTENT, *FORM_FIELDS, *LIMIT_FIELDS, *media}
     content = {key: record[key] for key in record if key in keys and record[key] is not None}
     try:
         text = _ENCODER.encode(content) if content else str(sample.origin)
-    except (TypeError, ValueError, RecursionError):  # a record that is bad for this reason; equal to none
+    except (TypeError, ValueError, RecursionError):  # a record that is bad for this reason; its hash is unique
         text = str(sample.origin)
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def _hashed(value: Any) -> Any:
-    """Return what stands for a value that JSON cannot hold: embedded pictures by their hash."""
+    """Return a substitute for a value that JSON cannot hold: the hash of embedded images."""
     if isinstance(value, bytes):
         return hashlib.blake2b(value, digest_size=DIGEST_BYTES).hexdigest()
     return dict(value) if isinstance(value, Mapping) else repr(value)
@@ -178,7 +178,7 @@ _ENCODER = json.JSONEncoder(sort_keys=True, default=_hashed)
 
 
 def _decode(plan: MediaPlan, reader: MediaReader) -> None:
-    """Decode a picture, or the frames of a video that training would take."""
+    """Decode an image, or the frames of a video that training would sample."""
     if isinstance(plan, ImagePlan):
         reader.read_pixels(plan.item)
     else:

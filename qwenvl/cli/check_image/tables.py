@@ -1,4 +1,4 @@
-"""All rows of a dataset through a checker, over processes; results come in order."""
+"""Checks all rows of a dataset in several processes; results come in the order of the rows."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ROWS_A_TASK = 128
 
 
 class Problem(NamedTuple):
-    """What is wrong with a sample, or with a row that cannot be read.
+    """A problem of a sample or of an unreadable row.
 
     Args:
-        row: in its table, from 0.
-        member: of the row's samples, from 0.
-        origin: where it stands.
-        category: as in :class:`qwenvl.utils.errors.SampleError`.
-        reason: for a person.
+        row: Index of the row in its table, from 0.
+        member: Index of the sample in its row, from 0.
+        origin: Dataset, file and line of the sample.
+        category: Category of :class:`qwenvl.utils.errors.SampleError`.
+        reason: Explanation for the user.
     """
 
     row: int
@@ -38,16 +38,16 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CheckedRows:
-    """What is known of some rows that follow one another.
+    """Results of some consecutive rows.
 
     Args:
-        samples: int64 [rows], samples of each row; 0 for one that cannot be read.
-        media: int64 [rows], images and videos of each row.
-        digests: content hashes of all samples, one after the other.
-        problems: in the order of the rows.
-        error: what must stop the check.
-        unread_keys: Keys that nothing reads, as in messages.
-        remarks: number of samples of each kind of :data:`qwenvl.data.sample_stats.REMARKS`.
+        samples: int64 [rows], number of samples of each row; 0 for an unreadable one.
+        media: int64 [rows], number of images and videos of each row.
+        digests: Content hashes of all samples, concatenated.
+        problems: Problems in the order of the rows.
+        error: Error that has to stop the check.
+        unread_keys: Unused keys of the samples, as named in messages.
+        remarks: Number of samples by kind of :data:`qwenvl.data.sample_stats.REMARKS`.
     """
 
     samples: np.ndarray
@@ -79,7 +79,7 @@ class _Tasks(Dataset[CheckedRows]):
         return replace(checked, digests=b"".join(digests))
 
     def _check(self, row: int, place: int, checked: CheckedRows) -> list[bytes]:
-        """Check a row, note what is found in ``checked``, and return the hashes of its samples."""
+        """Check a row, add its results to ``checked``, and return the hashes of its samples."""
         try:
             samples = self._table[row]
         except SampleError as error:
@@ -98,15 +98,15 @@ class _Tasks(Dataset[CheckedRows]):
 
 
 def check_table(table: AnnotationTable, checker: SampleChecker, workers: int) -> Iterator[CheckedRows]:
-    """Check all rows of a table, some at a time.
+    """Check all rows of a table, and yield the results in chunks.
 
     Args:
-        table: the dataset.
-        checker: of samples.
-        workers: processes; 0 or 1 for none beside this one.
+        table: Annotations of the dataset.
+        checker: Checker of samples.
+        workers: Number of worker processes; 0 or 1 to work in this process.
 
     Raises:
-        UserError: the check cannot go on: a file changed, or a process died.
+        UserError: The check cannot continue: a file changed, or a process died.
     """
     tasks = _Tasks(table, checker)
     try:
@@ -124,12 +124,12 @@ def check_table(table: AnnotationTable, checker: SampleChecker, workers: int) ->
 
 
 def find_duplicates(table: AnnotationTable, samples: np.ndarray, digests: bytes) -> Iterator[Problem]:
-    """Yield a problem for every sample whose content an earlier one has.
+    """Yield a problem for every sample with the same content as an earlier one.
 
     Args:
-        table: the dataset.
-        samples: int64 [rows], samples of each row.
-        digests: of all samples.
+        table: Annotations of the dataset.
+        samples: int64 [rows], number of samples of each row.
+        digests: Content hashes of all samples, concatenated.
     """
     keys = np.frombuffer(digests, dtype=f"S{DIGEST_BYTES}")
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
@@ -139,11 +139,11 @@ def find_duplicates(table: AnnotationTable, samples: np.ndarray, digests: bytes)
         origin, earlier = table[row][member].origin, table.origin(original)
         place = f"line {earlier.line}" + (f", member {of_row + 1}" if samples[original] > 1 else "")
         file = f" of {earlier.file}" if earlier.file != origin.file else ""
-        reason = f"it has the turns and the media of {place}{file}. Take one of them out."
+        reason = f"it has the same turns and media as {place}{file}. Remove one of them."
         yield Problem(row, member, origin, "duplicate", reason)
 
 
 def _locate(sample: int, ends: np.ndarray, samples: np.ndarray) -> tuple[int, int]:
-    """Return the row of a sample and its place in it, from 0."""
+    """Return the row of a sample and its index in the row, from 0."""
     row = int(np.searchsorted(ends, sample, side="right"))
     return row, sample - int(ends[row] - samples[row])

@@ -35,7 +35,7 @@ def test_every_category_is_found(check: Check, tmp_path: Path) -> None:
     assert re.search(rf"set\.jsonl:{first} +empty\.jpg is empty \(0 bytes\)\.\n", output)
     assert "Not checked: pixels" in output
     assert "Not checked: lengths" in output
-    assert "duplicate" in output and "the turns and the media of line 1." in output
+    assert "duplicate" in output and "the same turns and media as line 1." in output
     assert not (tmp_path / "out" / "set_valid.jsonl").exists()
 
 
@@ -52,7 +52,7 @@ def test_files_that_are_cut_are_found_by_decoding(check: Check, tmp_path: Path) 
     assert code == 1
     assert problems(tmp_path) == {"cut": ["truncated"]}
     assert "Not checked: pixels" not in output
-    assert "images and videos read" in output
+    assert "images and videos decoded" in output
 
 
 @pytest.mark.parametrize("mode", ["--decode", "--add_vision_id"])
@@ -171,8 +171,8 @@ def test_duplicates_name_the_first_one(check: Check, tmp_path: Path) -> None:
     assert check("--dataset_use", "both", "--dataset_registry", str(tmp_path / "other.py"))[0] == 1
     found = read_lines(tmp_path / "out" / "both_problems.jsonl")
     assert [(record["id"], record["category"]) for record in found] == [("four", "duplicate"), ("three", "duplicate")]
-    assert "of line 1, member 1. " in found[0]["reason"]
-    assert f"of line 1, member 2 of {tmp_path / 'a.jsonl'}. " in found[1]["reason"]
+    assert "as line 1, member 1. " in found[0]["reason"]
+    assert f"as line 1, member 2 of {tmp_path / 'a.jsonl'}. " in found[1]["reason"]
 
 
 # --- the command line --------------------------------------------------------------------------------------------
