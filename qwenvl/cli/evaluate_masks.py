@@ -1,10 +1,10 @@
-r"""Say how well the masks of a folder that ``--task grounding`` trained fit those of a dataset.
+r"""Score the masks that a model trained by ``--task grounding`` predicts against those of a dataset.
 
     python tools/evaluate_masks.py --model_name_or_path MODEL --dataset_use NAMES [--known_use NAMES]
 
-Prints the mean intersection over union (mIoU), that of all masks together (cIoU) and the share of masks above a half;
-with ``--known_use``, the data it was trained on, also those of masks that look at no picture: the whole picture, the
-mean box, the mean mask.
+Prints the mean intersection over union (mIoU), that of all masks together (cIoU) and the share of masks with an IoU
+above one half. With ``--known_use``, the training data, it also scores baselines that ignore the image: a mask of the
+whole image, the mean box, the mean mask.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ logger = logging.getLogger("qwenvl.evaluate_masks")
 
 PAGE = HelpPage(
     "evaluate_masks.py --model_name_or_path MODEL --dataset_use NAMES [--known_use NAMES]",
-    "Say how well the masks of a folder that --task grounding trained fit those of a dataset: mIoU, cIoU, and the "
-    "share above a half.",
+    "Score the masks that a model trained by --task grounding predicts against those of a dataset: mIoU, cIoU, and the "
+    "share with an IoU above one half.",
 )
 
 
@@ -48,12 +48,12 @@ class MaskArguments(AskArguments):
     """Flags of this tool, besides those of the tools that ask a model."""
 
     known_use: str | None = field(
-        default=None, metadata={"help": "What it was trained on: adds masks that look at no picture, to compare with."}
+        default=None, metadata={"help": "Training data of the model: adds baselines that ignore the image."}
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the figures; return the exit code."""
+    """Print the metrics; return the exit code."""
     setup_logging("info")
     try:
         arguments = parse_class(MaskArguments, sys.argv[1:] if argv is None else argv, PAGE)
@@ -65,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate_masks(arguments: MaskArguments) -> dict[str, list[MaskRecord]]:
-    """Return how the masks fit, by where they come from.
+    """Return the comparisons with the annotated masks, by model or baseline.
 
     Raises:
-        UserError: the folder or a sample cannot be used.
+        UserError: The folder or a sample cannot be used.
     """
     encoder = open_asking_encoder(arguments)
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
@@ -112,7 +112,7 @@ def _masks(sample: Sample, encoder: SampleEncoder, reader: MaskReader) -> list[M
 def _found(
     sample: Sample, encoder: SampleEncoder, grounder: Grounder, reader: MaskReader
 ) -> tuple[list[Mask], list[np.ndarray]]:
-    """Return the annotated masks of a sample, and those that are found."""
+    """Return the annotated masks of a sample and the predicted ones."""
     media = encoder.reader(sample, keep_images=True)
     plan = encoder.plans(sample, media)[-1]
     regions = reader.read(sample, plan)

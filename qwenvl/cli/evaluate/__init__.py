@@ -1,1 +1,1 @@
-"""Parts of tools/evaluate.py: its tables and its page."""
+"""Parts of tools/evaluate.py: its scores, tables and page."""

@@ -1,19 +1,20 @@
-r"""Score answers: by dataset, with intervals, as a table, JSON and a page of the worst; and: does the model look?
+r"""Score answers by dataset, with confidence intervals, and test whether they depend on the images.
 
     python tools/evaluate.py --predictions answers.jsonl --output evaluation
     torchrun --nproc_per_node=8 tools/evaluate.py --model_name_or_path MODEL --dataset_use "a%10,b" --output evaluation
     python tools/evaluate.py --model_name_or_path MODEL --dataset_use a --blind --output evaluation
 
-The first scores what tools/predict.py wrote. The second answers first, as predict.py does, into ``predictions.jsonl``
-of the output folder, and may be stopped and started again. With ``--blind`` the same questions are asked with blank
-pictures and with those of other samples as well, and the loss is computed: a model that does not look has the same.
+The first command scores the output of tools/predict.py. The second generates answers first, as predict.py does, into
+``predictions.jsonl`` of the output folder, and can be stopped and resumed. With ``--blind`` the same questions are also
+asked with blank images and with those of other samples, and the loss is computed: a model that ignores the image scores
+the same. The results are printed as a table, and written as JSON and as a page of the worst samples.
 
 The metric of a dataset is that of ``--metric``; else the field ``metric`` of a sample or of the dataset's registry
-entry; else the one that its expected answers call for: boxes box_accuracy, letters to questions with options
-multiple_choice, JSON objects json_equal, texts of a dozen words chrf, anything else exact_match. A sample's field
-``answers`` lists answers that are right besides its own.
+entry; else it depends on the expected answers: box_accuracy for boxes, multiple_choice for letters to questions with
+options, json_equal for JSON objects, chrf for texts of a dozen words, exact_match for anything else. A sample's field
+``answers`` lists further right answers.
 
-Exit code: 0; 1 where samples could not be asked; 2 where nothing could be done.
+Exit code: 0; 1 if samples could not be asked; 2 if nothing could be done.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ logger = logging.getLogger("qwenvl.evaluate")
 PAGE = HelpPage(
     "evaluate.py [--predictions FILE | --model_name_or_path MODEL --dataset_use NAMES] [--blind] [--flag VALUE ...]",
     "Score the answers of a model by dataset. Writes evaluation.json and evaluation.html, a page of the worst samples. "
-    "With --blind, also find out whether the answers depend on the pictures.",
+    "With --blind, also find out whether the answers depend on the images.",
 )
 
 Views = Mapping[View, Sequence[Prediction]]
@@ -63,15 +64,15 @@ class EvaluateArguments(AskArguments):
     predictions: str | None = field(
         default=None, metadata={"help": "JSON lines of tools/predict.py to score, instead of asking a model."}
     )
-    output: str = field(default="evaluation", metadata={"help": "Folder of the files that are written."})
+    output: str = field(default="evaluation", metadata={"help": "Folder for the output files."})
     metric: str | None = field(
         default=None,
-        metadata={"help": f"One of {', '.join(METRICS)}. Default: as samples or datasets say, else as answers look."},
+        metadata={"help": f"One of {', '.join(METRICS)}. Default: that of the sample or dataset, else by the answers."},
     )
     worst: int = field(default=24, metadata={"help": "Samples of each dataset on the page, from the lowest score up."})
     blind: bool = field(
         default=False,
-        metadata={"help": "Ask with blank pictures and with those of other samples too, and compare score and loss."},
+        metadata={"help": "Ask with blank images and with those of other samples too, and compare score and loss."},
     )
 
     def __post_init__(self) -> None:
@@ -83,8 +84,8 @@ class EvaluateArguments(AskArguments):
             super().__post_init__()
         elif self.blind or self.dataset_use or self.annotation_path or self.model_name_or_path:
             raise UserError(
-                "--predictions is scored as it is: leave out --blind, the model and the data; or leave out "
-                "--predictions, and the model is asked."
+                "--predictions is scored without a model: leave out --blind, the model and the data; or leave out "
+                "--predictions to ask the model."
             )
 
 
@@ -102,10 +103,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: EvaluateArguments) -> int:
-    """Ask where that is to be done, score, print and write; return the exit code.
+    """Ask the model unless predictions are given, score, print and write; return the exit code.
 
     Raises:
-        UserError: model, data, predictions or output cannot be used.
+        UserError: Model, data, predictions or output cannot be used.
     """
     if arguments.predictions is not None:
         views: Views = {"shown": read_predictions(Path(arguments.predictions))}
@@ -125,10 +126,10 @@ def run(arguments: EvaluateArguments) -> int:
 
 
 def ask(arguments: EvaluateArguments) -> Views:
-    """Answer the samples, in each view that is wanted; every process has to call it.
+    """Answer the samples in each requested view; every process has to call it.
 
     Raises:
-        UserError: model, data or output cannot be used.
+        UserError: Model, data or output cannot be used.
     """
     job, folder = open_job(arguments), Path(arguments.output)
     model = functools.cache(lambda: open_model(arguments, job.encoder))
@@ -142,7 +143,7 @@ def ask(arguments: EvaluateArguments) -> Views:
     for view in VIEWS[1:]:
         viewed = replace(job, with_loss=True, view=view, partners=partners if view == "swapped" else {})
         output = folder / f"predictions_{view}.jsonl"
-        views[view] = answer_rows(viewed, output, model, progress_bar(f"Answering, pictures {view}"))
+        views[view] = answer_rows(viewed, output, model, progress_bar(f"Answering, images {view}"))
     return views
 
 
@@ -166,7 +167,7 @@ def write(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Seq
 
 
 def _label_metrics(scores: Sequence[Scores]) -> dict[str, dict[str, float]]:
-    """Return the metrics of predicted labels by dataset, where a head predicted them."""
+    """Return the metrics of labels predicted by a head, by dataset."""
     found = {one.dataset: label_metrics(one.lines) for one in scores}
     return {name: metrics for name, metrics in found.items() if metrics}
 
@@ -193,7 +194,7 @@ def show(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Sequ
     for found in blindness:
         console.print(f"{found.name}: {found.verdict}", markup=False)
         console.print(f"  {found.count:,} samples compared, {found.left_out:,} left out.", style="dim")
-    console.print(f"Page with the worst: {(Path(arguments.output) / 'evaluation.html').resolve()}", markup=False)
+    console.print(f"Page of the worst: {(Path(arguments.output) / 'evaluation.html').resolve()}", markup=False)
 
 
 if __name__ == "__main__":

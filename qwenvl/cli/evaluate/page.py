@@ -1,4 +1,4 @@
-"""The evaluation as one HTML page that needs nothing else."""
+"""The evaluation as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from qwenvl.report.images import image_tag, video_frames, with_boxes
 from qwenvl.utils.errors import SampleError
 
 LONGEST_TEXT = 600
-"""Characters of a question or answer that are shown."""
+"""Most characters shown of a question or answer."""
 
 LISTED = 50
-"""Samples that could not be asked that are listed."""
+"""Most listed samples that could not be asked."""
 
 VIEW_NAMES: Mapping[View, str] = {"shown": "its own", "blank": "blank", "swapped": "another sample's"}
 
@@ -34,14 +34,14 @@ OtherAnswers = Mapping[View, Mapping[Key, Prediction]]
 def build_evaluation_page(
     title: str, scores: Sequence[Scores], blindness: Sequence[Blindness], others: OtherAnswers, worst: int
 ) -> str:
-    """Return the page.
+    """Return the HTML page.
 
     Args:
-        title: what was evaluated.
-        scores: by dataset.
-        blindness: by dataset; none where it was not asked for.
-        others: answers to blank and exchanged pictures, by sample.
-        worst: samples that are shown of each dataset, from the lowest score up.
+        title: Title of the page.
+        scores: Scores of the datasets.
+        blindness: Results of the blind test, by dataset; empty without ``--blind``.
+        others: Answers to blank and swapped images, by sample.
+        worst: Number of samples shown of each dataset, from the lowest score up.
     """
     asked, not_asked = sum(len(one.lines) for one in scores), [line for one in scores for line in one.not_asked]
     lead = (
@@ -49,8 +49,8 @@ def build_evaluation_page(
         f"asked. The lowest scores of each dataset are shown, at most {worst}."
     )
     note = (
-        "95% CI: percentiles of 1,000 bootstrap resamples of the samples. Unreadable answers lack the form that "
-        "the metric reads, and count as wrong."
+        "95% CI: percentiles of 1,000 bootstrap resamples of the samples. Unreadable answers do not have the format "
+        "that the metric expects, and count as wrong."
     )
     return build_page(
         title,
@@ -84,7 +84,7 @@ def _score_table(scores: Sequence[Scores]) -> str:
 
 
 def number(count: int | None) -> str:
-    """Return a number of answers; a dash where it is not known."""
+    """Return a number of answers, or a dash if it is unknown."""
     return "-" if count is None else f"{count:,}"
 
 
@@ -102,7 +102,7 @@ def _blindness(groups: Sequence[Blindness]) -> str:
     )
     note = (
         "The same questions with other pixels of the same size, so that tokens and positions are the same: mid grey, "
-        "or the media of another sample, resized. Differences are to its own picture, paired by sample."
+        "or the media of another sample, resized. Differences are relative to the sample's own image, paired by sample."
     )
     return (
         f'<section class="panel looks"><h2>Does the model look?</h2>{text}<p class="note">{escape(note)}</p></section>'
@@ -112,7 +112,7 @@ def _blindness(groups: Sequence[Blindness]) -> str:
 def _view_table(one: Blindness) -> str:
     if not one.count:
         return ""
-    names = ("Picture", one.metric.title, "Difference", "95% CI", "Loss", "Difference", "95% CI")
+    names = ("Image", one.metric.title, "Difference", "95% CI", "Loss", "Difference", "95% CI")
     rows = []
     for view in VIEWS:
         fall, rise = one.score_falls.get(view), one.loss_rises.get(view)
@@ -129,7 +129,7 @@ def _view_table(one: Blindness) -> str:
 
 
 def _change(fall: Interval | None) -> tuple[str, str]:
-    """Return by how many points a score changes, and the interval; nothing for the picture itself."""
+    """Return the change of a score in points and its interval; empty texts for the sample's own image."""
     if fall is None:
         return "", ""
     low, high = sorted((-100 * fall.low, -100 * fall.high))
@@ -159,7 +159,7 @@ def _card(line: Prediction, scored: Scored, others: OtherAnswers) -> str:
     label = f"#{line.line}" if line.id is None else line.id
     note = ("" if scored.readable else ", unreadable") + (", cut" if line.finish_reason == "length" else "")
     return (
-        f'<div class="card"><div class="media">{_pictures(line)}</div>'
+        f'<div class="card"><div class="media">{_media(line)}</div>'
         f'<p class="question">{escape(_cut(line.question))}</p><dl>{listed}</dl>'
         f'<p class="verdict">{scored.value:.2f}{note} <span class="note">{escape(label)}</span></p></div>'
     )
@@ -170,8 +170,8 @@ def _cut(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ..."
 
 
-def _pictures(line: Prediction) -> str:
-    """Return the sample's media, or what keeps them from being shown."""
+def _media(line: Prediction) -> str:
+    """Return the sample's media, or the reasons why they cannot be shown."""
     return "".join(_medium(line, kind, source) for kind, source in line.media)
 
 
@@ -183,13 +183,13 @@ def _medium(line: Prediction, kind: str, source: str | tuple[str, ...]) -> str:
         if kind == "video":
             item = video_item(list(source) if isinstance(source, tuple) else source)
             return "".join(image_tag(one, f"frame {number}") for number, one in enumerate(video_frames(reader, item)))
-        picture = reader.read_image(image_item(source))
+        image = reader.read_image(image_item(source))
     except SampleError as error:
         return f'<p class="missing">{escape(error.reason)}</p>'
     if line.canvas is not None:
         texts = final_answer(line.expected), final_answer(line.prediction or "")
-        return with_boxes(picture, line.canvas, *map(read_boxes, texts))
-    return image_tag(picture, "picture")
+        return with_boxes(image, line.canvas, *map(read_boxes, texts))
+    return image_tag(image, "image")
 
 
 def _not_asked(lines: Sequence[Prediction]) -> str:

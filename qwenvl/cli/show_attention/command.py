@@ -1,12 +1,13 @@
-r"""Draw where the words of an answer look in a picture, over the picture, on one HTML page.
+r"""Draw the attention of an answer's words over the image, on one HTML page.
 
     python tools/show_attention.py --model_name_or_path MODEL --dataset_use NAMES --output attention.html
     python tools/show_attention.py --model_name_or_path MODEL --image a.jpg --prompt "What is here?" \
         --phrases "a red car,the tree" --output attention.html
 
 For rows of a dataset, the phrases are those of their ``masks``, or ``--phrases``, or the whole answer. For ``--image``
-the model answers, unless ``--answer`` says what. Of a folder that ``--task grounding`` trained, the masks that it finds
-are drawn, too. ``--layers 20,21`` and ``--heads 0,3`` take some of the maps; ``--per_token True`` shows every token.
+the model answers, unless ``--answer`` gives the answer. A model trained by ``--task grounding`` also predicts masks,
+which are drawn too. ``--layers 20,21`` and ``--heads 0,3`` select some of the maps; ``--per_token True`` shows every
+token.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ logger = logging.getLogger("qwenvl.show_attention")
 
 PAGE = HelpPage(
     "show_attention.py --model_name_or_path MODEL (--dataset_use NAMES | --image FILE --prompt TEXT) --output FILE",
-    "Draw where the words of an answer look in a picture: the attention of all layers and heads, or of some, for every "
-    "phrase; and the masks of a folder that learned them.",
+    "Draw the attention of an answer's words over the image, for every phrase: of all layers and heads, or of some; "
+    "and the masks that a model trained by --task grounding predicts.",
 )
 _SPEAKERS = ("user", "assistant")
 
@@ -52,15 +53,15 @@ _SPEAKERS = ("user", "assistant")
 class AttentionArguments(AskArguments):
     """Flags of this tool, besides those of the tools that ask a model."""
 
-    output: str = field(default="attention.html", metadata={"help": "The page."})
-    image: str | None = field(default=None, metadata={"help": "A picture to ask about, instead of a dataset."})
-    prompt: str = field(default="Describe the picture.", metadata={"help": "What is asked about --image."})
+    output: str = field(default="attention.html", metadata={"help": "HTML file to write."})
+    image: str | None = field(default=None, metadata={"help": "An image to ask about, instead of a dataset."})
+    prompt: str = field(default="Describe the picture.", metadata={"help": "Question about --image."})
     answer: str | None = field(default=None, metadata={"help": "The answer about --image. Default: the model's."})
     phrases: str | None = field(default=None, metadata={"help": "Words of the answers, separated by commas."})
     layers: str | None = field(default=None, metadata={"help": "Numbers of layers, from 0, with commas. Default: all."})
     heads: str | None = field(default=None, metadata={"help": "Numbers of heads, from 0, with commas. Default: all."})
     per_token: bool = field(default=False, metadata={"help": "Show every token of a phrase as well."})
-    limit: int = field(default=8, metadata={"help": "Most rows of the dataset that are shown, its first ones."})
+    limit: int = field(default=8, metadata={"help": "Number of rows of the dataset to show, from the first."})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,7 +80,7 @@ def write_page(arguments: AttentionArguments) -> None:
     """Open model and samples, and write the page.
 
     Raises:
-        UserError: a flag, the model or a sample cannot be used, or the page cannot be written.
+        UserError: A flag, the model or a sample cannot be used, or the page cannot be written.
     """
     encoder = open_asking_encoder(arguments)
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
@@ -99,10 +100,10 @@ def write_page(arguments: AttentionArguments) -> None:
 
 
 def chosen_maps(arguments: AttentionArguments, grounder: Grounder) -> tuple[list[int], list[int]]:
-    """Return which of the layers that have maps, and which heads, are shown.
+    """Return the indices of the shown layers among those with maps, and the numbers of the shown heads.
 
     Raises:
-        UserError: there is none of that number.
+        UserError: A layer or head does not exist.
     """
     text: Any = grounder.answerer.model.config.get_text_config()
     layers = _numbers(arguments.layers, "layers", grounder.layers)
@@ -121,10 +122,10 @@ def _numbers(written: str | None, flag: str, known: Sequence[int]) -> list[int]:
 
 
 def select_samples(arguments: AttentionArguments, encoder: SampleEncoder, grounder: Grounder) -> Iterator[Sample]:
-    """Yield the samples that are shown.
+    """Yield the samples to show.
 
     Raises:
-        UserError: no data, or a row that cannot be read.
+        UserError: No data is named, or a row cannot be read.
     """
     if arguments.image is not None:
         yield asked(arguments, encoder, grounder)
@@ -139,10 +140,10 @@ def select_samples(arguments: AttentionArguments, encoder: SampleEncoder, ground
 
 
 def asked(arguments: AttentionArguments, encoder: SampleEncoder, grounder: Grounder) -> Sample:
-    """Return ``--image`` and ``--prompt`` as a sample, with the model's answer where none is given.
+    """Return ``--image`` and ``--prompt`` as a sample, with the model's answer if none is given.
 
     Raises:
-        UserError: the picture cannot be read, or the model answers nothing.
+        UserError: The image cannot be read, or the answer is empty.
     """
     question = {"from": "human", "value": f"<image>\n{arguments.prompt}"}
     record: dict[str, Any] = {"image": str(Path(str(arguments.image)).resolve())}
@@ -153,7 +154,7 @@ def asked(arguments: AttentionArguments, encoder: SampleEncoder, grounder: Groun
         answer = grounder.ask(open_example(sample, encoder).prompt, arguments.decoding)
         logger.info("The model answers: %s", answer)
     if not answer.strip():
-        raise UserError("there is no answer whose words could look at the picture. Give one by --answer.")
+        raise UserError("the answer is empty, so there is no attention to draw. Give an answer by --answer.")
     record["conversations"] = [question, {"from": "gpt", "value": answer}]
     return sample
 
@@ -165,17 +166,17 @@ def show(
     grounder: Grounder,
     chosen: tuple[list[int], list[int]],
 ) -> Shown:
-    """Run a sample and return what the page shows of it.
+    """Run a sample and return its part of the page.
 
     Args:
-        sample: with an answer.
-        arguments: of the tool.
-        encoder: of the model.
-        grounder: the model.
-        chosen: which of the layers that have maps, and which heads.
+        sample: Sample with an answer.
+        arguments: Flags of the tool.
+        encoder: Encoder of the model.
+        grounder: Model with attention maps.
+        chosen: Indices of the layers among those with maps, and numbers of the heads.
 
     Raises:
-        SampleError: it cannot be used, or a phrase is not in its answer.
+        SampleError: The sample cannot be used, or a phrase is not in its answer.
     """
     media = encoder.reader(sample, keep_images=True)
     try:
@@ -194,19 +195,19 @@ def show(
     own = [next(maps) for _ in places]
     phrases = []
     for place, item, image, mask, weights in zip(places, items, images, found, own, strict=True):
-        picture = media.read_image(image.item)
+        pixels = media.read_image(image.item)
         expected = read_mask(item["segmentation"], image.size).pixels() if item.get("segmentation") else None
         parts = [
-            Looked(_word(plan, token, grounder), picture, next(maps))
+            Looked(_word(plan, token, grounder), pixels, next(maps))
             for token in (place.tokens if arguments.per_token else ())
         ]
-        phrases.append(Looked(place.phrase, picture, weights, mask, expected, parts))
+        phrases.append(Looked(place.phrase, pixels, weights, mask, expected, parts))
     texts = {role: " ".join(m.text for m in plan.conversation.messages if m.role == role) for role in _SPEAKERS}
     return Shown(str(sample.origin), texts["user"], texts["assistant"], phrases)
 
 
 def wanted(sample: Sample, arguments: AttentionArguments, plan: Plan) -> list[dict[str, Any]]:
-    """Return the phrases of a sample that are shown, as its ``masks`` have them."""
+    """Return the phrases to show of a sample, in the form of its ``masks``."""
     if arguments.phrases is not None:
         return [{"phrase": phrase} for phrase in arguments.phrases.split(",") if phrase.strip()]
     if sample.record.get("masks"):

@@ -14,27 +14,27 @@ from qwenvl.report.html import build_page
 from qwenvl.report.images import LONGEST_SIDE, image_tag
 
 _EXPLAINED = (
-    "Brighter is more: where the words look, over all chosen layers and heads, each map divided by its sum first. The "
-    "percentage is the part of the attention that goes to the picture at all. Maps have one cell a token of the "
-    "picture as the model sees it, after resizing."
+    "Attention of the words of the answer to the image; brighter is more. Maps are the mean over the chosen layers and "
+    "heads, each divided by its sum first. The percentage is the share of all attention that goes to the image. A map "
+    "has one cell per image token, on the resized image that the model sees."
 )
 
 
 @dataclass(frozen=True)
 class Looked:
-    """Where a phrase looks.
+    """Attention of a phrase to an image.
 
     Args:
-        phrase: the words.
-        picture: that they look at, as it is shown.
-        maps: [layers, heads, height, width], weights.
-        found: the mask that was found, bool [height, width] in pixels; None without a head for masks.
-        expected: the annotated mask; None without one.
-        parts: the same of each token of the phrase, where that is asked for.
+        phrase: Words of the phrase.
+        image: Image as it is shown.
+        maps: Attention weights, float [layers, heads, height, width].
+        found: Predicted mask, bool [height, width] in pixels; None without a head for masks.
+        expected: Annotated mask, bool [height, width] in pixels; None without one.
+        parts: Attention of each token of the phrase; empty without ``--per_token``.
     """
 
     phrase: str
-    picture: Image.Image
+    image: Image.Image
     maps: np.ndarray
     found: np.ndarray | None = None
     expected: np.ndarray | None = None
@@ -46,10 +46,10 @@ class Shown:
     """A sample on the page.
 
     Args:
-        title: where it comes from.
-        question: its text.
-        answer: whose words look.
-        phrases: where they look.
+        title: Heading: dataset, file and line.
+        question: Text of the question.
+        answer: Text of the answer.
+        phrases: Attention of the phrases of the answer.
     """
 
     title: str
@@ -59,12 +59,12 @@ class Shown:
 
 
 def attention_page(title: str, samples: Sequence[Shown], layers: Sequence[int]) -> str:
-    """Return the page.
+    """Return the HTML page.
 
     Args:
-        title: plain text.
-        samples: in their order.
-        layers: numbers of the layers that the maps are of.
+        title: Title, plain text.
+        samples: Samples to show, in order.
+        layers: Numbers of the layers of the maps.
     """
     body = [_sample(sample, layers) for sample in samples]
     return build_page(title, f'<p class="note">{_EXPLAINED}</p>', *body)
@@ -78,27 +78,27 @@ def _sample(sample: Shown, layers: Sequence[int]) -> str:
 
 
 def _cards(looked: Looked) -> str:
-    picture, scale = _enlarged(looked.picture)
-    cards = [_card(looked.phrase, heat(picture, combine(_flat(looked.maps))), _share(looked.maps))]
+    image, scale = _enlarged(looked.image)
+    cards = [_card(looked.phrase, heat(image, combine(_flat(looked.maps))), _share(looked.maps))]
     if looked.found is not None or looked.expected is not None:
-        drawn = masked(picture, _finer(looked.found, scale), _finer(looked.expected, scale))
+        drawn = masked(image, _finer(looked.found, scale), _finer(looked.expected, scale))
         cards.append(_card(f"{looked.phrase}: mask", drawn, _fit(looked.found, looked.expected)))
     return "".join([*cards, *(_cards(part) for part in looked.parts)])
 
 
 def _by_layer(looked: Looked, layers: Sequence[int]) -> str:
     cards = [
-        _card(f"layer {number}", heat(looked.picture, combine(maps)), _share(maps[None]))
+        _card(f"layer {number}", heat(looked.image, combine(maps)), _share(maps[None]))
         for number, maps in zip(layers, looked.maps, strict=True)
     ]
     summary = f"<summary>{escape(looked.phrase)}, layer by layer</summary>"
     return f'<details class="rest">{summary}<div class="cards">{"".join(cards)}</div></details>'
 
 
-def _enlarged(picture: Image.Image) -> tuple[Image.Image, int]:
-    """Return a picture as large as it is shown, or larger, so that fine lines stay; and how many times larger."""
-    scale = max(1, -(-LONGEST_SIDE // max(picture.size)))
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST), scale
+def _enlarged(image: Image.Image) -> tuple[Image.Image, int]:
+    """Return an image enlarged to at least its size on the page, so that fine lines stay visible, and the factor."""
+    scale = max(1, -(-LONGEST_SIDE // max(image.size)))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST), scale
 
 
 def _finer(mask: np.ndarray | None, scale: int) -> np.ndarray | None:
@@ -110,7 +110,7 @@ def _flat(maps: np.ndarray) -> np.ndarray:
 
 
 def _share(maps: np.ndarray) -> str:
-    """Return how much of the attention goes to the picture, the mean over layers and heads."""
+    """Return the share of the attention that goes to the image, averaged over layers and heads."""
     return f"{float(maps.sum((-2, -1)).mean()):.0%} of the attention"
 
 
@@ -124,8 +124,8 @@ def _fit(found: np.ndarray | None, expected: np.ndarray | None) -> str:
     return f"found (pink), annotated (green); IoU {iou:.2f}"
 
 
-def _card(title: str, picture: Image.Image, note: str) -> str:
+def _card(title: str, image: Image.Image, note: str) -> str:
     return (
-        f'<div class="card"><div class="media">{image_tag(picture, title)}</div>'
+        f'<div class="card"><div class="media">{image_tag(image, title)}</div>'
         f'<p class="question"><b>{escape(title)}</b></p><p class="note">{escape(note)}</p></div>'
     )
