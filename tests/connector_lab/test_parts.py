@@ -78,7 +78,7 @@ def test_tokens_of_pictures_are_taught_where_they_are_missing(part: Callable[[st
 
 def test_parts_that_do_not_fit_are_named(part: Callable[[str], Path], tmp_path: Path) -> None:
     settings = ConnectorSettings("mlp")
-    with pytest.raises(UserError, match="'qwen3' is not one the lab knows: clip_vision_model"):
+    with pytest.raises(UserError, match="'qwen3' is not supported by the lab: clip_vision_model"):
         build_lab(str(part("qwen3")), str(part("qwen3")), settings, tmp_path)
     for file in part("llama").iterdir():
         if file.name != "chat_template.jinja":

@@ -1,7 +1,7 @@
-"""Checkpoints of the connector lab, put together from a vision encoder and a language model.
+"""Builds checkpoints of the connector lab from a vision encoder and a language model.
 
-Either part may be a folder or a name on the hub, or a checkpoint of the lab, whose part is taken: so one language model
-or connector can be tried after another trained it.
+Each part may be a folder, a name on the hub, or a checkpoint of the lab, whose encoder or language model is then
+reused: a run can start from parts that an earlier run trained.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _LISTED = 4
 
 @dataclass(frozen=True)
 class ConnectorSettings:
-    """Which connector, and its sizes; see :class:`qwenvl.connector_lab.config.LabVisionConfig`.
+    """Kind and sizes of a connector; see :class:`qwenvl.connector_lab.config.LabVisionConfig`.
 
     Args:
-        connector: its kind.
-        num_queries: tokens a picture of ``qformer`` and ``resampler``.
-        connector_hidden_size: width of ``qformer``.
-        connector_layers: its depth.
-        connector_heads: heads of ``qformer`` and ``resampler``.
-        initializer_range: of the weights of ``qformer``.
+        connector: Kind of connector.
+        num_queries: Tokens per image of ``qformer`` and ``resampler``.
+        connector_hidden_size: Width of ``qformer``.
+        connector_layers: Number of layers of ``qformer``.
+        connector_heads: Attention heads of ``qformer`` and ``resampler``.
+        initializer_range: Standard deviation of the initial weights of ``qformer``.
     """
 
     connector: Connector = "mlp"
@@ -62,7 +62,7 @@ class ConnectorSettings:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """A vision encoder with what its pictures are normalised by."""
+    """A vision encoder, with the mean and standard deviation that normalise its images."""
 
     config: Any
     weights: dict[str, Tensor]
@@ -79,18 +79,18 @@ def build_lab(
     drop_layers: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Write a checkpoint of the lab: both parts with their weights, between them a connector with random ones.
+    """Write a checkpoint of the lab: both parts with their weights, joined by a connector with random weights.
 
     Args:
-        encoder: CLIP, SigLIP, Qwen2-VL or Qwen3-VL, of which the vision part is taken; or a checkpoint of the lab.
-        language_model: a causal language model with a chat template; or a checkpoint of the lab.
-        settings: of the connector.
-        output: folder to write.
-        drop_layers: last layers of the encoder that are left out; None for 1 of CLIP, as in LLaVA, and 0 of others.
-        seed: of the connector; the caller's random state is left as it was.
+        encoder: CLIP, SigLIP, Qwen2-VL or Qwen3-VL, whose vision encoder is used; or a checkpoint of the lab.
+        language_model: Causal language model with a chat template; or a checkpoint of the lab.
+        settings: Kind and sizes of the connector.
+        output: Folder to write.
+        drop_layers: Number of last encoder layers to leave out; None for 1 with CLIP, as in LLaVA, and 0 with others.
+        seed: Seed of the connector's weights; the caller's random state does not change.
 
     Raises:
-        UserError: a part cannot be used.
+        UserError: A part cannot be used.
     """
     register()
     part = _open_encoder(encoder, drop_layers)
@@ -116,24 +116,24 @@ def _config(part: _Encoder, text: Any, tokenizer: Any, settings: ConnectorSettin
 
 
 def _open_encoder(name: str, drop_layers: int | None) -> _Encoder:
-    """Open the vision part of a checkpoint.
+    """Open the vision encoder of a checkpoint.
 
     Raises:
-        UserError: it has none that the lab knows.
+        UserError: The checkpoint has no encoder that the lab supports.
     """
     whole = read_part_config(name, "encoder")
     vision = getattr(whole, "vision_config", whole)
     config = copy.deepcopy(getattr(vision, "encoder_config", vision))
     if config.model_type not in (*IMAGE_ENCODERS, *TOWERS):
         known = ", ".join((*IMAGE_ENCODERS, *TOWERS))
-        raise UserError(f"encoder {name}: model_type {config.model_type!r} is not one the lab knows: {known}.")
+        raise UserError(f"encoder {name}: model_type {config.model_type!r} is not supported by the lab: {known}.")
     opened = _open_part(name, whole, config)
     if whole.model_type != MODEL_TYPE:
         layers = "depth" if config.model_type in TOWERS else "num_hidden_layers"
         dropped = int(config.model_type == "clip_vision_model") if drop_layers is None else drop_layers
         setattr(config, layers, getattr(config, layers) - dropped)
     elif drop_layers:
-        raise UserError(f"encoder {name}: it is of the lab already; drop_layers is for the encoder it was made of.")
+        raise UserError(f"encoder {name}: a checkpoint of the lab keeps its layers; leave out drop_layers.")
     images = AutoImageProcessor.from_pretrained(name)
     return _Encoder(config, opened.state_dict(), list(images.image_mean), list(images.image_std))
 
@@ -149,10 +149,10 @@ def _open_part(name: str, whole: Any, config: Any) -> PreTrainedModel:
 
 
 def _take_over(encoder: nn.Module, weights: dict[str, Tensor], name: str) -> None:
-    """Give the lab's encoder its weights; what it has not is left: dropped layers, poolings, mergers.
+    """Load the encoder's weights; ignore those of dropped layers, poolings and mergers.
 
     Raises:
-        UserError: weights are missing.
+        UserError: Weights are missing.
     """
     missing = encoder.load_state_dict(weights, strict=False).missing_keys
     if missing:
@@ -160,10 +160,10 @@ def _take_over(encoder: nn.Module, weights: dict[str, Tensor], name: str) -> Non
 
 
 def _open_language_model(name: str) -> tuple[Any, Any]:
-    """Open a causal language model and its tokenizer, which learns the tokens of pictures.
+    """Open a causal language model and its tokenizer, and add the image tokens.
 
     Raises:
-        UserError: it has no chat template, or not the form that the trainer takes.
+        UserError: It has no chat template, or an architecture that the trainer does not support.
     """
     whole = read_part_config(name, "language_model")
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -172,7 +172,7 @@ def _open_language_model(name: str) -> tuple[Any, Any]:
     else:
         text = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         if not tokenizer.chat_template:
-            raise UserError(f"language_model {name}: it has no chat template. Take a model that was trained for chats.")
+            raise UserError(f"language_model {name}: it has no chat template. Choose a chat model.")
         tokenizer.chat_template = with_images(tokenizer.chat_template)
     head = text.get_output_embeddings()
     if not hasattr(text.base_model, "layers") or head is None or head.bias is not None:
@@ -188,7 +188,7 @@ def _open_language_model(name: str) -> tuple[Any, Any]:
 
 
 def _as_causal_lm(lab: Any) -> Any:
-    """Return the language model of a checkpoint of the lab as a model of its own."""
+    """Return the language model of a checkpoint of the lab as a separate model."""
     text = AutoModelForCausalLM.from_config(lab.config.text_config)
     text.base_model.load_state_dict(lab.model.language_model.state_dict())
     text.get_output_embeddings().load_state_dict(lab.lm_head.state_dict())
@@ -197,7 +197,7 @@ def _as_causal_lm(lab: Any) -> Any:
 
 
 def read_part_config(name: str, part: str) -> Any:
-    """Return the config of a checkpoint that is a part of a model of the lab.
+    """Return the config of a checkpoint whose encoder or language model the lab uses.
 
     Args:
         name: Folder or Hugging Face id.
@@ -218,8 +218,8 @@ def read_part_config(name: str, part: str) -> Any:
 def _processor(config: LabVisionConfig, part: _Encoder, tokenizer: Any) -> LabProcessor:
     """Return the processor: the encoder's patches, mean and standard deviation, and the language model's tokenizer.
 
-    Limits: a quarter of the encoder's own size of picture to all of it; 28 x 28 to 1280 x 28 x 28 pixels where it takes
-    any, Qwen-VL's own examples. Training sets its own by ``--min_pixels`` and ``--max_pixels``.
+    Pixel limits: from a quarter of the encoder's image size to the whole of it; for encoders of any size, 28 x 28 to
+    1280 x 28 x 28, as in the examples of Qwen-VL. Training sets its own by ``--min_pixels`` and ``--max_pixels``.
     """
     side = getattr(config.encoder_config, "image_size", None)
     size = {"shortest_edge": 28 * 28, "longest_edge": 1280 * 28 * 28}

@@ -1,14 +1,14 @@
-r"""Does the image reach the language model, and through what? Runs the experiments of a recipe, and compares them.
+r"""Run the experiments of a recipe and compare how well connectors pass the image to the language model.
 
     python tools/connector_lab.py configs/lab/connectors.yaml --output lab
     python tools/connector_lab.py configs/lab/stages.yaml --output lab-stages [--only NAME ...]
 
-Each run puts a vision encoder, a connector and a language model together, trains the parts that it names, one stage
-after another, and asks about held-out samples: with their pictures, with blank ones and with those of others. Started
-again, runs that are finished are skipped. Writes ``results.json`` and ``connector_lab.html``; each run's folder holds
-its models and its ``evaluation/evaluation.html``.
+Each run combines a vision encoder, a connector and a language model, trains the parts that it names in one or more
+stages, and asks about held-out samples: with their images, with blank ones and with those of other samples. Finished
+runs are skipped when the command is repeated. Writes ``results.json`` and ``connector_lab.html``; each run's folder
+holds its models and its ``evaluation/evaluation.html``.
 
-Exit code: 0; 1 where a shown run's generations collapse; 2 where something could not be done.
+Exit code: 0; 1 if the generations of a shown run collapse; 2 if something could not be done.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Run the experiments of a recipe and compare them.")
     parser.add_argument("recipe", help="YAML file, such as configs/lab/connectors.yaml")
-    parser.add_argument("--output", required=True, type=Path, help="folder of everything that comes of it")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs of the recipe, with those that they start from")
+    parser.add_argument("--output", required=True, type=Path, help="folder for all output")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs to execute, with the runs they start from")
     return parser.parse_args(argv)
 
 
 def run(path: str, output: Path, only: Sequence[str] | None = None) -> int:
-    """Run what is not finished, write the results and print them; return the exit code.
+    """Run the unfinished experiments, write the results and print them; return the exit code.
 
     Raises:
-        UserError: recipe, parts or data cannot be used.
+        UserError: Recipe, parts or data cannot be used.
     """
     recipe = read_experiments(path)
     wanted = set(only or [one.name for one in recipe.runs])
@@ -74,7 +74,7 @@ def run(path: str, output: Path, only: Sequence[str] | None = None) -> int:
         if one.name in wanted:
             logger.info("Run %s: %s.", one.name, one.about)
             result, new = run_experiment(lab, one)
-            logger.info("Run %s: %s.", one.name, "finished" if new else "finished before, and skipped")
+            logger.info("Run %s: %s.", one.name, "finished" if new else "skipped, as it is finished already")
             results += [result] * one.shown
             save(output, results)
     show(output, results)
@@ -82,7 +82,7 @@ def run(path: str, output: Path, only: Sequence[str] | None = None) -> int:
 
 
 def save(output: Path, results: Sequence[Result]) -> None:
-    """Write results.json and the page, of the runs that are finished."""
+    """Write results.json and the page of the finished runs."""
     with replacing(output / "results.json") as path:
         path.write_text(json.dumps(list(results), indent=2) + "\n", encoding="utf-8")
     with replacing(output / "connector_lab.html") as path:
@@ -90,7 +90,7 @@ def save(output: Path, results: Sequence[Result]) -> None:
 
 
 def show(output: Path, results: Sequence[Result]) -> None:
-    """Print the table and what it says."""
+    """Print the tables and the verdicts."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=180)

@@ -1,4 +1,4 @@
-"""What results say, in the cells of a table and in a sentence."""
+"""Formats results as the cells of a table and as a sentence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from qwenvl.cli.connector_lab.runner import Result, collapse_of
 
 COLUMNS = ("run", "tokens", "trained", "loss by epoch", "right", "95% CI", "swapped", "blank", "empty", "looks")
-"""Of the table: exact match (or what the data call for) with the own picture, another's, and a blank one."""
+"""Columns of the table; right, swapped and blank are scores with the own, another sample's and a blank image."""
 
 _SHOWN_EPOCHS = 5
 
@@ -31,7 +31,7 @@ def cells(result: Result) -> list[str]:
 
 
 def trained(result: Result) -> int:
-    """Return the parameters that trained in the stage that trains most."""
+    """Return the trainable parameters of the stage that has the most."""
     return max((sum(_parts(stage).values()) for stage in result["stages"]), default=0)
 
 
@@ -40,7 +40,7 @@ def _parts(stage: Result) -> dict[str, int]:
 
 
 def trained_parts(result: Result) -> str:
-    """Return which parts train in each stage, in words."""
+    """Return the parts trained in each stage, in words."""
     names = {"vision": "encoder", "merger": "connector", "language": "language model"}
     stages = [
         " + ".join(names[part] for part, number in _parts(stage).items() if number) or "nothing"
@@ -50,7 +50,7 @@ def trained_parts(result: Result) -> str:
 
 
 def losses(result: Result) -> str:
-    """Return the held-out loss after each epoch, stages apart."""
+    """Return the held-out loss after each epoch, by stage."""
     stages = []
     for stage in result["stages"]:
         values = [f"{value:.2f}" for _, _, value in stage["held_out"]]
@@ -60,7 +60,7 @@ def losses(result: Result) -> str:
 
 
 def looks(result: Result) -> str:
-    """Return whether the answers depend on the picture: the interval of the fall of the score leaves out zero."""
+    """Return whether the answers depend on the image: the interval of the score's fall excludes zero."""
     if collapse_of(result["answers"]):
         return "COLLAPSED"
     blind = _blind(result)
@@ -72,14 +72,14 @@ def looks(result: Result) -> str:
 
 
 def verdict(result: Result) -> str:
-    """Return what the blind test says, after what is wrong with the generations, if anything is."""
+    """Return the verdict of the blind test, after a warning if the generations collapse."""
     collapse = collapse_of(result["answers"])
     told = str(result["blind"][0]["verdict"]) if result["blind"] else ""
     return f"{collapse[0].upper()}{collapse[1:]}. {told}" if collapse else told
 
 
 def told_number(number: int) -> str:
-    """Return a number of parameters, short."""
+    """Return a number of parameters in few characters."""
     for limit, unit in ((1_000_000_000, "B"), (1_000_000, "M"), (1_000, "k")):
         if number >= limit:
             return f"{number / limit:.3g}{unit}"

@@ -1,4 +1,4 @@
-"""The results of the experiments as one page: tables, losses, what blindness costs, and some answers."""
+"""The results of the experiments as one page: tables, losses, scores by image shown, and some answers."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from qwenvl.report.images import image_tag
 TITLE = "Does the image reach the language model?"
 
 _LEAD = (
-    "Each run puts a vision encoder, a connector and a language model together, trains the parts that it names, and "
-    "answers held-out questions: with their own pictures, with those of other samples, and with blank ones. Where the "
-    "right picture does not help, the image does not reach the language model, whatever the loss says."
+    "Each run combines a vision encoder, a connector and a language model, trains the parts that it names, and answers "
+    "held-out questions: with their own images, with those of other samples, and with blank ones. If the right image "
+    "does not help, the image does not reach the language model, whatever the loss says."
 )
 _NOTE = (
-    "tokens: of the first held-out picture. trained: parameters, of the stage that trains most. loss by epoch: "
-    "held-out, nats per trained token; stages apart, each on its own data. right: answers with their own picture, 95% "
-    "bootstrap interval. empty: answers that end before their first word. looks: yes, where the interval of the "
-    "difference between the right and the swapped picture leaves out zero."
+    "tokens: tokens of the first held-out image. trained: trainable parameters of the stage that has the most. loss by "
+    "epoch: held-out loss in nats per trained token, for each stage on its own data. right: score with the own image, "
+    "with a 95% bootstrap interval. empty: answers that end before their first word. looks: yes if the interval of the "
+    "difference between the right and the swapped image excludes zero."
 )
-_VIEWS = (("shown", "own picture"), ("swapped", "another's"), ("blank", "blank"))
+_VIEWS = (("shown", "own image"), ("swapped", "another's"), ("blank", "blank"))
 _WIDTH, _LEFT, _ROW, _BAR = 400, 118, 50, 13
 
 
 def build_lab_page(results: Sequence[Result]) -> str:
-    """Return the page.
+    """Return the HTML page.
 
     Args:
-        results: from :func:`qwenvl.cli.connector_lab.runner.run_experiment`, of shown runs.
+        results: Results of the shown runs, from :func:`qwenvl.cli.connector_lab.runner.run_experiment`.
     """
     collapsed = [result for result in results if collapse_of(result["answers"])]
     warnings = "".join(
@@ -61,7 +61,7 @@ def _group(name: str, results: Sequence[Result]) -> str:
     )
     return (
         f'<section><h2>{escape(name)}</h2><div class="panel">{table(COLUMNS, [cells(one) for one in results])}</div>'
-        f'<div class="top rest"><div class="panel"><h2>Right answers by picture shown</h2>{draw_bars(results)}</div>'
+        f'<div class="top rest"><div class="panel"><h2>Right answers by image shown</h2>{draw_bars(results)}</div>'
         f'<div class="panel"><h2>Held-out loss</h2><p class="note">nats per trained token, after each epoch</p>'
         f"{draw(_losses(results))}</div></div>"
         f'<details class="rest"><summary>What each run says</summary>{told}</details></section>'
@@ -69,7 +69,7 @@ def _group(name: str, results: Sequence[Result]) -> str:
 
 
 def _losses(results: Sequence[Result]) -> Chart:
-    """Return the losses of runs; stages of one run follow each other."""
+    """Return the losses of the runs; the stages of a run follow each other."""
     return Chart("Held-out loss", tuple(Line(one["name"], tuple(_points(one["stages"]))) for one in results), log=True)
 
 
@@ -82,7 +82,7 @@ def _points(stages: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 def draw_bars(results: Sequence[Result]) -> str:
-    """Return a drawing of the scores of each run with each picture, and the interval of the first."""
+    """Return a bar chart of the scores of each run with each kind of image, with their intervals."""
     rows = [(one["name"], one["blind"][0]["scores"]) for one in results if one["blind"] and one["blind"][0]["count"]]
     if not rows:
         return '<p class="note">No run could be compared.</p>'
@@ -137,13 +137,12 @@ def _cut(name: str) -> str:
 
 
 def _answers(results: Sequence[Result]) -> str:
-    """Return the first held-out samples with what each run answers to them."""
+    """Return the first held-out samples with the answers of each run."""
     if not results or not results[0]["examples"]:
         return ""
     cards = "".join(_card(results, place) for place in range(len(results[0]["examples"])))
-    return (
-        f'<section><h2>The same pictures, asked of each run</h2><div class="cards wide digits">{cards}</div></section>'
-    )
+    title = "Answers of each run to the same images"
+    return f'<section><h2>{title}</h2><div class="cards wide digits">{cards}</div></section>'
 
 
 def _card(results: Sequence[Result], place: int) -> str:
@@ -153,7 +152,7 @@ def _card(results: Sequence[Result], place: int) -> str:
         f"<dt>{escape(name)}</dt><dd>{escape(answer['shown'] or '') or '(nothing)'}</dd>" for name, answer in alike
     )
     return (
-        f'<div class="card"><div class="media">{"".join(_picture(path) for _, path in sample["media"])}</div>'
+        f'<div class="card"><div class="media">{"".join(_image(path) for _, path in sample["media"])}</div>'
         f'<p class="question">{escape(sample["question"].strip())}</p><dl><dt>expected</dt>'
         f"<dd>{escape(sample['expected'])}</dd>{listed}</dl></div>"
     )
@@ -163,8 +162,8 @@ def _is_same(examples: Sequence[dict[str, Any]], place: int, sample: dict[str, A
     return place < len(examples) and examples[place]["media"] == sample["media"]
 
 
-def _picture(path: str) -> str:
+def _image(path: str) -> str:
     if not Path(path).is_file():
-        return f'<p class="missing">{escape(Path(path).name)} is not there any more</p>'
-    with Image.open(path) as picture:
-        return image_tag(picture, "picture")
+        return f'<p class="missing">{escape(Path(path).name)} no longer exists</p>'
+    with Image.open(path) as image:
+        return image_tag(image, "image")

@@ -1,4 +1,4 @@
-"""Recipes of experiments: which parts, and how each run trains them."""
+"""Recipes of experiments: the parts, and the training stages of each run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwenvl.utils.cache import fingerprint
 from qwenvl.utils.errors import UserError, nearest
 
 DRAWN = "drawn"
-"""``data`` of a recipe whose pictures are drawn by ``tools/make_demo_data.py --kind lab``."""
+"""Value of ``data`` in recipes whose images are drawn by ``tools/make_demo_data.py --kind lab``."""
 
 _NAME = re.compile(r"[\w.-]+")
 _OF_RECIPE = ("encoder", "language_model", "data", "drop_layers", "connector", "train", "evaluate", "runs")
@@ -28,13 +28,13 @@ class Run:
     """One experiment.
 
     Args:
-        name: of its folder.
-        about: what it is, in words.
-        group: under which it is shown.
-        start: run whose encoder and language model it begins with; None for the recipe's own.
-        connector: kind and sizes.
-        stages: settings of the trainer, a stage each; the next one starts from what the last one saved.
-        shown: it is a result, rather than something that others start from.
+        name: Name of the run and its folder.
+        about: Description in words.
+        group: Heading under which the run is shown.
+        start: Run whose encoder and language model it starts from; None for the recipe's own.
+        connector: Kind and sizes of the connector.
+        stages: Settings of the trainer for each stage; a stage starts from the checkpoint of the previous one.
+        shown: Show the run as a result; false for runs that only serve as a start of others.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Recipe:
     """Experiments on the same parts.
 
     Args:
-        encoder: folder or name; ``tiny:clip`` for random weights (see ``qwenvl/cli/make_tiny_checkpoint/parts.py``).
-        language_model: alike.
-        data: :data:`DRAWN`, or None where the datasets are in the registry.
-        drop_layers: see :func:`qwenvl.cli.connector_lab.build.build_lab`.
-        evaluate: flags of ``tools/evaluate.py``.
-        limits: of pictures, in training, by the names of the flags: for runs that train nothing.
-        runs: in order; each comes after the one it starts from.
+        encoder: Folder or name; ``tiny:clip`` for random weights (see ``qwenvl/cli/make_tiny_checkpoint/parts.py``).
+        language_model: Folder or name, or ``tiny:llama`` and the like.
+        data: :data:`DRAWN`, or None if the datasets are in the registry.
+        drop_layers: See :func:`qwenvl.cli.connector_lab.build.build_lab`.
+        evaluate: Flags of ``tools/evaluate.py``.
+        limits: Pixel limits of training by the names of the flags, for runs without a training stage.
+        runs: Runs in order; each comes after the one it starts from.
     """
 
     encoder: str
@@ -69,7 +69,7 @@ class Recipe:
     runs: tuple[Run, ...] = field(default=())
 
     def key(self, run: Run) -> str:
-        """Return a hash of all that the result of a run depends on, as far as the recipe says it."""
+        """Return a hash of all settings of the recipe that the result of a run depends on."""
         before = self.key(self.run(run.start)) if run.start is not None else ""
         parts = (self.encoder, self.language_model, str(self.data), str(self.drop_layers))
         told = {name: value for name, value in asdict(run).items() if name not in ("about", "group", "shown")}
@@ -84,7 +84,7 @@ def read_experiments(path: str) -> Recipe:
     """Read a recipe of experiments.
 
     Raises:
-        UserError: it cannot be read, or something in it is not known or missing.
+        UserError: It cannot be read, or something in it is unknown or missing.
     """
     content = read_recipe(path)
     _require_known(content, _OF_RECIPE, f"recipe {path}")
@@ -93,7 +93,7 @@ def read_experiments(path: str) -> Recipe:
         raise UserError(f"recipe {path}: {', '.join(missing)} is missing; configs/lab/connectors.yaml has an example.")
     if content.get("data") not in (None, DRAWN):
         raise UserError(
-            f"recipe {path}: data is {content['data']!r}; it may be {DRAWN!r}, or be left out where the datasets "
+            f"recipe {path}: data is {content['data']!r}; it may be {DRAWN!r}, or be left out if the datasets "
             "are in a registry (dataset_registry under train and evaluate)."
         )
     runs: list[Run] = []
@@ -118,7 +118,7 @@ def _read_run(name: str, told: Mapping[str, Any], content: Mapping[str, Any], pa
     start = told.get("start")
     if start is not None and start not in before:
         raise UserError(
-            f"{where}: start is {start!r}, which is no run above it ({', '.join(before) or 'there is none'})."
+            f"{where}: start is {start!r}, which is not a run above it ({', '.join(before) or 'there is none'})."
         )
     connector = told.get("connector") or {}
     connector = {"connector": connector} if isinstance(connector, str) else connector
@@ -143,7 +143,7 @@ def _connector(told: Mapping[str, Any], where: str) -> ConnectorSettings:
 
 
 def _stage(stage: Any, common: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return the settings of a stage: those of all runs, then its own, of the recipe or of a file."""
+    """Return the settings common to all runs, overridden by those of the stage, from the recipe or a file."""
     own = read_recipe(stage) if isinstance(stage, str) else stage
     if not isinstance(own, dict):
         raise UserError(f"{where}: a stage is the settings of the trainer, or the name of a file with them.")

@@ -1,4 +1,4 @@
-"""One experiment from its parts to its result: built, trained stage after stage, asked, and remembered."""
+"""Runs one experiment: builds the model, trains its stages, evaluates it and saves the result."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ RESULT = "result.json"
 _STAGE_KEY = "lab_stage.json"
 _TINY = "tiny:"
 COLLAPSED = 0.1
-"""Share of empty answers from which generation counts as collapsed."""
+"""Share of empty answers, from 0 to 1, at which generation counts as collapsed."""
 
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Lab:
-    """Where a recipe is run.
+    """A recipe and its output folder.
 
     Args:
-        recipe: what is run.
-        folder: of everything that comes of it.
+        recipe: Recipe of the experiments.
+        folder: Folder for all output.
     """
 
     recipe: Recipe
@@ -57,14 +57,14 @@ class Lab:
 
     @property
     def registry(self) -> dict[str, str]:
-        """The flag that names the drawn datasets; nothing where the user's own are used."""
+        """The flag of the registry of drawn datasets; empty if the recipe uses other data."""
         return {"dataset_registry": str(self.folder / "registry.py")} if self.recipe.data == DRAWN else {}
 
     def prepare(self) -> None:
-        """Draw the data, and make the parts that have random weights.
+        """Draw the data, and make the parts with random weights.
 
         Raises:
-            UserError: a part is not one that can be made.
+            UserError: A part with this name cannot be made.
         """
         if self.recipe.data == DRAWN:
             data = self.folder / "data"
@@ -90,15 +90,15 @@ class Lab:
         return str(self.folder / "parts" / name.removeprefix(_TINY)) if name.startswith(_TINY) else name
 
     def trained(self, run: Run) -> Path:
-        """Return the folder of the model that comes of a run."""
+        """Return the folder of the trained model of a run."""
         return self.folder / run.name / (f"stage{len(run.stages)}" if run.stages else START)
 
 
 def run_experiment(lab: Lab, run: Run) -> tuple[Result, bool]:
-    """Return the result of a run, and whether it was made now: one that is there already is taken as it is.
+    """Return the result of a run, and whether it is new: a finished run is not repeated.
 
     Raises:
-        UserError: something in the recipe does not work.
+        UserError: Something in the recipe does not work.
     """
     folder, key = lab.folder / run.name, lab.recipe.key(run)
     done = _read_json(folder / RESULT)
@@ -123,7 +123,7 @@ def run_experiment(lab: Lab, run: Run) -> tuple[Result, bool]:
 
 
 def _build(lab: Lab, run: Run, key: str) -> None:
-    """Put the model together, unless an earlier start of the same run has; of another one, nothing is kept."""
+    """Build the model, unless an earlier call has; delete the files of a run with other settings."""
     folder = lab.folder / run.name
     mark = folder / START / _STAGE_KEY
     if _read_json(mark).get("key") == key:
@@ -141,10 +141,10 @@ def _build(lab: Lab, run: Run, key: str) -> None:
 
 
 def _train(lab: Lab, run: Run, number: int, key: str) -> Result:
-    """Train one stage from where the last one ended; return what is to be told of it.
+    """Train one stage from the checkpoint of the previous one; return its trainable parameters and losses.
 
     Raises:
-        UserError: training failed; its message has been logged.
+        UserError: Training failed; its message has been logged.
     """
     before = lab.folder / run.name / (f"stage{number - 1}" if number > 1 else START)
     output = lab.folder / run.name / f"stage{number}"
@@ -157,9 +157,7 @@ def _train(lab: Lab, run: Run, number: int, key: str) -> Result:
         file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         trained = _count_trained(file)
         if train([str(file)]) != 0:
-            raise UserError(
-                f"run {run.name}, stage {number}: training stopped. Correct the recipe, and start it again."
-            )
+            raise UserError(f"run {run.name}, stage {number}: training stopped. Correct the recipe and run it again.")
         (output / _STAGE_KEY).write_text(json.dumps({"key": key, "trained": trained}) + "\n", encoding="utf-8")
     history = _read_json(output / "trainer_state.json")["log_history"]
     return {
@@ -170,7 +168,7 @@ def _train(lab: Lab, run: Run, number: int, key: str) -> Result:
 
 
 def _count_trained(settings: Path) -> dict[str, int]:
-    """Return the trainable parameters of each part, and of all parameters together, of a model that is not loaded."""
+    """Return the number of trainable parameters by part, and of all parameters, without loading the weights."""
     parsed = parse_arguments([str(settings)])
     name = parsed.model.model_name_or_path
     read_model_type(name)
@@ -180,7 +178,7 @@ def _count_trained(settings: Path) -> dict[str, int]:
 
 
 def _ask(lab: Lab, run: Run) -> Result:
-    """Let the trained model answer, with its pictures, blank ones and those of others."""
+    """Let the trained model answer with the samples' own images, blank ones and those of other samples."""
     output = lab.folder / run.name / "evaluation"
     limits = {} if run.stages else lab.recipe.limits  # trained folders have their own
     flags = {**lab.registry, **limits, **lab.recipe.evaluate, "model_name_or_path": lab.trained(run), "output": output}
@@ -205,7 +203,7 @@ def _ask(lab: Lab, run: Run) -> Result:
 
 
 def count_answers(lines: Sequence[Prediction]) -> Result:
-    """Return how many answers there are, how many are empty, and how many differ, beside those that are expected."""
+    """Return the numbers of answers, empty answers, different answers and different expected answers."""
     answers = [(line.prediction or "").strip() for line in lines if line.error is None]
     return {
         "count": len(answers),
@@ -216,7 +214,7 @@ def count_answers(lines: Sequence[Prediction]) -> Result:
 
 
 def collapse_of(answers: Mapping[str, int]) -> str:
-    """Return what is wrong with the answers of a model as such, right or wrong; nothing where they are alive."""
+    """Return a description of collapsed generation, or an empty text; right and wrong answers count alike."""
     if not answers["count"]:
         return "nothing was answered"
     if answers["empty"] >= COLLAPSED * answers["count"]:
@@ -233,6 +231,6 @@ def _example(views: Mapping[Any, Sequence[Prediction]], index: int) -> Result:
 
 
 def _read_json(path: Path) -> Result:
-    """Return what a file holds; nothing where there is none."""
+    """Return the content of a file; empty if it does not exist."""
     found: Result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found

@@ -149,11 +149,11 @@ def test_a_finished_run_is_skipped_and_a_changed_one_is_made_anew(
     path = written(changed_recipe, tmp_path)
     assert main([path, "--output", str(tmp_path / "lab")]) in (0, 1)
     output = "".join(capsys.readouterr())
-    assert output.count("finished before, and skipped") == 2
+    assert output.count("skipped, as it is finished already") == 2
     assert (tmp_path / "lab" / "results.json").read_text() == before
     changed_recipe["runs"]["born"]["connector"] = "mean_pool"
     assert main([written(changed_recipe, tmp_path), "--output", str(tmp_path / "lab"), "--only", "born"]) in (0, 1)
-    assert "".join(capsys.readouterr()).count("finished before, and skipped") == 1
+    assert "".join(capsys.readouterr()).count("skipped, as it is finished already") == 1
     results = json.loads((tmp_path / "lab" / "results.json").read_text())
     assert [result["tokens"] for result in results] == [4, 1]
 
@@ -185,7 +185,7 @@ def test_collapsed_generation_is_flagged(answers: dict[str, int], flag: str, fin
         ({"encoder": None}, "encoder is missing"),
         ({"data": "mine"}, "data is 'mine'"),
         ({"runs": {"a": {"connector": "q_former"}}}, "connector 'q_former' is not one of qformer"),
-        ({"runs": {"a": {"start": "b"}}}, "start is 'b', which is no run above it"),
+        ({"runs": {"a": {"start": "b"}}}, "start is 'b', which is not a run above it"),
         ({"runs": {"a b": {}}}, "a name becomes a folder"),
         ({"runs": {"a": {"train": {"output_dir": "x"}}}}, "leave out output_dir"),
         ({"runs": {"a": {"trains": {}}}}, "'trains' is not one of"),
