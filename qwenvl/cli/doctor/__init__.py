@@ -1,1 +1,1 @@
-"""Parts of tools/doctor.py."""
+"""Parts of tools/doctor.py: checks of packages, devices, limits and training."""

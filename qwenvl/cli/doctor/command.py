@@ -1,11 +1,11 @@
-"""Is this machine ready to train? Looks, tries, and ends in a verdict that can be pasted into an issue.
+"""Check whether this machine is ready to train, and print a verdict that can be pasted into an issue.
 
     python tools/doctor.py [--skip_training]
     torchrun --nproc_per_node=8 tools/doctor.py
 
-Packages against their tested ranges, combinations known to do harm, devices, limits, a real training run of two steps
-on a tiny checkpoint; under torchrun also whether the ranks reach each other, and how fast. Exit code 1 where training
-would fail or be wrong.
+Checks package versions against the tested ranges and known faults, devices and limits, and runs two training steps on a
+tiny checkpoint; under torchrun it also measures the connection between the ranks. Exit code 1 if training would fail or
+be wrong.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from qwenvl.utils.tables import as_text, table
 
 STYLES: dict[Level, str] = {"good": "green", "note": "cyan", "warning": "yellow", "bad": "bold red"}
 NAMED = ("Python", "torch", "transformers", "accelerate", "peft", "deepspeed", "flash-attn")
-"""Whose versions stand in the verdict."""
+"""Packages whose versions are part of the verdict."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Examine and print; return the exit code."""
+    """Run the checks and print the results; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--skip_training", action="store_true", help="leave the training run out")
+    parser.add_argument("--skip_training", action="store_true", help="skip the training run")
     arguments = parser.parse_args(argv)
     setup_logging("warning")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if int(os.environ.get("RANK", "0")):
         return 0
     console = Console(highlight=False, soft_wrap=False)
-    with console.status("Looking, and training two steps on a tiny model ..."):
+    with console.status("Running the checks, and two training steps on a tiny model ..."):
         findings = [*examine(train=not arguments.skip_training), *findings]
     print(as_text(as_table(findings), stream=sys.stdout))
     console.print(verdict(findings), markup=False, soft_wrap=True)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def examine(*, train: bool) -> Iterator[Finding]:
-    """Yield all that can be found in one process."""
+    """Yield the results of all checks that need one process."""
     for check in (check_python, check_required, check_known_bad, check_optional, check_video):
         yield from check()
     for check in (check_devices, check_host, check_launcher):
@@ -61,16 +61,16 @@ def examine(*, train: bool) -> Iterator[Finding]:
 
 
 def as_table(findings: Sequence[Finding]) -> Table:
-    """Return a table of everything that was looked at."""
+    """Return a table of all results."""
     rows = [
         (Text("ok" if one.level == "good" else one.level, STYLES[one.level]), one.what, one.found, one.advice)
         for one in findings
     ]
-    return table("What there is", ("", "what", "found", "advice"), rows, words=range(4))
+    return table("Checks", ("", "what", "found", "advice"), rows, words=range(4))
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """Return what to paste into an issue: versions, and everything that is not as it should be."""
+    """Return the text to paste into an issue: verdict, versions, GPUs, warnings and errors."""
     counts = {level: sum(finding.level == level for finding in findings) for level in STYLES}
     if counts["bad"]:
         word = "not ready"

@@ -1,4 +1,4 @@
-"""What the doctor finds."""
+"""Results of the doctor's checks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Level = Literal["good", "note", "warning", "bad"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Args:
         level: ``good``; ``note``: worth knowing; ``warning``: slower or riskier than it could be; ``bad``: training
             would fail or be wrong.
-        what: that was looked at.
-        found: what there is.
-        advice: what to do, and why; empty where all is well.
+        what: Name of the checked item.
+        found: State of the item.
+        advice: Advice with its reason; empty if all is well.
     """
 
     level: Level

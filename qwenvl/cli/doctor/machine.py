@@ -1,4 +1,4 @@
-"""What the machine has: devices, memory, limits."""
+"""Checks of devices, memory and limits of the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FREE_DISK = 20 * _GIB
 
 
 def check_devices() -> Iterator[Finding]:
-    """Yield the accelerators, and what is wrong with them."""
+    """Yield the accelerators and their problems."""
     if not torch.cuda.is_available():
         built = (
             f"torch {torch.__version__} is built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
@@ -39,11 +39,13 @@ def check_devices() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(number)
         found = f"{properties.name}, {total / _GIB:.0f} GiB, capability {properties.major}.{properties.minor}"
         if free < 0.9 * total:
-            yield Finding("warning", f"GPU {number}", found, f"{(total - free) / _GIB:.1f} GiB are in use by others")
+            yield Finding(
+                "warning", f"GPU {number}", found, f"{(total - free) / _GIB:.1f} GiB in use by other processes"
+            )
         elif properties.major < 8:
             yield Finding("warning", f"GPU {number}", found, "no bfloat16 in hardware: train with --fp16 True")
         elif known_peak(properties.name) is None:
-            yield Finding("note", f"GPU {number}", found, "its peak is not known: MFU needs --device_peak_tflops")
+            yield Finding("note", f"GPU {number}", found, "its peak TFLOPS are unknown: MFU needs --device_peak_tflops")
         else:
             yield Finding("good", f"GPU {number}", found)
 
@@ -53,7 +55,7 @@ def check_host() -> Iterator[Finding]:
     cores, ranks = available_cores(), max(1, torch.cuda.device_count() if torch.cuda.is_available() else 1)
     few = cores < 4 * ranks
     advice = (
-        f"fewer than 4 a device: decoding may not keep up with {ranks} device(s); look at data_wait_share"
+        f"fewer than 4 per device: decoding may not keep up with {ranks} device(s); watch data_wait_share"
         if few
         else ""
     )
@@ -75,7 +77,7 @@ def check_host() -> Iterator[Finding]:
         "warning" if little else "good",
         "disk of the cache",
         f"{free / _GIB:.0f} GiB free",
-        f"little for indexes and lengths of big datasets: --data_cache_dir, now {cache_folder(None)}" if little else "",
+        f"too little for the indexes of big datasets: set --data_cache_dir, now {cache_folder(None)}" if little else "",
     )
 
 
@@ -85,7 +87,7 @@ def _check_shared_memory() -> Iterator[Finding]:
         return
     free = shutil.disk_usage(folder).free
     little = free < _SHARED_MEMORY
-    advice = "workers hand batches over in it, and die where it is full: docker run --shm-size=16g" if little else ""
+    advice = "workers pass batches through it, and die if it is full: docker run --shm-size=16g" if little else ""
     yield Finding("warning" if little else "good", "/dev/shm", f"{free / _GIB:.1f} GiB free", advice)
 
 
@@ -94,8 +96,8 @@ def _existing(path: Path) -> Path:
 
 
 def check_launcher() -> Iterator[Finding]:
-    """Yield what started this process, and what schedulers there are."""
+    """Yield the available scheduler and the settings of the launcher."""
     if shutil.which("sbatch"):
-        yield Finding("good", "SLURM", "sbatch is there: scripts/slurm/sft.sbatch")
+        yield Finding("good", "SLURM", "sbatch is available: scripts/slurm/sft.sbatch")
     if os.environ.get("OMP_NUM_THREADS") is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        yield Finding("note", "OMP_NUM_THREADS", "not set", "each rank takes all cores for single operations")
+        yield Finding("note", "OMP_NUM_THREADS", "not set", "each rank uses all cores for single operations")

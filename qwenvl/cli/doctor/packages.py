@@ -1,4 +1,4 @@
-"""Which packages are installed, whether they are ones this trainer is tested with, and whether they can be used."""
+"""Checks of the installed packages: tested versions, known faults, and whether they can be imported."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from qwenvl.utils.checkout import CHECKOUT
 from qwenvl.utils.errors import UserError
 
 OPTIONAL: dict[str, tuple[str, str]] = {
-    "flash_attn": ("flash-attn", "SDPA is used, exact and without a mask of the whole row, though slower"),
-    "liger_kernel": ("liger-kernel", "needed for --use_liger_kernel alone"),
-    "bitsandbytes": ("bitsandbytes", "needed for --quantization_bit and 8-bit optimizers alone"),
+    "flash_attn": ("flash-attn", "SDPA is used, which is exact and needs no mask of the whole row, but is slower"),
+    "liger_kernel": ("liger-kernel", "only needed for --use_liger_kernel"),
+    "bitsandbytes": ("bitsandbytes", "only needed for --quantization_bit and 8-bit optimizers"),
     "fla": (
         "flash-linear-attention",
         "packed rows of Qwen3.5 to 3.8 run sample by sample, exact and slow",
@@ -30,7 +30,7 @@ OPTIONAL: dict[str, tuple[str, str]] = {
         "packed rows of Qwen3.5 to 3.8 run sample by sample, exact and slow",
     ),
 }
-"""Modules that are used where they are installed: package, and what is different without it."""
+"""Modules that are used if installed: package, and the consequence of its absence."""
 
 KNOWN_BAD: tuple[tuple[str, str, str], ...] = (
     (
@@ -42,28 +42,28 @@ KNOWN_BAD: tuple[tuple[str, str, str], ...] = (
     (
         "transformers",
         "<5.18",
-        "stock inference rounds the frame times of Qwen2.5-VL videos and ignores transparency, other than training "
-        "here. pip install 'transformers>=5.18'",
+        "stock inference rounds the frame times of Qwen2.5-VL videos and ignores transparency, unlike this trainer. "
+        "pip install 'transformers>=5.18'",
     ),
     (
         "torch",
         "==2.9.*",
-        "Conv3d of cuDNN is ten times slower. Training here does not use it, stock inference does. Another torch helps",
+        "Conv3d of cuDNN is ten times slower. Stock inference uses it, this trainer does not. Install another torch",
     ),
-    ("numpy", "<2", "not what the others were built for. pip install 'numpy>=2'"),
+    ("numpy", "<2", "other packages were built for numpy 2. pip install 'numpy>=2'"),
 )
-"""Package, versions, and what goes wrong with them."""
+"""Package, versions, and the fault of these versions."""
 
 
 def check_python() -> Iterator[Finding]:
-    """Yield what Python and system there are."""
+    """Yield the versions of Python and the system."""
     found = f"{platform.python_version()} on {platform.platform(terse=True)}"
     old = sys.version_info < (3, 10)
     yield Finding("bad" if old else "good", "Python", found, "Python 3.10 or newer is needed" if old else "")
 
 
 def check_required() -> Iterator[Finding]:
-    """Yield every required package that applies here."""
+    """Yield every required package that applies to this system."""
     for line in declared():
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -71,7 +71,7 @@ def check_required() -> Iterator[Finding]:
 
 
 def declared() -> list[str]:
-    """Return the requirements: lines of the repository's requirements.txt, else what the installed wheel declares."""
+    """Return the requirements from the repository's requirements.txt, or else from the installed wheel."""
     if CHECKOUT is None:
         return metadata.requires("qwenvl") or []
     lines = (CHECKOUT / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -90,18 +90,18 @@ def _check(requirement: Requirement) -> Finding:
 
 
 def check_known_bad() -> Iterator[Finding]:
-    """Yield installed versions that are known to do harm."""
+    """Yield installed versions with known faults."""
     for name, versions, harm in KNOWN_BAD:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
         if Requirement(f"{name}{versions}").specifier.contains(Version(version).base_version):
-            yield Finding("bad" if name == "deepspeed" else "warning", f"{name} {version}", "known to do harm", harm)
+            yield Finding("bad" if name == "deepspeed" else "warning", f"{name} {version}", "known to be faulty", harm)
 
 
 def check_optional() -> Iterator[Finding]:
-    """Yield packages that make training faster or are needed for single flags; installed ones are imported."""
+    """Yield optional packages, for speed or single flags, and import the installed ones."""
     for module, (package, without) in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
             yield Finding("note", package, "not installed", without)
@@ -111,18 +111,18 @@ def check_optional() -> Iterator[Finding]:
         except (ImportError, OSError, RuntimeError) as error:  # built for another torch, or without a driver
             first = (str(error).splitlines() or [type(error).__name__])[0]
             yield Finding(
-                "warning", package, f"cannot be imported: {first}", "built for another torch? Install it anew"
+                "warning", package, f"cannot be imported: {first}", "built for another torch? Install it again"
             )
             continue
         yield Finding("good", package, metadata.version(package))
 
 
 def check_video() -> Iterator[Finding]:
-    """Yield which library decodes videos."""
+    """Yield the library that decodes videos."""
     try:
         choose_backend()
     except UserError as error:
-        yield Finding("warning", "videos", "nothing decodes them", str(error))
+        yield Finding("warning", "videos", "no library can decode them", str(error))
         return
     name = backend_name() or ""
     slow = "" if name == "torchcodec" else "install FFmpeg (apt install ffmpeg) to decode as transformers does"

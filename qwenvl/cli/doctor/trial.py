@@ -1,4 +1,4 @@
-"""A real training run of two steps on a tiny checkpoint, and a real exchange between ranks."""
+"""A training run of two steps on a tiny checkpoint, and a test of the connection between ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def check_training() -> Iterator[Finding]:
-    """Yield whether two steps on pictures and text train, save and verify; in a process of their own."""
+    """Yield the result of two training steps on images and text, run and saved in a separate process."""
     with tempfile.TemporaryDirectory(prefix="qwenvl-doctor-") as name:
         command = _prepare(Path(name))
         environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
@@ -76,10 +76,10 @@ def _prepare(folder: Path) -> list[str]:
 
 
 def check_network() -> Iterator[Finding]:
-    """Yield whether the ranks that torchrun started reach each other, and how fast; every rank has to call it."""
+    """Yield latency and bandwidth between the ranks of torchrun; every rank has to call it."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Finding("note", "network of ranks", "not tried", "torchrun --nproc_per_node=N tools/doctor.py tries it")
+        yield Finding("note", "network of ranks", "not tested", "torchrun --nproc_per_node=N tools/doctor.py tests it")
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -99,13 +99,13 @@ def check_network() -> Iterator[Finding]:
     if not right:
         yield Finding("bad", "network of ranks", found, "ranks do not agree on a sum")
     elif slow:
-        yield Finding("warning", "network of ranks", found, "slow for GPUs: NCCL_DEBUG=INFO shows which way it takes")
+        yield Finding("warning", "network of ranks", found, "slow for GPUs: NCCL_DEBUG=INFO shows the transport in use")
     else:
         yield Finding("good", "network of ranks", found)
 
 
 def _seconds_of_sum(values: torch.Tensor, times: int = 5) -> float:
-    """Return the seconds that a sum over all ranks takes, after one that is not counted."""
+    """Return the mean seconds of an all-reduce, after a warm-up."""
     for counted in (False, True):
         started = time.perf_counter()
         for _ in range(times):
