@@ -1,9 +1,9 @@
-r"""Make drawn scenes with a mask for each phrase of their captions, to learn grounding from.
+r"""Make drawn scenes with a mask for each phrase of their captions, as training data for grounding.
 
     python tools/make_mask_data.py --output DIR [--train 2000] [--heldout 200] [--seed 0]
 
-Writes ``scenes_train.jsonl`` and ``scenes_heldout.jsonl``: two shapes a picture, asked what is drawn, with the caption
-("a red circle and a blue square"; whichever comes first) and ``masks``. The same arguments give the same files.
+Writes ``scenes_train.jsonl`` and ``scenes_heldout.jsonl``: images of two shapes, the question what is drawn, a caption
+such as "a red circle and a blue square" (in either order) and ``masks``. The same arguments give the same files.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ QUESTION = "<image>\nWhat is drawn?"
 
 
 def make_masks(output: Path, split: str, count: int, seed: int) -> None:
-    """Write the pictures and annotations of one split.
+    """Write the images and annotations of one split.
 
     Args:
-        output: folder to write to.
+        output: Folder to write to.
         split: ``train`` or ``heldout``.
-        count: scenes.
-        seed: of every choice; splits have streams of their own.
+        count: Number of scenes.
+        seed: Seed of the random generator; each split has its own stream.
     """
     rng = np.random.default_rng([seed, len(split)])
     folder = output / "media" / f"scenes_{split}"
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(count):
-        picture, shapes = draw_scene(rng, 2)
+        image, shapes = draw_scene(rng, 2)
         path = folder / f"{number:04d}.png"
-        picture.save(path)
+        image.save(path)
         caption = " and ".join(f"a {shape.name}" for shape in shapes)
         masks: list[dict[str, Any]] = []
         for shape in shapes:
@@ -55,11 +55,11 @@ def main(argv: list[str] | None = None) -> int:
     """Write both splits."""
     parser = argparse.ArgumentParser(description="Make drawn scenes with masks.")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
-    parser.add_argument("--train", default=2000, type=int, help="scenes to learn from")
-    parser.add_argument("--heldout", default=200, type=int, help="scenes to evaluate on")
-    parser.add_argument("--seed", default=0, type=int, help="of every choice")
+    parser.add_argument("--train", default=2000, type=int, help="training scenes")
+    parser.add_argument("--heldout", default=200, type=int, help="held-out scenes")
+    parser.add_argument("--seed", default=0, type=int, help="seed of the random generator")
     arguments = parser.parse_args(argv)
     for split, count in (("train", arguments.train), ("heldout", arguments.heldout)):
         make_masks(arguments.output, split, count, arguments.seed)
-    print(f"{arguments.output}: {arguments.train} scenes to learn from, {arguments.heldout} to evaluate on")
+    print(f"{arguments.output}: {arguments.train} training scenes, {arguments.heldout} held-out scenes")
     return 0

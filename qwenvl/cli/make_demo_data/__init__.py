@@ -1,1 +1,1 @@
-"""The parts of make_demo_data.py (drawing) and of demo_report.py: answers to held-out samples, losses, page."""
+"""Parts of tools/make_demo_data.py: digits, drawn shapes and scenes, clips, and their registry entries."""

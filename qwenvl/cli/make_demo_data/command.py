@@ -4,10 +4,10 @@ r"""Make the demo's data: real handwritten digits, comparisons of two of them, a
 
 Writes ``digits``, ``comparisons``, ``grounding`` and ``motion``, each as ``NAME_train.jsonl`` and
 ``NAME_heldout.jsonl`` (fields ``id``, ``image`` or ``video``, ``conversations``, for digits also ``label``; media paths
-start from DIR). ``--kind lab`` writes what the connector lab learns from instead: drawn scenes in ``captions``,
-``questions`` and ``chats``, and ``texts``, the same tasks about scenes told in words.
-No media file of a held-out sample appears in training. The same seed gives the same files; a folder that is already
-complete is left alone.
+are relative to DIR). ``--kind lab`` writes the data of the connector lab instead: drawn scenes in ``captions``,
+``questions`` and ``chats``, and ``texts``, the same tasks about scenes described in words.
+No media file of a held-out sample appears in training. The same seed gives the same files; a complete folder is not
+written again.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Task:
     """One kind of sample.
 
     Args:
-        name: start of its annotation files' names, and its random stream.
-        counts: samples to make of each split.
-        write: ``write(output, split, count, rng)`` writes the media and yields the records.
+        name: Prefix of the names of its annotation files.
+        counts: Number of samples of each split.
+        write: Function ``write(output, split, count, rng)`` that writes the media and yields the records.
     """
 
     name: str
@@ -66,13 +66,13 @@ def make_demo_data(output: Path, *, kind: Kind = "demo", seed: int = 0, limit: i
     """Write the demo data into a folder.
 
     Args:
-        output: folder to write.
-        kind: what for: the demo, or the connector lab.
-        seed: of every choice and drawing.
-        limit: most samples of a task and split; None for all.
+        output: Folder to write.
+        kind: ``demo`` for the demo, ``lab`` for the connector lab.
+        seed: Seed of the random generators.
+        limit: Most samples of a task and split; None for all.
 
     Returns:
-        Whether anything was written; False where the folder is already complete for this seed and limit.
+        Whether anything was written; False if the folder is already complete for this seed and limit.
     """
     settings = {"version": VERSION, "kind": kind, "seed": seed, "limit": limit}
     if _is_complete(output, settings):
@@ -92,7 +92,7 @@ def make_demo_data(output: Path, *, kind: Kind = "demo", seed: int = 0, limit: i
 
 
 def _is_complete(output: Path, settings: Record) -> bool:
-    """Return whether an earlier run with the same settings finished, and nothing of it has gone since."""
+    """Return whether an earlier run with the same settings finished and all of its files still exist."""
     if not (output / MANIFEST).is_file():
         return False
     manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ def _count_media(output: Path) -> int:
 
 
 def _write_jsonl(path: Path, records: Iterator[Record]) -> int:
-    """Write one record a line and return their number."""
+    """Write one record per line; return their number."""
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return len(lines)
@@ -121,7 +121,7 @@ def _conversation(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def _media_path(output: Path, name: str) -> Path:
-    """Return the path of a media file, whose folder is made where it does not exist."""
+    """Return the path of a media file, and create its folder."""
     path = output / "media" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -145,12 +145,12 @@ def _digit_name(split: Split, index: int) -> str:
 
 def write_digits(output: Path, split: Split, count: int, rng: np.random.Generator) -> Iterator[Record]:
     """Write handwritten digits (UCI Optical Recognition of Handwritten Digits, as shipped by scikit-learn)."""
-    pictures = load_digits().images  # float64[1797, 8, 8], ink from 0 to 16
+    digits = load_digits().images  # float64 [1797, 8, 8], ink from 0 to 16
     for index, digit in _digit_split(split)[:count]:
-        paper = (255 - pictures[index] * (255 / 16)).astype(np.uint8)
-        picture = Image.fromarray(paper).convert("RGB").resize((DIGIT_PIXELS, DIGIT_PIXELS), Image.Resampling.BICUBIC)
+        paper = (255 - digits[index] * (255 / 16)).astype(np.uint8)
+        image = Image.fromarray(paper).convert("RGB").resize((DIGIT_PIXELS, DIGIT_PIXELS), Image.Resampling.BICUBIC)
         name = _digit_name(split, index)
-        picture.save(_media_path(output, name.removeprefix("media/")))
+        image.save(_media_path(output, name.removeprefix("media/")))
         yield {
             "id": f"digit-{index:04d}",
             "image": name,
@@ -160,7 +160,7 @@ def write_digits(output: Path, split: Split, count: int, rng: np.random.Generato
 
 
 def write_comparisons(output: Path, split: Split, count: int, rng: np.random.Generator) -> Iterator[Record]:
-    """Pair digits of the split that differ; the pictures are those that :func:`write_digits` wrote."""
+    """Pair different digits of the split, with the images that :func:`write_digits` wrote."""
     digits = [item for item in _digit_split(split) if (output / _digit_name(split, item[0])).is_file()]
     question = "<image>\n<image>\nWhich picture shows the larger digit, the first or the second?"
     if len({digit for _, digit in digits}) < 2:
@@ -188,8 +188,8 @@ def _draw_pair(digits: list[tuple[int, int]], rng: np.random.Generator) -> tuple
 def write_grounding(output: Path, split: Split, count: int, rng: np.random.Generator) -> Iterator[Record]:
     """Draw a coloured shape; the question names it, the answer is its box.
 
-    Boxes are integers from 0 to 1000 relative to the picture, as Qwen3-VL writes them. There is one shape only: to tell
-    two apart takes a model from random weights several times the demo's minutes.
+    Boxes are integers from 0 to 1000 relative to the image, as in Qwen3-VL. There is only one shape: with two, a model
+    with random weights would have to train several times longer than the demo's few minutes.
     """
     for number in range(count):
         colour, shape = str(rng.permutation(list(COLOURS))[0]), str(rng.permutation(list(SHAPES))[0])
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and write the data; return the exit code."""
     parser = argparse.ArgumentParser(description="Make the demo's data.")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
-    parser.add_argument("--kind", choices=list(TASKS), default="demo", help="what for")
+    parser.add_argument("--kind", choices=list(TASKS), default="demo", help="data of the demo or of the connector lab")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--limit", type=int, help="most samples of a task and split; default: all")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Entries of a dataset registry for what the demo makes."""
+"""Entries of a dataset registry for the demo's data."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _SUFFIXES = {"train": "", "heldout": "_heldout"}
 def demo_datasets() -> dict[str, dict[str, str]]:
     """Return the entries of ``demo_digits``, ``demo_digits_heldout`` and so on, for ``data_dict``.
 
-    The files are those that scripts/demo.sh, demo_masks.sh and demo_thinking.sh make: in the folder that the
-    environment variable ``DEMO_DIR`` names, or in ``demo`` beside the registry's folder.
+    scripts/demo.sh, demo_masks.sh and demo_thinking.sh write the files, to the folder in the environment variable
+    ``DEMO_DIR``, or else to ``demo`` beside the registry's folder.
     """
     folder = os.environ.get("DEMO_DIR", "demo")
     tasks = {

@@ -1,4 +1,4 @@
-"""The demo's drawn pictures: shapes on a coarse grid, and a square that moves."""
+"""The demo's drawn images and clips: shapes on a coarse grid, and a moving square."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SHAPE_PIXELS = 128  # 4 x 4 merged patches
-GRID_PIXELS = 16  # shapes stand on a grid, so that few different numbers appear in the boxes
+GRID_PIXELS = 16  # a grid, so that boxes contain few different numbers
 CLIP_PIXELS = 64
 CLIP_FRAMES = 8
 CLIP_FPS = 4
@@ -37,10 +37,10 @@ def draw_box(rng: np.random.Generator) -> Box:
 
 
 def draw_shape(shape: str, colour: tuple[int, int, int], box: Box) -> Image.Image:
-    """Return an RGB picture of 128 x 128 pixels with one shape in it."""
-    picture = Image.new("RGB", (SHAPE_PIXELS, SHAPE_PIXELS), (245, 245, 245))
-    fill(ImageDraw.Draw(picture), shape, colour, box)
-    return picture
+    """Return an RGB image of 128 x 128 pixels with one shape in it."""
+    image = Image.new("RGB", (SHAPE_PIXELS, SHAPE_PIXELS), (245, 245, 245))
+    fill(ImageDraw.Draw(image), shape, colour, box)
+    return image
 
 
 def fill(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int] | int, box: Box) -> None:
@@ -55,7 +55,7 @@ def fill(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int] | i
 
 
 def moving_square(direction: str, colour: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """Return the frames, uint8[8, 64, 64, 3]; the square crosses most of the picture."""
+    """Return the frames of a clip, uint8 [8, 64, 64, 3]; the square crosses most of the image."""
     side, speed = int(rng.integers(14, 19)), 6
     travel = speed * (CLIP_FRAMES - 1)
     step_x, step_y = DIRECTIONS[direction]
@@ -72,7 +72,7 @@ def moving_square(direction: str, colour: tuple[int, int, int], rng: np.random.G
 
 def write_clip(path: Path, frames: np.ndarray) -> None:
     """Encode frames as H.264 by the encoder inside PyAV, which needs no FFmpeg on the system."""
-    # Without look-ahead, with which x264 now and then makes other bytes of the same frames, as small as these are.
+    # No look-ahead: with it, x264 sometimes encodes the same small frames to different bytes.
     options = {"crf": "18", "threads": "1", "x264-params": "rc-lookahead=0:sync-lookahead=0:mbtree=0"}
     with av.open(str(path), mode="w") as container:
         stream = container.add_stream("libx264", rate=Fraction(CLIP_FPS), options=options)

@@ -1,4 +1,4 @@
-"""Drawn scenes of several shapes, with a mask of each."""
+"""Drawn scenes of several shapes, with a mask of each shape."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Shape:
     """One shape of a scene.
 
     Args:
-        name: colour and shape, as a person would say it.
-        mask: bool [height, width], its pixels.
+        name: Colour and shape, such as "red circle".
+        mask: Pixels of the shape, bool [height, width].
     """
 
     name: str
@@ -30,28 +30,28 @@ def draw_scene(rng: np.random.Generator, count: int) -> tuple[Image.Image, list[
     """Draw shapes of different colours that do not touch each other.
 
     Args:
-        rng: of every choice.
-        count: how many.
+        rng: Random generator.
+        count: Number of shapes.
 
     Returns:
-        The picture, and its shapes in the order they were drawn, which says nothing of where they are.
+        The image, and its shapes in the order of drawing, which is independent of their places.
     """
-    picture = Image.new("RGB", (SCENE_SIZE[1], SCENE_SIZE[0]), _PAPER)
+    image = Image.new("RGB", (SCENE_SIZE[1], SCENE_SIZE[0]), _PAPER)
     boxes: list[Box] = []
     shapes = []
     for colour in rng.permutation(list(COLOURS))[:count]:
         box = _free_box(rng, boxes)
         boxes.append(box)
         shape = str(rng.choice(SHAPES))
-        fill(ImageDraw.Draw(picture), shape, COLOURS[str(colour)], box)
-        alone = Image.new("L", picture.size)
+        fill(ImageDraw.Draw(image), shape, COLOURS[str(colour)], box)
+        alone = Image.new("L", image.size)
         fill(ImageDraw.Draw(alone), shape, 255, box)
         shapes.append(Shape(f"{colour} {shape}", np.asarray(alone) > 0))
-    return picture, shapes
+    return image, shapes
 
 
 def _free_box(rng: np.random.Generator, taken: list[Box]) -> Box:
-    """Draw a square box (left, top, right, bottom; pixels) that is some pixels away from the others."""
+    """Draw a square box (left, top, right, bottom; pixels) at least 5 pixels away from the others."""
     while True:
         side = int(rng.integers(36, 64))
         left = int(rng.integers(0, SCENE_SIZE[1] - side + 1))

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows."""
+    """Content of an image: one shape of a colour at a place."""
 
     colour: str
     shape: str
@@ -36,55 +36,55 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """It in a sentence."""
+        """Caption of the scene."""
         return f"a {self.colour} {self.shape} at the {self.place}"
 
     def say(self, pattern: str) -> str:
-        """Fill in a pattern that names its facts."""
+        """Return a pattern with the facts of the scene filled in."""
         return pattern.format(colour=self.colour, shape=self.shape, place=self.place)
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """Choose what a picture shows."""
+    """Choose the content of an image at random."""
     return Scene(*(str(rng.choice(list(names))) for names in (COLOURS, SHAPES, PLACES)))
 
 
-def draw_picture(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Return an RGB picture of 64 x 64 pixels: one shape somewhere in its quarter, on some light grey."""
+def draw_image(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """Return an RGB image of 64 x 64 pixels: one shape at a random place in its quarter, on light grey."""
     ground = int(rng.integers(215, 256))
-    picture = Image.new("RGB", (SCENE_PIXELS, SCENE_PIXELS), (ground, ground, ground))
+    image = Image.new("RGB", (SCENE_PIXELS, SCENE_PIXELS), (ground, ground, ground))
     half = SCENE_PIXELS // 2
     side = int(rng.integers(18, 29))
     column, row = PLACES[scene.place]
     left, top = (half * step + int(rng.integers(0, half - side + 1)) for step in (column, row))
-    fill(ImageDraw.Draw(picture), scene.shape, COLOURS[scene.colour], (left, top, left + side, top + side))
-    return picture
+    fill(ImageDraw.Draw(image), scene.shape, COLOURS[scene.colour], (left, top, left + side, top + side))
+    return image
 
 
 def write_captions(output: Path, split: str, count: int, rng: np.random.Generator) -> Iterator[Record]:
-    """Scenes to be described."""
+    """Write scenes to be described."""
     for name, image, scene in _scenes(output, "captions", split, count, rng):
         yield _record(name, image, [(DESCRIBE, scene.caption)])
 
 
 def write_questions(output: Path, split: str, count: int, rng: np.random.Generator) -> Iterator[Record]:
-    """Scenes with one question."""
+    """Write scenes with one question."""
     for name, image, scene in _scenes(output, "questions", split, count, rng):
         fact = str(rng.choice(list(QUESTIONS)))
         yield _record(name, image, [(QUESTIONS[fact], getattr(scene, fact))])
 
 
 def write_chats(output: Path, split: str, count: int, rng: np.random.Generator) -> Iterator[Record]:
-    """Scenes with two requests that say in which form to answer."""
+    """Write scenes with two requests that specify the form of the answer."""
     for name, image, scene in _scenes(output, "chats", split, count, rng):
         chosen = rng.permutation(list(REQUESTS))[:2]
         yield _record(name, image, [(str(request), scene.say(REQUESTS[str(request)])) for request in chosen])
 
 
 def write_texts(output: Path, split: str, count: int, rng: np.random.Generator) -> Iterator[Record]:
-    """The same tasks about scenes told in words instead of a picture: what the language model is made of.
+    """Yield the same tasks about scenes described in words instead of an image, to train the language model.
 
-    Facts come in any order, so that it learns to find them.
+    The facts come in random order, so that the model learns to find them.
     """
     del output
     for number in range(count):
@@ -99,13 +99,13 @@ def write_texts(output: Path, split: str, count: int, rng: np.random.Generator) 
 def _scenes(
     output: Path, task: str, split: str, count: int, rng: np.random.Generator
 ) -> Iterator[tuple[str, str, Scene]]:
-    """Draw and write scenes: yield an id, the picture's path and what it shows."""
+    """Draw and write scenes; yield the id, the image's path and the scene of each."""
     folder = output / "media" / f"{task}_{split}"
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         scene = draw_scene(rng)
         path = folder / f"{number:04d}.png"
-        draw_picture(scene, rng).save(path)
+        draw_image(scene, rng).save(path)
         yield f"{task}-{split}-{number:04d}", path.relative_to(output).as_posix(), scene
 
 

@@ -3,8 +3,8 @@
     python tools/make_tiny_checkpoint.py --family qwen3_vl --output DIR [--size demo] [--seed 0] [--dtype bfloat16]
         [--template thinking]
 
-The folder holds what a real one holds (weights in safetensors, config, generation config, tokenizer, chat template,
-image and video processor), written by the real classes, so that stock ``AutoModelForImageTextToText`` and
+The folder has the same files as a real one (weights in safetensors, config, generation config, tokenizer, chat
+template, image and video processor), written by the real classes, so that stock ``AutoModelForImageTextToText`` and
 ``AutoProcessor`` open it. The same seed gives the same bytes.
 """
 
@@ -48,15 +48,15 @@ def build_tiny_checkpoint(
 
     Args:
         family: ``model_type``: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5 or qwen3_5_moe.
-        output: folder to write; made where it does not exist, files of the same names are replaced.
-        size: ``tiny`` (well under 1 M parameters, for tests) or ``demo`` (2 to 5 M, learns simple pictures).
-        seed: of the random weights; the caller's random state is left as it was.
-        template: kind of chat template; None for the family's own.
-        dtype: Type of the weights. In bfloat16, those of linear attention that Qwen3.5 was published with in float32
-            stay so (``A_log`` and the norms).
+        output: Folder to write; created if needed, and files of the same names are replaced.
+        size: ``tiny`` (well under 1 M parameters, for tests) or ``demo`` (2 to 5 M, learns simple images).
+        seed: Seed of the random weights; the caller's random state does not change.
+        template: Kind of chat template; None for the family's own.
+        dtype: Type of the weights. With bfloat16, the weights of linear attention that published Qwen3.5 checkpoints
+            hold in float32 (``A_log`` and the norms) stay in float32.
 
     Raises:
-        UserError: unknown family.
+        UserError: The family is unknown.
     """
     tokenizer = build_tokenizer(family)
     config = build_config(family, tokenizer, size)
@@ -77,7 +77,7 @@ def build_tiny_checkpoint(
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give weights a type, but for those of linear attention that published checkpoints hold in float32."""
+    """Cast the weights, except those of linear attention that published checkpoints hold in float32."""
     layer = layout_of(model).linear_attention
     published = (f"{layer}.A_log", f"{layer}.norm.weight")
     kept = {name: value.data for name, value in model.named_parameters() if name.endswith(published)}
@@ -87,7 +87,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _draw_mtp(model: Any) -> MultiTokenPrediction:
-    """Return the layer for multi-token prediction with random weights, as wide as those of the model."""
+    """Return a multi-token prediction layer with random weights and the width of the model."""
     mtp = MultiTokenPrediction(language_model(model))
     for parameter in mtp.parameters():
         if parameter.dim() > 1:
@@ -96,25 +96,25 @@ def _draw_mtp(model: Any) -> MultiTokenPrediction:
 
 
 def _add_to_weights(file: Path, mtp: MultiTokenPrediction) -> None:
-    """Add the layer to the weights of a checkpoint, where published ones have it."""
+    """Add the layer to the weights of a checkpoint, under the names of published checkpoints."""
     tensors = load_file(file) | {f"{MTP}.{name}": value for name, value in mtp.state_dict().items()}
     save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _strengthen_positions(model: PreTrainedModel) -> None:
-    """Let the learned position embeddings of the vision tower begin as large as what patches give.
+    """Scale the learned position embeddings of the vision tower to the size of the patch embeddings.
 
-    Patches sum 1,536 products and come out near 1, position embeddings as small as any weight: a model that starts so
-    takes several times longer to learn where something is.
+    Patch embeddings sum 1,536 products and are near 1, while position embeddings start as small as other weights; a
+    model takes several times longer to learn positions from that.
     """
     tower = vision_tower(model)
-    if hasattr(tower, "pos_embed"):  # the older families have rotary positions alone
+    if hasattr(tower, "pos_embed"):  # the older families have only rotary positions
         with torch.no_grad():
             tower.pos_embed.weight.div_(tower.pos_embed.weight.std())
 
 
 def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Return greedy decoding that ends at the end of a turn, as the tokenizer names it."""
+    """Return greedy decoding that stops at the tokenizer's end of a turn."""
     end_of_text, end_of_turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     return GenerationConfig(
         bos_token_id=end_of_text, pad_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], do_sample=False

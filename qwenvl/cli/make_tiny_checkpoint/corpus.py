@@ -1,4 +1,4 @@
-"""The text that the tiny tokenizer learns its merges from: what the demo data and the tests say."""
+"""The training text of the tiny tokenizer, like the text of the demo data and the tests."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def _lines() -> Iterator[str]:
 
 
 def corpus() -> list[str]:
-    """Return the lines of the corpus, in a fixed order; each stands there twice so that every word can be merged."""
+    """Return the lines of the corpus, in a fixed order, each twice so that every word can be merged."""
     return [line + "\n" for line in _lines() for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Random-weight parts for the connector lab: vision encoders and a language model, in folders as published ones are."""
+"""Random-weight parts for the connector lab: vision encoders and language models, saved like published ones."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def build_part(part: Part, output: Path, *, size: Size = "tiny", seed: int = 0) 
     """Write a folder of a vision encoder (``clip``, ``siglip``) or a language model.
 
     Args:
-        part: which.
-        output: folder to write.
+        part: Kind of encoder or language model.
+        output: Folder to write.
         size: ``tiny`` for tests, ``demo`` for a model that can learn.
-        seed: of the random weights; the caller's random state is left as it was.
+        seed: Seed of the random weights; the caller's random state does not change.
     """
     build = _BUILDERS[part]
     with torch.random.fork_rng(devices=[]):
@@ -55,7 +55,7 @@ def build_part(part: Part, output: Path, *, size: Size = "tiny", seed: int = 0) 
 
 
 def read_text_template() -> str:
-    """Return the Jinja source of a language model's chat template, which takes texts alone."""
+    """Return the Jinja source of a language model's chat template, which takes only text."""
     return (Path(__file__).parent / "text.jinja").read_text(encoding="utf-8")
 
 

@@ -43,7 +43,7 @@ def read_template(template: Template) -> str:
 
 
 def build_processor(family: str, tokenizer: PreTrainedTokenizerBase, template: Template) -> ProcessorMixin:
-    """Return the family's processor around ``tokenizer``, with one of our chat templates."""
+    """Return the family's processor with ``tokenizer`` and a chat template of this package."""
     chat_template = read_template(template)
     tokenizer.chat_template = chat_template
     if family.startswith("qwen2"):

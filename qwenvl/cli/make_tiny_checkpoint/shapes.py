@@ -1,4 +1,4 @@
-"""Shapes of the tiny models: every setting has the form it has in the real family, only widths and depths shrink."""
+"""Shapes of the tiny models: the same settings as in the real family, with smaller widths and depths."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class Shape:
     """Widths and depths of one model.
 
     Args:
-        hidden_size: width of the language model.
-        intermediate_size: width of its feed-forward layers.
-        num_hidden_layers: its depth.
-        num_attention_heads: its query heads; half as many key and value heads.
-        head_dim: width of a head.
-        mrope_section: rotary frequencies of the temporal, height and width positions; their sum is half of the
+        hidden_size: Width of the language model.
+        intermediate_size: Width of the language model's feed-forward layers.
+        num_hidden_layers: Number of layers of the language model.
+        num_attention_heads: Query heads of the language model; there are half as many key and value heads.
+        head_dim: Width of a head.
+        mrope_section: Rotary frequencies of the temporal, height and width positions; their sum is half of the
             rotated part of a head.
-        vision_hidden_size: width of the vision tower.
-        vision_intermediate_size: width of its feed-forward layers.
-        vision_depth: its depth.
-        vision_num_heads: its heads.
-        num_position_embeddings: entries of its learned position grid, a square number.
-        initializer_range: standard deviation of random weights; far above the usual 0.02, because in narrow layers
-            that would make every output nearly independent of its input.
+        vision_hidden_size: Width of the vision tower.
+        vision_intermediate_size: Width of the vision tower's feed-forward layers.
+        vision_depth: Number of layers of the vision tower.
+        vision_num_heads: Attention heads of the vision tower.
+        num_position_embeddings: Entries of the vision tower's learned position grid, a square number.
+        initializer_range: Standard deviation of the random weights; far above the usual 0.02, which in narrow layers
+            would make every output nearly independent of its input.
     """
 
     hidden_size: int = 64
@@ -73,7 +73,7 @@ def build_config(family: str, tokenizer: PreTrainedTokenizerBase, size: Size = "
 
     Args:
         family: ``model_type`` of the checkpoint.
-        tokenizer: the checkpoint's tokenizer; vocabulary size and the ids of special tokens come from it.
+        tokenizer: Tokenizer of the checkpoint; it gives the vocabulary size and the ids of special tokens.
         size: ``tiny`` for tests, ``demo`` for a model that can learn.
     """
     shape = TINY if size == "tiny" else DEMO
@@ -117,7 +117,7 @@ def _text_settings(family: str, shape: Shape, tokenizer: PreTrainedTokenizerBase
             "mrope_section": list(shape.mrope_section),
         },
     }
-    if family != "qwen3_5_moe":  # its every layer is a mixture
+    if family != "qwen3_5_moe":  # each of its layers is a mixture of experts
         settings["intermediate_size"] = shape.intermediate_size
     if not family.startswith("qwen2"):
         settings["head_dim"] = shape.head_dim
@@ -147,7 +147,7 @@ def _linear_attention_settings(shape: Shape) -> Mapping[str, Any]:
 
 
 def _moe_settings(family: str, shape: Shape) -> Mapping[str, Any]:
-    """Return the experts: never square (2 x width = hidden size), or a transposed tensor would load unnoticed."""
+    """Return the experts' settings; 2 x width differs from the hidden size, so that no transposed tensor can load."""
     width = 3 * shape.hidden_size // 8
     settings: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": width}
     if family == "qwen3_5_moe":

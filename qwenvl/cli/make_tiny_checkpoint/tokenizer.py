@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer of the Qwen kind: its split rule, normaliser and special tokens, our own merges."""
+"""A small byte-level BPE tokenizer with Qwen's split rule, normaliser and special tokens, and its own merges."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwenvl.cli.make_tiny_checkpoint.corpus import corpus
 
 NUM_MERGES = 640
 
-# The names and their order are those of the Qwen2.5 and Qwen3 tokenizers; the ids follow our own vocabulary.
+# The names and order of the Qwen2.5 and Qwen3 tokenizers; the ids follow the vocabulary of this package.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -31,7 +31,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# One token each as well, but ordinary text: decoding with skip_special_tokens keeps them.
+# Single tokens that count as ordinary text: decoding with skip_special_tokens keeps them.
 ADDED_TOKENS = (
     "<tool_call>",
     "</tool_call>",
@@ -80,7 +80,7 @@ def build_tokenizer(family: str) -> Qwen2Tokenizer | Qwen3_5Tokenizer:
 
 
 def _train(family: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return vocabulary and merges learned with the family's own normaliser and split rule."""
+    """Return vocabulary and merges, trained with the family's own normaliser and split rule."""
     pipeline = tokenizer_class(family)().backend_tokenizer
     trainee = Tokenizer(BPE())
     trainee.normalizer = pipeline.normalizer
