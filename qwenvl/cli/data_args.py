@@ -1,4 +1,4 @@
-"""What the command-line tools open: the datasets and the processor that their flags name, as training opens them."""
+"""Data flags of the command-line tools; opens datasets and processors as training does."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ from qwenvl.utils.errors import UserError
 
 @dataclass
 class ToolArguments(DataArguments):
-    """Flags of the tools that read data, besides those of the data."""
+    """Flags of the tools that read data, in addition to the data flags of training."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Checkpoint, or a folder with its processor."})
     base: str | None = field(
         default=None,
-        metadata={
-            "help": "Checkpoint below the adapters of model_name_or_path. Default: what adapter_config.json names."
-        },
+        metadata={"help": "Checkpoint below the adapters of model_name_or_path. Default: as in adapter_config.json."},
     )
     model_type: str | None = field(
         default=None, metadata={"help": "Model family, for a folder without config.json. Default: by its processor."}
@@ -38,10 +36,10 @@ class ToolArguments(DataArguments):
 
 
 def chosen_datasets(arguments: ToolArguments) -> list[DatasetSpec]:
-    """Return the datasets that the flags name; that of ``--annotation_path`` has the name of its file.
+    """Return the datasets that the flags name; a dataset of ``--annotation_path`` is named after its file.
 
     Raises:
-        UserError: none is named, or one is not known.
+        UserError: No dataset is named, or one is unknown.
     """
     if arguments.annotation_path is not None:
         path = arguments.annotation_path
@@ -52,14 +50,14 @@ def chosen_datasets(arguments: ToolArguments) -> list[DatasetSpec]:
 
 
 def open_encoder(arguments: ToolArguments, max_length: int) -> tuple[SampleEncoder, Any]:
-    """Open the processor; return what training would build of it, and the processor.
+    """Open the processor; return the encoder that training would build from it, and the processor.
 
     Args:
-        arguments: of the tool.
-        max_length: most tokens of a sample.
+        arguments: Flags of the tool.
+        max_length: Most tokens of a sample.
 
     Raises:
-        UserError: no processor, or the model family is unknown.
+        UserError: There is no processor, or the model family is unknown.
     """
     processor = open_processor(arguments.model_name_or_path)
     add_tokens(processor, arguments.additional_tokens or ())
@@ -68,10 +66,10 @@ def open_encoder(arguments: ToolArguments, max_length: int) -> tuple[SampleEncod
 
 
 def family_and_config(arguments: ToolArguments, processor: Any) -> tuple[Family, PretrainedConfig]:
-    """Read them from config.json; in a folder without one, from the processor's class and its family's defaults.
+    """Read the family and the config from config.json, or else from the processor's class and its family's defaults.
 
     Raises:
-        UserError: the checkpoint has no config that can be read, or the family cannot be told.
+        UserError: The checkpoint has no readable config, or its family is unknown.
     """
     folder = Path(arguments.model_name_or_path)
     if (folder / CONFIG_FILE).exists():

@@ -1,4 +1,4 @@
-"""Flags of the tools that ask a model, and what these open."""
+"""Flags of the tools that ask a model, and functions that open the model and data they name."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from qwenvl.utils.distributed import is_main_process
 from qwenvl.utils.errors import UserError
 
 ANY_LENGTH = 1 << 30
-_LIMIT = {"help": "As in training. Default: what the model's own processor says."}
+_LIMIT = {"help": "As in training. Default: the value of the model's processor."}
 
 
 @dataclass
 class AskArguments(ToolArguments):
-    """Flags of the tools that ask a model, besides those of all tools. Limits of media are the model's own."""
+    """Flags of the tools that ask a model, besides those of all tools. Media limits default to the model's own."""
 
     max_pixels: int | None = field(default=None, metadata=_LIMIT)  # type: ignore[assignment]
     min_pixels: int | None = field(default=None, metadata=_LIMIT)  # type: ignore[assignment]
@@ -47,23 +47,23 @@ class AskArguments(ToolArguments):
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of an answer."})
     temperature: float = field(
         default=0.0,
-        metadata={"help": "0: the likeliest token each time. Above: tokens are drawn, 1 as the model says."},
+        metadata={"help": "0: always the likeliest token. Above: sampling; 1 for the model's own probabilities."},
     )
     top_p: float = field(
-        default=1.0, metadata={"help": "Draw among the likeliest tokens that have this probability together, 0 to 1."}
+        default=1.0, metadata={"help": "Sample among the likeliest tokens up to this total probability, 0 to 1."}
     )
-    seed: int = field(default=0, metadata={"help": "Of tokens that are drawn."})
-    batch_size: int = field(default=16, metadata={"help": "Samples answered at once by each process."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampling."})
+    batch_size: int = field(default=16, metadata={"help": "Samples of a generation batch of each process."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda:1, ... Default: a GPU if there is one."})
     dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "Of the weights. auto: as they are saved."}
+        default="auto", metadata={"help": "Type of the weights. auto: as saved."}
     )
-    data_seed: int = field(default=0, metadata={"help": "Decides which rows name%%X takes; training's own default."})
+    data_seed: int = field(default=0, metadata={"help": "Seed of the rows that name%%X takes; default as in training."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.model_name_or_path:
-            raise UserError("--model_name_or_path is missing: the folder of the model that is asked.")
+            raise UserError("--model_name_or_path is missing: the folder of the model.")
         if self.max_new_tokens < 1 or self.batch_size < 1:
             raise UserError("--max_new_tokens and --batch_size must be 1 or more.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -73,15 +73,15 @@ class AskArguments(ToolArguments):
 
     @property
     def decoding(self) -> Decoding:
-        """How tokens are chosen."""
+        """Settings of greedy decoding or sampling."""
         return Decoding(self.max_new_tokens, float(self.temperature), float(self.top_p))
 
 
 def open_asking_encoder(arguments: AskArguments) -> SampleEncoder:
-    """Return what opens samples and media for a model, with its own limits where no flag says others.
+    """Return the encoder of samples for a model, with the model's own media limits unless flags override them.
 
     Raises:
-        UserError: the folder has no config or processor that can be used.
+        UserError: The folder has no usable config or processor.
     """
     folder, base = arguments.model_name_or_path, arguments.base
     family = get_family(read_model_type(base_of(folder, base)))
@@ -100,7 +100,7 @@ def open_job(arguments: AskArguments) -> Job:
     """Open the datasets that the flags name, and the encoder.
 
     Raises:
-        UserError: data or model folder cannot be used.
+        UserError: Data or model folder cannot be used.
     """
     tables = open_tables(chosen_datasets(arguments), arguments.data_seed, arguments.data_cache_dir)
     encoder = open_asking_encoder(arguments)
@@ -108,10 +108,10 @@ def open_job(arguments: AskArguments) -> Job:
 
 
 def answer_all(arguments: AskArguments, job: Job, output: Path, what: str = "Answering") -> list[Prediction]:
-    """Answer the rows of a job, or predict them as the task of the model does; every process has to call it.
+    """Answer the rows of a job, or predict their labels if the model has a task; every process has to call it.
 
     Raises:
-        UserError: the model cannot be opened, or the output not be used.
+        UserError: The model cannot be opened, or the output cannot be used.
     """
     predictor = saved_predictor(arguments.model_name_or_path)
     if predictor is None:
@@ -121,10 +121,10 @@ def answer_all(arguments: AskArguments, job: Job, output: Path, what: str = "Ans
 
 
 def open_predictor(arguments: AskArguments, encoder: SampleEncoder) -> Any:
-    """Open the model of a task, to predict what an encoder has opened.
+    """Open a model with a task, to predict the labels of encoded samples.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: It cannot be opened.
     """
     predictor = saved_predictor(arguments.model_name_or_path)
     assert predictor is not None, "a model that answers in words"
@@ -132,10 +132,10 @@ def open_predictor(arguments: AskArguments, encoder: SampleEncoder) -> Any:
 
 
 def open_model(arguments: AskArguments, encoder: SampleEncoder) -> Answerer:
-    """Open the model, to be asked what an encoder has opened.
+    """Open the model, to answer samples of an encoder.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: It cannot be opened.
     """
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     opened = open_answerer(arguments.model_name_or_path, base=arguments.base, device=arguments.device, dtype=dtype)
@@ -143,7 +143,7 @@ def open_model(arguments: AskArguments, encoder: SampleEncoder) -> Answerer:
 
 
 def progress_bar(what: str) -> Callable[[int], Progress]:
-    """Return what shows a bar on a terminal of process 0, and nothing elsewhere."""
+    """Return a function that starts a progress bar, which only process 0 shows, and only on a terminal."""
 
     def start(total: int) -> Progress:
         shown = is_main_process() and sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""The command ``qwenvl``: one name in front of training and every tool. ``python tools/X.py`` runs the same code.
+"""The command ``qwenvl``, with training and every tool as subcommands. ``python tools/X.py`` runs the same code.
 
 qwenvl --help
 qwenvl train configs/sft_qwen3vl_4b.yaml --dataset_use my_dataset
@@ -36,14 +36,12 @@ COMMANDS = {
     "launch": Command("qwenvl.train.launch", "start a command on several devices; takes the arguments of torchrun"),
     "check": Command("qwenvl.cli.check_image.command", "find every problem of every sample before training"),
     "show": Command("qwenvl.cli.show_sample", "print samples as the model sees them, trained tokens in colour"),
-    "view": Command("qwenvl.cli.view_data.command", "write a site of samples and of the datasets they come from"),
+    "view": Command("qwenvl.cli.view_data.command", "write a site that shows samples and statistics of their datasets"),
     "pack": Command("qwenvl.cli.pack_data", "plan which samples share a row, before training"),
     "predict": Command("qwenvl.cli.predict.command", "ask a model: the samples of datasets, one question, or a chat"),
     "evaluate": Command("qwenvl.cli.evaluate.command", "score answers by dataset; find out whether the images matter"),
-    "evaluate-masks": Command("qwenvl.cli.evaluate_masks", "score the masks of a folder that --task grounding trained"),
-    "attention": Command(
-        "qwenvl.cli.show_attention.command", "draw which parts of an image the words of an answer use"
-    ),
+    "evaluate-masks": Command("qwenvl.cli.evaluate_masks", "score the masks of a model trained by --task grounding"),
+    "attention": Command("qwenvl.cli.show_attention.command", "draw the attention of an answer's words over the image"),
     "merge": Command("qwenvl.cli.merge_lora", "merge adapters into their checkpoint, and check the result"),
     "serve-check": Command("qwenvl.cli.check_serving", "check that serving feeds the model as training did"),
     "doctor": Command("qwenvl.cli.doctor.command", "find out whether this machine is ready to train"),
@@ -55,7 +53,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the subcommand that is named first; return its exit code."""
+    """Run the subcommand named by the first argument; return its exit code."""
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if name in ("-h", "--help", "help"):
         print(help_page())
@@ -66,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"qwenvl: no command {name!r}.{nearest(name, COMMANDS)} qwenvl --help lists them.", file=sys.stderr)
         return 2
-    sys.argv[0] = f"qwenvl {name}"  # what its help page calls the program
+    sys.argv[0] = f"qwenvl {name}"  # name of the program on its help page
     command: Callable[[Sequence[str]], int] = importlib.import_module(COMMANDS[name].module).main
     return command(rest)
 
@@ -90,7 +88,7 @@ def run() -> NoReturn:
     """End the process with the exit code of the subcommand."""
     if "RANK" not in os.environ:
         sys.exit(main())
-    from qwenvl.utils.distributed import run_program  # imports torch, which --help need not wait for
+    from qwenvl.utils.distributed import run_program  # imports torch, which would delay --help
 
     run_program(main)
 

@@ -1,9 +1,9 @@
-"""Merge adapters into the checkpoint they were trained on, and check the folder that results.
+"""Merge adapters into the checkpoint they were trained on, and check the merged folder.
 
     python tools/merge_lora.py --adapter output/apples --output output/apples-merged
 
-The merged folder needs no PEFT: it opens with stock transformers, vLLM or SGLang. It is read again at the end, and has
-to hold the merged weights to the bit, and to give their logits.
+The merged folder needs no PEFT: it opens with stock transformers, vLLM or SGLang. It is read again at the end, and must
+hold the merged weights bit for bit and give the same logits.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ logger = logging.getLogger("qwenvl.merge_lora")
 
 PAGE = HelpPage(
     "merge_lora.py --adapter DIR --output DIR [--flag VALUE ...]",
-    "Merge adapters into the checkpoint they were trained on: a folder that loads alone. Every tensor of the adapters "
-    "has to find its place, weights have to change, and the logits of a sample have to stay those of the adapters.",
+    "Merge adapters into the checkpoint they were trained on, into a folder that loads without PEFT. Checks that every "
+    "tensor of the adapters is used, that weights change, and that the logits of a sample equal those of the adapters.",
 )
 
 RECORDS = (
     *("training_args.yaml", "original_processor_limits.json", "versions.json", "trainer_state.json", "serving.json"),
 )
-"""Files of the adapters' folder that describe the merged one too."""
+"""Files of the adapters' folder that are copied to the merged folder."""
 
 
 @dataclass
@@ -53,12 +53,12 @@ class MergeArguments:
     """Flags of this tool."""
 
     adapter: str = field(default="", metadata={"help": "Folder of adapters: the output of a run, or a checkpoint-*."})
-    output: str = field(default="", metadata={"help": "Folder to write; it must not hold anything yet."})
+    output: str = field(default="", metadata={"help": "Folder to write; it must be new or empty."})
     base: str | None = field(
-        default=None, metadata={"help": "Checkpoint below the adapters. Default: what adapter_config.json names."}
+        default=None, metadata={"help": "Checkpoint below the adapters. Default: as in adapter_config.json."}
     )
     dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "Type of the merged weights. auto is that of the checkpoint."}
+        default="auto", metadata={"help": "Type of the merged weights. auto: the type of the checkpoint."}
     )
     device: str = field(default="cpu", metadata={"help": "Where to compute: cpu, cuda, cuda:1, ..."})
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights."})
@@ -81,7 +81,7 @@ def run(arguments: MergeArguments) -> None:
     """Merge, save and check.
 
     Raises:
-        UserError: something in the input must be changed, or the merged folder is not what it has to be.
+        UserError: Something in the input must be changed, or the merged folder fails its check.
     """
     output = Path(arguments.output)
     if not arguments.adapter or not arguments.output:
@@ -106,7 +106,7 @@ def run(arguments: MergeArguments) -> None:
     log_carried(carried, model.config)
     follow_umask(output)
     check(model, processor, output, arguments.device)
-    logger.info("Saved to %s, and read again by stock transformers: the same weights and logits.", output)
+    logger.info("Saved to %s. Stock transformers reads the same weights and logits from it.", output)
 
 
 def save(model: PreTrainedModel, processor: Any, arguments: MergeArguments) -> None:
@@ -121,16 +121,16 @@ def save(model: PreTrainedModel, processor: Any, arguments: MergeArguments) -> N
 
 
 def check(model: PreTrainedModel, processor: Any, output: Path, device: str) -> None:
-    """Read the folder as any user would, and compare.
+    """Read the folder with stock transformers, and compare weights and logits with the merged model.
 
     Raises:
-        UserError: it gives other logits than the model that was saved.
+        UserError: Weights or logits differ from those of the merged model.
     """
     weights = fingerprints(model, model.dtype)
     for parameter in model.parameters():  # stock transformers opens all of them in one type, and leaves buffers
         parameter.data = parameter.data.to(model.dtype)
     wanted = logits_of(model, sample_inputs(processor, model.device))
-    model.to("meta")  # room for the second one
+    model.to("meta")  # frees memory for the second model
     again: Any = AutoModelForImageTextToText.from_pretrained(output, dtype="auto").to(device).eval()
     wrong = differing(weights, dict(again.named_parameters()))
     if wrong:

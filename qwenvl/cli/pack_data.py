@@ -1,12 +1,12 @@
-r"""Plan packs before training: which samples make each row of up to ``--model_max_length`` tokens.
+r"""Plan packs before training: groups of samples that share a row of up to ``--model_max_length`` tokens.
 
     python tools/pack_data.py --dataset_use "a%50,b" --model_name_or_path MODEL --model_max_length 8192 \
         --output plan.parquet [--format plan|official] [--report report.json]
 
-Takes the data flags of training (``--max_pixels``, ``--video_fps``, ``--overlength``, ...) with their defaults; give
-those of the run. ``plan`` is for ``--packing_plan`` of this trainer. ``official`` is the packed JSON of the official
-recipe, to be registered as a dataset and trained on with ``--data_packing True``. Lengths are exact and nothing is
-decoded; they are kept, so that a second call counts only what is new.
+Takes the data flags of training (``--max_pixels``, ``--video_fps``, ``--overlength``, ...) with the same defaults; give
+the values of the run. ``plan`` is for ``--packing_plan`` of this trainer. ``official`` is the packed JSON of the
+official recipe, to be registered as a dataset and trained on with ``--data_packing True``. Lengths are exact, without
+decoding media; they are cached, so that a later call measures new rows only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ logger = logging.getLogger("qwenvl.pack_data")
 
 PAGE = HelpPage(
     "pack_data.py --model_name_or_path MODEL --dataset_use NAMES --model_max_length N --output FILE [--flag VALUE ...]",
-    "Plan packs of samples before training, from exact lengths that need no decoding. Give training's own data flags.",
+    "Plan packs of samples before training, from exact lengths that need no decoding. Give the data flags of training.",
 )
 
 
@@ -60,12 +60,12 @@ class PackArguments(ToolArguments):
             "help": "plan: Parquet, for packing_plan. official: packed JSON (.json or .jsonl) of the official tool."
         },
     )
-    report: str | None = field(default=None, metadata={"help": "Write the figures to this JSON file as well."})
-    world_size: int = field(default=8, metadata={"help": "Number of ranks that the balance is computed for."})
-    num_workers: int | None = field(default=None, metadata={"help": "Counting processes. Default: one a core."})
-    tune_mm_vision: bool = field(default=True, metadata={"help": "As in training: for the costs alone."})
-    tune_mm_mlp: bool = field(default=True, metadata={"help": "As in training: for the costs alone."})
-    tune_mm_llm: bool = field(default=True, metadata={"help": "As in training: for the costs alone."})
+    report: str | None = field(default=None, metadata={"help": "Write the statistics to this JSON file as well."})
+    world_size: int = field(default=8, metadata={"help": "Number of ranks for which the balance is computed."})
+    num_workers: int | None = field(default=None, metadata={"help": "Measuring processes. Default: one per core."})
+    tune_mm_vision: bool = field(default=True, metadata={"help": "As in training; only used to estimate costs."})
+    tune_mm_mlp: bool = field(default=True, metadata={"help": "As in training; only used to estimate costs."})
+    tune_mm_llm: bool = field(default=True, metadata={"help": "As in training; only used to estimate costs."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +79,7 @@ class PackArguments(ToolArguments):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Plan packs, write them and print the figures; return the exit code."""
+    """Plan packs, write them and print the statistics; return the exit code."""
     setup_logging("info")
     try:
         pack_data(parse_class(PackArguments, sys.argv[1:] if argv is None else argv, PAGE))
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def pack_data(arguments: PackArguments) -> dict[str, Any]:
-    """Plan packs, write them, and print and return the figures.
+    """Plan packs, write them, and print and return the statistics.
 
     Raises:
-        UserError: data or checkpoint cannot be used, or a file cannot be written.
+        UserError: Data or checkpoint cannot be used, or a file cannot be written.
     """
     started = time.monotonic()
     rows, flops = open_rows(arguments)
@@ -130,10 +130,10 @@ def pack_data(arguments: PackArguments) -> dict[str, Any]:
 
 
 def open_rows(arguments: PackArguments) -> tuple[ConversationDataset, Flops]:
-    """Open the rows that training would use, and what they cost.
+    """Open the rows that training would use, and the counter of their FLOPs.
 
     Raises:
-        UserError: checkpoint, registry or annotations cannot be used.
+        UserError: Checkpoint, registry or annotations cannot be used.
     """
     processor = open_processor(arguments.model_name_or_path)
     add_tokens(processor, arguments.additional_tokens or ())
@@ -150,7 +150,7 @@ def open_rows(arguments: PackArguments) -> tuple[ConversationDataset, Flops]:
 
 
 def figures_of(plan: PackPlan, rows: ConversationDataset, arguments: PackArguments) -> dict[str, Any]:
-    """Return what is packed, how full the packs are, and what is left out."""
+    """Return the statistics of the packs, their fill and the left-out samples."""
     tokens, limit = plan.measures["tokens"], arguments.model_max_length
     left_out = Counter(event.record["category"] for event in plan.events if event.record)
     other = Counter(event.kind for event in plan.events if not event.record)
@@ -172,7 +172,7 @@ def figures_of(plan: PackPlan, rows: ConversationDataset, arguments: PackArgumen
 
 
 def balance_of(plan: PackPlan, flops: Flops, world_size: int) -> dict[str, Any]:
-    """Return how long the slowest of so many ranks works, against the mean: one pack a rank in each step."""
+    """Return the cost of the slowest rank relative to the mean, for one pack per rank and step."""
     costs = flops.count(plan.packs.add_up(plan.measures))
     sharding = Sharding(1, world_size)
     orders = {
@@ -195,7 +195,7 @@ def _write_report(path: Path, figures: dict[str, Any]) -> None:
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    """Print the figures as a table."""
+    """Print the statistics as a table."""
     balance = figures["balance"]
     table = Table(title=f"Packs in {figures['output']}", show_header=False)
     table.add_column()

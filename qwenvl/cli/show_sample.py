@@ -3,9 +3,9 @@ r"""Show samples as the model sees them: rendered text with trained tokens in co
     python tools/show_sample.py --dataset_use demo_digits --model_name_or_path MODEL --index 3
     python tools/show_sample.py --annotation_path FILE --data_path DIR --model_name_or_path MODEL --all --json OUT.jsonl
 
-Takes the data flags of training (``--max_pixels``, ``--video_fps``, ``--add_vision_id``, ...) with their defaults.
-MODEL is a checkpoint, or a folder with a processor alone. With ``--json``, one line a training row: ``id``, ``turns``,
-``chat_template_kwargs``, ``input_ids``, ``labels``, ``loss_weights`` (T, where a turn has a weight), ``position_ids``
+Takes the data flags of training (``--max_pixels``, ``--video_fps``, ``--add_vision_id``, ...) with the same defaults.
+MODEL is a checkpoint, or a folder with a processor. ``--json`` writes one line per training row: ``id``, ``turns``,
+``chat_template_kwargs``, ``input_ids``, ``labels``, ``loss_weights`` (T, if a turn has a weight), ``position_ids``
 (3 x T: temporal, height, width), ``image_grid_thw``, ``video_grid_thw``, ``pixel_values`` and ``pixel_values_videos``
 (shape, mean, std), or ``id`` and ``error``.
 """
@@ -46,7 +46,7 @@ logger = logging.getLogger("qwenvl.show_sample")
 PAGE = HelpPage(
     "show_sample.py --model_name_or_path MODEL --dataset_use NAMES [--flag VALUE ...]",
     "Show samples as the model sees them: the rendered text with trained tokens in green, grids, positions, "
-    "timestamps. With --json, write them to a file instead. Give training's own data flags to see what it sees.",
+    "timestamps. With --json, write them to a file instead. Give the data flags of training to see the same.",
 )
 
 
@@ -54,7 +54,7 @@ PAGE = HelpPage(
 class ShowArguments(ToolArguments):
     """Flags of this tool, besides those of all tools."""
 
-    index: int = field(default=0, metadata={"help": "Which row to show, from 0."})
+    index: int = field(default=0, metadata={"help": "Index of the row to show, from 0."})
     all: bool = field(default=False, metadata={"help": "Show every row."})
     json: str | None = field(default=None, metadata={"help": "Write JSON lines to this file instead of showing."})
     model_max_length: int = field(default=1 << 20, metadata={"help": "Most tokens of a sample."})
@@ -66,9 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parse_class(ShowArguments, sys.argv[1:] if argv is None else argv, PAGE)
         if not arguments.model_name_or_path:
-            raise UserError(
-                "--model_name_or_path is missing: the checkpoint whose tokenizer and template are to be shown."
-            )
+            raise UserError("--model_name_or_path is missing: the checkpoint whose tokenizer and template to use.")
         encoder, processor = open_encoder(arguments, arguments.model_max_length)
         samples = list(select_samples(arguments))
         read = [sample for sample in samples if isinstance(sample, Sample)]
@@ -86,7 +84,7 @@ def select_samples(arguments: ShowArguments) -> Iterator[Sample | SampleError]:
     """Yield the samples of the chosen rows, and the error of a row that cannot be read.
 
     Raises:
-        UserError: no dataset is named, or it has no such row.
+        UserError: No dataset is named, or it has no such row.
     """
     specs = chosen_datasets(arguments)
     rows = [(table, int(row)) for table in open_tables(specs, 42, arguments.data_cache_dir) for row in table.rows]
@@ -105,7 +103,7 @@ def encode(sample: Sample | SampleError, encoder: SampleEncoder) -> list[tuple[P
     """Return the training rows of a sample, before and after its media are decoded.
 
     Raises:
-        SampleError: it cannot be used.
+        SampleError: The sample cannot be used.
     """
     if isinstance(sample, SampleError):
         raise sample
@@ -117,7 +115,7 @@ def write_json(samples: list[Sample | SampleError], encoder: SampleEncoder, patc
     """Write a line for each training row; return 1 if any sample has an error.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: The file cannot be written.
     """
     failed = 0
     try:
@@ -160,7 +158,7 @@ def _as_record(plan: Plan, encoded: EncodedSample, patchify: Patchify) -> dict[s
 
 
 def _arguments(plan: Plan) -> dict[str, Any] | list[dict[str, Any]]:
-    """Return the template arguments of a training row; those of each of its answers where they differ."""
+    """Return the template arguments of a training row, or a list of those of each answer if they differ."""
     arguments = [dict(one) for one in plan.rendering.arguments]
     same = all(one == arguments[0] for one in arguments)
     return (arguments[0] if arguments else {}) if same else arguments
@@ -192,11 +190,11 @@ def _show_row(console: Console, plan: Plan, tokenizer: Any) -> None:
     trained = int((tokens.labels != IGNORE_INDEX).sum())
     last = tokens.position_ids[1:].amax(dim=1).tolist()
     console.print(
-        f"{len(tokens)} tokens, {trained} trained (green), {int(tokens.vision_mask.sum())} of pictures; "
+        f"{len(tokens)} tokens, {trained} trained (green), {int(tokens.vision_mask.sum())} of media; "
         f"positions up to temporal {last[0]}, height {last[1]}, width {last[2]}",
         style="bold",
     )
-    for event in (event for event in plan.events if event.kind != "unread_key"):  # named for all samples together
+    for event in (event for event in plan.events if event.kind != "unread_key"):  # logged once for all samples
         said = f"A sample {REMARKS[event.kind]}." if event.kind in REMARKS else event.message
         console.print(Text(said, style="yellow"))
     for media in plan.media:

@@ -64,7 +64,7 @@ def test_a_picture(show: Show) -> None:
     assert "[<|image_pad|> x 2]" in output  # a run of placeholders is one piece
     assert "What [bold]is[/bold] it?" in output  # markup of users is text
     assert "image a.png: 32 x 64 pixels, grid_thw [1, 4, 2]" in output
-    assert re.search(r"\d+ tokens, \d+ trained \(green\), 2 of pictures; positions up to temporal \d+", output)
+    assert re.search(r"\d+ tokens, \d+ trained \(green\), 2 of media; positions up to temporal \d+", output)
 
 
 def test_trained_tokens_are_green(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""What tools/predict.py and tools/evaluate.py share: flags, opening, chat."""
+"""Parts of tools/predict.py: answers to datasets and questions, and the chat."""

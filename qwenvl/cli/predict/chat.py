@@ -1,4 +1,4 @@
-"""A conversation with a model in the terminal, about pictures and videos."""
+"""A chat with a model in the terminal, about images and videos."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwenvl.inference.prompts import Prompt, open_prompt
 from qwenvl.utils.errors import SampleError
 
 HELP = """\
-/image PATH   show a picture with the next question
+/image PATH   show an image with the next question
 /video PATH   show a video with the next question
 /new          forget the conversation
 /help         this list
@@ -28,14 +28,16 @@ Everything else is a question."""
 
 @dataclass
 class Chat:
-    """Turns so far, and the media that the next question shows.
+    """A chat: the turns so far, and the media of the next question.
 
     Args:
-        answerer: the model.
-        settings: limits of pictures and videos.
-        reader: opens them.
-        decoding: how tokens are chosen.
-        console: where it is said.
+        answerer: Model that answers.
+        settings: Limits of images and videos.
+        reader: Reader of media files.
+        decoding: Settings of greedy decoding or sampling.
+        console: Console to print to.
+        turns: Turns so far.
+        waiting: Media to show with the next question.
     """
 
     answerer: Answerer
@@ -61,7 +63,7 @@ class Chat:
                 self.take(line)
 
     def take(self, line: str) -> None:
-        """Do what a line says: a command or a question. What cannot be done is said, and nothing else happens."""
+        """Execute a command or ask a question; print a message if that is not possible."""
         command, _, rest = line.partition(" ")
         try:
             if command in ("/image", "/video"):
@@ -99,7 +101,7 @@ class Chat:
 
 
 def answer_aloud(answerer: Answerer, prompt: Prompt, decoding: Decoding) -> str:
-    """Answer one prompt, and print the answer while it is written."""
+    """Answer one prompt, and print the answer while it is generated."""
     streamer = TextStreamer(answerer.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     (answer,) = generate(answerer, [prompt], decoding=decoding, streamer=streamer)
     if answer.finish_reason == "length":

@@ -6,16 +6,17 @@ r"""Ask a model: the samples of datasets, one question, or a chat.
     python tools/predict.py --model_name_or_path MODEL --image a.jpg --prompt "What is this?"
     python tools/predict.py --model_name_or_path MODEL
 
-MODEL is a folder of a whole model or of adapters. The first two write one JSON line a sample, in the order of the data:
-dataset, file, line, id, question, expected, prediction, finish_reason (``length`` where ``--max_new_tokens`` cut the
-answer, else ``stop``); or error, for a sample that cannot be asked. Stopped and
-started again, with as many processes as you like, they answer what is missing. ``--image`` and ``--video`` may be given
-several times over. With nothing but a model, it is a chat.
+MODEL is a folder of a whole model or of adapters. The first two commands write one JSON line per sample, in the order
+of the data: dataset, file, line, id, question, expected, prediction, finish_reason (``length`` if ``--max_new_tokens``
+cut the answer, else ``stop``); or error, for a sample that cannot be asked. When they are stopped and started again,
+with any number of processes, they answer the missing samples. ``--image`` and ``--video`` take several files. With only
+a model, the command starts a chat.
 
-Of a model with the head of a task (``--task`` in training), ``prediction`` is the label and ``scores`` probabilities of
-the classes, or the scores of the pictures; samples need no label, and where they have one, metrics are printed.
+For a model with the head of a task (``--task`` in training), ``prediction`` is the label, and ``scores`` are the
+probabilities of the classes or the scores of the images; samples need no label, and metrics are printed if they have
+one.
 
-Exit code: 0; 1 where samples could not be asked (the output has the reasons); 2 where nothing could be done.
+Exit code: 0; 1 if samples could not be asked (the output has the reasons); 2 if nothing could be done.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ logger = logging.getLogger("qwenvl.predict")
 
 PAGE = HelpPage(
     "predict.py --model_name_or_path MODEL [--dataset_use NAMES --output FILE | --prompt TEXT] [--flag VALUE ...]",
-    "Ask a model: the samples of datasets (several processes by torchrun, resumable), one question about pictures and "
-    "videos, or, with a model alone, in a chat.",
+    "Ask a model: the samples of datasets (several processes by torchrun, resumable), one question about images and "
+    "videos, or, if only a model is given, in a chat.",
 )
 
 
@@ -68,9 +69,9 @@ PAGE = HelpPage(
 class PredictArguments(AskArguments):
     """Flags of this tool, besides those of the tools that ask a model."""
 
-    output: str | None = field(default=None, metadata={"help": "JSON lines file of the answers to datasets."})
+    output: str | None = field(default=None, metadata={"help": "JSON lines file for the answers to datasets."})
     prompt: str | None = field(default=None, metadata={"help": "One question, answered in the terminal."})
-    image: list[str] = field(default_factory=list, metadata={"help": "Pictures to ask about, one or more."})
+    image: list[str] = field(default_factory=list, metadata={"help": "Images to ask about, one or more."})
     video: list[str] = field(default_factory=list, metadata={"help": "Videos to ask about, one or more."})
 
     def __post_init__(self) -> None:
@@ -83,7 +84,7 @@ class PredictArguments(AskArguments):
         if self.output is not None and not data:
             raise UserError("--output is for answers to datasets: name them by --dataset_use or --annotation_path.")
         if (self.image or self.video) and self.prompt is None:
-            raise UserError('--prompt is missing: what is asked about them, such as --prompt "What is this?".')
+            raise UserError('--prompt is missing: the question about the media, such as --prompt "What is this?".')
         if not data and world_size() > 1:
             raise UserError("One question or a chat is for one process: start it without torchrun.")
 
@@ -102,10 +103,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: PredictArguments) -> int:
-    """Do what the flags ask for; return the exit code.
+    """Answer datasets or a question, or start a chat; return the exit code.
 
     Raises:
-        UserError: model, data or output cannot be used.
+        UserError: Model, data or output cannot be used.
     """
     if arguments.output is not None:
         start_group()
@@ -116,12 +117,12 @@ def run(arguments: PredictArguments) -> int:
     reader = MediaReader("", arguments.allow_remote_media, video_timeout=arguments.video_timeout)
     if arguments.prompt is None:
         if encoder.targets is not None:
-            raise UserError("A model with the head of a task gives labels and no answers: name data, or a --prompt.")
+            raise UserError("A model with the head of a task predicts labels and cannot chat: name data or a --prompt.")
         Chat(open_model(arguments, encoder), encoder.settings, reader, arguments.decoding).run()
         return 0
     images, videos = map(image_item, arguments.image), map(video_item, arguments.video)
     turn = Message("user", (*images, *videos, TextPart(arguments.prompt)))
-    prompt = open_prompt([turn], reader, encoder.settings)  # before the model, which takes long
+    prompt = open_prompt([turn], reader, encoder.settings)  # before opening the model, which takes long
     if encoder.targets is not None:
         print(json.dumps(open_predictor(arguments, encoder).predict_prompts([prompt])[0], ensure_ascii=False))
         return 0
@@ -130,7 +131,7 @@ def run(arguments: PredictArguments) -> int:
 
 
 def summarize(lines: list[Prediction], output: str) -> int:
-    """Print how many answers there are and what could not be asked; return the exit code."""
+    """Print the numbers of answers and of samples that could not be asked; return the exit code."""
     for name, value in label_metrics(lines).items():
         print(f"{name.replace('_', ' ')}: {value:.4g}")
     bad = [line for line in lines if line.error is not None]
