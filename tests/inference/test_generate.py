@@ -129,7 +129,7 @@ def test_prompts_with_clips_have_the_positions_of_training(
         },
     ]
     trained = [
-        open_exercise(Sample(Origin("d", "f", number), record, str(tmp_path)), encoder)
+        open_example(Sample(Origin("d", "f", number), record, str(tmp_path)), encoder)
         for number, record in enumerate(records)
     ]
     inputs = encode_prompts(answerer, [one.prompt for one in trained])
