@@ -1,9 +1,9 @@
 """Compute M-RoPE positions: the place of every token in time, height and width.
 
-Source: section 2.1 of the Qwen2-VL paper (Wang et al., 2024): each modality starts one above the largest position of the
-previous one. ``get_rope_index`` of transformers 4, vLLM and the official recipe do the same. From 5.3 on, transformers
-counts only the height and width of a video: text after a clip of Qwen2-VL or Qwen2.5-VL that has more temporal positions
-than it is wide then overlaps with its frames, unlike in the published models and on servers.
+Source: section 2.1 of the Qwen2-VL paper (Wang et al., 2024): each modality starts one above the largest position of
+the previous one. ``get_rope_index`` of transformers 4, vLLM and the official recipe do the same. From 5.3 on,
+transformers counts only the height and width of a video: text after a clip of Qwen2-VL or Qwen2.5-VL that has more
+temporal positions than it is wide then overlaps with its frames, unlike in the published models and on servers.
 """
 
 from __future__ import annotations
