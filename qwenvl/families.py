@@ -1,4 +1,4 @@
-"""The model families: everything that differs between them and is not read from a checkpoint's own files."""
+"""Define the model families: their differences that are not in a checkpoint's own files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwenvl.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """Where a model has its parts: dotted names, from the ``...ForConditionalGeneration`` on.
+    """Dotted names of the parts of a model, from the ``...ForConditionalGeneration`` on.
 
     Args:
         vision: Vision tower, its mergers included.
@@ -26,7 +26,7 @@ class ModelLayout:
         head: Projection to the vocabulary.
         stacked_experts: Modules that hold all experts of a layer in one tensor, from a layer of the language model on.
         linear_attention: Linear attention of a layer of the language model, in the layers that have it.
-        sharded: Weights may be sharded over ranks: all ranks run the same modules, whatever their samples hold.
+        sharded: Whether weights may be sharded over ranks: all ranks run the same modules, whatever their samples hold.
     """
 
     vision: str = "model.visual"
@@ -40,7 +40,7 @@ class ModelLayout:
 
     @property
     def embeddings(self) -> str:
-        """Embeddings of tokens."""
+        """Token embeddings."""
         return f"{self.language}.embed_tokens"
 
 
@@ -50,30 +50,30 @@ OLDER_NAMES = {
     r"^model\.(?=layers\.|embed_tokens\.|norm\.)": "model.language_model.",
     r"^visual\.": "model.visual.",
 }
-"""How transformers before 4.52 named the layers of Qwen2-VL and Qwen2.5-VL: patterns, and what is there now."""
+"""Patterns of the layer names of Qwen2-VL and Qwen2.5-VL in transformers before 4.52, and their replacements."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What the code has to know of one ``config.model_type``.
+    """Facts about one ``config.model_type``.
 
     Args:
         model_type: ``config.model_type`` of its checkpoints.
         video_layout: ``clip``: all tokens of a video stand in one span; ``frames``: every pair of frames has its own
             span, after a text timestamp such as ``<1.5 seconds>``.
-        timed_positions: temporal M-RoPE positions count seconds (``tokens_per_second`` of the vision config) rather
-            than frames.
-        moe: feed-forward layers are mixtures of experts.
-        linear_attention: some layers are linear attention, whose state crosses packed samples unless its kernels
-            are told the boundaries.
-        mtp: Its checkpoints hold a layer for multi-token prediction (``mtp.*``), which transformers does not build.
-        gated_vision: feed-forward layers of the vision tower are gated: three matrices rather than two.
-        plain_positions: the language model counts tokens one by one, those of pictures too, rather than by M-RoPE.
-        boxes: how coordinates of boxes and points are written. ``relative_1000``: whole numbers from 0 to 1000, the
-            left or top edge to the right or bottom one; ``resized_pixels``: pixels of the picture after resizing.
+        timed_positions: Whether temporal M-RoPE positions count seconds (``tokens_per_second`` of the vision config)
+            rather than frames.
+        moe: Whether feed-forward layers are mixtures of experts.
+        linear_attention: Whether some layers are linear attention, whose state crosses packed samples unless its
+            kernels get the boundaries.
+        mtp: Whether checkpoints hold a layer for multi-token prediction (``mtp.*``), which transformers does not build.
+        gated_vision: Whether feed-forward layers of the vision tower are gated: three matrices rather than two.
+        plain_positions: Whether the language model counts tokens one by one, also those of images, instead of M-RoPE.
+        boxes: Written coordinates of boxes and points. ``relative_1000``: whole numbers from 0 at the left or top edge
+            to 1000 at the right or bottom edge; ``resized_pixels``: pixels of the resized image.
         box_text: Written form of a box that stands alone. ``tokens``: between special tokens, as Qwen2-VL was trained
             (its model card); ``list``: numbers in square brackets, as the JSON of the newer cookbooks has it.
-        layout: Where its model has its parts.
+        layout: Names of the parts of its model.
     """
 
     model_type: str
@@ -100,7 +100,7 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3_5_moe", video_layout="frames", moe=True, linear_attention=True, mtp=True),
     )
 }
-"""Those with published checkpoints."""
+"""Families with published checkpoints, by model type."""
 
 
 _NOT_TRAINED = {
@@ -131,16 +131,16 @@ def get_family(model_type: str) -> Family:
 
 
 def register_classes(model_type: str) -> None:
-    """Make transformers' Auto classes know those of a family, where it is one of this package."""
+    """Register the classes of a family with transformers' Auto classes, if it is one of this package."""
     own = _own_family(model_type)
     if own is not None:
         own.register()
 
 
 def register_classes_of(model_name_or_path: str, cache_dir: str | None = None) -> None:
-    """Do what :func:`register_classes` does for a checkpoint that the Auto classes are to open next.
+    """Call :func:`register_classes` for a checkpoint that the Auto classes will open.
 
-    What cannot be read of it is left to them to say.
+    Errors of reading its config are left to these to report.
     """
     with suppress(OSError, ValueError):
         config, _ = PretrainedConfig.get_config_dict(model_name_or_path, cache_dir=cache_dir)
@@ -148,10 +148,10 @@ def register_classes_of(model_name_or_path: str, cache_dir: str | None = None) -
 
 
 def _own_family(model_type: str) -> ModuleType | None:
-    """Return the module ``family`` of the package's folder that is named as a model type; None without one.
+    """Return the module ``family`` in the package's folder with the name of a model type; None without one.
 
-    It has ``FAMILY``, the record, and ``register()``, which makes transformers know the classes. So a folder makes a
-    family, and nothing else has to name it.
+    It has the record ``FAMILY`` and ``register()``, which registers the classes with transformers. A new family only
+    needs such a folder.
     """
     if not model_type.isidentifier() or find_spec(f"qwenvl.{model_type}") is None:
         return None

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw where the words of an answer look in a picture, over the picture, on one HTML page."""
+"""Draw the attention of the words of an answer to an image, over the image, on one HTML page."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the model is trained on and how it is presented."""
+"""Data flags: datasets, limits of images and videos, and policies for samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qwenvl.utils.errors import UserError
 
 @dataclass
 class DataArguments:
-    """Datasets, sizes of pictures and videos, and policies. Every field is explained by its ``help``.
+    """Datasets, sizes of images and videos, and policies. Every field is explained by its ``help``.
 
     Defaults of the official flags are those of the official recipe
     (``QwenLM/Qwen3-VL``, ``qwen-vl-finetune/qwenvl/train/argument.py``). Pixels are height x width after resizing.
@@ -45,18 +45,18 @@ class DataArguments:
     eval_ratio: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the training samples kept out for evaluation, 0 to 1 (0.01 is one in a hundred). The "
-            "same samples every time."
+            "help": "Share of the training samples held out for evaluation, 0 to 1 (0.01 is one in a hundred); always "
+            "the same samples."
         },
     )
     data_flatten: bool = field(
         default=False,
-        metadata={"help": "Put the samples of a batch one after another into one row instead of padding them."},
+        metadata={"help": "Concatenate the samples of a batch into one row instead of padding them."},
     )
     data_packing: bool = field(
         default=False,
         metadata={
-            "help": "Put rows together into packs of up to model_max_length tokens, planned at the start from their "
+            "help": "Combine rows into packs of up to model_max_length tokens, planned at the start from their "
             "exact lengths; rows of official packed files (lists of samples) stay together. Implies data_flatten; "
             "batch sizes then count packs."
         },
@@ -64,29 +64,28 @@ class DataArguments:
     additional_tokens: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Texts that become a token each, such as <loc_0> <loc_1>: added to the tokenizer where it does not "
-            "know them, with an embedding of their own that starts as the mean and trains. Decoding keeps them, also "
-            "with skip_special_tokens."
+            "help": "Texts that become one token each, such as <loc_0> <loc_1>. New ones are added to the tokenizer, "
+            "with trained embeddings that start as the mean of all. Decoding keeps them, also with skip_special_tokens."
         },
     )
     packing_plan: str | None = field(
         default=None,
         metadata={
             "help": "Plan of tools/pack_data.py for these datasets and settings, instead of planning packs at the "
-            "start. Implies data_packing; dataset_use may be left out, to train on all that was planned."
+            "start. Implies data_packing; leave dataset_use out to train on everything that was planned."
         },
     )
     group_by_cost: bool = field(
         default=False,
         metadata={
-            "help": "Measure all rows at the start and make each step of rows that cost about the same to train on (of "
-            "similar length too, where batches are padded), so that no rank waits for another. Steps are made anew "
-            "each epoch and come in random order. With data_packing, steps are balanced without it."
+            "help": "Measure all rows at the start and form each step from rows of about the same training cost (and "
+            "of similar length, where batches are padded), so that no rank waits for another. Each epoch has new "
+            "steps in random order. With data_packing, steps are balanced without this flag."
         },
     )
     base_interval: int = field(
         default=2,
-        metadata={"help": "Accepted for the sake of older scripts; without effect, as in the official recipe."},
+        metadata={"help": "Accepted for older scripts; without effect, as in the official recipe."},
     )
     max_pixels: int = field(
         default=28 * 28 * 576, metadata={"help": "Most pixels of an image; larger ones are shrunk."}
@@ -94,8 +93,8 @@ class DataArguments:
     min_pixels: int = field(
         default=28 * 28 * 16, metadata={"help": "Fewest pixels of an image; smaller ones are enlarged."}
     )
-    video_max_frames: int = field(default=8, metadata={"help": "Most frames taken from a video."})
-    video_min_frames: int = field(default=4, metadata={"help": "Fewest frames taken from a video."})
+    video_max_frames: int = field(default=8, metadata={"help": "Most frames sampled from a video."})
+    video_min_frames: int = field(default=4, metadata={"help": "Fewest frames sampled from a video."})
     video_max_pixels: int = field(
         default=1024 * 28 * 28,
         metadata={"help": "Most pixels of a whole video: frames x height x width, for every model family."},
@@ -110,12 +109,14 @@ class DataArguments:
     video_min_frame_pixels: int | None = field(
         default=None, metadata={"help": "Fewest pixels of one frame, besides video_min_pixels. Default: no such limit."}
     )
-    video_fps: float = field(default=2.0, metadata={"help": "Frames taken a second of video, within the frame limits."})
+    video_fps: float = field(
+        default=2.0, metadata={"help": "Frames per second to sample from videos, within the frame limits."}
+    )
     video_timeout: float = field(
         default=120.0,
         metadata={
-            "help": "Seconds that opening or decoding a video may take; with one that takes longer, the policy of "
-            "on_bad_sample is followed."
+            "help": "Seconds that opening or decoding a video may take; a video that takes longer is a bad sample (see "
+            "on_bad_sample)."
         },
     )
     add_vision_id: bool = field(
@@ -124,39 +125,39 @@ class DataArguments:
     chat_template_kwargs: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Further arguments of the chat template, as JSON: '{\"enable_thinking\": false}'. Those of a "
-            "dataset's entry and of a sample (chat_template_kwargs) win over them. enable_thinking, where the template "
-            "has it and nobody gives it, is true for answers with a thought and false for those without."
+            "help": "Further arguments of the chat template, as JSON: '{\"enable_thinking\": false}'. They are "
+            "overridden by chat_template_kwargs of a dataset's entry and of a sample. enable_thinking, where the "
+            "template has it and it is not given, is true for answers with a thought and false for answers without."
         },
     )
     history: Literal["exact", "last", "as_rendered"] = field(
         default="exact",
         metadata={
-            "help": "Context of the answers of a conversation. exact: each behind the prompt that a server sends for "
-            "it; where the template renders earlier turns differently, as thinking models do, a conversation is "
-            "several training rows. last: the row of the last answer alone. as_rendered: one row, as the "
-            "template renders the whole conversation, like the official recipe."
+            "help": "Context of the answers of a conversation. exact: each answer follows the prompt that a server "
+            "sends for it; where the template renders earlier turns differently, as for thinking models, a "
+            "conversation becomes several training rows. last: only the row of the last answer. as_rendered: one "
+            "row, as the template renders the whole conversation, like the official recipe."
         },
     )
     loss_on: Literal["all", "last_turn", "answers", "thoughts"] = field(
         default="all",
         metadata={
-            "help": "Trained tokens: all of the answers, those of the last answer, answers without their thoughts, or "
-            "thoughts alone."
+            "help": "Trained tokens. all: all answers; last_turn: the last answer; answers: answers without their "
+            "thoughts; thoughts: thoughts alone."
         },
     )
     on_bad_sample: Literal["raise", "skip"] = field(
         default="raise",
         metadata={
-            "help": "A sample that cannot be used: raise stops with its file and line; skip leaves it out, counts it "
-            "and writes it to bad_samples.jsonl in the output folder."
+            "help": "Policy for a sample that cannot be used: raise stops with its file and line; skip leaves it out, "
+            "counts it and writes it to bad_samples.jsonl in the output folder."
         },
     )
     overlength: Literal["drop", "error", "truncate_turns"] = field(
         default="drop",
         metadata={
-            "help": "A sample longer than model_max_length: drop it, stop with an error, or leave out whole turns from "
-            "its end. All are counted; pictures are never cut."
+            "help": "Policy for a sample longer than model_max_length: drop it, stop with an error, or leave out whole "
+            "turns from its end. All are counted; images are never cut."
         },
     )
     allow_remote_media: bool = field(

@@ -1,4 +1,4 @@
-"""What is asked in evaluations during training, besides the loss."""
+"""Flags of evaluations during training, besides the loss."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from qwenvl.utils.errors import UserError
 
 @dataclass
 class EvaluationArguments:
-    """Flags of questions to the model in training. Every field is explained by its ``help``."""
+    """Flags of generated answers in evaluations. Every field is explained by its ``help``."""
 
     eval_generate: int = field(
         default=0,
         metadata={
-            "help": "Let the model answer so many samples of the evaluation data, always the same ones, at every "
-            "evaluation, and log metrics of the answers: eval_exact_match, eval_box_accuracy, ... as the samples call "
-            "for (tools/evaluate.py --help). 0 for none."
+            "help": "Number of samples of the evaluation data, always the same ones, that the model answers at every "
+            "evaluation. Logs metrics of the answers, chosen by sample: eval_exact_match, eval_box_accuracy, ... "
+            "(tools/evaluate.py --help). 0 for none."
         },
     )
     eval_generate_tokens: int = field(
@@ -25,9 +25,9 @@ class EvaluationArguments:
     eval_blind: bool = field(
         default=False,
         metadata={
-            "help": "Log the loss of the samples of eval_generate that have pictures or videos as well: with their own "
-            "(eval_loss_shown), blank ones (eval_loss_blank) and those of other samples (eval_loss_swapped). A model "
-            "that looks loses by the exchange."
+            "help": "Also log the loss of those samples of eval_generate that have images or videos: with their own "
+            "(eval_loss_shown), with blank ones (eval_loss_blank) and with those of other samples "
+            "(eval_loss_swapped). The loss of a model that uses the image rises with the exchange."
         },
     )
 

@@ -1,4 +1,4 @@
-"""How the finished model is written, and whether it is opened again to see that it is whole."""
+"""Flags of writing the finished model and verifying it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class ExportArguments:
         default="auto",
         metadata={
             "help": "Open the finished folder in a fresh process with stock transformers, and compare its logits with "
-            "the trainer's: true, false, or auto, which does so where the model fits into free memory once more.",
+            "the trainer's: true, false, or auto, which verifies if another copy of the model fits into free memory.",
             "const": True,
         },
     )
     save_dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
         metadata={
-            "help": "Precision of the weights of the finished model; auto is the one they are trained in. Checkpoints "
-            "keep that, so that a resumed run goes on exactly."
+            "help": "Precision of the weights of the finished model; auto is the training precision. Checkpoints "
+            "always keep it, so that a resumed run continues exactly."
         },
     )
     max_shard_size: str = field(
@@ -39,7 +39,7 @@ class ExportArguments:
         """Check the flags of export.
 
         Raises:
-            UserError: a value that means nothing.
+            UserError: a value is invalid.
         """
         if self.verify_export not in (True, False, "auto"):
             raise UserError(f"--verify_export {self.verify_export} is not one of true, false, auto.")

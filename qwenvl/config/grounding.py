@@ -10,7 +10,7 @@ from qwenvl.utils.errors import UserError
 
 @dataclass
 class GroundingArguments:
-    """How masks are found; see :mod:`qwenvl.tasks.grounding.module`. Every field is explained by its ``help``.
+    """Flags of masks; see :mod:`qwenvl.tasks.grounding.module`. Every field is explained by its ``help``.
 
     Raises:
         UserError: values out of range.
@@ -19,21 +19,21 @@ class GroundingArguments:
     mask_resolution: int = field(
         default=64,
         metadata={
-            "help": "--task grounding: cells that the longer side of a mask has at least; pictures of more tokens have "
-            "a cell for each."
+            "help": "--task grounding: least number of cells of a mask's longer side; images with more tokens have a "
+            "cell per token."
         },
     )
     mask_channels: int = field(
         default=64, metadata={"help": "--task grounding: channels of the U-Net's first stage; each later one doubles."}
     )
     attention_merge: Literal["mean", "max"] = field(
-        default="mean", metadata={"help": "--task grounding: what becomes of the attention of a phrase's tokens."}
+        default="mean", metadata={"help": "--task grounding: reduction of the attention over the tokens of a phrase."}
     )
     sam_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "--task grounding: a SAM, such as facebook/sam-vit-base, that makes masks finer: prompted by the "
-            "U-Net's mask, its box and the phrase. Its mask decoder trains too. Default: none."
+            "help": "--task grounding: SAM checkpoint that refines masks, such as facebook/sam-vit-base; prompted by "
+            "the U-Net's mask, its box and the phrase. Its mask decoder is trained too. Default: none."
         },
     )
 

@@ -1,4 +1,4 @@
-"""Adapters: where they sit and what kind they are."""
+"""Flags of adapters: their layers and their kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclass
 class AdapterArguments:
-    """LoRA and its relatives, through PEFT. Every field is explained by its ``help``.
+    """LoRA and its variants, through PEFT. Every field is explained by its ``help``.
 
     Raises:
         UserError: values that contradict each other or are out of range.
@@ -22,7 +22,7 @@ class AdapterArguments:
 
     lora_enable: bool = field(
         default=False,
-        metadata={"help": "Train adapters (LoRA) of linear layers. Parts named by tune_mm_* train whole beside them."},
+        metadata={"help": "Train adapters (LoRA) of linear layers, and the parts named by tune_mm_* in full."},
     )
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
     lora_alpha: float = field(default=128, metadata={"help": "Scale of the adapters; their weight is alpha / r."})
@@ -31,20 +31,20 @@ class AdapterArguments:
         default="language",
         metadata={
             "help": "Layers that get adapters: language, vision, merger, several with commas, all, or a regular "
-            "expression that whole names of linear layers match. Experts of a mixture, embeddings and lm_head get none."
+            "expression that whole names of linear layers match. Experts, embeddings and lm_head get no adapters."
         },
     )
     use_dora: bool = field(
-        default=False, metadata={"help": "DoRA: train magnitude and direction of each weight apart."}
+        default=False, metadata={"help": "DoRA: train magnitude and direction of each weight separately."}
     )
     use_rslora: bool = field(
-        default=False, metadata={"help": "rsLoRA: weigh adapters by alpha / sqrt(r), for high ranks."}
+        default=False, metadata={"help": "rsLoRA: scale adapters by alpha / sqrt(r), for high ranks."}
     )
     quantization_bit: int = field(
         default=0,
         metadata={
             "help": "QLoRA: hold the frozen language model in 4 bits (NF4, by bitsandbytes, on a CUDA device). 0 for "
-            "none. tools/merge_lora.py merges into the whole weights."
+            "none. tools/merge_lora.py merges into the original weights."
         },
     )
 
@@ -56,12 +56,14 @@ class AdapterArguments:
         if self.quantization_bit not in (0, 4):
             raise UserError(f"--quantization_bit {self.quantization_bit} is neither 0 nor 4.")
         if self.quantization_bit and not self.lora_enable:
-            raise UserError("--quantization_bit needs --lora_enable True: quantized weights do not train themselves.")
+            raise UserError(
+                "--quantization_bit needs --lora_enable True: quantized weights are not trainable themselves."
+            )
         target_parts(self.lora_target)
 
     @property
     def adapted_parts(self) -> tuple[Part, ...]:
-        """Parts that adapters may be in; any for a regular expression, none without adapters."""
+        """Parts that may have adapters; all for a regular expression, none without adapters."""
         if not self.lora_enable:
             return ()
         parts = target_parts(self.lora_target)
@@ -72,14 +74,14 @@ def target_parts(target: str) -> tuple[Part, ...] | None:
     """Return the parts of a model that ``--lora_target`` names; None for a regular expression.
 
     Raises:
-        UserError: it is neither.
+        UserError: the text is neither.
     """
     words = [word.strip() for word in target.split(",")]
     if words == ["all"]:
         return PARTS
     if all(word in PARTS for word in words):
         return tuple(part for part in PARTS if part in words)
-    if re.fullmatch(r"[\w ,]+", target):  # no sign of a regular expression: a word that is none of ours
+    if re.fullmatch(r"[\w ,]+", target):  # no character of a regular expression: an unknown word
         wrong = next(word for word in words if word not in PARTS)
         options = f"{', '.join(PARTS)}, all, or a regular expression of layers' names"
         raise UserError(f"--lora_target {target}: {wrong!r} is none of {options}.{nearest(wrong, (*PARTS, 'all'))}")
@@ -91,8 +93,8 @@ def target_parts(target: str) -> tuple[Part, ...] | None:
 
 
 def contradiction(flag: str, target: str) -> str:
-    """Return what to say where a part is to be trained whole and by adapters."""
+    """Return the message where a part would be trained in full and by adapters."""
     return (
-        f"--{flag} True trains a part whole that --lora_target {target} gives adapters to. Set --{flag} False, or "
+        f"--{flag} True trains a part in full that --lora_target {target} gives adapters to. Set --{flag} False, or "
         "leave the part out of --lora_target (language, vision, merger)."
     )

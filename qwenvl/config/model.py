@@ -1,4 +1,4 @@
-"""What is trained and how it is loaded."""
+"""Flags of the checkpoint: its trained parts and how it is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwenvl.utils.errors import UserError
 
 @dataclass
 class ModelArguments:
-    """The checkpoint and which of its parts are trained. Every field is explained by its ``help``.
+    """The checkpoint and its trained parts. Every field is explained by its ``help``.
 
     Raises:
         UserError: values that contradict each other or are out of range.
@@ -41,7 +41,7 @@ class ModelArguments:
     model_dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
         metadata={
-            "help": "Type in which the weights are kept. auto is float32, or bfloat16 under DeepSpeed with bf16, "
+            "help": "Type of the weights. auto is float32, or bfloat16 under DeepSpeed with bf16, "
             "which keeps float32 copies; AdamW on bfloat16 weights alone loses small updates."
         },
     )
@@ -55,8 +55,8 @@ class ModelArguments:
     rope_factor: float | None = field(
         default=None,
         metadata={
-            "help": "How many times the native context, with rope_scaling; above 1. Positions of pictures grow more "
-            "slowly than tokens: for a million tokens, Qwen3-VL's card takes 2 or 3 of its 262144."
+            "help": "Multiple of the native context, with rope_scaling; above 1. Positions of images grow more slowly "
+            "than tokens: for a million tokens, Qwen3-VL's model card uses 2 or 3 times its 262144."
         },
     )
     rope_native_length: int | None = field(

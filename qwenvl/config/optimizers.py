@@ -1,4 +1,4 @@
-"""Which optimizers of transformers can train here, known before anything is loaded."""
+"""Check before anything is loaded that an optimizer of transformers can be used here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MODULES: dict[str, tuple[str, str]] = {
     "adamw_torch_xla": ("torch_xla", "pip install torch_xla (a TPU)"),
     "adamw_torch_npu_fused": ("torch_npu", "pip install torch_npu (an Ascend NPU)"),
 }
-"""Module that an optimizer needs, and how to get it. Those that are not named come with torch and transformers."""
+"""Module that an optimizer needs, and how to install it. All others come with torch and transformers."""
 
 _OPTIONS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "optim_args": None}
 """Options that not every optimizer has, and their defaults."""
@@ -40,7 +40,7 @@ def check_optimizer(training: TrainingArguments) -> None:
     """Check that the optimizer can be used.
 
     Raises:
-        UserError: its package is missing, or it does not go with how parameters are grouped and saved here.
+        UserError: its package is missing, or it does not support how parameters are grouped and saved here.
     """
     name = OptimizerNames(training.optim).value
     if name.startswith(_OWN_GROUPS):
@@ -50,13 +50,13 @@ def check_optimizer(training: TrainingArguments) -> None:
         )
     if name.startswith("schedule_free_"):
         raise UserError(
-            f"--optim {name} is not supported: the weights that it trains on are not those to save, and would have to "
-            f"be exchanged around every checkpoint and evaluation. {_ALTERNATIVE}"
+            f"--optim {name} is not supported: it trains on other weights than it saves, which would have to be "
+            f"exchanged around every checkpoint and evaluation. {_ALTERNATIVE}"
         )
     if name in _TENSOR_RATES:
         raise UserError(
             f"--optim {name} is not supported: torchao's optimizers keep each learning rate in a tensor, and end the "
-            f"run when it is set to 0 for a step without pictures. {_ALTERNATIVE}"
+            f"run when it is set to 0 for a step without images. {_ALTERNATIVE}"
         )
     module, command = _MODULES.get(name, ("torch", ""))
     if find_spec(module) is None:
@@ -65,7 +65,7 @@ def check_optimizer(training: TrainingArguments) -> None:
 
 
 def _check_options(training: TrainingArguments, name: str) -> None:
-    """Try the options that were set on the optimizer: transformers hands it those that it knows, and drops the rest."""
+    """Try the given options on the optimizer: transformers silently drops the options that it does not know."""
     changed = [option for option, default in _OPTIONS.items() if getattr(training, option) != default]
     if not changed:
         return

@@ -1,15 +1,15 @@
-"""Ways to split one sample over several devices: none of them works for these models yet, so that all are refused.
+"""Refuse all ways to split one sample over several devices: none of them works for these models yet.
 
-Looked at with DeepSpeed 0.19.8, accelerate 1.15 and transformers 5.23:
+Checked with DeepSpeed 0.19.8, accelerate 1.15 and transformers 5.23:
 
 - DeepSpeed's Ulysses wants every tensor of a batch to be [B, T] (``UlyssesSPDataLoaderAdapter.refill``), and joins the
-  ranks' ``position_ids`` along dimension 1 (``UlyssesSPAttentionHF.forward``). M-RoPE positions are [4, B, T], of which
-  it would join the samples; pixels are no tokens; and features of a picture would have to reach the rank that holds its
-  placeholders, for every deepstack layer.
+  ranks' ``position_ids`` along dimension 1 (``UlyssesSPAttentionHF.forward``). M-RoPE positions are [4, B, T], so
+  that it would join the samples; pixels are not tokens; and features of an image would have to reach the rank that
+  holds its placeholders, for every deepstack layer.
 - Context parallelism of accelerate cuts the same buffers along dimension 1
   (``Trainer._prepare_context_parallel_inputs``) and has no vision part either.
-- Tensor parallelism shards weights as they are loaded, by plans that Qwen3-VL does not have, and that do not know the
-  head that computes the loss here.
+- Tensor parallelism shards weights on loading, by plans that Qwen3-VL does not have and that do not include the head
+  that computes the loss here.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _FLAGS = frozenset(
 )
 _REASON = (
     "Sequence, context and tensor parallelism are not supported: the libraries split token ids and positions of one "
-    "row, not M-RoPE positions of four and the features of pictures. Long samples fit with --deepspeed "
+    "row, not M-RoPE positions of four rows and the features of images. Long samples fit with --deepspeed "
     "configs/zero3.json (or zero3_offload.json), --gradient_checkpointing True and --data_flatten True."
 )
 
 
 def refuse_parallelism(deepspeed: Mapping[str, Any] | str | None) -> None:
-    """Refuse what asks accelerate or DeepSpeed to split samples over devices.
+    """Refuse settings that ask accelerate or DeepSpeed to split samples over devices.
 
     Args:
-        deepspeed: configuration of DeepSpeed, or its file.
+        deepspeed: Configuration of DeepSpeed, or its file.
 
     Raises:
         UserError: the environment (``accelerate launch`` sets it) or the DeepSpeed file asks for it.
@@ -50,7 +50,7 @@ def refuse_parallelism(deepspeed: Mapping[str, Any] | str | None) -> None:
 
 
 def hint_for(name: str, known: Mapping[str, Any]) -> str:
-    """Return what to say of a setting that does not exist, with a space in front: why, or which ones are near."""
+    """Return a hint on an unknown setting, with a space in front: why it is not supported, or similar names."""
     return f" {_REASON}" if name in _FLAGS else nearest(name, known)
 
 

@@ -1,4 +1,4 @@
-"""The learning rate's schedule, tried before anything is loaded."""
+"""Try the learning rate schedule before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def check_schedule(training: TrainingArguments) -> None:
     """Check that the schedule takes its arguments, and has the warm-up that is asked for.
 
     Raises:
-        UserError: An argument is missing, unknown or no number, or would be passed over.
+        UserError: An argument is missing, unknown or not a number, or would be ignored.
     """
     name = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
     if training.warmup_steps and name in _WITHOUT_WARMUP:
         raise UserError(
-            f"--lr_scheduler_type {name} has no warm-up, and --warmup_steps or --warmup_ratio asks for one. Take "
+            f"--lr_scheduler_type {name} has no warm-up, and --warmup_steps or --warmup_ratio asks for one. Use "
             f"--lr_scheduler_type {_WITHOUT_WARMUP[name]}, or leave the warm-up out."
         )
     options = training.lr_scheduler_kwargs

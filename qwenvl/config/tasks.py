@@ -1,4 +1,4 @@
-"""What is learned besides language: a task, and the module that is trained for it."""
+"""Flags of tasks other than language modelling, and of the module that is trained for them."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class TaskArguments(GroundingArguments):
         metadata={
             "help": "Train a head on pooled hidden states for the field 'label' of the samples, instead of language: "
             "classification (a name or whole number), regression (a number or a list of them), multilabel (a list of "
-            "names), ranking (a list with a relevance for each picture of the sample). grounding trains one on the "
-            "attention of a frozen model, for the field 'masks': the parts of a picture that phrases of an answer name."
+            "names), ranking (a list with a relevance for each image of the sample). grounding trains one on the "
+            "attention of a frozen model, for the field 'masks': the parts of an image that phrases of an answer name."
         },
     )
     hidden_layer: int = field(
@@ -60,21 +60,23 @@ class TaskArguments(GroundingArguments):
     pooling: Pooling | None = field(
         default=None,
         metadata={
-            "help": "What of a sample the head reads: its last token, its first one, the mean of all, or of those of "
-            "its pictures and videos. ranking takes the tokens of each picture for themselves. Default: last_non_pad; "
-            "vision_mean for ranking."
+            "help": "Hidden states that the head reads: of the last token, of the first one, the mean of all tokens, "
+            "or the mean of the tokens of images and videos. ranking reads each image separately. Default: "
+            "last_non_pad; vision_mean for ranking."
         },
     )
-    head: HeadKind = field(default="linear", metadata={"help": "One layer; or two, with GELU between."})
+    head: HeadKind = field(
+        default="linear", metadata={"help": "linear: one layer; mlp: two layers with GELU between them."}
+    )
     head_lr: float | None = field(default=None, metadata={"help": "Learning rate of the head. Default: learning_rate."})
     class_names: str | None = field(
         default=None,
-        metadata={"help": "File with the classes in their order, one a line. Default: those that the data hold."},
+        metadata={"help": "File with the classes in order, one per line. Default: the classes in the data."},
     )
     class_weights: str | None = field(
         default=None,
         metadata={
-            "help": "balanced: classes weigh by how rare they are; or weights by name, such as cat=2,dog=0.5, others 1."
+            "help": "balanced: weights inverse to class frequency; or weights by name, such as cat=2,dog=0.5, others 1."
         },
     )
     task_loss: TaskLoss | None = field(
@@ -84,15 +86,18 @@ class TaskArguments(GroundingArguments):
             "ranking: pairwise or listnet. Default: the first of them."
         },
     )
-    focal_gamma: float = field(default=2.0, metadata={"help": "How much focal loss favours what is still wrong."})
+    focal_gamma: float = field(
+        default=2.0,
+        metadata={"help": "Exponent of the focal loss; larger values put more weight on misclassified samples."},
+    )
     huber_delta: float = field(
-        default=1.0, metadata={"help": "Where huber becomes linear, in standard deviations of the labels."}
+        default=1.0, metadata={"help": "Error at which huber becomes linear, in standard deviations of the labels."}
     )
     keep_answer: bool = field(
         default=False,
         metadata={
-            "help": "Let the head see the answer at the end of a sample, to rate it. Otherwise it is left out, because "
-            "it may hold the label."
+            "help": "Let the head see the answer at the end of a sample, to rate it. Otherwise the answer is left out, "
+            "because it may hold the label."
         },
     )
 
@@ -118,7 +123,7 @@ class TaskArguments(GroundingArguments):
 
     @property
     def chosen_pooling(self) -> Pooling:
-        """How hidden states are pooled."""
+        """Pooling of hidden states."""
         return self.pooling or ("vision_mean" if self.task == "ranking" else "last_non_pad")
 
     @property
@@ -131,7 +136,7 @@ class TaskArguments(GroundingArguments):
         """Return the weights of ``--class_weights cat=2,dog=0.5``; nothing for ``balanced``.
 
         Raises:
-            UserError: it is written otherwise.
+            UserError: the text has another form.
         """
         found: dict[str, float] = {}
         for item in (self.class_weights or "").split(",") if self.class_weights != "balanced" else ():

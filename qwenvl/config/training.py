@@ -1,4 +1,4 @@
-"""How it is trained: the fields of ``transformers.TrainingArguments`` and those this trainer adds."""
+"""Training flags: the fields of ``transformers.TrainingArguments`` and the fields that this trainer adds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
     """``transformers.TrainingArguments`` with defaults for this trainer. Every field is explained by its ``help``.
 
     Raises:
-        UserError: values that contradict each other, are out of range, or ask for what is not installed.
+        UserError: values contradict each other, are out of range, or need a package that is not installed.
     """
 
     # Flags of the official recipe.
@@ -44,7 +44,7 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
     model_max_length: int = field(
         default=8192,
         metadata={
-            "help": "Most tokens of a sample, pictures included; see overlength for longer ones. The official default "
+            "help": "Most tokens of a sample, images included; see overlength for longer ones. The official default "
             "of 512 never reached its collator, so nothing was cut; here the limit holds, hence the larger default."
         },
     )
@@ -63,32 +63,34 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Train nothing: try what can fail later, and say tokens, packs, steps, operations, hours and the "
-            "memory of each device. No GPU is needed."
+            "help": "Train nothing: try everything that can fail later, and report tokens, packs, steps, operations, "
+            "hours and the memory of each device. No GPU is needed."
         },
     )
-    dry_run_devices: int = field(default=0, metadata={"help": "Devices that dry_run computes for; 0 for those here."})
+    dry_run_devices: int = field(
+        default=0, metadata={"help": "Number of devices that dry_run computes for; 0 for the devices of this machine."}
+    )
     dry_run_mfu: float = field(
-        default=0.4, metadata={"help": "Share of a device's peak that dry_run takes for its hours, 0 to 1."}
+        default=0.4, metadata={"help": "Share of a device's peak that dry_run assumes for its hours, 0 to 1."}
     )
     max_bad_steps: int = field(
         default=10,
         metadata={
-            "help": "A step whose loss or gradient is not finite is skipped and reported with its samples; so many of "
-            "them in a row end the run."
+            "help": "Number of consecutive steps with a loss or gradient that is not finite after which the run ends. "
+            "Each of them is skipped and reported with its samples."
         },
     )
     router_aux_loss_coef: float = field(
         default=0.0,
         metadata={
             "help": "Weight of the auxiliary loss that spreads tokens over the experts of a MoE; 0.001 is usual, 0 is "
-            "none. It is taken of each sample, so that it depends neither on packing nor on the split over ranks."
+            "none. It is computed per sample, so that it depends neither on packing nor on the split over ranks."
         },
     )
     activation_offload: bool = field(
         default=False,
         metadata={
-            "help": "Keep in host memory what the backward pass needs: with gradient_checkpointing, the inputs of "
+            "help": "Keep tensors for the backward pass in host memory: with gradient_checkpointing, the inputs of "
             "layers. Saves device memory with long samples; costs the time of the copies."
         },
     )
@@ -96,27 +98,26 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
         default=1800.0,
         metadata={
             "help": "Seconds that an optimizer step, or one batch of an evaluation, may take, waiting for data "
-            "included. After that every rank logs its step, samples and stack, and the run ends. 0 for any time."
+            "included. After that every rank logs its step, samples and stack, and the run ends. 0 for no limit."
         },
     )
     device_peak_tflops: float | None = field(
         default=None,
         metadata={
-            "help": "TFLOP/s of dense matrix products that one device does at best in the precision of training: what "
-            "MFU is a share of. Default: that of bfloat16 from the data sheet, where the device is a known one; "
-            "otherwise no MFU is logged."
+            "help": "Peak TFLOP/s of dense matrix products on one device in the precision of training, the reference "
+            "for MFU. Default: the bfloat16 peak from the data sheet for known devices; otherwise no MFU is logged."
         },
     )
     profile_steps: int = field(
         default=0,
         metadata={
-            "help": "Profile so many optimizer steps of process 0, from the third on or earlier in a shorter run: "
-            "profile/table.txt in the output folder, which is logged too, says where their time goes, and "
-            "profile/trace.json.gz shows it (ui.perfetto.dev). 0 for none."
+            "help": "Number of optimizer steps of process 0 to profile, from the third on or earlier in a shorter run. "
+            "profile/table.txt in the output folder, which is logged too, lists the time by operation; "
+            "profile/trace.json.gz is for ui.perfetto.dev. 0 for none."
         },
     )
 
-    # Fields of transformers whose default is another one here.
+    # Fields of transformers with another default here.
     optim: OptimizerNames | str = field(
         default="adamw_torch", metadata={"help": "Optimizer. As in the official recipe."}
     )
@@ -141,14 +142,14 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
     gradient_checkpointing: bool | str | None = field(
         default=None,
         metadata={
-            "help": "Keep the inputs of layers alone and compute the rest again in the backward pass: true or both, "
+            "help": "Keep only the inputs of layers and recompute the rest in the backward pass: true or both, "
             "language, vision, or false. A frozen vision tower keeps nothing anyway.",
             "const": True,
         },
     )
     gradient_checkpointing_kwargs: dict[str, Any] | None = field(
         default_factory=lambda: {"use_reentrant": False},  # the reentrant kind loses gradients of side outputs
-        metadata={"help": "Leave as it is: checkpointing is not reentrant, and other arguments of it are an error."},
+        metadata={"help": "Leave as it is: checkpointing is not reentrant, and other arguments are an error."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Leave as it is: samples are not columns of a table here."}
@@ -166,12 +167,12 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
         default=False,
         metadata={
             "help": "Compute the vocabulary projection and its loss by Liger Kernel (a CUDA device; pip install "
-            "liger-kernel) instead of our own chunks. Nothing else of the model is exchanged."
+            "liger-kernel) instead of our own chunked loss. Nothing else of the model is replaced."
         },
     )
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Without effect: the logged loss is that of the steps taken; see max_bad_steps."},
+        metadata={"help": "Without effect: steps that are skipped are not part of the logged loss; see max_bad_steps."},
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
@@ -211,7 +212,7 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
             self.eval_steps = self.save_steps
 
     def _choose_best(self) -> None:
-        """Say which checkpoint is best where it is not said: the one with the least loss; least of errors too."""
+        """Fill in the metric of the best checkpoint, by default the loss, and whether greater is better."""
         chooses = self.save_strategy == "best" or self.load_best_model_at_end
         named: Any = self.metric_for_best_model or ("loss" if chooses else None)
         if named is None and self.greater_is_better is not None:
@@ -222,7 +223,7 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
 
     @property
     def checkpointed_parts(self) -> Literal["language", "vision", "both"] | None:
-        """Whose layers ``gradient_checkpointing`` means."""
+        """Part of the model with ``gradient_checkpointing``."""
         named: Any = self.gradient_checkpointing
         return "both" if named is True else named or None
 
@@ -247,7 +248,7 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
         self.activation_checkpointing_kwargs = older
 
     def _choose_device(self) -> None:
-        """Say ``use_cpu`` where there is nothing else: without it, accelerate under torchrun sees one rank only."""
+        """Set ``use_cpu`` where there is no accelerator: without it, accelerate under torchrun sees one rank only."""
         if not self.use_cpu and not torch.accelerator.is_available():
             logger.info("No accelerator found: training on the CPU.")
             self.use_cpu = True
@@ -255,7 +256,7 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
             raise UserError("--fp16 needs an accelerator; on the CPU use --bf16 True or leave both out (float32).")
 
     def _keep_to_one_device(self) -> None:
-        """One process drives one device: ``nn.DataParallel`` would split batches that are not rows of a tensor."""
+        """Use one device per process: ``nn.DataParallel`` would split batches that are not rows of a tensor."""
         if self._n_gpu > 1:
             logger.warning(
                 "%d devices, one process: only the first is used. Start with torchrun --nproc_per_node=%d to use all.",
@@ -266,10 +267,10 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
 
 
 def _refuse_checkpointing_arguments(flag: str, arguments: Any) -> None:
-    """Refuse what would have no effect: the model is checkpointed by this trainer, part by part.
+    """Refuse arguments without effect: this trainer sets up checkpointing itself, part by part.
 
     Raises:
-        UserError: anything but ``use_reentrant: false``.
+        UserError: there is an argument other than ``use_reentrant: false``.
     """
     if arguments not in ({}, {"use_reentrant": False}):
         raise UserError(
@@ -279,7 +280,7 @@ def _refuse_checkpointing_arguments(flag: str, arguments: Any) -> None:
 
 
 def choose_reporters(report_to: str | list[str] | None) -> str | list[str]:
-    """Return what metrics are reported to: as asked for, checked; else tensorboard where it is installed.
+    """Return the reporters of metrics, checked; by default tensorboard where it is installed.
 
     Raises:
         UserError: a name that transformers does not know, or whose package is missing.
@@ -297,6 +298,6 @@ def choose_reporters(report_to: str | list[str] | None) -> str | list[str]:
             options = f"{', '.join(known)}, all or none"
             raise UserError(f"--report_to {name!r} is not known: {options}.{nearest(name, known)}")
         require_known_version(name)
-        if name not in ("all", "none", "flyte", *available):  # flyte is not among those that can be asked for
+        if name not in ("all", "none", "flyte", *available):  # transformers cannot detect flyte
             raise UserError(f"--report_to {name} needs a package that is missing: pip install {name}, or choose none.")
     return report_to

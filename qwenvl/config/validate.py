@@ -1,4 +1,4 @@
-"""What the argument classes say about each other."""
+"""Check settings of different argument classes against each other."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_required(model: ModelArguments, data: DataArguments, output_dir: str | None) -> None:
-    """Check that what no default can replace was given.
+    """Check that all settings without a default were given.
 
     Raises:
-        UserError: one of them is missing.
+        UserError: one is missing.
     """
     if not model.model_name_or_path:
         raise UserError("--model_name_or_path is missing: give a checkpoint's folder or Hugging Face id.")
@@ -73,7 +73,7 @@ def check_together(
     if training.neftune_noise_alpha and data.data_flatten:
         raise UserError(
             "--neftune_noise_alpha with --data_flatten or --data_packing: its noise shrinks with the length of the "
-            "row, so that packed samples would get less of it than they do alone. Leave one of them out."
+            "row, so that packed samples would get less noise than single ones. Leave one of them out."
         )
     check_optimizer(training)
     check_schedule(training)
@@ -83,7 +83,7 @@ def check_together(
 
 
 def _check_choice(name: str, value: str | None, choices: Callable[[], Sequence[str]]) -> None:
-    """Check a text that transformers passes on to libraries, which would refuse it after everything is loaded."""
+    """Check a value that transformers passes on to libraries, which would refuse it only after loading."""
     if value is not None and value not in (known := choices()):
         raise UserError(f"--{name} {value} is not one of {', '.join(known)}.{nearest(value, known)}")
 
@@ -100,7 +100,7 @@ def _compile_modes() -> Sequence[str]:
 
 def _check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
     if training.eval_generate and not _evaluates(training):
-        raise UserError("--eval_generate asks at every evaluation, and there is none: add --eval_strategy steps.")
+        raise UserError("--eval_generate needs evaluations, and there are none: add --eval_strategy steps.")
     if training.do_eval and not _evaluates(training):
         raise UserError("--do_eval True evaluates nothing without --eval_strategy: add --eval_strategy steps.")
     if _evaluates(training) and not _has_evaluation_data(data):
@@ -120,7 +120,7 @@ def _check_best_metric(training: TrainingArguments, of_task: Sequence[str]) -> N
             "--metric_for_best_model, --save_strategy best and --load_best_model_at_end choose by evaluations, and "
             "there are none: add --eval_strategy steps or epoch."
         )
-    if not training.eval_generate:  # else the metrics of answers are known when the data are open
+    if not training.eval_generate:  # otherwise the metrics of answers are known once the data are open
         advice = "" if of_task else " Metrics of answers need --eval_generate 100, say."
         require_metric(metric, available_metrics(of_task, (), blind=training.eval_blind), advice)
 
@@ -148,8 +148,8 @@ def _check_frozen(model: ModelArguments, adapters: AdapterArguments) -> None:
     switches += ["lora_enable"] if adapters.lora_enable else []
     if switches:
         raise UserError(
-            f"--task grounding reads the attention of a model that stays as it is, and --{' and --'.join(switches)} "
-            "would train it. Leave out what trains it."
+            f"--task grounding reads the attention of a frozen model, and --{' and --'.join(switches)} "
+            "would train it. Leave these flags out."
         )
     if model.attn_implementation not in ("auto", "sdpa"):
         raise UserError(
@@ -163,7 +163,8 @@ def _check_unshared(training: TrainingArguments) -> None:
     if zero3 or training.fsdp:
         raise UserError(
             f"--task grounding with {'ZeRO-3' if zero3 else '--fsdp'}: ranks would have to gather the head's weights "
-            "together, and each runs it as often as its pictures ask for. Use configs/zero2.json, or no sharding."
+            "together, but the number of their forward passes depends on their images. Use configs/zero2.json, or no "
+            "sharding."
         )
 
 
@@ -189,7 +190,7 @@ def _check_trained_parts(
     if data.additional_tokens and not (model.tune_mm_llm or adapters.lora_enable):
         raise UserError(
             "--additional_tokens: nothing would train their embeddings. Add --tune_mm_llm True, or --lora_enable True, "
-            "which trains just their rows."
+            "which trains only their rows."
         )
 
 
@@ -200,7 +201,7 @@ def _check_quantization(adapters: AdapterArguments, training: TrainingArguments)
     if training.use_cpu or not torch.cuda.is_available():
         raise UserError(f"{flag} needs a CUDA device: bitsandbytes trains on no other. Leave it out for plain LoRA.")
     if training.deepspeed or training.fsdp:
-        raise UserError(f"{flag} with --deepspeed or --fsdp is not supported: quantized weights cannot be shared out.")
+        raise UserError(f"{flag} with --deepspeed or --fsdp is not supported: quantized weights cannot be sharded.")
     if find_spec("bitsandbytes") is None:
         raise UserError(f"{flag} needs a package that is missing: pip install bitsandbytes.")
 
@@ -213,15 +214,15 @@ def log_without_effect(
     tasks: TaskArguments,
     given: frozenset[str],
 ) -> None:
-    """Log, once each, what was set but changes nothing.
+    """Log each setting that was given but has no effect.
 
     Args:
-        model: model arguments.
-        adapters: arguments of the adapters.
-        data: data arguments.
-        training: training arguments.
-        tasks: arguments of tasks.
-        given: names of the settings that the user gave.
+        model: Model arguments.
+        adapters: Arguments of the adapters.
+        data: Data arguments.
+        training: Training arguments.
+        tasks: Arguments of tasks.
+        given: Names of the settings that the user gave.
     """
     if "base_interval" in given:
         logger.info("base_interval has no effect, here as in the official recipe.")

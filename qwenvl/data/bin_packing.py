@@ -1,10 +1,11 @@
-"""Samples to packs: rows that are nearly as long as the limit allows. Integers only, no tensors.
+"""Divide samples into packs that are nearly as long as the limit allows. Integers only, no tensors.
 
 Best fit decreasing (Johnson, 1973: at most 11/9 of the best number of packs, plus a constant; on mixtures with many
-short samples within a few packs of it), with one change. Alone, it puts long samples with long ones and leaves rows of
-hundreds of short texts for the end, so that steps differ in kind and cost. So the longest samples, which hold
-three quarters of the tokens, are first spread over all packs, each into the pack with the most room; the rest fills the
-gaps, each in the pack with the least room for it. Where that takes more packs, best fit decreasing decides alone.
+short samples within a few packs of it), with one change. Unchanged, it puts long samples together with long ones and
+leaves packs of hundreds of short texts for the end, so that steps differ in kind and cost. Therefore the longest
+samples, which hold three quarters of the tokens, are first spread over all packs, each into the pack with the most
+room; the rest fills the gaps, each in the pack with the least room for it. Where this takes more packs, plain best fit
+decreasing is used.
 
 Lengths are whole numbers up to the capacity, so packs are kept in buckets by the room they have left, and all samples
 of one length go into all packs of one bucket in a single step.
@@ -17,11 +18,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 _SPREAD_SHARE = 0.75
-"""Share of the tokens in samples that are spread. Measured: with less, packs are mixed less; with more, the rest is too
-little to fill the gaps, and there are more packs."""
+"""Share of the tokens that are in spread samples. Measured: with less, packs are mixed less; with more, the rest is too
+small to fill the gaps, and there are more packs."""
 
 _FEW = 5
-"""Packs above the lower bound that are worth a mixture."""
+"""Number of packs above the lower bound that mixed packs may cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Packs:
         """Return the sums over the samples of every pack.
 
         Args:
-            counts: of each sample, a plain array or a structured one, whose fields are summed each.
+            counts: Counts of each sample: a plain array, or a structured one, whose fields are summed separately.
 
         Returns:
             An array of the same type, [packs].
@@ -80,13 +81,13 @@ def pack(lengths: np.ndarray, capacity: int, seed: int = 0, weights: np.ndarray 
 
     Args:
         lengths: int64 [n], tokens of each sample, from 1 to ``capacity``.
-        capacity: most tokens of a pack (``--model_max_length``).
-        seed: decides which of several samples of one length goes where.
-        weights: int64 [n], something besides length that each pack shall hold about as much of, such as patches of
-            pictures: of several samples of one length, the heavier go where the others weigh less. As many packs.
+        capacity: Most tokens of a pack (``--model_max_length``).
+        seed: Seed of the choice among samples of equal length.
+        weights: int64 [n], another quantity to balance between packs, such as image patches: samples of equal length
+            are exchanged so that the packs' sums come near each other. The number of packs stays the same.
 
     Raises:
-        ValueError: a length is out of range; samples that are too long are left out before.
+        ValueError: a length is out of range; the caller leaves out samples that are too long.
     """
     if len(lengths) == 0:
         return Packs(np.empty(0, np.int64), np.zeros(1, np.int64))
@@ -102,7 +103,7 @@ def pack(lengths: np.ndarray, capacity: int, seed: int = 0, weights: np.ndarray 
 
 
 def _even_out(packs: Packs, lengths: np.ndarray, weights: np.ndarray) -> Packs:
-    """Exchange samples of equal length, so that the packs' weights come near each other.
+    """Exchange samples of equal length so that the packs have similar weights.
 
     For each length, from the longest: its samples are taken out, and put back the heaviest into the lightest pack.
     """
@@ -156,8 +157,8 @@ class _Rooms:
     """Open packs by the room they have left.
 
     Args:
-        capacity: room of an empty pack.
-        count: packs that are open from the start.
+        capacity: Room of an empty pack, in tokens.
+        count: Number of packs that are open from the start.
     """
 
     def __init__(self, capacity: int, count: int) -> None:
@@ -171,9 +172,9 @@ class _Rooms:
         """Put one sample of ``length`` into each of up to ``wanted`` packs that have the same room.
 
         Args:
-            length: tokens of the samples.
-            wanted: how many there are.
-            most: into packs with the most room; otherwise with the least that is enough.
+            length: Length of the samples, in tokens.
+            wanted: Number of samples.
+            most: Whether to choose packs with the most room, rather than with the least that is enough.
 
         Returns:
             The packs, int64; None where no open pack has room.

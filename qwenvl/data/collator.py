@@ -1,4 +1,4 @@
-"""Encoded samples to one model batch: padded rows, or one flattened row."""
+"""Collate encoded samples to one model batch: padded rows, or one flattened row."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from qwenvl.data.encoding.tokenization import IGNORE_INDEX, Tokens
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Makes a batch of items.
+    """Collates items to a batch.
 
     Keys of the batch: ``input_ids``, ``labels`` int64 [B, T]; ``position_ids`` int64 [4, B, T]; ``vision_mask`` bool
     [B, T] and ``num_vision_tokens``, an int, the number of True in it; ``num_samples``, an int, its usable samples;
     where it holds media, in token order, ``pixels`` uint8, the values of all their frames one after another, and
     ``media``, (frames, temporal, height, width) of each in frames and patches, ints that stay on the host;
-    ``sample_targets``, of its usable samples, where there is a task; ``loss_weights`` float32 [B, T], factors of the
-    tokens' loss, where one of its answers has a weight other than 1;
+    ``sample_targets``, those of its usable samples, where there is a task; ``loss_weights`` float32 [B, T], factors of
+    the tokens' loss, where one of its answers has a weight other than 1;
     ``attention_mask`` int64 [B, T] if padded; ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [samples + 1],
-    ``max_length_q`` and ``max_length_k`` if flattened; ``events``, ``error`` and ``origins``, of its samples, for the
+    ``max_length_q`` and ``max_length_k`` if flattened; ``events``, ``error`` and ``origins`` of its samples, for the
     trainer.
 
     Args:
-        pad_token_id: fills short rows; masked from attention, never trained.
-        flatten: one row [1, sum of lengths], on which samples cannot see each other.
+        pad_token_id: Id of the token that fills short rows; masked from attention, never trained.
+        flatten: Whether samples become one row [1, sum of lengths], on which they cannot attend to each other.
     """
 
     pad_token_id: int
     flatten: bool
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
-        """Collate; a batch without any usable sample gets one of two untrained tokens, so that every rank steps."""
+        """Collate items; a batch without usable samples gets one of two untrained tokens, so that every rank steps."""
         usable = [sample for item in items for sample in item.samples]
         samples = usable or [self._empty_sample()]
         tokens = [sample.tokens for sample in samples]
@@ -96,10 +96,10 @@ def _weights(tokens: Tokens) -> torch.Tensor:
 
 
 def for_model(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return a batch of :class:`Collator` without what is told of its samples.
+    """Return the model inputs of a batch of :class:`Collator`, without its events, error and origins.
 
     Raises:
-        UserError: one of them must stop the run.
+        UserError: a sample of the batch must stop the run.
     """
     if batch["error"] is not None:
         raise batch["error"]

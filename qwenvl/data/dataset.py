@@ -25,8 +25,8 @@ class SampledTable:
     """An annotation table and the rows of it that a run uses.
 
     Args:
-        table: the annotations.
-        rows: int64 [n], which rows, in order; a row may come more than once.
+        table: The annotations.
+        rows: int64 [n], numbers of the rows, in order; a row may be used more than once.
     """
 
     table: AnnotationTable
@@ -37,9 +37,9 @@ def open_tables(specs: Sequence[DatasetSpec], seed: int, cache_dir: str | None =
     """Open the datasets of a run and sample their rows.
 
     Args:
-        specs: what ``--dataset_use`` names.
-        seed: decides which rows ``name%X`` takes.
-        cache_dir: folder for the indexes of annotation files; None for the default one.
+        specs: Datasets that ``--dataset_use`` names.
+        seed: Seed of the choice of rows for ``name%X``.
+        cache_dir: Folder for the indexes of annotation files; None for the default one.
     """
     tables = []
     for spec in specs:
@@ -51,7 +51,7 @@ def open_tables(specs: Sequence[DatasetSpec], seed: int, cache_dir: str | None =
 def split_tables(
     tables: Sequence[SampledTable], ratio: float, seed: int
 ) -> tuple[list[SampledTable], list[SampledTable]]:
-    """Split every table's rows into (training, evaluation) by ``ratio``; a row never stands on both sides.
+    """Split every table's rows into (training, evaluation) by ``ratio``; a row is never on both sides.
 
     Raises:
         UserError: a dataset has a single row.
@@ -76,10 +76,10 @@ class Measurement:
     """What is known of a row before its media are decoded.
 
     Args:
-        measures: of its usable samples together.
-        whole: of all its samples, however long they are; None where one has another problem.
-        events: what there is to report.
-        error: the problem that must stop the run.
+        measures: Measures of its usable samples, summed.
+        whole: Measures of all its samples, however long they are; None where one has another problem.
+        events: Events to report.
+        error: Problem that must stop the run.
     """
 
     measures: Measures = NOTHING
@@ -92,10 +92,10 @@ class ConversationDataset(Dataset[Item]):
     """Rows of several datasets behind one index, or packs of such rows.
 
     Args:
-        tables: the datasets.
-        encoder: record to model inputs.
-        skip_bad_samples: leave bad samples out and report them (``--on_bad_sample skip``), rather than stop.
-        packs: rows that make one index each; None where every row is one.
+        tables: The datasets.
+        encoder: Encoder from records to model inputs.
+        skip_bad_samples: Whether bad samples are left out and reported (``--on_bad_sample skip``), or stop the run.
+        packs: Rows of each index; None where every row is an index of its own.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class ConversationDataset(Dataset[Item]):
         """Return packs of these rows: each pack is one index.
 
         Args:
-            packs: of the indices of this dataset, which has no packs itself.
+            packs: Packs of the indices of this dataset, which has no packs itself.
         """
         return ConversationDataset(self.tables, self.encoder, self.skips_bad_samples, packs)
 
@@ -132,7 +132,7 @@ class ConversationDataset(Dataset[Item]):
 
     @cached_property
     def content(self) -> dict[str, str | None]:
-        """Hashes of what stands at the indices.
+        """Hashes of the content of the indices.
 
         ``rows``: the content of the annotation files, and which of their rows are used. ``packs``: which of these rows
         make each pack; None where every row is an index of its own.
@@ -152,7 +152,7 @@ class ConversationDataset(Dataset[Item]):
         return tuple(sample for row in self._packs[index].tolist() for sample in self._row(row))
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return which of :attr:`tables` the row of an index is in, where there are no packs, and its row there."""
+        """Return the number of the table in :attr:`tables` of an index, without packs, and its row in that table."""
         number = int(np.searchsorted(self._borders, index, side="right"))
         first = int(self._borders[number - 1]) if number else 0
         return number, int(self.tables[number].rows[index - first])
@@ -184,11 +184,11 @@ class ConversationDataset(Dataset[Item]):
         return item
 
     def measure(self, table: int, row: int, known: Measures | None = None) -> Measurement:
-        """Count a row without decoding anything. Never raises a UserError, as ``[index]``.
+        """Measure a row without decoding anything. Never raises a UserError, as ``[index]``.
 
         Args:
-            table: which of :attr:`tables`.
-            row: row of its annotations.
+            table: Number of the table in :attr:`tables`.
+            row: Row of its annotations.
             known: ``whole`` of an earlier measurement, so that a single sample need not be counted again.
         """
         used = whole = NOTHING
@@ -218,10 +218,10 @@ class ConversationDataset(Dataset[Item]):
         return Measurement(used, whole if usable else None, tuple(events))
 
     def require_usable_sample(self, purpose: str = "training") -> None:
-        """Look, without decoding, for a first sample that can be trained on.
+        """Find, without decoding, a first sample that can be trained on.
 
         Args:
-            purpose: what the rows are for, for the message.
+            purpose: Purpose of the rows, for the message.
 
         Raises:
             UserError: a sample before it must stop the run, or there is none.
@@ -238,7 +238,7 @@ class ConversationDataset(Dataset[Item]):
         raise UserError(f"None of the {len(self)} {purpose} rows can be used. The first one: {first}")
 
     def _problem(self, index: int) -> SampleError | None:
-        """What is wrong with a row; None if one of its samples can be used."""
+        """Return what is wrong with a row; None if one of its samples can be used."""
         problem: SampleError | None = None
         try:
             for sample in self.samples(index):
@@ -252,7 +252,7 @@ class ConversationDataset(Dataset[Item]):
         return problem
 
     def _add(self, item: Item, sample: Sample) -> Item:
-        """Encode one member and add it, or what is wrong with it."""
+        """Encode one member of a row, and add it to the item, or the problem with it."""
         used = sum(len(one.tokens) for one in item.samples)
         try:
             reader = self.encoder.reader(sample, keep_images=True)

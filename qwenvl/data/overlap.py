@@ -1,4 +1,4 @@
-"""Rows that a run both trains and evaluates on."""
+"""Count rows that a run both trains and evaluates on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from qwenvl.data.dataset import SampledTable
 def shared_rows(train: Sequence[SampledTable], evaluation: Sequence[SampledTable]) -> dict[str, int]:
     """Return how many rows of each evaluation dataset are training rows too, by its name; nothing where none are.
 
-    Rows are the same where they stand at the same place in the same file, whatever the entries are called and whatever
-    other files they have.
+    Rows are the same if they are at the same place in the same file, whatever the names and other files of the entries
+    are.
     """
     used: dict[object, list[np.ndarray]] = {}
     for table in train:

@@ -1,4 +1,4 @@
-"""What is counted of a row before anything is decoded: everything that packing and cost need, as whole numbers."""
+"""Integer statistics of a row, counted before anything is decoded: all that packing and cost need."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from qwenvl.data.media.resize import MediaPlan
 
 
 class Measures(NamedTuple):
-    """What is counted of one row, summed over its samples, so that those of a pack are the sums over its rows.
+    """Statistics of one row, summed over its samples; those of a pack are the sums over its rows.
 
     Args:
-        samples: usable samples; 1 for an ordinary row, more for a packed row of the official recipe, 0 for a row left
+        samples: Usable samples; 1 for an ordinary row, more for a packed row of the official recipe, 0 for a row left
             out.
-        tokens: length, placeholders of pictures included.
-        trained_tokens: labels other than -100.
-        patches: patches that the vision tower reads.
-        tokens_squared: sum of the squared lengths of the samples: what attention costs, which never crosses them.
-        patches_squared: sum of the squared patches of each picture or pair of frames, for the same reason.
+        tokens: Length in tokens, placeholders of images and videos included.
+        trained_tokens: Labels other than -100.
+        patches: Patches that the vision tower reads.
+        tokens_squared: Sum of the squared lengths of the samples, the cost of attention, which never crosses them.
+        patches_squared: Sum of the squared patches of each image or pair of frames, for the same reason.
         rows: Training rows; more than the samples where a conversation has several contexts.
         answers: Trained answers.
         thoughts: Trained answers with a thought.
         weighted: Trained answers with a weight other than 1.
-        thinking_mismatch: samples of this kind, as the next ones: see :data:`REMARKS`.
-        thoughts_left_out: samples of this kind.
-        empty_answers: samples of this kind.
-        unconverted: samples of this kind.
+        thinking_mismatch: Samples of this kind, like the next three: see :data:`REMARKS`.
+        thoughts_left_out: Samples of this kind.
+        empty_answers: Samples of this kind.
+        unconverted: Samples of this kind.
     """
 
     samples: int = 0
@@ -48,12 +48,12 @@ class Measures(NamedTuple):
     unconverted: int = 0
 
     def plus(self, other: Measures) -> Measures:
-        """Return both together."""
+        """Return the sums of both."""
         return Measures(*map(add, self, other))
 
 
 MEASURES = np.dtype([(name, np.int64) for name in Measures._fields])
-"""The same as a record of an array; rows add up field by field."""
+"""The same as a structured NumPy type; rows add up field by field."""
 
 NOTHING = Measures()
 
@@ -64,14 +64,14 @@ REMARKS = {
     "empty_answers": "with an empty answer, which is trained as its end of turn",
     "unconverted": "with a bbox_format and numbers, but no box or point in a form that is converted",
 }
-"""What is said of samples that are trained as they are: what they are samples of, by the measure that counts them."""
+"""Remarks on samples that are trained as they are, by the measure that counts them; they follow "N samples"."""
 
 
 def count_remarks(name: str, measures: np.ndarray) -> list[str]:
-    """Return a sentence for each kind of :data:`REMARKS` that some samples of a dataset are of.
+    """Return a sentence for each kind of :data:`REMARKS` that a dataset has samples of.
 
     Args:
-        name: registry name of the dataset.
+        name: Registry name of the dataset.
         measures: :data:`MEASURES` of its rows, each once.
     """
     counts = {kind: int(measures[kind].sum()) for kind in REMARKS}
@@ -79,7 +79,7 @@ def count_remarks(name: str, measures: np.ndarray) -> list[str]:
 
 
 def describe_remark(name: str, kind: str, count: int) -> str:
-    """Return the sentence that counts the samples of a dataset that are of a kind of :data:`REMARKS`."""
+    """Return a sentence with the number of samples in a dataset of one kind of :data:`REMARKS`."""
     return f"Dataset {name!r}: {count} sample{'s' * (count != 1)} {REMARKS[kind]}."
 
 

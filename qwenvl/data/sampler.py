@@ -1,4 +1,4 @@
-"""Which rows are used, in which order, and which rank gets which. Integers only."""
+"""Choose rows, order them, and split them over ranks. Integers only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 FILLER = -1
-"""Index that stands for no sample: it fills the last step of an epoch, so that all ranks take equally many."""
+"""Index that stands for no sample: it fills the last step of an epoch, so that all ranks take the same number."""
 
 _STEPS_OF_SIMILAR_LENGTH = 8
 """Steps of similar cost that are sorted by length together: measured, more of them cost more balance than padding."""
@@ -20,14 +20,15 @@ _STEPS_OF_SIMILAR_LENGTH = 8
 def sample_rows(num_rows: int, percent: float, name: str, seed: int) -> np.ndarray:
     """Return the rows of a dataset that ``name%percent`` uses: int64, ascending within each repeat.
 
-    Without replacement; above 100 every row is used as often as it fits, and the rest sampled: 250 is all rows twice
-    and half of them a third time. The same on every rank and in every run. At least one row is used.
+    Sampling is without replacement. Above 100 percent, every row is used as often as it fits and the rest is sampled:
+    250 is all rows twice and half of them a third time. The result is the same on every rank and in every run, and has
+    at least one row.
 
     Args:
-        num_rows: rows of the dataset.
-        percent: above 0; decimals are exact ("12.5" of 8 rows is 1).
-        name: registry name; different datasets are sampled differently.
-        seed: the run's data seed.
+        num_rows: Number of rows of the dataset.
+        percent: Percentage, above 0; decimals are exact ("12.5" of 8 rows is 1).
+        name: Registry name; different datasets are sampled differently.
+        seed: Data seed of the run.
     """
     wanted = max(1, int(Fraction(str(percent)) * num_rows / 100))
     repeats, rest = divmod(wanted, num_rows)
@@ -39,7 +40,7 @@ def sample_rows(num_rows: int, percent: float, name: str, seed: int) -> np.ndarr
 def split_rows(num_rows: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split off ``ratio`` of the rows for evaluation: (training rows, evaluation rows), int64, ascending, disjoint.
 
-    Both get at least one row where there are two. The same on every rank and in every run.
+    Both get at least one row where there are two. The result is the same on every rank and in every run.
     """
     count = min(max(1, round(num_rows * ratio)), num_rows - 1)
     order = np.random.default_rng([seed, 1]).permutation(num_rows)
@@ -48,13 +49,13 @@ def split_rows(num_rows: int, ratio: float, seed: int) -> tuple[np.ndarray, np.n
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """How the indices of an epoch are split.
+    """Split of the indices of an epoch over batches and ranks.
 
     Args:
-        batch_size: indices a batch.
-        world_size: number of ranks.
-        rank: this rank.
-        accumulation: batches of a rank that make one optimizer step.
+        batch_size: Indices per batch.
+        world_size: Number of ranks.
+        rank: Rank of this process.
+        accumulation: Batches of a rank per optimizer step.
     """
 
     batch_size: int
@@ -77,21 +78,21 @@ class Sharding:
 class SampleOrder:
     """The order of the indices in every epoch; each epoch holds every index once.
 
-    What is random: with ``costs``, steps are made of indices of nearly equal cost. Which of them meet is drawn anew for
-    each epoch: every index first moves by a random number of places among those that cost up to ``tolerance`` more (and
-    at least among as many as one step holds) in the order of costs. The order of the steps is random. What is not: a
-    step does not mix the costliest indices with the cheapest. Without ``costs``, all is random.
+    With ``costs``, a step holds indices of nearly equal cost, and never mixes the costliest with the cheapest. Which
+    indices share a step is drawn anew for each epoch: in the order of costs, every index first moves by a random number
+    of places, among indices that cost up to ``tolerance`` more (and at least among as many as one step holds). The
+    order of the steps is random. Without ``costs``, the order of the indices is random.
 
     The arithmetic is exact in IEEE 754, without a logarithm, so that ranks on different machines agree.
 
     Args:
-        num_samples: indices are 0 to this, excluded.
-        seed: of the order.
-        shuffle: a new order each epoch; otherwise ascending.
-        costs: float64 [num_samples], what each index costs to train on; None: steps are not balanced.
+        num_samples: Number of indices, which count from 0.
+        seed: Seed of the order.
+        shuffle: Whether each epoch has a new order, rather than the ascending one.
+        costs: float64 [num_samples], training cost of each index; None to leave steps unbalanced.
         lengths: int64 [num_samples], given where batches are padded to their longest sample: among indices of similar
-            cost, steps are then made of those of similar length.
-        tolerance: by how much the costs within a step differ where there are indices enough: 0.02 is 2 %.
+            cost, a step then holds indices of similar length.
+        tolerance: Relative difference of the costs within a step, where there are enough indices: 0.02 is 2 %.
     """
 
     num_samples: int
@@ -102,14 +103,14 @@ class SampleOrder:
     tolerance: float = 0.02
 
     def steps(self, epoch: int, step_size: int) -> np.ndarray:
-        """Return the indices of an epoch: int64 [num_samples], of which each ``step_size`` make one step.
+        """Return the indices of an epoch: int64 [num_samples]; every ``step_size`` of them make one step.
 
-        Inside a step they ascend by cost (by length where lengths are given). What is left for a short step comes
-        last, and is from another place in the order of costs each time.
+        Within a step they ascend by cost (by length where lengths are given). A short step comes last, and is taken
+        from another place in the order of costs in each epoch.
 
         Args:
-            epoch: counted from 0.
-            step_size: indices of one optimizer step over all ranks; the order depends on nothing else of the split.
+            epoch: Number of the epoch, from 0.
+            step_size: Indices of one optimizer step over all ranks; the order depends on nothing else of the split.
         """
         if not self.shuffle:
             return np.arange(self.num_samples)
@@ -131,7 +132,8 @@ class SampleOrder:
 def _shifted(costs: np.ndarray, tolerance: float, least: int, rng: np.random.Generator) -> np.ndarray:
     """Return indices in ascending order of cost after each has moved up by a random number of places.
 
-    It moves among the indices that cost up to 1 + ``tolerance`` times as much, or the next ``least``, if that is more.
+    It moves among the indices that cost up to 1 + ``tolerance`` times as much, or among the next ``least``, whichever
+    are more.
     """
     order = np.argsort(costs, kind="stable")
     ascending = costs[order]
@@ -151,8 +153,8 @@ def _sorted_in_blocks(order: np.ndarray, keys: np.ndarray, block: int) -> np.nda
 def deal(order: np.ndarray, sharding: Sharding) -> np.ndarray:
     """Return the batches of one rank: int64 [batches, batch_size], :data:`FILLER` where indices are missing at the end.
 
-    Indices are dealt one at a time to each rank in turn, and back again in the next round, so that where they ascend
-    by cost, all ranks get nearly the same; those that are missing at the end are missing on all ranks alike. Each
+    Each rank in turn gets one index, in reverse order of ranks in every other round: where indices ascend by cost, all
+    ranks get nearly the same total, and the number of missing indices at the end is spread over the ranks. Every
     ``round_size`` indices of the order make one batch of every rank: 1 rank with 4 accumulation steps and 2 ranks with
     2 train on the same indices in each optimizer step.
     """
@@ -167,12 +169,12 @@ def deal(order: np.ndarray, sharding: Sharding) -> np.ndarray:
 
 
 def costs_of_ranks(costs: np.ndarray, order: np.ndarray, sharding: Sharding) -> np.ndarray:
-    """Return what each rank's batch costs: float64 [rounds, ranks]; in each round, all wait for the costliest.
+    """Return the cost of each rank's batch: float64 [rounds, ranks]; in each round, all wait for the costliest.
 
     Args:
-        costs: float64, what each index costs.
-        order: indices of an epoch.
-        sharding: how they are split; its own rank does not matter.
+        costs: float64 [n], cost of each index.
+        order: Indices of an epoch.
+        sharding: Split of the indices; its own rank does not matter.
     """
     known = np.append(costs, 0.0)  # FILLER is -1, the last place
     ranks = (deal(order, replace(sharding, rank=rank)) for rank in range(sharding.world_size))
@@ -180,7 +182,7 @@ def costs_of_ranks(costs: np.ndarray, order: np.ndarray, sharding: Sharding) -> 
 
 
 def imbalance(costs: np.ndarray) -> float:
-    """Return how long ranks take that wait for each other in each round, over how long if they did not; at least 1.
+    """Return the time of ranks that wait for each other in each round over their time without waiting; at least 1.
 
     Args:
         costs: float64 [rounds, ranks].
@@ -192,8 +194,8 @@ class ShardedBatchSampler(Sampler[list[int]]):
     """Gives one rank its batches of one epoch; all ranks together hold each index exactly once.
 
     Args:
-        order: of the indices.
-        sharding: which of them are this rank's.
+        order: Order of the indices.
+        sharding: Split of the indices, with the rank of this process.
     """
 
     def __init__(self, order: SampleOrder, sharding: Sharding) -> None:

@@ -13,12 +13,12 @@ History = Literal["exact", "last", "as_rendered"]
 LossOn = Literal["all", "last_turn", "answers", "thoughts"]
 
 SAMPLE_OPTIONS = ("chat_template_kwargs", "loss_on")
-"""Settings of training that a sample may have, over those of its dataset."""
+"""Training settings that a sample may have, and that override those of its dataset."""
 
 TRAINING_OPTIONS = (*SAMPLE_OPTIONS, "history")
-"""Settings of training that a dataset's entry may have, over those of the run."""
+"""Training settings that a dataset's entry may have, and that override those of the run."""
 
-Source = str | bytes  # of a picture or video: where it is, or the file itself
+Source = str | bytes  # of an image or video: its path or URI, or the content of its file
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class HuggingFaceDataset:
     """A dataset that the ``datasets`` library opens.
 
     Args:
-        name: a folder, by its full path; or a name on the Hugging Face hub.
-        split: which of its splits.
-        config: which of its configurations; None where it has one.
-        revision: commit, branch or tag on the hub.
+        name: Full path of a folder, or a name on the Hugging Face hub.
+        split: Name of the split.
+        config: Name of the configuration; None where the dataset has only one.
+        revision: Commit, branch or tag on the hub.
     """
 
     name: str
@@ -43,13 +43,13 @@ class DatasetSpec:
     """One entry of ``--dataset_use``: where its annotations and media are, and how much of it is used.
 
     Args:
-        name: name in the registry.
-        annotation_paths: annotation files, in order; none with ``hf_dataset``.
-        data_path: folder that relative media paths start from; empty where annotations hold absolute paths.
-        sampling_percent: percent of the rows used: 50.0 is half of them, 250.0 each one twice and half of them again.
-        hf_dataset: what holds the rows instead of annotation files.
-        columns: for fields of a record that have another name in the rows, that name.
-        options: the entry's other keys.
+        name: Name in the registry.
+        annotation_paths: Annotation files, in order; none with ``hf_dataset``.
+        data_path: Folder that relative media paths start from; empty where annotations hold absolute paths.
+        sampling_percent: Percentage of rows used: 50.0 is half of them, 250.0 each one twice and half of them again.
+        hf_dataset: Hugging Face dataset that holds the rows, instead of annotation files.
+        columns: Columns by field, for the fields of a record that have another name in the rows.
+        options: Other keys of the entry.
     """
 
     name: str
@@ -66,13 +66,13 @@ class Sample:
     """One conversation as it stands in the annotation file.
 
     Args:
-        origin: where it stands.
-        record: its fields, untouched.
-        data_path: folder that its relative media paths start from.
-        allow_absolute: its absolute media paths may lie outside ``data_path``.
-        bbox_format: what the coordinates in its texts count, where the record does not say; see
+        origin: Place of the sample, for messages.
+        record: Fields of the sample, untouched.
+        data_path: Folder that its relative media paths start from.
+        allow_absolute: Whether its absolute media paths may lie outside ``data_path``.
+        bbox_format: Unit of the coordinates in its texts, where the record does not say; see
             :mod:`qwenvl.data.conversation.boxes.convert`.
-        options: Of :data:`TRAINING_OPTIONS`, those of its dataset's entry.
+        options: Values of :data:`TRAINING_OPTIONS` in its dataset's entry.
     """
 
     origin: Origin
@@ -83,7 +83,7 @@ class Sample:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def setting(self, key: str) -> Any:
-        """Return one of :data:`TRAINING_OPTIONS`: the sample's own, else its dataset's; None where neither says any."""
+        """Return one of :data:`TRAINING_OPTIONS`: the sample's own, else its dataset's; None where neither has it."""
         own = self.record.get(key) if key in SAMPLE_OPTIONS else None
         return self.options.get(key) if own is None else own
 
@@ -93,10 +93,10 @@ class ImageItem:
     """One image, not opened.
 
     Args:
-        source: path, ``file://`` URI, ``data:`` URI or http(s) URL, as written; or the bytes of the file, where the
+        source: Path, ``file://`` URI, ``data:`` URI or http(s) URL, as written; or the bytes of the file, where the
             annotations hold them.
-        min_pixels: lower limit of height x width after resizing; None for the run's own.
-        max_pixels: upper limit; None for the run's own.
+        min_pixels: Lower limit of height x width after resizing; None for the limit of the run.
+        max_pixels: Upper limit; None for the limit of the run.
     """
 
     source: Source
@@ -109,16 +109,16 @@ class VideoItem:
     """One video, not opened. None means the run's own setting.
 
     Args:
-        source: a file (as for images), or the frames of a video as a tuple of images.
-        fps: frames a second to sample; for a tuple of frames, the rate they were taken at.
-        nframes: number of frames to sample, instead of ``fps``.
-        min_frames: fewest frames.
-        max_frames: most frames.
-        min_pixels: lower limit of height x width of one frame, as in qwen-vl-utils.
-        max_pixels: upper limit of height x width of one frame, as in qwen-vl-utils.
-        total_pixels: upper limit of frames x height x width, the whole clip.
-        video_start: first second used.
-        video_end: last second used.
+        source: File (as for images), or the frames of a video as a tuple of images.
+        fps: Frames per second to sample; for a tuple of frames, the rate at which they were taken.
+        nframes: Number of frames to sample, instead of ``fps``.
+        min_frames: Fewest frames.
+        max_frames: Most frames.
+        min_pixels: Lower limit of height x width of one frame, as in qwen-vl-utils.
+        max_pixels: Upper limit of height x width of one frame, as in qwen-vl-utils.
+        total_pixels: Upper limit of frames x height x width, the whole clip.
+        video_start: First second used.
+        video_end: Last second used.
     """
 
     source: Source | tuple[Source, ...]
@@ -148,9 +148,9 @@ class Message:
     """One turn.
 
     Args:
-        role: who speaks.
-        parts: text and media in the order they are rendered.
-        extra: the turn's other keys that chat templates know (``tool_calls``, ``reasoning_content``, ...).
+        role: Speaker of the turn.
+        parts: Text and media in the order they are rendered.
+        extra: Other keys of the turn that chat templates know (``tool_calls``, ``reasoning_content``, ...).
         weight: Factor of the loss of an assistant turn's tokens; 0 where it is not trained. Other turns never are.
     """
 
@@ -172,15 +172,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a chat template renders: the turns of one sample and the tools they may call.
+    """Input of a chat template: the turns of one sample and the tools they may call.
 
     Args:
-        messages: the turns.
-        tools: what they may call, as the record has it.
+        messages: Turns of the sample.
+        tools: Tools that they may call, as the record has them.
         unread_keys: Keys of the record, of its turns and of their text parts that nothing reads, as messages name them:
             ``'mood' of turns``.
-        unconverted: The record says what its coordinates count, it has numbers, and no box or point was found.
-        template_kwargs: Template arguments of the sample and its dataset, over those of the run.
+        unconverted: Whether the record has a ``bbox_format`` and numbers, but no box or point was found.
+        template_kwargs: Template arguments of the sample and its dataset, which override those of the run.
     """
 
     messages: tuple[Message, ...]

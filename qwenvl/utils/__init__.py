@@ -1,1 +1,1 @@
-"""What every layer uses: errors, logging, ranks, and the table of model families."""
+"""Helpers for all layers: errors, logging, ranks, caches and processes."""

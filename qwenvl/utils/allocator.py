@@ -1,4 +1,4 @@
-"""What becomes of memory that a process frees."""
+"""Settings of the memory allocator."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _KEPT = 256 * _MIB
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees, up to 256 MiB, for its next buffers.
+    """Make this process keep up to 256 MiB of freed memory for its next buffers.
 
-    By default glibc gives large buffers back to the system as soon as they are freed. A process that decodes one
-    picture after another then asks for the same pages again and again, and the system clears each of them: 1,400 page
-    faults and a fifth of the time for a picture of a megapixel.
+    By default, glibc returns large buffers to the system as soon as they are freed. A process that decodes one image
+    after another then requests the same pages again and again, and the system clears them each time: 1,400 page faults
+    and a fifth of the time for an image of a megapixel.
 
     Returns:
-        Whether it was possible: other C libraries than glibc have no such setting, and are left alone.
+        Whether it was possible: other C libraries than glibc have no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

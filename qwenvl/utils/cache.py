@@ -1,4 +1,4 @@
-"""What was computed once and can be computed again: kept on disk under names made of the content it came from."""
+"""Cache results on disk under names that are hashes of the content that they depend on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIGEST_BYTES = 20
 
 
 def cache_folder(folder: str | None = None) -> Path:
-    """Return the folder of everything cached: ``folder``, or ``$QWENVL_CACHE``, or ``qwenvl`` in the user's own cache.
+    """Return the cache folder: ``folder``, or ``$QWENVL_CACHE``, or ``qwenvl`` in the user's own cache.
 
     The user's own cache is ``$XDG_CACHE_HOME``, or ``~/.cache``. Nothing is created.
     """
@@ -29,22 +29,22 @@ def cache_folder(folder: str | None = None) -> Path:
 
 
 def fingerprint(*parts: Any) -> str:
-    """Return a short text that is the same for equal parts and another one otherwise.
+    """Return a hash of values as a short text.
 
     Args:
-        parts: values that JSON can hold; dictionaries count as equal in any order.
+        parts: Values that JSON can hold; the order of keys in dictionaries does not matter.
     """
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def new_hash() -> hashlib.blake2b:
-    """Return the hash that content is identified by, to be fed with the content's bytes."""
+    """Return a new hash object, to be updated with the bytes of some content."""
     return hashlib.blake2b(digest_size=_DIGEST_BYTES)
 
 
 def array_hash(*arrays: np.ndarray) -> str:
-    """Return a short text that is the same for arrays of equal content and another one otherwise."""
+    """Return a hash of the content, type and shape of arrays as a short text."""
     state = new_hash()
     for array in arrays:
         state.update(f"{array.dtype}{array.shape}".encode())
@@ -54,14 +54,14 @@ def array_hash(*arrays: np.ndarray) -> str:
 
 @contextmanager
 def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
-    """Give a temporary path to write to; moved to ``path`` in one step if the block ends without an error.
+    """Yield a temporary path to write to; it is moved to ``path`` in one step if the block ends without an error.
 
-    Readers, and other processes that write the same, see the old file or the new one and never half of it.
+    Readers, and other processes that write the same file, see the old file or the new one and never half of it.
 
     Args:
-        path: the file.
-        keep: one that stands there by then stays, as others may have mapped it: over the network, a file system can
-            take from them what is replaced.
+        path: File to write.
+        keep: Whether a file that exists by then stays, because other processes may have mapped it: on network file
+            systems, they can lose the mapping of a replaced file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -74,7 +74,7 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
 
 
 def _link(file: Path, path: Path) -> bool:
-    """Give a file a second name, unless the name is taken; False where the file system cannot."""
+    """Give a file another name, unless the name is taken; return False where the file system cannot."""
     try:
         path.hardlink_to(file)
     except FileExistsError:

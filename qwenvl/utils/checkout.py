@@ -1,4 +1,4 @@
-"""The repository that this package lies in, where it is not installed from a wheel."""
+"""Path of the repository that contains this package, unless it is installed from a wheel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many processes are worth starting."""
+"""Count the available CPU cores."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may use: schedulers and containers often leave it fewer than all."""
+    """Return the number of cores that this process may use, often fewer than all under schedulers and in containers."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

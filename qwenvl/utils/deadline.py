@@ -1,4 +1,4 @@
-"""Calls that may take no longer than a given time."""
+"""Call functions with a time limit."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ Result = TypeVar("Result")
 
 
 def call_within(seconds: float, function: Callable[[], Result]) -> Result:
-    """Return what a function returns, or raise what it raises, if it does so in time.
+    """Call a function, and return its result or raise its error if it ends in time.
 
-    It runs in a thread of its own, because nothing can interrupt a library that waits inside C; the library has to
-    release the interpreter's lock meanwhile. A call that is late is left behind: it goes on in its thread, with the
-    memory it holds, until it ends by itself or with the process, which does not wait for it.
+    The function runs in a thread of its own, because nothing can interrupt a library that waits inside C code; the
+    library has to release the interpreter's lock meanwhile. A late call is abandoned: it continues in its thread, and
+    keeps its memory, until it ends by itself or with the process, which does not wait for it.
 
     Args:
-        seconds: time it may take.
-        function: what to call.
+        seconds: Time limit.
+        function: Function to call.
 
     Raises:
-        TimeoutError: it took longer.
+        TimeoutError: the function took longer.
     """
     outcomes: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             outcomes.put((function(), None))
-        except BaseException as error:  # noqa: BLE001  raised again where it is waited for
+        except BaseException as error:  # noqa: BLE001  raised again by the waiting thread
             outcomes.put((None, error))
 
     threading.Thread(target=run, name="deadline", daemon=True).start()

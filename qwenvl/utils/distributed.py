@@ -1,4 +1,4 @@
-"""Which of how many processes this is, before and after the process group exists."""
+"""Rank, world size and collective helpers, before and after the process group exists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwenvl.utils.errors import UserError
 
 T = TypeVar("T")
 
-_SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
 
 
 def is_initialized() -> bool:
@@ -47,19 +47,19 @@ def local_rank() -> int:
 
 
 def start_group(days: int = 7) -> None:
-    """Make the process group, on the CPU, if torchrun started several processes and there is none.
+    """Create the process group on the CPU if torchrun started several processes and there is none.
 
-    For tools whose processes work apart and meet at the end.
+    For tools whose processes work independently and gather results at the end.
 
     Args:
-        days: that processes may wait for each other.
+        days: Number of days that processes may wait for each other.
     """
     if world_size() > 1 and not is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=days))
 
 
 def is_main_process() -> bool:
-    """Return whether this is process 0 of all: the one that prints, and writes what exists once."""
+    """Return whether this is process 0 of all, which prints and writes shared files."""
     return rank() == 0
 
 
@@ -81,7 +81,7 @@ def wait_for_all() -> None:
 def from_main_process(function: Callable[[], T]) -> T:
     """Call a function in process 0 and return its result in all; every process has to call it.
 
-    However long it takes: the others ask the job's store now and then whether process 0 is done, since waiting in a
+    The call may take any time: the other processes poll the job's store until process 0 is done, since waiting in a
     collective operation would end the run after its timeout.
 
     Raises:
@@ -102,7 +102,7 @@ def from_main_process(function: Callable[[], T]) -> T:
             store.set(done, "done")
     elif store is not None:
         while not store.check([done]):
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_POLL_SECONDS)
     dist.broadcast_object_list(result)
     if isinstance(result[0], UserError):
         raise result[0]
@@ -115,38 +115,38 @@ def zeros_for_sums(count: int, device: torch.device) -> torch.Tensor:
 
 
 def is_first_to_say(what: str) -> bool:
-    """Return whether no other process of the job has asked this before, at any point of its life.
+    """Return whether this process is the first of the job to call this for a message.
 
-    Asks the store that torchrun keeps for its processes, so that nobody has to wait for the others. Where there is no
-    store to ask, every process is the first.
+    The answer comes from the store that torchrun keeps for its processes, so that no process has to wait for others.
+    Without a store, every process is the first.
 
     Args:
-        what: name of the message.
+        what: Name of the message.
     """
     if world_size() == 1:
         return True
     store = _store()
     try:
         return store is None or int(store.add(f"{_attempt()}/{what}", 1)) == 1
-    except RuntimeError:  # it has gone meanwhile
+    except RuntimeError:  # the store is gone
         return True
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Return whether an error says that another process of the job is gone, rather than what went wrong in this one."""
+    """Return whether an error means that the connection to another process of the job is lost."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):  # NCCL's, and the store's
         return True
     return isinstance(error, RuntimeError) and "/gloo/transport/" in str(error)  # gloo has no class of its own
 
 
 def _attempt() -> str:
-    """Return where in the store this start of the job keeps its keys: torchrun's store outlives a restart."""
+    """Return the prefix of store keys of this start of the job: torchrun's store outlives a restart."""
     return f"qwenvl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _store() -> Any:
     """Return a connection to the store that torchrun keeps for its processes; None where there is no such store."""
-    # torchrun's is there before its processes, however busy the machine; any other one may not be there yet, or ever.
+    # torchrun's store exists before its processes, however busy the machine; any other may start later or never.
     seconds = 30 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 5
     try:
         return dist.TCPStore(  # type: ignore[attr-defined]
@@ -156,7 +156,7 @@ def _store() -> Any:
             wait_for_workers=False,
             timeout=datetime.timedelta(seconds=seconds),
         )
-    except (KeyError, ValueError, RuntimeError):  # no address; nobody answers there
+    except (KeyError, ValueError, RuntimeError):  # there is no address, or no answer from it
         return None
 
 
@@ -169,9 +169,9 @@ def shut_down() -> None:
 def run_program(main: Callable[[], int]) -> NoReturn:
     """Call a program's main function, and end the process with the exit code that it returns.
 
-    One of several processes ends without taking Python apart: DeepSpeed and FSDP keep process groups alive whatever is
-    destroyed, and a thread of gloo that lets go of a tensor while Python ends aborts the process, so that the launcher
-    would call a finished run failed. What is registered with ``atexit`` still runs (experiment trackers finish there).
+    One of several processes exits without finalizing Python: DeepSpeed and FSDP keep process groups alive after they
+    are destroyed, and a gloo thread that releases a tensor during finalization aborts the process, so that the launcher
+    would report a finished run as failed. Functions registered with ``atexit`` still run (experiment trackers need it).
     """
     if "RANK" not in os.environ:
         sys.exit(main())
@@ -183,7 +183,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
             stream.flush()
         os._exit(code)
 
-    atexit.register(leave)  # before all others, which makes it the last one to run
+    atexit.register(leave)  # registered first, so that it runs last
     try:
         code = main()
     except SystemExit as ended:  # --help

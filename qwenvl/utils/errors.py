@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 LONGEST_REASON = 1200
-"""Characters of :attr:`SampleError.reason`."""
+"""Most characters of :attr:`SampleError.reason`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +16,11 @@ class Origin:
     """Where a sample comes from, for messages.
 
     Args:
-        dataset: registry name.
-        file: annotation file, or name and split of a Hugging Face dataset.
-        line: line of a JSONL file, or item of a JSON array, Parquet table or dataset; counted from 1.
-        id: the sample's own ``id``, where it has one.
-        member: place inside a packed row, counted from 1; None in an ordinary row.
+        dataset: Registry name of the dataset.
+        file: Annotation file, or name and split of a Hugging Face dataset.
+        line: Line of a JSONL file, or item of a JSON array, Parquet table or dataset; counted from 1.
+        id: Value of ``id`` in the sample, where it has one.
+        member: Place inside a packed row, counted from 1; None in an ordinary row.
     """
 
     dataset: str
@@ -30,7 +30,7 @@ class Origin:
     member: int | None = None
 
     def record(self, category: str, reason: str) -> dict[str, Any]:
-        """Return a line of ``bad_samples.jsonl`` or ``*_problems.jsonl``: what is wrong here, and where this is."""
+        """Return a line of ``bad_samples.jsonl`` or ``*_problems.jsonl``: the origin and its problem."""
         return {**asdict(self), "category": category, "reason": reason}
 
     def __str__(self) -> str:
@@ -47,10 +47,10 @@ class SampleError(UserError):
     """One sample that cannot be used.
 
     Args:
-        category: short stable name of the problem, such as ``missing_file`` or ``no_answer``; counts are kept by it.
-        reason: one sentence for a person: what is wrong and what to change. It may quote a hostile sample: what a
-            terminal or file does not take is escaped, and what nobody would read to its end is cut.
-        origin: dataset, file and line of the sample; filled in by :meth:`at` where the raiser does not know it.
+        category: Short stable name of the problem, such as ``missing_file`` or ``no_answer``; counts are kept by it.
+        reason: Sentences with the problem and what to change. They may quote hostile samples: unprintable characters
+            are escaped, and long texts are cut.
+        origin: Dataset, file and line of the sample; filled in by :meth:`at` where the raiser does not know them.
     """
 
     def __init__(self, category: str, reason: str, origin: Origin | None = None) -> None:
@@ -61,7 +61,7 @@ class SampleError(UserError):
         self.origin = origin
 
     def at(self, origin: Origin) -> SampleError:
-        """Return the same error, with the sample it belongs to."""
+        """Return the same error with an origin, unless it has one."""
         return self if self.origin is not None else SampleError(self.category, self.reason, origin)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What the trainer says while it runs: lines on standard error, from process 0 unless they are warnings."""
+"""Logging to standard error: messages of process 0, and warnings of all processes."""
 
 from __future__ import annotations
 
@@ -30,18 +30,17 @@ _COLOURS = {logging.WARNING: "\033[33m", logging.ERROR: "\033[31m", logging.CRIT
 def setup_logging(level: str = "info", replica: str = "warning") -> None:
     """Send messages of the trainer, transformers and datasets to one handler on standard error.
 
-    Process 0 speaks from ``level`` on, the others from ``replica`` on (not less than ``level`` where that is
-    the default), with ``[rank k]`` in front; a warning that several processes have is said by one of them. The
-    libraries speak from warnings on, or from ``info`` on with ``debug``: their ``info`` is a page a model. Calling it
-    again replaces the handler. Bars of progress are drawn on a terminal alone, and where ``info`` is said
-    (:func:`shows_bars`).
+    Process 0 logs from ``level`` on, the others from ``replica`` on (not below ``level`` where ``replica`` is the
+    default), with ``[rank k]`` in front; a warning that several processes have is logged by one of them. The libraries
+    log from warnings on, or from ``info`` on with ``debug``: their ``info`` is a page per model. Calling this again
+    replaces the handler. Progress bars are drawn only on a terminal and with ``info`` (:func:`shows_bars`).
 
     Args:
-        level: a name of ``--log_level`` of transformers; ``passive`` means ``info``.
-        replica: Level of the other processes, of ``--log_level_replica``.
+        level: Level of process 0, a name of ``--log_level`` of transformers; ``passive`` means ``info``.
+        replica: Level of the other processes, a name of ``--log_level_replica``.
 
     Raises:
-        UserError: another name.
+        UserError: a name is unknown.
     """
     for name in (level, replica):
         if name not in LEVELS:
@@ -59,15 +58,15 @@ def setup_logging(level: str = "info", replica: str = "warning") -> None:
     for name in ("datasets", "DeepSpeed"):
         logging.getLogger(name).setLevel(library)
         _join(name)
-    # Also those of huggingface_hub. Loading and saving weights draw one on every rank.
+    # These include the bars of huggingface_hub. Loading and saving weights draw one on every rank.
     (transformers_logging.enable_progress_bar if shows_bars() else transformers_logging.disable_progress_bar)()
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Say at the end what is said meanwhile, as far as the level that is then set lets it.
+    """Hold back messages until the block ends; then log the ones that the level allows.
 
-    For what is said before ``--log_level`` is known.
+    For messages before ``--log_level`` is known.
     """
     root, waiting = logging.getLogger(), _Waiting()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
@@ -87,15 +86,15 @@ def held_back() -> Iterator[None]:
 
 
 def shows_bars() -> bool:
-    """Return whether to draw bars of progress: on a terminal, in process 0, unless it is to be quiet.
+    """Return whether to draw progress bars: on a terminal, in process 0, with level ``info`` or below.
 
-    In a file, every change of a bar would be more text.
+    In a file, every change of a bar would add text.
     """
     return rank() == 0 and sys.stderr.isatty() and logging.getLogger("qwenvl").isEnabledFor(logging.INFO)
 
 
 def _join(library: str) -> None:
-    """Let a library speak through our handler, without its own; one not imported yet keeps the one it will bring."""
+    """Send messages of a library to our handler instead of its own, unless it is not imported yet."""
     logger = logging.getLogger(library)
     logger.propagate = library.lower() in sys.modules
     for handler in [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]:
@@ -104,10 +103,10 @@ def _join(library: str) -> None:
 
 @contextmanager
 def collected_warnings(most: int = 200) -> Iterator[list[str]]:
-    """Give a list that the warnings of this process are put into, each text once.
+    """Yield a list that collects the warnings of this process, each text once.
 
     Args:
-        most: so many of them are kept.
+        most: Most warnings to keep.
     """
     collector = _Collector(most)
     logger = logging.getLogger("qwenvl")
@@ -131,7 +130,7 @@ class _Collector(logging.Handler):
 
 
 class _AboveProgressBars:
-    """Standard error as it is at the time of writing, above any progress bar of tqdm."""
+    """Stream to the current standard error that writes above progress bars of tqdm."""
 
     def write(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr, end="")
@@ -150,7 +149,7 @@ class _Waiting(logging.Handler):
 
 
 class _SaidByOne(logging.Filter):
-    """Lets a warning through in the process that is the first to have it: most come of what all of them do alike."""
+    """Filter that logs a warning only in the first process that has it: most warnings arise in all processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +159,7 @@ class _SaidByOne(logging.Filter):
         if record.levelno != logging.WARNING:
             return True
         text = record.getMessage()
-        self._said[text] += 1  # the second time is another warning than the first
+        self._said[text] += 1  # each repetition counts as another warning
         return is_first_to_say(f"warning {self._said[text]}: {text}")
 
 

@@ -1,4 +1,4 @@
-"""Who may read what is saved: as the umask says, also where a library writes files for their owner alone."""
+"""Set permissions of saved files by the umask, also where a library writes files for their owner only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def follow_umask(folder: Path) -> None:
     safetensors writes with mode 0600, whatever the umask: on a shared disk, nobody else could open such a model.
 
     Args:
-        folder: A folder that this process has written.
+        folder: Folder that this process has written.
     """
     wanted = _mode_of_new_files(folder)
     for file in folder.rglob("*"):
@@ -23,7 +23,7 @@ def follow_umask(folder: Path) -> None:
 
 
 def _mode_of_new_files(folder: Path) -> int:
-    """Ask the file system: reading the umask would change it for a moment, for all threads."""
+    """Return the mode of a new file in a folder, by making one: reading the umask would change it for all threads."""
     probe = folder / f".mode.{uuid.uuid4().hex}"
     probe.touch()
     try:

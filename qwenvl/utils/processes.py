@@ -1,4 +1,4 @@
-"""Tasks done by several processes, their results in order."""
+"""Run tasks in several processes, with results in order."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ T = TypeVar("T")
 
 
 def in_processes(tasks: Dataset[T], count: int, workers: int) -> DataLoader[T]:
-    """Return what yields the result of each task, in their order.
+    """Return a loader that yields the result of each task, in order.
 
     Args:
-        tasks: one an index.
-        count: how many there are.
-        workers: processes; with 0 or 1, or a single task, this one does them.
+        tasks: Dataset with one task per index.
+        count: Number of tasks.
+        workers: Number of processes; with 0 or 1, or for a single task, the tasks run in this process.
     """
     processes = min(workers, count)
     return DataLoader(
@@ -34,9 +34,9 @@ def _as_it_is(result: Any) -> Any:
 
 
 def _one_thread(worker: int) -> None:
-    """Workers are as many as cores; the tokenizer's own threads would only get into their way.
+    """Prepare a worker: switch off the tokenizer's threads, since there are as many workers as cores.
 
-    What a worker was started with stays: the garbage collector need not look at it again and again.
+    Objects inherited at the start are frozen, so that the garbage collector does not scan them again and again.
     """
     del worker
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Tables for people: drawn on a terminal, plain aligned text in files and pipes."""
+"""Format tables: drawn on a terminal, plain aligned text in files and pipes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ def table(
     """Return a table under headings.
 
     Args:
-        title: stands above it.
-        headings: one a column.
-        rows: cells, as they are: square brackets are no markup.
-        words: numbers of the columns that hold words; the others hold numbers, which end below each other and are
-            never broken.
+        title: Title above the table.
+        headings: One heading per column.
+        rows: Cells as plain text: square brackets are not markup.
+        words: Indices of the columns with words; the others hold numbers, which are right-aligned and never broken.
     """
     drawn = _empty(title, headings=True)
     for number, heading in enumerate(headings):
@@ -52,12 +51,12 @@ def pairs(title: str, values: Mapping[str, str]) -> Table:
 def as_text(*parts: RenderableType, stream: IO[str] | None = None) -> str:
     """Return tables and lines as text for a stream, with an empty line between them.
 
-    On a terminal as wide as it, with its colours and lines; elsewhere plain: no colours, no lines around cells, no cell
-    broken over lines.
+    On a terminal, the text has its width, colours and lines; elsewhere it is plain: no colours, no lines around cells,
+    no cell broken over lines.
 
     Args:
-        parts: tables, lines, whatever rich draws. A table's frame is set here.
-        stream: where it will be written; standard error where None.
+        parts: Tables, lines or other objects that rich draws. The frame of a table is set here.
+        stream: Stream that the text will be written to; standard error where None.
     """
     console = Console(file=stream or sys.stderr, highlight=False, force_jupyter=False)
     if not console.is_terminal:
@@ -79,7 +78,7 @@ def _cell(content: str | Text) -> Text:
 
 
 def _draw_for(drawn: Table, console: Console) -> None:
-    """Give a table the frame of where it is shown."""
+    """Give a table the frame for a terminal or for plain text."""
     if console.is_terminal and drawn.show_header:
         drawn.box, drawn.show_edge, drawn.pad_edge, drawn.padding = box.SIMPLE_HEAD, False, False, (0, 1)
     else:

@@ -69,7 +69,7 @@ def test_a_gray_image_of_16_bits_is_seen_as_its_8_bit_copy(tmp_path: Path, seen:
     assert expected["std"] > 0.1
     for name in ("16.png", "16.tif", "16.jp2"):
         assert shown[name]["pixel_values"] == expected, name
-    assert "16 bits a value, but none above" in shown["12_in_16.png"]["error"]
+    assert "16 bits per value, but none above" in shown["12_in_16.png"]["error"]
     assert "mode F" in shown["float.tif"]["error"] and "mode I" in shown["32.tif"]["error"]
 
 
@@ -121,7 +121,7 @@ def test_videos_that_cannot_be_used_say_why(tmp_path: Path, seen: Seen) -> None:
     shown = seen(*names, kind="video")
     reasons = {name: one.get("error", "") for name, one in shown.items()}
     assert [name for name in names if not reasons[name]] == ["2.mp4", "3.mp4", "5.mp4"]
-    assert "Give a still picture as `image`" in reasons["one.mp4"]
+    assert "Give a still image as `image`" in reasons["one.mp4"]
     assert "may be cut off" in reasons["cut.mp4"]
     assert "is empty (0 bytes)" in reasons["empty.mp4"]
     assert "a file of zeros" in reasons["zeros.mp4"]

@@ -203,11 +203,11 @@ def edit(file: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "parts"),
     [
-        ("config.json", {"image_token_id": 5}, ("<|image_pad|>", "expects 5", "those of another model")),
+        ("config.json", {"image_token_id": 5}, ("<|image_pad|>", "expects 5", "belong to another model")),
         (
             "processor_config.json",
             {"video_processor__patch_size": 14},
-            ("video_processor has patch_size 14", "config.json 16", "those of another model"),
+            ("video_processor has patch_size 14", "config.json 16", "belong to another model"),
         ),
         ("config.json", {"model_type": "llava"}, ("'llava'", "qwen3_vl_moe", "--model_name_or_path")),
     ],

@@ -77,7 +77,7 @@ def test_a_metric_that_the_answers_do_not_call_for_is_refused_before_loading(
 ) -> None:
     settings = {**EVALUATING, "eval_generate": 2, "metric_for_best_model": "box_accuracy"}
     message = fail(flags(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, **settings))
-    assert "--metric_for_best_model box_accuracy is not one that evaluations of this run give: loss, " in message
+    assert "--metric_for_best_model box_accuracy is not one that evaluations of this run compute: loss, " in message
     assert not list((tmp_path / "run").glob("*.safetensors"))
     chosen = {**settings, "metric_for_best_model": message.split("loss, ")[1].split(".")[0]}
     train(tiny_checkpoint("qwen3_vl"), tmp_path / "run", registry, **chosen, eval_generate_tokens=2)

@@ -1,1 +1,1 @@
-"""Command line and recipe files to the dataclasses of the settings."""
+"""Parsing of command lines and recipe files into the dataclasses of the settings."""

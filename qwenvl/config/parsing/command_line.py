@@ -1,4 +1,4 @@
-"""The command line: flags to texts, and the help page."""
+"""Read the flags of a command line as text, and print the help page."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class HelpPage:
     """The top of a help page.
 
     Args:
-        usage: name of the program, and how to call it.
-        description: what it does.
+        usage: Name of the program, and its arguments.
+        description: Description of the program.
     """
 
     usage: str
@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}. --help lists all flags.")
 
     def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
-        if is_main_process():  # one page, not one a rank
+        if is_main_process():  # one page, not one per rank
             super().print_help(file)
 
 
@@ -54,16 +54,16 @@ def read_flags(
     """Read a command line without its recipe.
 
     Args:
-        argv: flags and their values. ``--some-flag`` is read as ``--some_flag``; the last of several wins.
-        settings: what flags there are.
-        groups: title on the help page of each class that owns settings, in the order of the page.
-        page: top of the help page.
+        argv: Flags and their values. ``--some-flag`` is read as ``--some_flag``; the last of several wins.
+        settings: Settings by flag.
+        groups: Title on the help page of each class that owns settings, in the order of the page.
+        page: Top of the help page.
 
     Returns:
-        The texts of the flags given, by name: a list where the field takes one, ``bare`` where nothing followed.
+        The texts of the given flags, by name: a list where the field takes one, ``bare`` where no value followed.
 
     Raises:
-        UserError: an unknown flag, a missing value, or text that belongs to no flag.
+        UserError: a flag is unknown, a value is missing, or text belongs to no flag.
     """
     parser = build_parser(settings, groups, page)
     values, unknown = parser.parse_known_args([_with_underscores(token) for token in argv])
@@ -136,9 +136,9 @@ def _unknown(token: str, settings: Mapping[str, Setting]) -> str:
 
 
 def split_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """Take ``--debug``, alone or with true or false, off a command line.
+    """Remove ``--debug``, alone or with true or false, from a command line.
 
-    transformers has a flag of this name, for its debug options; with their names after it, it is left alone.
+    transformers has a flag of this name for its debug options; with names of these after it, the flag stays.
 
     Returns:
         The rest of the command line, and whether tracebacks are wanted.

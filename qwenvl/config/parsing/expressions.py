@@ -1,4 +1,4 @@
-"""Arithmetic in numbers that users write, such as ``576*32*32``."""
+"""Evaluate arithmetic in numbers that users write, such as ``576*32*32``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
 def evaluate(text: str) -> int | float:
     r"""Return the value of an arithmetic expression of numbers, ``+ - * // **`` and parentheses.
 
-    ``\*`` is read as ``*``: the official README writes it so, for shells that expand a bare star.
+    ``\*`` is read as ``*``: the official README escapes it for shells that expand a bare star.
 
     Args:
-        text: the expression, at most 100 characters.
+        text: Expression of at most 100 characters.
 
     Raises:
-        ValueError: anything else, or a result that is not finite or above 2**63.
+        ValueError: the text is something else, or its result is not finite or above 2**63.
     """
     if len(text) > LONGEST_TEXT:
         raise ValueError(f"longer than {LONGEST_TEXT} characters")

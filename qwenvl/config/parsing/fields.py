@@ -1,4 +1,4 @@
-"""One description for each field of the argument classes, and the conversion of what users write into its type."""
+"""Describe the fields of the argument classes, and convert values that users write to their types."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Setting:
     """One field of an argument class.
 
     Args:
-        name: its name, which is the flag without dashes and the key in a recipe.
-        owner: the class it belongs to.
-        kinds: types it takes, of bool, int, float, str, list and dict.
-        choices: the only texts it takes; empty where any will do.
-        default: its default; for mutable ones, a fresh copy.
-        help: one or two sentences for users.
-        bare: value of the flag when nothing follows it; None where a value is needed.
-        joined_by: what joins the items of a list into the text that the field takes; empty where lists are refused.
+        name: Name of the field, which is the flag without dashes and the key in a recipe.
+        owner: Class of the field.
+        kinds: Accepted types among bool, int, float, str, list and dict.
+        choices: Accepted texts; empty where any text is accepted.
+        default: Default value; for mutable ones, a fresh copy.
+        help: One or two sentences for users.
+        bare: Value of the flag when nothing follows it; None where a value is needed.
+        joined_by: Separator that joins the items of a list to the text of the field; empty where lists are refused.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Setting:
 
     @property
     def expected(self) -> str:
-        """What the field takes, in words."""
+        """Accepted values in words."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         words = {
@@ -61,7 +61,7 @@ def settings_of(*classes: type) -> dict[str, Setting]:
         hints = get_type_hints(owner)
         for field in dataclasses.fields(owner):
             kinds, choices = _kinds_and_choices(hints[field.name])
-            if field.init and kinds:  # a field of no plain type can only be set from Python
+            if field.init and kinds:  # a field without a plain type can only be set from Python
                 settings[field.name] = _setting(owner, field, kinds, choices)
     return settings
 
@@ -104,21 +104,21 @@ def _members(hint: Any) -> Iterator[Any]:
 
 
 def convert(setting: Setting, value: Any) -> Any:
-    """Return ``value``, as a recipe or a command line gave it, in a type that the field takes.
+    """Convert a value from a recipe or command line to a type that the field takes.
 
     Args:
-        setting: the field.
-        value: text from the command line (a list of texts where lists are taken), or a value read from YAML or JSON.
+        setting: Field that takes the value.
+        value: Text from the command line (a list of texts where lists are accepted), or a value from YAML or JSON.
 
     Raises:
-        UserError: it fits none of the field's types. The message names what was expected, not where it stood.
+        UserError: the value fits none of the field's types. The message has the expected types, but not the place.
     """
     if setting.choices:
         return _choice(setting, value)
     if isinstance(value, list) and len(value) == 1 and str in setting.kinds:
         value = value[0]
     if setting.bare is True and bool not in setting.kinds and isinstance(_as_bool(value), bool):
-        return True if _as_bool(value) else None  # transformers: --fsdp alone means True, though declared as text
+        return True if _as_bool(value) else None  # transformers: --fsdp alone means True, although its type is text
     for kind, attempt in _ATTEMPTS.items():
         if kind in setting.kinds and (result := attempt(value)) is not None:
             return float(result) if isinstance(result, int) and isinstance(setting.default, float) else result

@@ -1,4 +1,4 @@
-"""From a command line to checked arguments, and back to a recipe."""
+"""Parse a command line to checked arguments, and write them as a recipe."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class ParsedArguments:
     """All settings of a run.
 
     Args:
-        model: what is trained.
-        adapters: which adapters train beside it or in its place.
-        data: on what.
-        training: how.
-        tasks: what is learned, if it is not language.
-        debug: show tracebacks of errors.
-        given: what the user set, in recipe and flags together, by name; everything else is a default.
+        model: Checkpoint and its trained parts.
+        adapters: Adapters to train.
+        data: Datasets and data policies.
+        training: Training arguments.
+        tasks: Task other than language modelling, if any.
+        debug: Whether to show tracebacks of errors.
+        given: Values that the user set in the recipe and by flags, by name; everything else is a default.
     """
 
     model: ModelArguments
@@ -62,7 +62,7 @@ class ParsedArguments:
 
 
 def all_settings() -> dict[str, Setting]:
-    """Return every setting by name: those of the model, adapters, tasks, data, this trainer; then transformers'."""
+    """Return every setting by name: model, adapters, tasks, data and this trainer, then those of transformers."""
     settings = settings_of(ModelArguments, AdapterArguments, TaskArguments, DataArguments, TrainingArguments)
     named = {
         **TrainingArguments.__annotations__,
@@ -84,16 +84,16 @@ def parse_arguments(argv: Sequence[str]) -> ParsedArguments:
 
     Flags override the recipe. A value of null, in either, means not given. Paths in a recipe start from the current
     folder, as on the command line; files of settings (``deepspeed``, ``fsdp_config``, ``accelerator_config``,
-    ``dataset_registry``, the recipe itself) that are not there are looked for in the repository's root.
+    ``dataset_registry``, the recipe itself) that are not there are searched in the repository's root.
 
     Args:
-        argv: the command line without the program's name.
+        argv: Command line without the program's name.
 
     Returns:
         The settings, checked.
 
     Raises:
-        UserError: anything wrong with them, saying which and where.
+        UserError: a setting is wrong; the message says which one and where.
         SystemExit: with status 0, after ``--help``.
     """
     rest, debug = split_debug(argv)
@@ -114,12 +114,12 @@ def parse_class(cls: type[T], argv: Sequence[str], page: HelpPage) -> T:
     """Read the flags of a tool into its dataclass, with the rules of :func:`parse_arguments`.
 
     Args:
-        cls: dataclass whose fields are the flags.
-        argv: the command line without the program's name.
-        page: top of its help page.
+        cls: Dataclass whose fields are the flags.
+        argv: Command line without the program's name.
+        page: Top of its help page.
 
     Raises:
-        UserError: anything wrong with them.
+        UserError: a flag is wrong.
         SystemExit: with status 0, after ``--help``.
     """
     settings = settings_of(cls)
@@ -130,18 +130,20 @@ def parse_class(cls: type[T], argv: Sequence[str], page: HelpPage) -> T:
 def arguments_to_yaml(parsed: ParsedArguments) -> str:
     """Return a recipe that reruns the job: every setting that the user gave, without secrets such as hub_token.
 
-    What the program derives by itself (devices, worker counts) is left to be derived again where the recipe is rerun.
+    Values that the program derives (devices, worker counts) are left out, to be derived again in the next run.
     """
     values = without_secrets(parsed.given)
     header = f"# The settings of this run, a recipe for another: train_qwen.py FILE\n# Run from {Path.cwd()}\n"
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-    if yaml.safe_load(text) != values:  # PyYAML writes rare separators, such as U+0085, so that they read as spaces
+    if (
+        yaml.safe_load(text) != values
+    ):  # PyYAML writes rare separators, such as U+0085, such that they are read as spaces
         text = yaml.safe_dump(values, sort_keys=False, width=120)
     return header + text
 
 
 def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by name, without those that are nobody else's, such as hub_token."""
+    """Return settings by name, without secrets such as hub_token."""
     return {name: value for name, value in values.items() if not name.endswith(("token", "secret", "password"))}
 
 
@@ -195,5 +197,5 @@ def _training(values: Mapping[str, Any]) -> TrainingArguments:
         return TrainingArguments(**values)
     except UserError:
         raise
-    except (ValueError, ImportError) as error:  # what transformers itself objects to
+    except (ValueError, ImportError) as error:  # raised by transformers itself
         raise UserError(f"training arguments: {error}") from error

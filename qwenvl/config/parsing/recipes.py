@@ -1,4 +1,4 @@
-"""Reading recipes: YAML or JSON files of settings."""
+"""Read recipes: YAML or JSON files of settings."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def find_file(path: str, what: str) -> Path:
-    """Return where a file of settings is: as given from the current folder, or in the repository (where there is one).
+    """Find a file of settings: relative to the current folder, or else in the repository (where there is one).
 
     Args:
-        path: as the user wrote it.
-        what: what the file is, for the message.
+        path: Path that the user gave.
+        what: Name of the file's kind, for the message.
 
     Raises:
-        UserError: it is in neither place.
+        UserError: the file is in neither place.
     """
     given = Path(path).expanduser()
     candidates = [given] if CHECKOUT is None else [given, CHECKOUT / given]
@@ -40,10 +40,10 @@ def read_recipe(path: str) -> dict[str, Any]:
     """Read a recipe: one mapping of names to values.
 
     Args:
-        path: a ``.yaml``, ``.yml`` or ``.json`` file, found as by :func:`find_file`.
+        path: Path of a ``.yaml``, ``.yml`` or ``.json`` file, found as by :func:`find_file`.
 
     Raises:
-        UserError: no such file, another kind of file, broken syntax, a name given twice, or not a mapping of names.
+        UserError: the file is missing, of another kind, has broken syntax or a repeated name, or is not a mapping.
     """
     if not path.lower().endswith(SUFFIXES):
         raise UserError(f"recipe {path!r}: a recipe is a {', '.join(SUFFIXES)} file; flags start with --.")
@@ -89,9 +89,9 @@ def _from_yaml(text: str) -> Any:
 
 
 def _read_nested_floats(node: yaml.Node | None, depth: int) -> None:
-    """Let ``1e-6`` within a mapping or list be a number, as it is where the type of the setting is known.
+    """Read ``1e-6`` within a mapping or list as a number, as for settings of known type.
 
-    YAML 1.1, which PyYAML reads, wants a dot and a sign of the exponent. Text in quotes stays text.
+    YAML 1.1, which PyYAML reads, requires a dot and a sign of the exponent. Quoted text stays text.
     """
     if isinstance(node, yaml.MappingNode):
         for _, value in node.value:

@@ -1,4 +1,4 @@
-"""The metric that the best checkpoint is chosen by: which names there are, and which way is better."""
+"""Check the metric of the best checkpoint, and whether greater values of it are better."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ _LOWER_IS_BETTER = ("loss", "loss_shown", "loss_blank", "loss_swapped", "mae", "
 
 
 def plain_name(metric: str) -> str:
-    """Return the name of a metric without the prefix that logs have."""
+    """Return the name of a metric without the prefix of logs."""
     return metric.removeprefix("eval_")
 
 
 def greater_is_better(metric: str) -> bool:
-    """Return whether more of a metric is better; transformers takes whatever does not end with loss for such a one."""
+    """Return whether greater values of a metric are better; transformers decides by whether its name ends in loss."""
     return plain_name(metric) not in _LOWER_IS_BETTER
 
 
 def available_metrics(of_task: Iterable[str], answers: Iterable[str], *, blind: bool) -> tuple[str, ...]:
-    """Return the metrics that evaluations of a run give.
+    """Return the metrics that evaluations of a run compute.
 
     Args:
         of_task: Metrics of the task of the run, where there is one.
-        answers: Metrics of the answers, where the model is asked for any.
+        answers: Metrics of generated answers, if there are any.
         blind: Whether the losses with other images are computed.
     """
     return ("loss", *of_task, *answers, *(OF_VIEWS if blind else ()))
 
 
 def require_metric(metric: str, available: Iterable[str], advice: str = "") -> None:
-    """Check that evaluations give a metric.
+    """Check that evaluations compute a metric.
 
     Raises:
         UserError: They do not.
@@ -42,6 +42,6 @@ def require_metric(metric: str, available: Iterable[str], advice: str = "") -> N
     known = tuple(available)
     if plain_name(metric) not in known:
         raise UserError(
-            f"--metric_for_best_model {metric} is not one that evaluations of this run give: {', '.join(known)}."
+            f"--metric_for_best_model {metric} is not one that evaluations of this run compute: {', '.join(known)}."
             f"{nearest(plain_name(metric), known)}{advice}"
         )

@@ -1,7 +1,7 @@
-"""Settings files of DeepSpeed and FSDP against the flags, before anything is loaded.
+"""Check settings files of DeepSpeed and FSDP against the flags, before anything is loaded.
 
-transformers compares a DeepSpeed file with the flags when the model is loaded and the data are read; of an FSDP
-configuration it takes the keys that it knows.
+transformers compares a DeepSpeed file with the flags only after the model and the data are loaded, and ignores unknown
+keys of an FSDP configuration.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _ABSENT = object()
 
 
 def read_settings(value: Mapping[str, Any] | str, flag: str) -> dict[str, Any]:
-    """Return settings that a flag names by a JSON file, or holds.
+    """Return the settings of a flag, which are its value or in the JSON file that it names.
 
     Args:
-        value: path of the file, or the settings.
-        flag: without its dashes.
+        value: Path of the file, or the settings.
+        flag: Name of the flag without dashes.
 
     Raises:
-        UserError: the file cannot be read, is not JSON (with the line), or holds no mapping.
+        UserError: the file cannot be read, is not JSON (with the line), or is not a mapping.
     """
     if not isinstance(value, str):
         return dict(value)
@@ -55,26 +55,26 @@ def read_settings(value: Mapping[str, Any] | str, flag: str) -> dict[str, Any]:
 
 
 def check_deepspeed(training: TrainingArguments) -> dict[str, Any] | str:
-    """Check a DeepSpeed configuration against the flags and the version that is installed.
+    """Check a DeepSpeed configuration against the flags and the installed version.
 
-    Sections ``optimizer`` and ``scheduler`` that say what the flags say are left out: with them DeepSpeed would make
-    its own, with one learning rate for all parts of the model.
+    Sections ``optimizer`` and ``scheduler`` that agree with the flags are left out: with them, DeepSpeed would make its
+    own, with one learning rate for all parts of the model.
 
     Args:
-        training: as the user set it, before transformers completes it.
+        training: Training arguments as the user set them, before transformers completes them.
 
     Returns:
-        What to set ``training.deepspeed`` to.
+        Value for ``training.deepspeed``.
 
     Raises:
-        UserError: all that is wrong with it, in one message.
+        UserError: the configuration is wrong; the message has all its problems.
     """
     assert training.deepspeed is not None
     config = read_settings(training.deepspeed, "deepspeed")
     try:
         version = metadata.version("deepspeed")
     except metadata.PackageNotFoundError:
-        version = ""  # transformers says so
+        version = ""  # transformers reports that it is missing
     problems = [
         *_stage_problems(config, version),
         *_unsupported(config, training),
@@ -85,12 +85,12 @@ def check_deepspeed(training: TrainingArguments) -> dict[str, Any] | str:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise UserError(
             f"--deepspeed {name} cannot be trained with:{lines}\n"
-            'Where the file and a flag differ: write "auto" in the file for what the flag says, or change the flag.'
+            'Where the file and a flag differ: write "auto" in the file to use the flag, or change the flag.'
         )
     own = {"optimizer", "scheduler"} & config.keys()
     if not own:
         return training.deepspeed
-    logger.info("The DeepSpeed file's %s says what the flags say, which are used.", " and ".join(sorted(own)))
+    logger.info("The DeepSpeed file's %s agrees with the flags, which are used.", " and ".join(sorted(own)))
     return {name: section for name, section in config.items() if name not in own}
 
 
@@ -98,8 +98,8 @@ def overlap_problem(zero: Mapping[str, Any], version: str) -> str | None:
     """Return why a DeepSpeed version must not overlap communication, or None.
 
     Args:
-        zero: the section ``zero_optimization``.
-        version: of DeepSpeed; empty where it is not known.
+        zero: Section ``zero_optimization``.
+        version: Version of DeepSpeed; empty where it is unknown.
     """
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if zero.get("overlap_comm") is not True or zero.get("stage") not in (1, 2) or numbers is None:
@@ -119,8 +119,8 @@ def _stage_problems(config: Mapping[str, Any], version: str) -> Iterator[str]:
         return
     if zero["stage"] == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         yield (
-            "zero_optimization.stage3_gather_16bit_weights_on_model_save: must be true, or no weights would be saved "
-            "that anything but a resumed run opens."
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save: must be true: otherwise the saved weights "
+            "could only be used to resume the run."
         )
     problem = overlap_problem(zero, version)
     if problem:
@@ -128,7 +128,7 @@ def _stage_problems(config: Mapping[str, Any], version: str) -> Iterator[str]:
 
 
 def _unsupported(config: Mapping[str, Any], training: TrainingArguments) -> Iterator[str]:
-    """Say which flags transformers refuses with DeepSpeed after the model is loaded, or reads as others."""
+    """Yield problems of flags that transformers refuses with DeepSpeed only after loading, or interprets otherwise."""
     if training.auto_find_batch_size and _look_up(config, "zero_optimization.stage") == 3:
         yield "--auto_find_batch_size: not with stage 3. Choose a batch size, or stage 2."
     if training.save_only_model and training.load_best_model_at_end:
@@ -139,7 +139,7 @@ def _unsupported(config: Mapping[str, Any], training: TrainingArguments) -> Iter
 
 
 def _conflicts(config: Mapping[str, Any], training: TrainingArguments, ranks: int) -> Iterator[str]:
-    """Compare what both the file and the flags say; each conflict with both values."""
+    """Yield the conflicts between the file and the flags, each with both values."""
     for path, value, flag in (*_batch_values(training, ranks), *_section_values(config, training)):
         written = _look_up(config, path)
         if written not in (_ABSENT, None, "auto", value):
@@ -162,7 +162,7 @@ def _batch_values(training: TrainingArguments, ranks: int) -> Iterator[tuple[str
 
 
 def _section_values(config: Mapping[str, Any], training: TrainingArguments) -> Iterator[tuple[str, Any, str]]:
-    """What the sections of optimizer and scheduler have to say, which are made by the flags."""
+    """Yield the values that the flags require in the sections of optimizer and scheduler."""
     optim, schedule = (getattr(value, "value", value) for value in (training.optim, training.lr_scheduler_type))
     written = _look_up(config, "optimizer.type")
     same = str(written).lower() in ("adam", "adamw") and str(optim).startswith("adamw")
@@ -178,7 +178,9 @@ def _section_values(config: Mapping[str, Any], training: TrainingArguments) -> I
     yield "scheduler.params.warmup_min_lr", 0, "every schedule here"
     if training.max_steps > 0:
         yield "scheduler.params.total_num_steps", training.max_steps, "--max_steps"
-    if training.warmup_steps == 0 or training.warmup_steps >= 1:  # otherwise a share of steps that are not known yet
+    if (
+        training.warmup_steps == 0 or training.warmup_steps >= 1
+    ):  # otherwise a share of a number of steps that is not known yet
         yield "scheduler.params.warmup_num_steps", training.warmup_steps, "--warmup_steps"
 
 
@@ -193,10 +195,10 @@ def check_fsdp(training: TrainingArguments) -> None:
     """Check the flags of FSDP.
 
     Args:
-        training: as the user set it, before transformers completes it.
+        training: Training arguments as the user set them, before transformers completes them.
 
     Raises:
-        UserError: all that is wrong with them, in one message.
+        UserError: the flags are wrong; the message has all their problems.
     """
     config = read_settings(training.fsdp_config or {}, "fsdp_config")
     if not training.fsdp:

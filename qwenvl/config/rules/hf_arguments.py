@@ -1,6 +1,6 @@
-"""What becomes of each field of ``transformers.TrainingArguments``; ``docs/training_arguments.md`` shows the table.
+"""State the support of each field of ``transformers.TrainingArguments``; the source of ``docs/training_arguments.md``.
 
-A field that is in none of its parts makes a test fail, so that a new release of transformers adds none in silence.
+A test fails for a field that is in none of the tables, so that a new release of transformers cannot add one unnoticed.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ WORKS: dict[str, str] = {
     "lr_scheduler_type": "A warm-up with a schedule that has none (`constant`, plateaus, `greedy`) is refused.",
     "lr_scheduler_kwargs": "Tried on the schedule before anything is loaded.",
     "warmup_steps": "Below 1 a share of all steps; see `lr_scheduler_type`.",
-    "optim": "Those that group parameters themselves are refused; so is one whose package is missing.",
+    "optim": "Optimizers that group parameters themselves are refused, as are those with a missing package.",
     "optim_args": "Refused where the optimizer takes no such argument; `weight_decay` has a flag of its own.",
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), "Refused with an optimizer that has none."),
-    "average_tokens_across_devices": "False: each rank divides by its own units, and ranks weigh alike.",
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), "Refused with an optimizer that does not have it."),
+    "average_tokens_across_devices": "False: each rank divides by its own units, and all ranks have equal weight.",
     **dict.fromkeys(
         ("bf16_full_eval", "fp16_full_eval"),
-        "Evaluations compute in this type; weights stay as they are. With DeepSpeed it has to be that of training.",
+        "Evaluations compute in this type; weights stay as they are. With DeepSpeed it must be the type of training.",
     ),
     "gradient_checkpointing": "Also `language`, `vision` or `both`.",
     "gradient_checkpointing_kwargs": '`{"use_reentrant": false}`, which is the default; others are refused.',
     "activation_checkpointing": "The newer name of `gradient_checkpointing`.",
     "activation_checkpointing_kwargs": "The newer name of `gradient_checkpointing_kwargs`.",
-    "torch_compile": "Compiles the layers of the language model, each for itself; not with DeepSpeed or FSDP.",
+    "torch_compile": "Compiles each layer of the language model separately; not with DeepSpeed or FSDP.",
     **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), "Switches `torch_compile` on."),
-    "use_liger_kernel": "Liger's loss alone; the model stays stock.",
+    "use_liger_kernel": "Only Liger's loss; the model stays stock.",
     "neftune_noise_alpha": "Refused with `data_flatten` and `data_packing`: its noise shrinks with the row's length.",
     "auto_find_batch_size": "Not with ZeRO-3.",
     "include_num_input_tokens_seen": "`non_padding` counts the tokens of usable samples.",
@@ -58,31 +58,33 @@ WORKS: dict[str, str] = {
     "save_strategy": "`best` needs an evaluation; its metric is the loss unless `metric_for_best_model` names another.",
     "save_total_limit": "1 or more.",
     "load_best_model_at_end": "",
-    "metric_for_best_model": "With or without `eval_`; a name that no evaluation gives is refused.",
+    "metric_for_best_model": "With or without `eval_`; a name that no evaluation computes is refused.",
     "greater_is_better": "Default: false for losses and errors (`mae`, `rmse`), true for all others.",
-    "data_seed": "Of the order, of shares of datasets and of what is held out. Default: 0.",
+    "data_seed": "Seed of the order, of sampled shares of datasets and of the held-out split. Default: 0.",
     "ddp_find_unused_parameters": "Not needed: every rank uses every part.",
-    **dict.fromkeys(("fsdp", "fsdp_config"), "FSDP2 alone."),
+    **dict.fromkeys(("fsdp", "fsdp_config"), "Only FSDP2."),
     "do_eval": "True needs `eval_strategy`, False must not have it.",
 }
-"""Fields that do what transformers says, with what is to be known besides."""
+"""Fields that work as in transformers, with notes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a field takes no other values than those that change nothing.
+    """Reason why a field accepts only values that change nothing.
 
     Args:
         reason: Two sentences at most, for the message and the page.
-        harmless: Values that are taken, besides None.
+        harmless: Accepted values, besides None.
     """
 
     reason: str
     harmless: tuple[Any, ...] = ()
 
 
-_NO_LOGITS = "An evaluation here adds up its loss, and keeps no logits, inputs or labels."
-_OWN_ORDER = "Batches are made here, in an order that any number of ranks agrees on and a resumed run goes on with."
+_NO_LOGITS = "Evaluations here sum the loss, and keep no logits, inputs or labels."
+_OWN_ORDER = (
+    "Batches are made here, in an order that does not depend on the number of ranks and that a resumed run continues."
+)
 
 REFUSED: dict[str, Refusal] = {
     "label_smoothing_factor": Refusal("It is not supported: the loss is plain cross entropy.", (0.0,)),
@@ -93,10 +95,10 @@ REFUSED: dict[str, Refusal] = {
     "eval_accumulation_steps": Refusal(_NO_LOGITS),
     "include_for_metrics": Refusal(f"{_NO_LOGITS} Metrics of answers: --eval_generate.", ([],)),
     "batch_eval_metrics": Refusal(f"{_NO_LOGITS} Metrics of answers: --eval_generate.", (False,)),
-    "label_names": Refusal("The labels are made here, of the answers.", (["labels"],)),
+    "label_names": Refusal("The labels are made here, from the answers.", (["labels"],)),
     "remove_unused_columns": Refusal("Samples are not columns of a table here.", (False,)),
     "use_cache": Refusal("Training has no use for a cache of keys and values.", (False,)),
-    "liger_kernel_config": Refusal("Of Liger Kernel, --use_liger_kernel takes its loss alone.", ({},)),
+    "liger_kernel_config": Refusal("--use_liger_kernel uses only the loss of Liger Kernel.", ({},)),
     "enable_jit_checkpoint": Refusal("SIGTERM and SIGUSR1 always save a checkpoint and end the run.", (False,)),
     "dataloader_in_order": Refusal(_OWN_ORDER, (True,)),
     "do_train": Refusal("This program trains. To evaluate: tools/evaluate.py; to try settings: --dry_run.", (True,)),
@@ -112,7 +114,7 @@ _ACCELERATOR_SETTINGS: dict[str, tuple[Any, ...]] = {
     "gradient_accumulation_kwargs": (None, {}),
     "use_configured_state": (False,),
 }
-"""Settings of ``accelerator_config``, and the values that change nothing."""
+"""Settings of ``accelerator_config``, and their values that change nothing."""
 
 WARNED: dict[str, str] = {
     **dict.fromkeys(
@@ -120,25 +122,25 @@ WARNED: dict[str, str] = {
         "Every epoch holds each sample once, in a new order; see `group_by_cost`.",
     ),
 }
-"""Fields without effect, which the log says."""
+"""Fields without effect, which the log reports."""
 
 NO_DIFFERENCE: dict[str, str] = {
-    "logging_nan_inf_filter": "Steps that are not finite are not taken, and never in a logged loss.",
-    "log_on_each_node": "Figures and messages come from process 0 of the run, whatever it says.",
-    "hub_always_push": "An upload is waited for, so that none is ever left out.",
-    "local_rank": "The launcher's environment says it; old launchers pass the flag as well.",
-    "parallelism_config": "Cannot be set here; what asks for it otherwise is refused.",
+    "logging_nan_inf_filter": "Steps that are not finite are skipped, and never part of a logged loss.",
+    "log_on_each_node": "Figures and messages always come from process 0 of the run.",
+    "hub_always_push": "Every upload is waited for, so that none is left out.",
+    "local_rank": "Read from the launcher's environment; old launchers pass the flag as well.",
+    "parallelism_config": "Cannot be set here; other ways to ask for it are refused.",
 }
 """Fields whose values make no difference, and why they cannot."""
 
 
 def fates() -> Mapping[str, tuple[str, str]]:
-    """Return of each field in which part of the table it is, and what there is to say, in the order of names."""
+    """Return the part of the table and the note for each field, in the order of names."""
     parts: dict[str, dict[str, str]] = {
         "works": WORKS,
         "refused": {
             **{name: refusal.reason for name, refusal in REFUSED.items()},
-            "accelerator_config": f"{_OWN_ORDER} What says so in other words is taken.",
+            "accelerator_config": f"{_OWN_ORDER} Equivalent values are accepted.",
         },
         "warned of": WARNED,
         "no difference": NO_DIFFERENCE,
@@ -148,13 +150,13 @@ def fates() -> Mapping[str, tuple[str, str]]:
 
 
 def refuse_unsupported(given: Mapping[str, Any]) -> None:
-    """Refuse what would be accepted and passed over.
+    """Refuse settings that would be accepted and ignored.
 
     Args:
-        given: What the user set, by name.
+        given: Values that the user set, by name.
 
     Raises:
-        UserError: A field has a value that would not do what it says.
+        UserError: A field has a value without its effect.
     """
     for name, value in given.items():
         refusal = REFUSED.get(name)
@@ -163,10 +165,10 @@ def refuse_unsupported(given: Mapping[str, Any]) -> None:
 
 
 def refuse_accelerator_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings of ``accelerator_config`` that would be passed over.
+    """Refuse settings of ``accelerator_config`` that would be ignored.
 
     Raises:
-        UserError: One that is not as accelerate's defaults, or that accelerate does not know.
+        UserError: One differs from accelerate's defaults, or is unknown to accelerate.
     """
     for name, value in settings.items():
         if name not in _ACCELERATOR_SETTINGS:

@@ -1,4 +1,4 @@
-"""The range of every number among the training arguments, checked before anything is loaded."""
+"""Check the range of every number among the training arguments, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from qwenvl.utils.errors import UserError
 
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**32 - 1  # NumPy's
-LONGEST_TIME = 10**9  # seconds; timers take no more than some 9 billion
+LONGEST_TIME = 10**9  # seconds; timers accept no more than about 9 billion
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The values that a number may have; None counts as allowed.
+    """Range of a number; None is always allowed.
 
     Args:
         low: Smallest value.
@@ -36,7 +36,7 @@ class Limits:
         return high_enough and (self.high is None or (value < self.high if self.below else value <= self.high))
 
     def __str__(self) -> str:
-        """Return them in words, to stand after "must be"."""
+        """Return the range in words, to follow "must be"."""
         lower = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
         upper = "" if self.high is None else f" and {'below' if self.below else 'at most'} {self.high:.10g}"
         return lower + upper
@@ -101,7 +101,7 @@ def check_limits(arguments: Any) -> None:
     """
     for name, limits in LIMITS.items():
         value = getattr(arguments, name)
-        if name == "num_train_epochs" and arguments.max_steps > 0:  # which comes first
+        if name == "num_train_epochs" and arguments.max_steps > 0:  # which has priority
             continue
         if not limits.allow(value):
             raise UserError(f"--{name} {value:g} must be {limits}.{_ADVICE.get(name, '')}")

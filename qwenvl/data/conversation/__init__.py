@@ -1,1 +1,1 @@
-"""A record to turns, with media bound to tags, boxes in the family's form, and the chat template."""
+"""Records to turns: media bound to tags, boxes in the family's form, and the chat template."""

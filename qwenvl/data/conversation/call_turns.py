@@ -1,7 +1,7 @@
-"""Turns that are tool calls, ``function_call`` of LLaMA-Factory and ``tool_call`` of ms-swift, read as ``tool_calls``.
+"""Read turns that are tool calls (``function_call`` of LLaMA-Factory, ``tool_call`` of ms-swift) as ``tool_calls``.
 
-Their content is one call as JSON, or a list of calls, which may stand behind a thought. One answer of the model may
-take several such turns, and words of the assistant before them: they are one turn, as a server would have it.
+Their content is one call as JSON, or a list of calls, which may follow a thought. Text of the assistant and the call
+turns after it are joined to one turn, as a server has them.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def read_call_turn(content: Any, extra: Mapping[str, Any], where: str) -> Messag
     """Return a turn that is a call.
 
     Args:
-        content: what is said: JSON, or what JSON would be read as.
-        extra: its other keys that templates know.
-        where: name of the turn, for messages.
+        content: Content of the turn: JSON, or the value that the JSON stands for.
+        extra: Other keys of the turn that templates know.
+        where: Name of the turn, for messages.
 
     Raises:
         SampleError: it is not a call, or it has calls twice (``bad_record``).
@@ -83,11 +83,11 @@ def _is_typed_text(content: Any) -> bool:
 
 
 def join_calls(messages: Iterable[Message], are_calls: Sequence[bool]) -> list[Message]:
-    """Put calls into the answer right before them, where both have one weight and the calls no thought of their own.
+    """Put calls into the answer right before them, if both have the same weight and the calls have no thought.
 
     Args:
-        messages: turns.
-        are_calls: whether each of them is a turn that is a call.
+        messages: Turns of the sample.
+        are_calls: Whether each of them is a call turn.
     """
     joined: list[Message] = []
     for message, is_call in zip(messages, are_calls, strict=True):

@@ -1,11 +1,11 @@
-"""Messages to text through the checkpoint's own chat template: for each trained answer, its prompt and its target.
+"""Render messages with the checkpoint's own chat template: a prompt and a target for each trained answer.
 
-The prompt of an answer is the text that a server makes of the turns before it: the template with
-``add_generation_prompt``, with the tools and template arguments of the sample. The target is what the model then has to
-write: thought, closing tag, text, calls and end of turn. It is what the template adds to the prompt once the answer is
-there as the last turn. Templates render earlier turns differently from how they were generated (thoughts of earlier
-answers are left out), so that each answer has a prompt of its own; :mod:`qwenvl.data.encoding.rows` makes training rows
-of them. Words that users type (``assistant``, ``<|im_end|>``, whole turns) cannot move a border.
+The prompt of an answer is the text that a server makes of the turns before it: the template rendered with
+``add_generation_prompt`` and the tools and template arguments of the sample. The target is the text that the model then
+has to write: thought, closing tag, text, calls and end of turn. It is what the template adds to the prompt when the
+answer is its last turn. Templates render earlier turns differently from how they were generated (they leave out
+thoughts of earlier answers), so that each answer has a prompt of its own; :mod:`qwenvl.data.encoding.rows` makes
+training rows of them. Text of users (``assistant``, ``<|im_end|>``, whole turns) cannot change the span of an answer.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from qwenvl.data.types import Conversation, Message, TextPart
 from qwenvl.utils.errors import SampleError, UserError
 
 THOUGHT = "reasoning_content"
-_ANSWER = "\ue000"  # of a conversation that is rendered to see what the template writes around it
+_ANSWER = "\ue000"  # of conversations that are rendered to see what the template writes around an answer
 SWITCH = "enable_thinking"
 """Template argument that turns thinking on and off, in the templates that have it."""
-_NONE = {"tools": None, "documents": None, "add_generation_prompt": False}  # what templates are given in any case
+_NONE = {"tools": None, "documents": None, "add_generation_prompt": False}  # arguments that every template gets
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedTurn:
-    """One trained answer: what a server sends before it, and what the model has to write.
+    """One trained answer: the prompt that a server sends, and the target that the model has to write.
 
     Args:
         prompt: Rendered turns before the answer, with the generation prompt; one placeholder token per image or video.
-        target: Rendered answer, up to and with its end of turn and the newline after it.
+        target: Rendered answer, including its end of turn and the newline after it.
         message: Index of the answer in the conversation's messages.
         arguments: Arguments that the template was rendered with.
-        thought: Characters of the target that are its thought, closing tag included; 0 without a thought.
+        thought: Characters of the thought at the start of the target, closing tag included; 0 without a thought.
         weight: Factor of the loss of the target's tokens.
     """
 
@@ -72,7 +72,7 @@ class Rendering:
         untrained: (start, stop) in characters of parts of spans that are not trained, such as a thought.
         thinks: Whether the answer of each span has a thought.
         weights: Factor of the loss of each span's tokens; empty where all are 1.
-        whole: The conversation as the template renders it; each answer may have been asked for by another prompt.
+        whole: Whether the text is the whole conversation as rendered; servers may send other prompts for its answers.
         thoughts_left_out: Numbers, from 1, of answers with a thought that the template leaves out of the whole.
     """
 
@@ -145,7 +145,7 @@ class ChatTemplate:
         """Render a conversation as a whole, as the official recipe does: earlier turns as the template writes history.
 
         Raises:
-            SampleError: The template refuses the conversation, or changes it so that its turns cannot be told apart.
+            SampleError: The template refuses the conversation, or changes it so that the ends of turns cannot be found.
         """
         conversation = self.with_thoughts_apart(conversation)
         arguments = self.arguments(conversation, None)
@@ -154,7 +154,7 @@ class ChatTemplate:
         return self._spans(text, conversation.messages, self._ends_by_markers(text, conversation, arguments), arguments)
 
     def render_prompt(self, conversation: Conversation) -> Rendering:
-        """Render a conversation with the header of the answer that is to come; nothing in it is trained.
+        """Render a conversation with the header of the next answer; nothing in it is trained.
 
         Raises:
             SampleError: The template refuses the conversation.
@@ -165,7 +165,7 @@ class ChatTemplate:
         return Rendering(self._render_messages(conversation, None, arguments, add_generation_prompt=True), ())
 
     def arguments(self, conversation: Conversation, answer: Message | None) -> dict[str, Any]:
-        """Return the template arguments of an answer: those of the run, of its dataset and sample, and for its thought.
+        """Return the template arguments of an answer: those of the run, its dataset and its sample.
 
         ``enable_thinking`` is on for an answer with a thought and off for one without, where the template has the
         switch and nothing else is given.
@@ -182,7 +182,7 @@ class ChatTemplate:
         return with_thoughts_apart(conversation) if self.writes_thoughts else conversation
 
     def _finds_switch(self, question: dict[str, Any]) -> bool:
-        """Whether ``enable_thinking`` changes the prompt; a template that does not name it is not asked."""
+        """Return whether ``enable_thinking`` changes the prompt; a template that does not name it is not rendered."""
         if not any(SWITCH in str(template) for template in self._templates()):
             return False
         prompts = {self._render([question], add_generation_prompt=True, **{SWITCH: on}) for on in (True, False)}
@@ -201,7 +201,7 @@ class ChatTemplate:
 
         Args:
             conversation: Turns of the sample.
-            whole: It is trained as the template renders it, where only the last answer keeps its thought.
+            whole: Whether it is trained as the template renders it, where only the last answer keeps its thought.
         """
         answers = [message for message in conversation.messages if message.role == "assistant"]
         chosen = answers[-1:] if whole else [message for message in answers if message.trained]
@@ -247,7 +247,7 @@ class ChatTemplate:
         """Check that the template takes and writes the system turns that are not first.
 
         Raises:
-            SampleError: it does not.
+            SampleError: The template does not.
         """
         first, *others = conversation.messages
         mark = TextPart(unused_character(conversation))
@@ -267,7 +267,7 @@ class ChatTemplate:
                 raise SampleError("template", _late_system_turn(late, "leaves out"))
 
     def _ends_by_markers(self, text: str, conversation: Conversation, arguments: Mapping[str, Any]) -> list[int | None]:
-        """Return where what each turn says ends, white space behind it left out; None where that is nothing."""
+        """Return where the content of each turn ends, without trailing white space; None for a turn without content."""
         marker = unused_character(conversation)
         call = self._one_more_call(marker) if any(map(has_call_mark, conversation.messages)) else ""
         marked = self._render_messages(conversation, marker, arguments)
@@ -275,16 +275,16 @@ class ChatTemplate:
         if plain != text:
             raise SampleError(
                 "template",
-                "the checkpoint's chat template rewrites the text of this sample, so that it cannot be told where its "
-                "turns end. Look at the rendered text with tools/show_sample.py and reword or remove the sample.",
+                "the checkpoint's chat template rewrites the text of this sample, so that the ends of its turns cannot "
+                "be found. Look at the rendered text with tools/show_sample.py and reword or remove the sample.",
             )
         return ends
 
     def _one_more_call(self, name: str) -> str:
-        """Return what the template writes behind the calls of an answer for one more of them.
+        """Return the text that the template writes for one more call after those of an answer.
 
         Raises:
-            SampleError: That cannot be told.
+            SampleError: The text cannot be found.
         """
         question, calls = Message("user", (TextPart("Q"),)), [function_call("f"), function_call(name)]
         fewer, more = (
@@ -301,7 +301,7 @@ class ChatTemplate:
     def _spans(
         self, text: str, messages: Sequence[Message], ends: Sequence[int | None], arguments: Mapping[str, Any]
     ) -> Rendering:
-        """Return the trained spans; ``ends`` is where what each turn says ends, None where that is nothing."""
+        """Return the trained spans; ``ends`` has the end of the content of each turn, None for one without content."""
         spans, turns = [], []
         cursor = 0
         for index, (message, end) in enumerate(zip(messages, ends, strict=True)):
@@ -369,17 +369,17 @@ class ChatTemplate:
 
 
 def _template_source(processor: Any) -> str | None:
-    """Return the text of the template that ``apply_chat_template`` renders; None where only itself can tell."""
+    """Return the text of the template that ``apply_chat_template`` renders; None where only that method knows it."""
     stock = getattr(type(processor), "apply_chat_template", None) is ProcessorMixin.apply_chat_template
     source = processor.chat_template if stock else None
     return source if isinstance(source, str) else None
 
 
 def _is_plain(messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> bool:
-    """Whether ``apply_chat_template`` hands everything to the template as it is.
+    """Return whether ``apply_chat_template`` hands everything to the template as it is.
 
-    Calls, thoughts, tools and rich values it prepares first, in each version otherwise. Turns of text and media it does
-    not change, and takes as long for as the template itself.
+    It prepares calls, thoughts, tools and structured values first, differently in each version. It does not change
+    turns of text and media, but takes as long for them as the template itself.
     """
     return all(len(message) == 2 for message in messages) and all(
         value is None or type(value) in (bool, int, float, str) for value in arguments.values()
@@ -392,7 +392,7 @@ def _without_late_system_turns(conversation: Conversation) -> Conversation:
 
 
 def _late_system_turn(turn: Message, verb: str) -> str:
-    """Return what there is to say of a system turn that is not first."""
+    """Return the message about a system turn that is not first."""
     return (
         f"the checkpoint's chat template {verb} the system turn {reprlib.repr(turn.text)}, which is not the first "
         "turn. Put all that the system says into one system turn at the start, or write it into a user turn."
@@ -410,19 +410,19 @@ def _left_out(
 
 
 def weights_of(weights: Iterable[float]) -> tuple[float, ...]:
-    """Return the weights of answers, or none where all are 1: without any, nothing is carried along and computed."""
+    """Return the weights of answers; empty where all are 1, so that no weights are computed."""
     found = tuple(weights)
     return found if any(weight != 1 for weight in found) else ()
 
 
 def weight_lines(rendering: Rendering) -> list[str]:
-    """Return a line for people on each answer with a weight other than 1."""
+    """Return a line of text for each answer with a weight other than 1."""
     weights = zip(rendering.turns, rendering.weights, strict=True) if rendering.weights else ()
     return [f"message {turn}: weight {weight:g}" for turn, weight in weights if weight != 1]
 
 
 def opens_thought(prompt: str) -> bool:
-    """Whether a generation prompt ends within a thought."""
+    """Return whether a generation prompt ends within a thought."""
     return prompt.rfind("<think>") > prompt.rfind("</think>")
 
 
@@ -431,7 +431,7 @@ def _last_answer(conversation: Conversation) -> Message | None:
 
 
 def _end_of_thought(target: str, place: int) -> int:
-    """Return where the closing tag of a thought ends, with the white space behind it."""
+    """Return where the closing tag of a thought and the white space after it end."""
     close = target.find("</think>", place)
     stop = place if close < 0 else close + len("</think>")
     return stop + len(target[stop:]) - len(target[stop:].lstrip())

@@ -1,4 +1,4 @@
-"""Limits that stand in a record beside its video or image, rather than in the object of it."""
+"""Read limits of a video or image that are in the record beside it, rather than in its own object."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ LIMIT_FIELDS = {
     **dict.fromkeys(("video_start", "start", "start_time"), "video_start"),
     **dict.fromkeys(("video_end", "end", "end_time"), "video_end"),
 }
-"""Names of limits in records, and in the objects of media."""
+"""Names of limits in records, and their names in the objects of media."""
 
 
 def with_limits(record: Mapping[str, Any], messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
-    """Give the limits of a record to its single video; those of pixels to its single image or video.
+    """Give the limits of a record to its single video, and limits of pixels to its single image or video.
 
     Args:
         record: Fields of the sample.
-        messages: Its turns.
+        messages: Turns of the sample.
 
     Returns:
-        The turns, and the keys of the record that were read: none where there is nothing that they could limit.
+        The turns, and the keys of the record that were read: none where the sample has no media that they could limit.
 
     Raises:
-        SampleError: there are several that it could limit, a value is wrong, or differs from the item's own
+        SampleError: several items could be meant, a value is wrong, or a value differs from the item's own
             (``bad_record``).
     """
     if LIMIT_FIELDS.keys().isdisjoint(record):
@@ -67,7 +67,7 @@ def _check_one(key: str, name: str, items: Sequence[ImageItem | VideoItem], valu
 
 
 def _limited(item: ImageItem | VideoItem, settings: Mapping[str, Any]) -> ImageItem | VideoItem:
-    """Return an item with settings of its record, which may repeat its own."""
+    """Return an item with settings of its record, which may repeat the item's own."""
     kind: Kind = "video" if isinstance(item, VideoItem) else "image"
     of_frames = isinstance(item.source, tuple)
     given = read_settings(settings, kind, of_frames)

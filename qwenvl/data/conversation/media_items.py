@@ -1,4 +1,4 @@
-"""The media of a record: how images and videos are written in annotations, and which tag each one is bound to."""
+"""Read the images and videos of a record in all their written forms, and bind them to tags."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ SOURCE_KEYS: dict[Kind, tuple[str, ...]] = {
     "image": ("image", "image_url", "path", "url"),
     "video": ("video", "video_url", "frames", "path", "url"),
 }
-"""Keys that hold where a media item is, in any of the forms it is written in."""
+"""Keys that hold the source of an image or video, in all written forms."""
 _IGNORED_KEYS = ("type", "detail")  # "detail" is a hint to OpenAI's own service
-_LARGEST = 2**53  # of the numbers taken: all are exact as floats
-_FRAME_RATES = ("sample_fps", "fps", "raw_fps")  # of a list of frames, the first one given counts
+_LARGEST = 2**53  # largest number accepted: all below it are exact as floats
+_FRAME_RATES = ("sample_fps", "fps", "raw_fps")  # keys for the rate of a list of frames; the first one given counts
 IMG_TAG = r"<img>[^<>\n]*</img>"
-"""Pattern of Qwen-VL's tag, which says itself where its image is."""
+"""Pattern of Qwen-VL's tag, which contains the source of its image."""
 _OTHER_NAMES = re.compile(r"(image|video)_(?:paths?|files?|([0-9]+))")
 
 
 class MediaPool:
-    """The images and videos of a record or of one turn, handed out in order to its tags.
+    """The images and videos of a record or of one turn, bound in order to its tags.
 
     Args:
         fields: Fields of the sample or turn; see :func:`media_keys`.
@@ -50,7 +50,7 @@ class MediaPool:
         self._stands_in = False
 
     def bind(self, tag: str) -> ImageItem | VideoItem:
-        """Return what ``<image>``, ``<video>`` or ``<img>a.jpg</img>`` stands for."""
+        """Return the item that ``<image>``, ``<video>`` or ``<img>a.jpg</img>`` stands for."""
         if tag.startswith("<img>"):
             return image_item(img_source(tag))
         return self.take("image" if tag == "<image>" else "video")
@@ -75,15 +75,15 @@ class MediaPool:
         return bool(self._items[kind]) or (self._outer is not None and self._outer._holds(kind))
 
     def items(self) -> tuple[ImageItem | VideoItem, ...]:
-        """All images, then all videos."""
+        """Return all images, then all videos."""
         return tuple(item for kind in KINDS for item in self._items[kind])
 
     def untouched(self) -> bool:
-        """Whether there are items, and no tag has asked for any."""
+        """Return whether there are items, and none was bound to a tag."""
         return any(self._items.values()) and not any(self._tags.values())
 
     def check_bound(self, kind: Kind) -> None:
-        """Raise a SampleError (``too_many_tags``, ``too_few_tags``) where tags and items are not equally many."""
+        """Raise a SampleError (``too_many_tags``, ``too_few_tags``) where the numbers of tags and items differ."""
         items, tags, tag = self._items[kind], self._tags[kind], f"<{kind}>"
         media = f"{len(items)} {kind}{'s' * (len(items) != 1)}"
         note = " (where no image is given, <image> stands for a video)" if self._stands_in else ""
@@ -98,7 +98,7 @@ class MediaPool:
             raise SampleError("too_few_tags", f"{counts}. {self._too_few_hint(kind)}")
 
     def check_bound_in(self, where: str) -> None:
-        """Do what :meth:`check_bound` does for all kinds, for the media of a turn."""
+        """Apply :meth:`check_bound` to all kinds of media of a turn."""
         try:
             for kind in KINDS:
                 self.check_bound(kind)
@@ -118,12 +118,12 @@ class MediaPool:
 
 
 def img_source(tag: str) -> str:
-    """Return where the image of ``<img>a.jpg</img>`` is."""
+    """Return the source of the image of ``<img>a.jpg</img>``."""
     return tag.removeprefix("<img>").removesuffix("</img>").strip()
 
 
 def turn_pool(turn: Mapping[str, Any], where: str, outer: MediaPool) -> MediaPool:
-    """Return the pool of a turn with media of its own, inside that of its sample; that of its sample without any."""
+    """Return the pool of a turn with media of its own; the pool of the sample for a turn without any."""
     if not media_keys(turn):
         return outer
     try:
@@ -139,7 +139,7 @@ def image_item(value: Any) -> ImageItem:
     else:
         source, limits = value, {}
     if source == b"":
-        raise SampleError("zero_byte", "an embedded picture is empty (0 bytes).")
+        raise SampleError("zero_byte", "an embedded image is empty (0 bytes).")
     if not isinstance(source, Source) or not source:
         raise SampleError("bad_record", f"an image must be a path, URL, data URI or bytes, not {_short(source)}.")
     return ImageItem(source, **limits)
@@ -162,7 +162,7 @@ def video_item(value: Any) -> VideoItem:
 def typed_media(part: Mapping[str, Any], kind: Kind, where: str, pool: MediaPool) -> ImageItem | VideoItem:
     """Read a typed part, such as ``{"type": "image", "image": "a.jpg", "max_pixels": 50176}``.
 
-    One without a source of its own stands for the next item of the record's ``image`` or ``video``, like a tag.
+    A part without a source of its own stands for the next item of the record's ``image`` or ``video``, like a tag.
     """
     try:
         if _source(part, kind) is None:
@@ -174,10 +174,10 @@ def typed_media(part: Mapping[str, Any], kind: Kind, where: str, pool: MediaPool
 
 
 def media_keys(fields: Mapping[str, Any]) -> dict[Kind, list[str]]:
-    """Return the keys of a record or turn that hold its media, in order; kinds that it has none of are missing.
+    """Return the keys of a record or turn that hold its media, in order, for each kind that it has.
 
-    ``image`` or ``images``; without them, the keys that others use: ``image_path``, ``image_file`` and their plurals,
-    or ``image_1``, ``image_2`` and so on (MMMU). The same for videos. Null and empty ones count as absent.
+    These are ``image`` or ``images``; without them, keys of other tools: ``image_path``, ``image_file`` and their
+    plurals, or ``image_1``, ``image_2`` and so on (MMMU). The same for videos. Null and empty values count as absent.
     """
     found: dict[Kind, list[str]] = {}
     given = [key for key in fields if str(key).startswith(KINDS) and _is_given(fields[key])]
@@ -211,7 +211,7 @@ def _frame(frame: Any) -> Source:
 
 
 def _source(fields: Mapping[str, Any], kind: Kind) -> Any:
-    """Return where an item is, as written; None where it is not said."""
+    """Return the source of an item, as written; None where it has none."""
     content = fields.get("bytes")  # how the ``datasets`` library stores media in Arrow and Parquet
     if isinstance(content, bytes):
         return content
@@ -231,12 +231,12 @@ def read_settings(fields: Mapping[str, Any], kind: Kind, of_frames: bool = False
     """Return an item's own settings, checked.
 
     Args:
-        fields: Keys of the item; those that say where it is are passed over.
+        fields: Keys of the item; its source is ignored.
         kind: Kind of the item.
-        of_frames: The item is a list of frames.
+        of_frames: Whether the item is a list of frames.
 
     Raises:
-        SampleError: a key is no setting, or has a wrong value (``bad_record``).
+        SampleError: a key is not a setting, or has a wrong value (``bad_record``).
     """
     readers = _IMAGE_SETTINGS if kind == "image" else _VIDEO_SETTINGS
     rates = _FRAME_RATES if of_frames else ()
@@ -261,7 +261,7 @@ def check_order(limits: Mapping[str, Any], of_frames: bool) -> None:
     """Refuse settings of an item that contradict each other.
 
     Raises:
-        SampleError: they do (``bad_record``).
+        SampleError: two settings do (``bad_record``).
     """
     for low, high in (("min_pixels", "max_pixels"), ("min_frames", "max_frames"), ("video_start", "video_end")):
         if low in limits and high in limits and limits[low] > limits[high]:
@@ -271,7 +271,7 @@ def check_order(limits: Mapping[str, Any], of_frames: bool) -> None:
 
 
 def _number(text: str) -> float | str:
-    """Return the number that a text is, else the text."""
+    """Return a text as a number, or the text itself where it is not one."""
     try:
         return float(text)
     except ValueError:

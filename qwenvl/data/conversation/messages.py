@@ -1,13 +1,12 @@
-"""From a record of an annotation file to turns of text and media, each tag bound to one image or video.
+"""Turn a record of an annotation file into turns of text and media, each tag bound to one image or video.
 
-Two forms are read, and those of :mod:`qwenvl.data.sources.record_forms` as the second. ShareGPT: ``conversations``,
-turns of ``from`` and ``value``, media in ``image``/``images`` and ``video``/``videos``, bound in order to the
-``<image>`` and ``<video>`` tags of user and tool turns. OpenAI and Qwen: ``messages``, turns of ``role`` and
-``content``, where content is text (with tags, as above) or a list of typed parts. ``<img>a.jpg</img>`` (Qwen-VL) is a
-tag that says itself which image it stands for, and a turn may have media of its own: bound to its tags, or put before
-its text where it has none. A field that is null counts as absent. In the arguments of tool calls and in tools it does
-not: there null is a value, as their author wrote it. (Of rows in Arrow and Parquet nobody can tell; see
-:mod:`qwenvl.data.sources.nulls`.)
+Two forms are read; the forms of :mod:`qwenvl.data.sources.record_forms` are turned into the second one. ShareGPT:
+``conversations``, turns of ``from`` and ``value``, media in ``image``/``images`` and ``video``/``videos``, bound in
+order to the ``<image>`` and ``<video>`` tags of user and tool turns. OpenAI and Qwen: ``messages``, turns of ``role``
+and ``content``, where content is text (with tags, as above) or a list of typed parts. ``<img>a.jpg</img>`` (Qwen-VL) is
+a tag that contains the source of its image. A turn may have media of its own: they are bound to its tags, or put before
+its text where it has none. A field that is null counts as absent, except in tools and in the arguments of tool calls,
+where null is a value. (In Arrow and Parquet, the two cannot be distinguished; see :mod:`qwenvl.data.sources.nulls`.)
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ ROLES: dict[str, Role] = {
 MEDIA_ROLES = ("user", "tool")
 
 _PEOPLE = [name for name, role in ROLES.items() if role != "tool" and name not in CALL_ROLES]
-"""Speakers that a hint may name: one that turned a call into a tool's answer, or back, would change what is trained."""
+"""Speakers that a hint may suggest: not those of calls and tools, as a wrong guess would change what is trained."""
 
 _TAGS = re.compile(f"(<image>|<video>|{IMG_TAG})")
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -62,13 +61,13 @@ def build_conversation(
 ) -> Conversation:
     """Read a sample's turns and bind its media to them.
 
-    White space that touches a bound tag goes; all other text stays as written. In answers, system turns and typed
+    White space next to a bound tag is removed; all other text stays as written. In answers, system turns and typed
     text parts a tag is plain text.
 
     Args:
-        sample: the record and where it stands.
-        reserved_tokens: tokens that only the template may write, such as ``<|image_pad|>``.
-        answered: a sample without an assistant turn is an error.
+        sample: Record and its origin.
+        reserved_tokens: Tokens that only the template may write, such as ``<|image_pad|>``.
+        answered: Whether a sample without an assistant turn is an error.
         task_fields: Fields of the record that a task reads.
 
     Raises:
@@ -83,14 +82,14 @@ def build_conversation(
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """A sample that was read to its end, whatever is wrong with it.
+    """A sample that was read to its end in spite of problems.
 
     Args:
-        conversation: its turns that can be read. Where tags are more than media, stand-ins with an empty source are
-            bound to the last ones.
-        media: its images and videos in the order of its turns; where there are problems, all that it names, bound or
-            not, equal ones once.
-        problems: everything that is wrong with its record.
+        conversation: Turns that can be read. Where there are more tags than media, stand-ins with an empty source are
+            bound to the last tags.
+        media: Images and videos in the order of the turns; where there are problems, all that the record names, bound
+            or not, equal ones once.
+        problems: All errors of the record.
     """
 
     conversation: Conversation
@@ -101,7 +100,7 @@ class Examined:
 def examine(
     sample: Sample, reserved_tokens: Collection[str], *, answered: bool = True, task_fields: Collection[str] = ()
 ) -> Examined:
-    """Do what :func:`build_conversation` does, and go on after a problem."""
+    """Do the same as :func:`build_conversation`, but go on after a problem."""
     problems = _Problems(sample, answered)
     pool = problems.attempt(_read_pool, sample.record)
     conversation = problems.attempt(
@@ -115,7 +114,7 @@ def examine(
 
 
 class _Problems:
-    """Collects what is wrong with a sample."""
+    """Collects the errors of a sample."""
 
     def __init__(self, sample: Sample, wants_answer: bool) -> None:
         self.wants_answer = wants_answer
@@ -125,7 +124,7 @@ class _Problems:
         self.template_kwargs = {} if given is None else self.attempt(read_template_kwargs, given) or {}
 
     def attempt(self, function: Callable[..., T], *values: Any) -> T | None:
-        """Call a function, and return its result; None where it raised a SampleError, which is kept."""
+        """Call a function and return its result; None where it raised a SampleError, which is kept."""
         try:
             return function(*values)
         except SampleError as error:
@@ -194,7 +193,7 @@ def read_template_kwargs(value: Any) -> Mapping[str, Any]:
     """Return template arguments of a sample or dataset: an object, or a JSON string of one.
 
     Raises:
-        SampleError: they are not, or hold one that the trainer sets.
+        SampleError: the value is something else, or holds an argument that the trainer sets.
     """
     if isinstance(value, str):
         try:
@@ -212,7 +211,9 @@ def _check_answered(messages: list[Message]) -> None:
     if not any(message.role == "assistant" for message in messages):
         raise SampleError("no_answer", "no assistant turn, so nothing to learn from. Add the answer, or take it out.")
     if not any(message.role == "assistant" and message.trained for message in messages):
-        raise SampleError("no_answer", "every assistant turn says that it is not trained. Let one be, or take it out.")
+        raise SampleError(
+            "no_answer", "every assistant turn is marked as not trained. Train one, or take the sample out."
+        )
 
 
 def _turns(record: Mapping[str, Any]) -> list[Any]:
@@ -281,7 +282,7 @@ def _with_own_media(parts: tuple[Part, ...], own: MediaPool, role: Role, where: 
 
 
 def _either(turn: Mapping[str, Any], first: str, second: str, number: int) -> Any:
-    """Return the value of the one key of two that the turn has."""
+    """Return the value of whichever of two keys the turn has."""
     given = [turn[key] for key in (first, second) if turn.get(key) is not None]
     if len(given) == 2 and given[0] != given[1]:
         raise SampleError("bad_record", f"turn {number} has {first!r} and {second!r}, which differ. Keep one.")
@@ -289,7 +290,7 @@ def _either(turn: Mapping[str, Any], first: str, second: str, number: int) -> An
 
 
 def speaker_role(turn: Mapping[str, Any]) -> Role | None:
-    """Return the role of who speaks in a turn; None where nobody knows it."""
+    """Return the role of the speaker of a turn; None where it is unknown."""
     speaker = _speaker(turn)
     return ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
 
@@ -395,7 +396,7 @@ def _check_texts(where: str, texts: Collection[str] | Iterator[str], reserved_to
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield every string inside nested values, keys included; without recursion, as values nest as they like."""
+    """Yield every string inside nested values, keys included; without recursion, as nesting may be deep."""
     remaining = [value]
     while remaining:
         value = remaining.pop()

@@ -1,7 +1,7 @@
-"""The keys of a record: which ones refuse it, and which ones nothing reads, so that they can be named.
+"""Check the keys of a record: refuse keys that are not supported, and report keys that nothing reads.
 
-Each key is read (by the readers of turns, of media, of tasks, ...), known to mean nothing here, refused, or named once
-for each dataset. Null counts as absent.
+Each key is read (by the readers of turns, of media, of tasks, ...), known to mean nothing here, refused, or reported
+once per dataset. Null counts as absent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MEAN_NOTHING = frozenset(
         *("image_width", "image_height", "image_size", "image_sizes", "size", "resolution"),
     )
 )
-"""Where a sample comes from, and what the file of its image says as well."""
+"""Keys for the origin of a sample, and for facts that the file of its image contains too."""
 _KNOWN = _READ | _MEAN_NOTHING
 
 _KTO = ("label", "kto_tag")
@@ -40,11 +40,11 @@ NO_AUDIO = "The models cannot hear. Take the sample out, or write down what is h
 
 
 def check_keys(record: Mapping[str, Any], turns: Iterable[Any], task_fields: Collection[str]) -> None:
-    """Refuse a record with a key that changes what is to be learned, and that cannot be followed.
+    """Refuse a record with a key that changes what is to be learned but is not supported.
 
     Args:
         record: Fields of the sample.
-        turns: Its turns, as they are written.
+        turns: Turns of the sample, as written.
         task_fields: Fields that a task reads.
 
     Raises:
@@ -69,8 +69,8 @@ def unread_keys(record: Mapping[str, Any], turns: Iterable[Any], read: Collectio
 
     Args:
         record: Fields of the sample.
-        turns: Its turns, as they are written.
-        read: Keys of this record that are read, besides those of every record.
+        turns: Turns of the sample, as written.
+        read: Keys of this record that are read, besides those read from every record.
     """
     found = [key for key in record if record[key] is not None and key not in _KNOWN and key not in read]
     if found:

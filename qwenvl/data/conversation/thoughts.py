@@ -1,4 +1,4 @@
-"""Thoughts of answers: a ``<think>`` block at the start of the text, or ``reasoning_content``."""
+"""Handle thoughts of answers: a ``<think>`` block at the start of the text, or ``reasoning_content``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _THOUGHT_FIRST = re.compile(r"\s*(?:<think>)?((?:(?!</?think>).)*)</think>\s*((?
 
 
 def split_thought(text: str) -> tuple[str, str] | None:
-    """Return the thought in front of an answer and the answer, or None where it does not start by one thought."""
+    """Return the thought in front of an answer and the answer; None where the text does not start with one thought."""
     found = _THOUGHT_FIRST.fullmatch(text) if "</think>" in text else None
     return (found[1].strip(), found[2]) if found is not None else None
 
@@ -26,20 +26,20 @@ def thought_of(message: Message) -> str:
 
 
 def writes_thought(message: Message, written: str) -> bool:
-    """Return whether an answer's thought is in what a template has written of it; also where it has none."""
+    """Return whether the text that a template wrote for an answer has its thought; true for an answer without one."""
     thought = thought_of(message)
     return not thought or ("<think>" in written and thought in written)
 
 
 def is_empty_answer(message: Message) -> bool:
-    """Return whether a turn is an answer that is trained and says nothing: no words, no thought, no call."""
+    """Return whether a turn is a trained answer without content: no text, no thought, no call."""
     if message.role != "assistant" or not message.trained:
         return False
     return not (message.text.strip() or message.extra.get("tool_calls") or thought_of(message))
 
 
 def with_thoughts_apart(conversation: Conversation) -> Conversation:
-    """Return a conversation in which thoughts that stand in the text of answers are in ``reasoning_content``."""
+    """Return a conversation with thoughts moved from the text of answers to ``reasoning_content``."""
     messages = tuple(map(with_thought_apart, conversation.messages))
     return conversation if messages == conversation.messages else replace(conversation, messages=messages)
 
@@ -59,8 +59,8 @@ def without_repeated_thought(message: Message, where: str) -> Message:
     """Return an answer without a thought in front of its text that repeats its ``reasoning_content``.
 
     Args:
-        message: the turn.
-        where: its name, for messages.
+        message: Turn of the sample.
+        where: Name of the turn, for messages.
 
     Raises:
         SampleError: the two thoughts differ (``bad_record``).

@@ -1,9 +1,9 @@
-"""Tools, tool calls and thoughts: that a chat template writes them, which those of older models do not.
+"""Parse tool calls, and check that a chat template writes tools, calls and thoughts; those of older models do not.
 
-A template that knows nothing of ``tools`` and ``tool_calls`` leaves them out without a word, and the answer that is
-trained is empty. How a template writes a value (quoted, escaped, as XML) is its own affair; so the sample is rendered
-once more with a number in place of every name and value of its calls and every name of its tools, and all of these
-numbers must be there.
+A template without support for ``tools`` and ``tool_calls`` leaves them out silently, and an empty answer would be
+trained. Templates write values in different ways (quoted, escaped, as XML). So the sample is rendered once more with a
+number in place of every name and value of its calls and every name of its tools, and all of these numbers must be in
+the rendered text.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _CALL_KEYS = ("name", "id", "type", "index")
 def parse_calls(calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return tool calls with arguments as objects, as servers hand them to chat templates.
 
-    The protocol of OpenAI has the arguments of a call as a JSON string. What is no JSON object stays as it is; none at
-    all is an empty object.
+    The protocol of OpenAI has the arguments of a call as a JSON string. Arguments that are not a JSON object stay as
+    they are; missing ones become an empty object.
 
     Raises:
         SampleError: a call has no name (``bad_record``).
@@ -38,9 +38,9 @@ def parse_calls(calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def as_function_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a tool in the form in which servers hand it to chat templates: its description under ``function``.
+    """Return a tool in the form that servers hand to chat templates: its description under ``function``.
 
-    LLaMA-Factory and OpenAI's responses have the description alone; other kinds of tools stay as they are.
+    LLaMA-Factory and OpenAI's Responses API have the description alone; other kinds of tools stay as they are.
     """
     described = {key: value for key, value in tool.items() if key != "type"}
     is_function = tool.get("type") in (None, "function") and "function" not in tool
@@ -66,7 +66,7 @@ def _parse_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a call that has its arguments by another name, or none.
+    """Return a call whose arguments have another name or are missing.
 
     Raises:
         SampleError: a key may hold them, and its meaning is not known (``bad_record``).
@@ -84,7 +84,7 @@ def _with_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def advice_on_calls(conversation: Conversation) -> str:
-    """Return a sentence for a sample that a template refuses: that arguments are no object, where that is so."""
+    """Return advice for a sample that a template refuses: write arguments as an object, where they are not one."""
     calls = [call for message in conversation.messages for call in message.extra.get("tool_calls", ())]
     functions = [call.get("function", call) for call in calls]
     other = [one for one in functions if isinstance(one, Mapping) and not isinstance(one.get("arguments"), Mapping)]
@@ -93,12 +93,11 @@ def advice_on_calls(conversation: Conversation) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StandIns:
-    """A conversation in which numbers stand for names and values, to see which of them a template writes.
+    """A conversation with numbers in place of names and values, to see which of them a template writes.
 
     Args:
-        conversation: the conversation with stand-ins.
-        wanted: for each thing that must be written, what it is called in messages, and its stand-ins, one of which
-            must be there.
+        conversation: Conversation with the numbers.
+        wanted: Name and numbers of each thing that must be written: one of its numbers must be in the rendering.
     """
 
     conversation: Conversation
@@ -116,13 +115,13 @@ class StandIns:
 
 
 def stand_ins(conversation: Conversation, rendered: str) -> StandIns:
-    """Return a conversation with stand-ins for its tools, its calls, and the thought of its last answer.
+    """Return a conversation with stand-ins for the names of its tools, its calls, and the thought of its last answer.
 
-    Of tools, the names; for thoughts of earlier answers it is right that templates leave them out.
+    Templates rightly leave out thoughts of earlier answers.
 
     Args:
-        conversation: the sample.
-        rendered: its rendering, in which no stand-in stands.
+        conversation: Conversation of the sample.
+        rendered: Rendered text of it, which must not contain a stand-in.
 
     Raises:
         SampleError: values are nested too deeply (``bad_record``).
@@ -147,7 +146,7 @@ def _with_calls(message: Message, numbers: _Numbers) -> Message:
 
 
 class _Numbers:
-    """Gives out stand-ins: numbers of twelve digits, the first of which stand nowhere in a text."""
+    """Gives out stand-ins: numbers of twelve digits whose first digits are not in a text."""
 
     def __init__(self, text: str) -> None:
         self.wanted: list[tuple[str, tuple[str, ...]]] = []

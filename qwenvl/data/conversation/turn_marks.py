@@ -1,7 +1,7 @@
-"""Turns as chat templates take them, and the marks that show where a template has written their ends.
+"""Convert turns to the form of chat templates, with marks that show where a template writes their ends.
 
 Each turn's text gets a marker character at its end. An answer with tool calls gets one more call, of a function whose
-name is the marker: what the template writes for it stands right behind the last real call, whatever that one says.
+name is the marker: the template writes it right after the last real call, whatever that one contains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def function_call(name: str) -> dict[str, Any]:
 
 
 def as_template_message(message: Message, marker: str | None) -> dict[str, Any]:
-    """Return the turn as chat templates take it; with ``marker`` its marks are in it."""
+    """Return the turn as chat templates take it, with its marks where ``marker`` is given."""
     content: list[dict[str, Any]] = []
     last_text = max((i for i, part in enumerate(message.parts) if isinstance(part, TextPart)), default=-1)
     for index, part in enumerate(message.parts):
@@ -35,7 +35,7 @@ def as_template_message(message: Message, marker: str | None) -> dict[str, Any]:
         else:
             content.append({"type": "image" if isinstance(part, ImageItem) else "video"})
     only_text = all(item["type"] == "text" for item in content)
-    # A plain string is what templates handle best: some look into it for <think> and tool responses.
+    # Templates handle plain strings best: some search them for <think> and tool responses.
     body: Any = "".join(item["text"] for item in content) if only_text else content
     written = {"role": message.role, "content": body, **message.extra}
     if marker is not None and has_call_mark(message):
@@ -44,10 +44,10 @@ def as_template_message(message: Message, marker: str | None) -> dict[str, Any]:
 
 
 def has_text_mark(message: Message) -> bool:
-    """Whether a turn's text gets a mark.
+    """Return whether a turn's text gets a mark.
 
-    White space gets none, which templates may strip. Nor does a thought in front of calls without words between: text
-    behind the thought would make words of it.
+    White space gets none, because templates may strip it. A thought right in front of calls gets none either: text
+    after it would turn the thought into part of the text.
     """
     text = message.text
     if has_call_mark(message):
@@ -56,7 +56,7 @@ def has_text_mark(message: Message) -> bool:
 
 
 def has_call_mark(message: Message) -> bool:
-    """Whether a turn gets one more call."""
+    """Return whether a turn gets one more call."""
     return message.role == "assistant" and bool(message.extra.get("tool_calls"))
 
 
@@ -64,15 +64,15 @@ def ends_of_turns(marked: str, marker: str, call: str, messages: Sequence[Messag
     """Take the marks out of a rendering.
 
     Args:
-        marked: rendering of the marked turns.
-        marker: the marker character.
-        call: what the template writes for the call that is a mark; empty where no turn has one.
-        messages: the turns.
+        marked: Rendered text of the marked turns.
+        marker: Marker character.
+        call: Text that the template writes for a call that is a mark; empty where no turn has one.
+        messages: Turns of the sample.
 
     Returns:
-        The rendering without marks, and where in it the last marked thing of each turn ends, white space behind it left
-        out: its calls, or else its text; None for a turn without marks. The text is empty where the marks are not all
-        there, in the order of the turns.
+        The rendered text without marks, and where in it the calls, or else the text, of each turn end, without trailing
+        white space; None for a turn without marks. The text is empty if marks are missing or in another order than the
+        turns.
     """
     pieces = re.split(f"({re.escape(call)}|{marker})" if call else f"({marker})", marked)
     expected = [[marker] * has_text_mark(message) + [call] * has_call_mark(message) for message in messages]
@@ -91,7 +91,7 @@ def unused_character(conversation: Conversation) -> str:
     """Return a character of the private use area that the conversation does not contain.
 
     Raises:
-        SampleError: it contains all of them.
+        SampleError: the conversation contains all of them.
     """
     extras = [[message.text, dict(message.extra)] for message in conversation.messages]
     everything = json.dumps([extras, [dict(tool) for tool in conversation.tools]], ensure_ascii=False, default=str)
@@ -102,7 +102,7 @@ def unused_character(conversation: Conversation) -> str:
 
 
 def _mark(text: str, marker: str) -> str:
-    """Put the marker after the text, but before what templates look for there: white space, a closing tag."""
+    """Put the marker after the text, but before endings that templates look for: white space, a closing tag."""
     stripped = text.rstrip()
     if stripped.endswith(_TOOL_RESPONSE_END):
         stripped = stripped[: -len(_TOOL_RESPONSE_END)]

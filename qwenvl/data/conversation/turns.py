@@ -1,4 +1,4 @@
-"""The keys of a turn besides who speaks and what is said: calls, thoughts, and how much it is trained."""
+"""Read the keys of a turn besides its speaker and content: calls, thoughts and its weight in the loss."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TURN_EXTRAS: dict[str, Any] = {
 }
 """Keys that chat templates know, and those of the same meaning: ``reasoning`` of vLLM, the older ``function_call``."""
 FLAG_KEYS = ("loss", "train", "loss_mask")
-"""Of ms-swift, axolotl and UI-TARS: whether an answer is trained."""
+"""Keys of ms-swift, axolotl and UI-TARS for whether an answer is trained."""
 WEIGHT_KEYS = ("weight", "loss_scale", "loss_weight")
-"""Of OpenAI, ms-swift and LLaMA-Factory: factor of the loss of an answer's tokens."""
+"""Keys of OpenAI, ms-swift and LLaMA-Factory for the factor of the loss of an answer's tokens."""
 _LEAST, _MOST = 0.001, 1000.0
-"""Limits of a weight other than 0: numbers beyond them are something else, or a slip."""
+"""Range of a weight other than 0: numbers outside of it are something else, or a mistake."""
 AUDIO_FIELDS = ("audio", "audios")
 """Refused where they hold something; see :mod:`qwenvl.data.conversation.record_keys`."""
 
@@ -36,11 +36,11 @@ _READ = frozenset(
 
 
 def read_extra(turn: Mapping[str, Any], role: Role, number: int) -> dict[str, Any]:
-    """Return the keys of a turn that chat templates know, by the names that they know.
+    """Return the keys of a turn that chat templates know, under the names that they use.
 
     Raises:
-        SampleError: one is of another type, belongs to an answer and not to this turn, or differs from another one of
-            the same meaning (``bad_record``).
+        SampleError: a value is of another type, belongs to an answer and not to this turn, or differs from another
+            value of the same meaning (``bad_record``).
     """
     extra = {key: turn[key] for key in TURN_EXTRAS if turn.get(key) is not None}
     for key, value in extra.items():
@@ -65,7 +65,7 @@ def read_extra(turn: Mapping[str, Any], role: Role, number: int) -> dict[str, An
 
 
 def _rename(extra: dict[str, Any], other: str, name: str, number: int) -> None:
-    """Give a value the name that templates know; both names may be there where they say the same."""
+    """Give a value the name that templates use; both names may be there if their values are equal."""
     value = extra.pop(other, None)
     if value and extra.get(name) and extra[name] != value:
         raise SampleError("bad_record", f"turn {number} has {name!r} and {other!r}, which differ. Keep one.")
@@ -74,10 +74,10 @@ def _rename(extra: dict[str, Any], other: str, name: str, number: int) -> None:
 
 
 def read_weight(turn: Mapping[str, Any], role: Role, number: int) -> float:
-    """Return the factor of the loss of a turn, as far as it says so itself; 0 where it is not trained.
+    """Return the factor of the loss that a turn gives itself, 1 by default; 0 where it is not trained.
 
     Raises:
-        SampleError: a value is no flag or no weight, two contradict each other, or another turn than an answer is to be
+        SampleError: a value is not a flag or weight, two contradict each other, or a turn other than an answer is to be
             trained (``bad_record``).
     """
     flags = {key: _flag(key, turn[key], number) for key in FLAG_KEYS if turn.get(key) is not None}
@@ -117,9 +117,9 @@ def _weight(key: str, value: Any, number: int) -> float:
 
 
 def unread_keys_of_turns(turns: Iterable[Any]) -> list[str]:
-    """Return the keys of turns and of their text parts that nothing reads, for messages; those that are null are none.
+    """Return the keys of turns and of their text parts that nothing reads, for messages.
 
-    Keys of media parts are read or refused.
+    Null values count as absent. Keys of media parts are read or refused elsewhere.
     """
     known = [turn for turn in turns if isinstance(turn, Mapping)]
     lists = [turn[key] for turn in known for key in ("value", "content") if isinstance(turn.get(key), list)]

@@ -1,4 +1,4 @@
-"""The records of this stage: a sample before and after its media are decoded, and what there is to report of it."""
+"""Records of the encoding stage: a sample before and after its media are decoded, and the events to report."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qwenvl.utils.errors import Origin, UserError
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something about a sample that the run has to count or say.
+    """Something about a sample that the run has to count or report.
 
     Args:
-        kind: ``bad`` (left out), ``overlength`` (left out), ``truncated``, ``unread_key`` (once a dataset and key), or
-            one of :data:`qwenvl.data.sample_stats.REMARKS`.
-        dataset: registry name of its dataset.
-        message: origin and reason, for a person.
-        record: what ``bad_samples.jsonl`` says of it.
+        kind: ``bad`` (left out), ``overlength`` (left out), ``truncated``, ``unread_key`` (once per dataset and key),
+            or one of :data:`qwenvl.data.sample_stats.REMARKS`.
+        dataset: Registry name of its dataset.
+        message: Origin and reason, in words.
+        record: Line for ``bad_samples.jsonl``.
     """
 
     kind: str
@@ -34,14 +34,14 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A sample before anything is decoded: exact tokens, from headers alone.
+    """A sample before anything is decoded: its exact tokens, from headers alone.
 
     Args:
-        conversation: what is rendered, after turns were cut where the policy says so.
-        rendering: the rendered text.
-        media: what becomes of its pictures and videos, in token order.
-        tokens: ids, labels and positions.
-        events: what there is to report.
+        conversation: Conversation to render, without the turns that the over-length policy left out.
+        rendering: Rendered text.
+        media: Plans of its images and videos, in token order.
+        tokens: Ids, labels and positions.
+        events: Events to report.
     """
 
     conversation: Conversation
@@ -53,10 +53,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """A picture or video that is decoded and resized.
+    """A decoded and resized image or video.
 
     Args:
-        frames: uint8 [frames, height, width, 3] in pixels, RGB, contiguous; one frame for a picture.
+        frames: uint8 [frames, height, width, 3] in pixels, RGB, contiguous; one frame for an image.
         grid: (temporal, height, width) in patches. A video with fewer frames than its patches hold repeats the last.
     """
 
@@ -74,10 +74,10 @@ class EncodedSample:
     """A sample that is ready for the model.
 
     Args:
-        tokens: ids, labels and positions.
-        media: its pictures and videos, in token order.
-        origin: where it stands, for messages.
-        target: what a task wants to know of it, see :mod:`qwenvl.data.encoding.targets`.
+        tokens: Ids, labels and positions.
+        media: Images and videos, in token order.
+        origin: Place of the sample, for messages.
+        target: Target of the task, see :mod:`qwenvl.data.encoding.targets`.
     """
 
     tokens: Tokens
@@ -88,12 +88,12 @@ class EncodedSample:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What the dataset gives for one index.
+    """Output of the dataset for one index.
 
     Args:
-        samples: usable samples; several for a packed row, none for a filler or a sample left out.
-        events: what there is to report.
-        error: the problem that must stop the run (workers hand it over; the training process raises it).
+        samples: Usable samples; several for a packed row, none for a filler or a sample left out.
+        events: Events to report.
+        error: Problem that must stop the run (workers return it; the training process raises it).
     """
 
     samples: tuple[EncodedSample, ...] = ()

@@ -1,4 +1,4 @@
-"""One sample from its record to tokens and pixels: the stages of the data path in their order."""
+"""Encode one sample from its record to tokens and pixels: the stages of the data path in order."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class OverlengthError(SampleError):
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A training row as far as its length goes: headers read and text tokenized, no tensor made."""
+    """A training row up to its length: headers are read and text is tokenized, but no tensor is made."""
 
     rendering: Rendering
     media: tuple[MediaPlan, ...]
@@ -46,7 +46,7 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A sample as far as its length goes."""
+    """A sample up to its length."""
 
     conversation: Conversation
     media: tuple[MediaPlan, ...]
@@ -59,10 +59,10 @@ class _Draft:
 
 
 def plan_item(item: ImageItem | VideoItem, reader: MediaReader, settings: VisionSettings) -> MediaPlan:
-    """Read the header of an image or video, and return what becomes of it.
+    """Return the plan of an image or video, from its header.
 
     Raises:
-        SampleError: it cannot be opened, or the model cannot take it; names it, without the origin.
+        SampleError: it cannot be opened, or the model cannot take it; the message names it, without the origin.
     """
     try:
         if isinstance(item, ImageItem):
@@ -81,22 +81,22 @@ def _unread_keys(conversation: Conversation, sample: Sample) -> tuple[Event, ...
 
 @dataclass(frozen=True)
 class SampleEncoder:
-    """Everything that turns samples of one run into model inputs. Safe to send to DataLoader workers.
+    """Encoder of the samples of one run to model inputs. Safe to send to DataLoader workers.
 
     Args:
-        template: the checkpoint's chat template.
-        tokenizer: rendering to tokens.
-        settings: limits of pictures and videos.
-        reserved_tokens: strings that no text may contain.
-        max_length: most tokens a sample may have.
-        overlength: what happens to longer ones: left out, stop the run, or leave out turns from the end.
-        allow_remote: http(s) media may be fetched.
-        video_timeout: seconds that opening or decoding a video may take.
-        max_positions: that the model is made for; None for any. A picture has fewer positions than tokens.
-        targets: reads what a task wants to know of each sample; None for language modelling.
-        history: rows of a conversation: each answer behind the prompt that a server sends (``exact``), those of the
-            last one (``last``), or the conversation as the template renders it (``as_rendered``).
-        loss_on: answers, or parts of them, that are trained.
+        template: Chat template of the checkpoint.
+        tokenizer: Tokenizer of renderings.
+        settings: Limits of images and videos.
+        reserved_tokens: Strings that no text may contain.
+        max_length: Most tokens of a sample.
+        overlength: Policy for longer samples: leave them out, stop the run, or leave out turns from their end.
+        allow_remote: Whether http(s) media may be fetched.
+        video_timeout: Seconds that opening or decoding a video may take.
+        max_positions: Positions in the model's context; None for any. An image has fewer positions than tokens.
+        targets: Reader of the task's target of each sample; None for language modelling.
+        history: Rows of a conversation: every answer after the prompt that a server sends for it (``exact``), only the
+            row of the last answer (``last``), or the conversation as the template renders it (``as_rendered``).
+        loss_on: Answers, or parts of them, that are trained.
     """
 
     template: ChatTemplate
@@ -126,15 +126,15 @@ class SampleEncoder:
         """Tokenize without decoding media.
 
         Args:
-            sample: the record.
-            reader: opens its media; None for one of this sample's own (:meth:`reader`).
-            asked: The last answer is one to ask for, whether or not the sample trains it.
+            sample: Sample to tokenize.
+            reader: Reader of its media; None for a new one (:meth:`reader`).
+            asked: Whether the last answer is to be generated, even if the sample does not train it.
 
         Returns:
-            Its training rows, at least one. What there is to report stands in the first.
+            Its training rows, at least one. The first one holds the events to report.
 
         Raises:
-            SampleError: the sample cannot be used; says why, and where it stands.
+            SampleError: the sample cannot be used; the message says why, with its origin.
         """
         whole, kept = self._fit(sample, reader or self.reader(sample), asked)
         self.require_length(kept.length, sample)
@@ -147,7 +147,7 @@ class SampleEncoder:
         return tuple(plans)
 
     def _events(self, whole: _Draft, kept: _Draft, sample: Sample) -> Iterator[Event]:
-        """Yield what there is to report of a sample."""
+        """Yield the events to report of a sample."""
         conversation, dataset = kept.conversation, sample.origin.dataset
         if kept is not whole:
             removed = len(whole.conversation.messages) - len(conversation.messages)
@@ -158,15 +158,15 @@ class SampleEncoder:
         yield from _unread_keys(conversation, sample)
 
     def unread_keys(self, sample: Sample) -> tuple[Event, ...]:
-        """Return the events of the keys that nothing reads in a record, usable or not; its media stay closed."""
+        """Return events for the keys of a record that nothing reads, usable or not, without opening its media."""
         examined = examine(sample, self.reserved_tokens, task_fields=self.task_fields)
         return _unread_keys(examined.conversation, sample)
 
     def measure(self, sample: Sample) -> Measures:
-        """Count what :meth:`plans` would make of a sample, without making it.
+        """Return the statistics of the rows that :meth:`plans` would return, without making them.
 
-        A sample that stays longer than ``max_length`` is counted as it is: what becomes of it is not decided here, so
-        that the numbers hold for other limits too (unless turns are left out).
+        A sample that stays longer than ``max_length`` is counted as it is and not left out here, so that the numbers
+        hold for other limits too (unless turns are left out).
 
         Raises:
             SampleError: the sample cannot be used, whatever the limit.
@@ -181,7 +181,7 @@ class SampleEncoder:
         return measures._replace(samples=1, answers=len(answers), thoughts=sum(answers), weighted=weighted, **remarks)
 
     def _remarks(self, draft: _Draft, sample: Sample) -> dict[str, str]:
-        """Return the kinds of :data:`~qwenvl.data.sample_stats.REMARKS` that a sample is of, each with words on it."""
+        """Return the kinds of :data:`~qwenvl.data.sample_stats.REMARKS` of a sample, each with its details in words."""
         if self.prompts:
             return {}
         conversation, whole = draft.conversation, self._options(sample)[0] == "as_rendered"
@@ -196,15 +196,15 @@ class SampleEncoder:
         return found
 
     def require_length(self, tokens: int, sample: Sample, used: int = 0) -> None:
-        """Check that a sample is no longer than ``max_length``, nor with the rest of its packed row.
+        """Check that a sample, with the samples before it in its packed row, is no longer than ``max_length``.
 
         Args:
-            tokens: length of the sample.
-            sample: for the message.
-            used: tokens of the members of its packed row that stand before it.
+            tokens: Length of the sample, in tokens.
+            sample: Sample, for the message.
+            used: Tokens of the samples before it in its packed row.
 
         Raises:
-            OverlengthError: it is.
+            OverlengthError: the sample or the row is longer.
         """
         if tokens > self.max_length:
             reason = (
@@ -236,8 +236,8 @@ class SampleEncoder:
 
         Args:
             plans: Training rows of the sample.
-            sample: the record.
-            reader: the one that opened its media to plan it, if that keeps what it read; None for a new one.
+            sample: Sample to encode.
+            reader: Reader that planned it, if that keeps the files that it read; None for a new one.
 
         Raises:
             SampleError: a file cannot be decoded, or the target of a task is wrong.
@@ -256,15 +256,15 @@ class SampleEncoder:
         )
 
     def reader(self, sample: Sample, keep_images: bool = False) -> MediaReader:
-        """Return what opens the media of a sample; ``keep_images`` where they are planned and then decoded."""
+        """Return a reader of the media of a sample; ``keep_images`` where they are planned and then decoded."""
         folder, anywhere = sample.data_path, sample.allow_absolute
         return MediaReader(folder, self.allow_remote, anywhere, keep_images, self.video_timeout)
 
     def fingerprint(self) -> str:
-        """Return a hash of all that lengths depend on besides the samples; another one once any of it has changed."""
-        limit = self.max_length if self.overlength == "truncate_turns" else None  # else it is applied afterwards
+        """Return a hash of everything besides the samples that lengths depend on."""
+        limit = self.max_length if self.overlength == "truncate_turns" else None  # otherwise it is applied afterwards
         settings = asdict(self.settings)
-        del settings["family"]["layout"]  # of the model
+        del settings["family"]["layout"]  # it concerns the model alone
         return fingerprint(
             self.template.identity(),
             self.tokenizer.identity(),
@@ -279,7 +279,7 @@ class SampleEncoder:
         )
 
     def _fit(self, sample: Sample, reader: MediaReader, asked: bool = False) -> tuple[_Draft, _Draft]:
-        """Return the whole sample and what the over-length policy keeps of it: mostly the same."""
+        """Return the whole sample and the part that the over-length policy keeps, usually the same."""
         try:
             conversation = build_conversation(
                 sample, self.reserved_tokens, answered=not self.prompts, task_fields=self.task_fields
@@ -305,9 +305,9 @@ class SampleEncoder:
             raise
 
     def _options(self, sample: Sample) -> tuple[History, LossOn]:
-        """Return how the conversation of a sample is trained: as it says itself, its dataset, or the run.
+        """Return history and loss of a sample: its own, else those of its dataset, else those of the run.
 
-        A task reads its targets beside the conversation as a whole.
+        Tasks read the conversation as a whole, and their targets beside it.
         """
         if self.targets is not None:
             return "as_rendered", "all"
@@ -316,8 +316,8 @@ class SampleEncoder:
         if history == "as_rendered" and loss_on != "all":
             raise SampleError(
                 "bad_record",
-                f"'loss_on' is {loss_on!r}, but its conversation is trained as rendered, with all of its answers. Take "
-                "one of them back.",
+                f"'loss_on' is {loss_on!r}, but its conversation is trained as rendered, with all of its answers. "
+                "Remove one of the two settings.",
             )
         return history, loss_on
 
@@ -342,7 +342,7 @@ class SampleEncoder:
         return training_rows(turns, self.template.header, self.tokenizer.same_ids, history, loss_on)
 
     def _without_last_turns(self, draft: _Draft, history: History, loss_on: LossOn) -> _Draft | None:
-        """Leave out turns from the end, whole, and their media with them, until the rest fits; None if nothing does."""
+        """Leave out whole turns with their media from the end until the rest fits; None if nothing fits."""
         messages = draft.conversation.messages
         for stop in range(len(messages) - 1, 0, -1):
             if messages[stop - 1].role != "assistant" or not messages[stop - 1].trained:

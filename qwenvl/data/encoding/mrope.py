@@ -1,9 +1,9 @@
-"""M-RoPE positions: where every token stands in time, height and width.
+"""Compute M-RoPE positions: the place of every token in time, height and width.
 
-Source: section 2.1 of the Qwen2-VL paper (Wang et al., 2024): a modality starts one above the largest position of the
-one before it. ``get_rope_index`` of transformers 4, vLLM and the official recipe do so. From 5.3 on, transformers
-counts the height and width of a video alone: text after a clip of Qwen2-VL or Qwen2.5-VL that lasts longer than it is
-wide then stands among its frames, where neither the published models nor a server have it.
+Source: section 2.1 of the Qwen2-VL paper (Wang et al., 2024): each modality starts one above the largest position of
+the previous one. ``get_rope_index`` of transformers 4, vLLM and the official recipe do the same. From 5.3 on,
+transformers counts only the height and width of a video: text after a clip of Qwen2-VL or Qwen2.5-VL that has more
+temporal positions than it is wide then overlaps with its frames, unlike in the published models and on servers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class VisionSpan:
     """A run of image or video tokens.
 
     Args:
-        start: index of its first token.
+        start: Index of its first token.
         grid: (temporal, height, width) in merged tokens; their product is the number of tokens.
-        temporal_step: distance of neighbouring temporal positions: 1.0, or ``tokens_per_second`` x seconds for the
-            family that counts time.
+        temporal_step: Distance of neighbouring temporal positions: 1.0, or ``tokens_per_second`` x seconds in families
+            with timed positions.
     """
 
     start: int
@@ -39,14 +39,14 @@ class VisionSpan:
 def position_ids(length: int, spans: Sequence[VisionSpan]) -> torch.Tensor:
     """Return int64 [4, length]: row 0 counts tokens, rows 1-3 are temporal, height and width positions.
 
-    Text moves all three by one a token; a picture of h x w tokens spans a box that starts at the next position, and
-    text after it goes on max(h, w) positions later; after a video, one above its largest position, which may be the
-    temporal one. Worked example, two text tokens, a 1 x 2 x 2 picture, one text token: temporal 0 1 2 2 2 2 4, height
-    0 1 2 2 3 3 4, width 0 1 2 3 2 3 4.
+    Each text token advances all three by one. An image of h x w tokens spans a box that starts at the next position;
+    text after it goes on max(h, w) positions later. Text after a video starts one above the video's largest position,
+    which may be the temporal one. Worked example with two text tokens, a 1 x 2 x 2 image and one text token: temporal
+    0 1 2 2 2 2 4, height 0 1 2 2 3 3 4, width 0 1 2 3 2 3 4.
 
     Args:
-        length: number of tokens of one sample.
-        spans: its runs of vision tokens, in order, not overlapping.
+        length: Number of tokens of one sample.
+        spans: Runs of vision tokens in the sample, in order, not overlapping.
     """
     rows = np.empty((4, length), dtype=np.int64)
     rows[0] = np.arange(length)

@@ -1,4 +1,4 @@
-"""The checkpoint's processor: opened, given the limits of the run, and turned into the encoder of samples."""
+"""Open a checkpoint's processor, give it the limits of the run, and build the encoder of samples from it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _PATCH_SIZES = ("patch_size", "merge_size", "temporal_patch_size")
 _VISION_PAD = "<|vision_pad|>"
-_FOREIGN = "The processor's files in the checkpoint's folder are those of another model. Copy its own there."
+_FOREIGN = "The processor files in the checkpoint's folder belong to another model. Copy the right ones there."
 
 
 def open_processor(
@@ -32,8 +32,8 @@ def open_processor(
     """Open the processor of a checkpoint.
 
     Raises:
-        UserError: the folder holds no complete processor: tokenizer with the tokens of pictures, image processor and
-            video processor.
+        UserError: the folder holds no complete processor: tokenizer with the tokens of images and videos, image
+            processor and video processor.
     """
     register_classes_of(model_name_or_path, cache_dir)
     try:
@@ -58,8 +58,8 @@ class AddedTokens:
     """Ids of the tokens of ``--additional_tokens``.
 
     Args:
-        ids: of all of them.
-        new: of those that the tokenizer did not know, in a row after all others.
+        ids: Ids of all these tokens.
+        new: Ids of the tokens that the tokenizer did not know; they follow all other ids.
     """
 
     ids: tuple[int, ...] = ()
@@ -67,11 +67,11 @@ class AddedTokens:
 
 
 def add_tokens(processor: Any, tokens: Sequence[str]) -> AddedTokens:
-    """Teach a processor's tokenizer texts that are to be one token each; those it knows as one stay as they are.
+    """Add texts as tokens to a processor's tokenizer; texts that are tokens already stay as they are.
 
     Args:
-        processor: changed in place.
-        tokens: the texts.
+        processor: Processor, changed in place.
+        tokens: Texts that become one token each.
 
     Raises:
         UserError: a text is empty, begins or ends with white space, or comes twice.
@@ -104,7 +104,7 @@ def vision_settings(
     temporal_patch_size: int,
     tokens_per_frame: int | None = None,
 ) -> VisionSettings:
-    """Return the limits of a run: the flags', on patches of the sizes that a checkpoint's processor has."""
+    """Return the limits of a run: those of the flags, with the patch sizes of a checkpoint's processor."""
     return VisionSettings(
         family=family,
         patch_size=patch_size,
@@ -131,15 +131,15 @@ def build_encoder(
     max_length: int,
     max_positions: int | None = None,
 ) -> SampleEncoder:
-    """Return what turns this run's samples into model inputs.
+    """Return the encoder of this run's samples to model inputs.
 
     Args:
-        processor: the checkpoint's processor.
-        config: the model's config.
-        family: of the model.
-        arguments: limits, template arguments and policies.
-        max_length: most tokens of a sample.
-        max_positions: most positions of a sample, None for any.
+        processor: Processor of the checkpoint.
+        config: Config of the model.
+        family: Family of the model.
+        arguments: Limits, template arguments and policies.
+        max_length: Most tokens of a sample.
+        max_positions: Most positions of a sample, None for any.
 
     Raises:
         UserError: processor and model do not belong together.
@@ -180,7 +180,7 @@ def _require_same_pixels(processor: Any, vision_config: Any) -> None:
     """Check that the processor cuts patches of the size that the vision tower takes, and resizes as training does.
 
     Raises:
-        UserError: it does not.
+        UserError: a size or the resampling filter differs.
     """
     wanted = {
         "patch_size": vision_config.patch_size,
@@ -221,10 +221,10 @@ def with_training_limits(processor: ProcessorMixin, settings: VisionSettings) ->
 
 
 def limits_as_flags(processor: Any, family: Family) -> dict[str, Any]:
-    """Return the flags of training whose limits a processor has: of a trained folder, those it was trained with.
+    """Return the limits of a processor as training flags: for a trained folder, those it was trained with.
 
-    A video processor without a rate, as in published checkpoints of Qwen2.5-VL, stands for 2 frames a second and 4 to
-    768 of them, the defaults of qwen-vl-utils, which those checkpoints are used with.
+    A video processor without a rate, as in published checkpoints of Qwen2.5-VL, counts as 2 frames per second and 4 to
+    768 frames: the defaults of qwen-vl-utils, with which these checkpoints are used.
     """
     video = processor.video_processor
     images, clips = _as_dict(processor.image_processor.size), _as_dict(video.size)
@@ -237,7 +237,7 @@ def limits_as_flags(processor: Any, family: Family) -> dict[str, Any]:
         "video_min_pixels": clips["shortest_edge"],
         "video_max_pixels": clips["longest_edge"],
     }
-    if family.video_layout != "frames":  # the size is that of a frame
+    if family.video_layout != "frames":  # size is that of a frame
         flags |= {"video_min_frame_pixels": clips["shortest_edge"], "video_max_frame_pixels": clips["longest_edge"]}
         flags["video_max_pixels"] = clips["longest_edge"] * flags["video_max_frames"]
         if getattr(video, "cap_pixels_per_frame", None):
@@ -257,10 +257,10 @@ def processor_limits(processor: Any) -> dict[str, Any]:
 
 
 def describe_limits(settings: VisionSettings) -> dict[str, str]:
-    """Return the limits in force of images and of videos, in words."""
+    """Return the limits of images and of videos in words."""
     low, high, token = settings.image_min_pixels, settings.image_max_pixels, settings.factor**2
-    clip = f"{settings.video_min_pixels:,} to {settings.video_max_pixels:,} pixels a clip"
-    frames = f"{settings.video_min_frames} to {settings.video_max_frames} frames at {settings.video_fps:g} a second"
+    clip = f"{settings.video_min_pixels:,} to {settings.video_max_pixels:,} pixels per clip"
+    frames = f"{settings.video_min_frames} to {settings.video_max_frames} frames at {settings.video_fps:g} per second"
     return {
         "images": f"{low:,} to {high:,} pixels ({low // token:,} to {high // token:,} tokens)",
         "videos": f"{clip}, {frames}",

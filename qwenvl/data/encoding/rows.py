@@ -1,7 +1,7 @@
-"""Training rows of a conversation: the fewest that hold every trained answer behind its own prompt, id by id.
+"""Build the training rows of a conversation: the fewest in which every trained answer follows its own exact prompt ids.
 
-A row is a text cut into pieces that are tokenized on their own: a prompt, the target, what stands between it and the
-next target, that target, and so on. An answer joins the row of an earlier one if its prompt begins with that row's
+A row is a text cut into pieces that are tokenized on their own: a prompt, the target, the text between it and the next
+target, that target, and so on. An answer joins the row of an earlier one if its prompt begins with that row's
 text, and if the prompt as a whole, as a server tokenizes it, has the same ids as the pieces. Otherwise it has a row of
 its own.
 """
@@ -16,12 +16,12 @@ from qwenvl.data.conversation.chat_template import Rendering, TrainedTurn, weigh
 from qwenvl.data.types import History, LossOn
 
 SameIds = Callable[[Sequence[str]], bool]
-"""Whether pieces of text have the same ids one by one as in one piece."""
+"""Function that tells whether pieces of text have the same ids one by one as in one piece."""
 
 
 @dataclass(slots=True)
 class _Row:
-    """A row while it is put together."""
+    """A row under construction."""
 
     text: str
     header: int  # where the header of its last answer begins
@@ -48,7 +48,7 @@ class _Row:
             self.untrained.append((start + turn.thought, stop))
 
     def goes_on_in(self, turn: TrainedTurn, same_ids: SameIds) -> bool:
-        """Whether an answer's prompt continues this row, in text and in ids."""
+        """Return whether an answer's prompt continues this row, in text and in ids."""
         if not turn.prompt.startswith(self.text):
             return False
         start, stop = self.spans[-1]
@@ -61,10 +61,10 @@ def training_rows(
     """Return the training rows of a conversation, in the order of their last answers.
 
     Args:
-        turns: Its trained answers, in order.
+        turns: Trained answers of the conversation, in order.
         header: Text that opens an answer; it begins with a token that no text is merged with.
-        same_ids: Whether pieces of text have the same ids one by one as in one piece.
-        history: ``exact`` for all rows; ``last`` for the one of the last answer.
+        same_ids: Function that tells whether pieces of text have the same ids one by one as in one piece.
+        history: ``exact`` for all rows; ``last`` for the row of the last answer.
         loss_on: Answers, or parts of them, that are trained.
     """
     if loss_on == "last_turn":

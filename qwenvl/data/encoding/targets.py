@@ -1,4 +1,4 @@
-"""What a task (``--task``) wants to know of a sample, besides its tokens; see :mod:`qwenvl.tasks.objective`."""
+"""Read the target of a task (``--task``) from a sample, besides its tokens; see :mod:`qwenvl.tasks.objective`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def as_question(conversation: Conversation) -> Conversation:
 
 
 def require_no_weights(conversation: Conversation) -> None:
-    """Check that no answer has a weight, which a task would not heed: its loss is not one of the answers' tokens.
+    """Check that no answer has a weight, which a task would ignore: its loss is not that of the answers' tokens.
 
     Raises:
-        SampleError: one has.
+        SampleError: an answer has one.
     """
     if any(message.weight not in (0, 1) for message in conversation.messages):
         raise SampleError(
@@ -43,8 +43,8 @@ class TargetReader(Protocol):
 
     Attributes:
         fields: Fields of a record that are read.
-        prompts: samples are rendered as questions: without the answer at their end, if they have one, and with the
-            header of the one to come. Otherwise as in language modelling, with answers.
+        prompts: Whether samples are rendered as questions: without the answer at their end, if they have one, and with
+            the header of the next one. Otherwise they are rendered with answers, as in language modelling.
         reads_plan: Whether a target depends on the plan of its sample, so that :meth:`check` does not find every fault.
     """
 
@@ -64,7 +64,7 @@ class TargetReader(Protocol):
         ...
 
     def check(self, sample: Sample, conversation: Conversation) -> None:
-        """Look at a sample without opening its media.
+        """Check a sample without opening its media.
 
         Raises:
             SampleError: its target is missing or wrong.
@@ -75,8 +75,8 @@ class TargetReader(Protocol):
         """Return the target of a sample: numbers, or arrays of them, in a form that is quickly sent to other processes.
 
         Args:
-            sample: the record.
-            plan: its conversation, rendering, tokens and media.
+            sample: Sample with the record.
+            plan: Plan of the sample: its conversation, rendering, tokens and media.
 
         Raises:
             SampleError: its target is missing or wrong.

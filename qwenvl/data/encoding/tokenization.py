@@ -1,4 +1,4 @@
-"""Rendered text to token ids, labels and positions, all as long as each other."""
+"""Tokenize rendered text to ids, labels and positions of equal length."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True)
 class VisionTokens:
-    """The tokens that stand for pictures and videos in one checkpoint, as its config and tokenizer have them.
+    """The tokens of images and videos in one checkpoint, from its config and tokenizer.
 
     Args:
-        image: placeholder of an image, ``<|image_pad|>`` in all families.
-        video: placeholder of a video.
-        start: opens a picture or video.
-        end: closes it.
-        image_id: id of ``image``.
-        video_id: id of ``video``.
-        tokens_per_second: temporal positions a second (Qwen2.5-VL); None where frames are counted.
+        image: Placeholder of an image, ``<|image_pad|>`` in all families.
+        video: Placeholder of a video.
+        start: Token that opens an image or video.
+        end: Token that closes an image or video.
+        image_id: Id of ``image``.
+        video_id: Id of ``video``.
+        tokens_per_second: Temporal positions per second (Qwen2.5-VL); None where frames are counted.
     """
 
     image: str
@@ -42,7 +42,7 @@ class VisionTokens:
 
     @classmethod
     def from_processor(cls, processor: Any, tokens_per_second: float | None = None) -> VisionTokens:
-        """Read them from a processor: pictures' placeholders are its own, their brackets ChatML's of all families."""
+        """Read the placeholders from a processor; the start and end tokens are the same in all families."""
         image, video = processor.image_token, processor.video_token
         start, end = "<|vision_start|>", "<|vision_end|>"
         image_id, video_id = processor.tokenizer.convert_tokens_to_ids([image, video])
@@ -55,11 +55,11 @@ class Tokens:
 
     Args:
         input_ids: int64 [T].
-        labels: int64 [T]; -100 where nothing is trained.
+        labels: int64 [T]; -100 at untrained tokens.
         position_ids: int64 [4, T]; see :mod:`qwenvl.data.encoding.mrope`.
         vision_mask: bool [T]; True at image and video placeholders.
         starts: Index of the first token of each trained answer.
-        weights: float32 [T], factor of each token's loss, 0 where nothing is trained; None where all are 1.
+        weights: float32 [T], factor of each token's loss, 0 at untrained tokens; None where all are 1.
     """
 
     input_ids: torch.Tensor
@@ -75,14 +75,14 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The ids of a sample while each picture is one placeholder still: all that its length depends on.
+    """The ids of a sample with a single placeholder per image or frame: all that its length depends on.
 
     Args:
-        stretches: (ids, which of them are trained) of each piece of text, in order; None for the second where the piece
-            is no answer.
+        stretches: (ids, flags of trained ids) of each piece of text, in order; None for the flags of a piece that is
+            not an answer.
         blocks: (merged grid, temporal step) of every placeholder, in order.
-        length: tokens of the sample, once the placeholders are repeated.
-        trained: how many of them are trained.
+        length: Tokens of the sample, once the placeholders are repeated.
+        trained: Number of trained tokens.
         weights: Factor of the loss of each answer; empty where all are 1.
     """
 
@@ -97,9 +97,9 @@ class Tokenizer:
     """Turns a rendering into tokens.
 
     Args:
-        tokenizer: the checkpoint's tokenizer, one of the ``tokenizers`` library.
-        vision: its placeholder tokens.
-        settings: the run's limits.
+        tokenizer: Tokenizer of the checkpoint, backed by the ``tokenizers`` library.
+        vision: Placeholder tokens of the checkpoint.
+        settings: Limits of the run.
     """
 
     def __init__(self, tokenizer: Any, vision: VisionTokens, settings: VisionSettings) -> None:
@@ -112,15 +112,15 @@ class Tokenizer:
         return self.expand(self.encode(rendering, plans))
 
     def encode(self, rendering: Rendering, plans: Sequence[MediaPlan], *, answered: bool = True) -> Encoding:
-        """Tokenize, with one placeholder a picture or frame.
+        """Tokenize, with one placeholder per image or frame.
 
         The text is cut where training starts and stops, so that an answer is tokenized as the model would write it:
         a newline that opens an answer never merges with the newline of the header before it.
 
         Args:
-            rendering: text with one placeholder a picture or video.
-            plans: what becomes of them, in the order of the placeholders.
-            answered: a text in which nothing is trained is an error.
+            rendering: Text with one placeholder per image or video.
+            plans: Plans of the images and videos, in the order of the placeholders.
+            answered: Whether a text without trained tokens is an error.
 
         Raises:
             SampleError: placeholders and media do not match, or nothing is trained.
@@ -141,8 +141,8 @@ class Tokenizer:
         if placeholders != len(blocks):
             raise SampleError(
                 "template",
-                f"the chat template rendered {placeholders} placeholders for {len(blocks)} pictures or frames: "
-                "it leaves out media of some turn (pictures belong into user turns).",
+                f"the chat template rendered {placeholders} placeholders for {len(blocks)} images or frames: "
+                "it leaves out media of some turn (images belong in user turns).",
             )
         if answered and not trained_words:
             raise SampleError("no_answer", "no token of the sample would be trained: it has no answer.")
@@ -150,7 +150,7 @@ class Tokenizer:
         return Encoding(stretches, blocks, length, trained_words, rendering.weights)
 
     def expand(self, encoding: Encoding) -> Tokens:
-        """Repeat every placeholder as often as its picture has tokens, and give all tokens labels and positions."""
+        """Repeat every placeholder for all tokens of its image or frame, and give all tokens labels and positions."""
         ids = np.concatenate([np.asarray(part, dtype=np.int64) for part, _ in encoding.stretches])
         flagged = ([False] * len(part) if flags is None else flags for part, flags in encoding.stretches)
         trained = np.fromiter((flag for flags in flagged for flag in flags), dtype=bool, count=len(ids))
@@ -171,14 +171,14 @@ class Tokenizer:
         return Tokens(input_ids, labels, position_ids(len(input_ids), spans), mask, first, weights)
 
     def same_ids(self, pieces: Sequence[str]) -> bool:
-        """Whether pieces of text have the same ids one by one as in one piece."""
+        """Return whether pieces of text have the same ids one by one as in one piece."""
         whole, *parts = self._ids(["".join(pieces), *pieces])
         return whole == [number for part in parts for number in part]
 
     def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of a trained stretch of a rendering, and which characters of it each token holds.
+        """Return the ids of a trained piece of text, and the (start, stop) characters of each token.
 
-        A token holds (first, last + 1). All tokens of a character that takes several hold the whole of it.
+        All tokens of a character that takes several tokens span that character.
         """
         encoded = self._engine().encode(text, add_special_tokens=False)
         return encoded.ids, encoded.offsets
@@ -191,9 +191,9 @@ class Tokenizer:
         return [encoded.ids for encoded in self._engine().encode_batch_fast(texts, add_special_tokens=False)]
 
     def _engine(self) -> Any:
-        """Return the tokenizer's own engine: what transformers wraps around it takes a third of the time.
+        """Return the tokenizer's Rust engine: the wrapper of transformers takes a third of the time.
 
-        A call through transformers leaves its padding and truncation behind in it.
+        Calls through transformers leave padding and truncation set in the engine, so that they are switched off here.
         """
         engine = self._tokenizer.backend_tokenizer
         if engine.padding is not None:
@@ -203,7 +203,7 @@ class Tokenizer:
         return engine
 
     def _trained(self, text: str, ids: list[int], start: int, untrained: Sequence[tuple[int, int]]) -> list[bool]:
-        """Return which ids of an answer are trained: those that begin outside of the parts that are not."""
+        """Return a flag for each id of an answer: trained if it begins outside of all untrained parts."""
         parts = [(first - start, last - start) for first, last in untrained if start <= first < start + len(text)]
         if not parts:
             return [True] * len(ids)
@@ -211,7 +211,7 @@ class Tokenizer:
         return [not any(first <= place < last for first, last in parts) for place, _ in offsets]
 
     def _segments(self, rendering: Rendering, plans: Sequence[MediaPlan]) -> list[tuple[str, int | None]]:
-        """Cut the text into (piece, where in the text an answer begins), with frames and timestamps written out."""
+        """Cut the text into (piece, start of the answer in the text, or None); write out frames and timestamps."""
         pieces: list[tuple[str, int | None]] = []
         cursor = 0
         videos = iter([plan for plan in plans if isinstance(plan, VideoPlan)])
@@ -237,7 +237,7 @@ class Tokenizer:
         return "".join(written)
 
     def _blocks(self, plan: MediaPlan) -> list[tuple[tuple[int, int, int], float]]:
-        """Return (merged grid, temporal step) of every run of placeholders that a picture or video has."""
+        """Return (merged grid, temporal step) of every run of placeholders of an image or video."""
         merge = self._settings.merge_size
         temporal, height, width = plan.grid[0], plan.grid[1] // merge, plan.grid[2] // merge
         if self._settings.family.plain_positions:
@@ -248,8 +248,8 @@ class Tokenizer:
             return [((1, height, width), 1.0)] * temporal
         if self._vision.tokens_per_second is None:
             return [((temporal, height, width), 1.0)]
-        # One step for all patches of a video, as the processor and get_rope_index have it, even where the frames have
-        # no constant rate: the model was trained so, and a server can send nothing else.
+        # One step for all patches of a video, as in the processor and get_rope_index, even if the frame rate is not
+        # constant: the model was trained this way, and a server can send nothing else.
         seconds = self._settings.temporal_patch_size / plan.sampled_fps
         return [((temporal, height, width), self._vision.tokens_per_second * seconds)]
 
@@ -258,9 +258,9 @@ def _token_weights(encoding: Encoding, labels: torch.Tensor, borders: np.ndarray
     """Return the weight of each token of a sample: float32 [T].
 
     Args:
-        encoding: With weights.
+        encoding: Encoding with weights.
         labels: int64 [T].
-        borders: int64 [stretches + 1], tokens before each stretch, and all of them.
+        borders: int64 [stretches + 1], number of tokens before each stretch, then the number of all tokens.
     """
     weights, of_answers = torch.zeros(len(labels)), iter(encoding.weights)
     for number, (_, trained) in enumerate(encoding.stretches):

@@ -1,4 +1,4 @@
-"""What a file is that should have been an image or a video, by its first bytes, and what to do about it."""
+"""Recognize by its first bytes a file that is not the expected image or video, and say what to do about it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Literal
 from qwenvl.utils.errors import SampleError
 
 START_BYTES = 1024
-"""Bytes from the start of a file by which it is known."""
+"""Bytes from the start of a file that it is recognized by."""
 
 Wanted = Literal["image", "video"]
 
 STILL_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif")
-"""Brands of files that are laid out as MP4 is, and hold photos."""
+"""Brands of files in the layout of MP4 that hold photos."""
 _VIDEO_STARTS = (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"\x00\x00\x01\xba")
 _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\0", b"MM\0*")
 _READ = {
@@ -23,11 +23,11 @@ _READ = {
 
 
 def foreign_file(start: bytes, wanted: Wanted) -> SampleError:
-    """Return the error (``wrong_type``) of a file that is not what it should be: what it is instead, and the remedy.
+    """Return the error (``wrong_type``) for a file of another kind than expected: what it is, and the remedy.
 
     Args:
         start: The first :data:`START_BYTES` bytes of the file.
-        wanted: What it should be.
+        wanted: Expected kind of file.
     """
     for is_one, what, remedy in _KINDS:
         if is_one(start):
@@ -54,7 +54,7 @@ def _starts(*prefixes: bytes) -> Callable[[bytes], bool]:
 
 
 def _opens(*words: bytes) -> Callable[[bytes], bool]:
-    """Return what tells whether a text opens with one of some words, in small letters, after white space and a BOM."""
+    """Return a check whether a text starts with one of some lower-case words, after white space and a BOM."""
     return lambda start: start.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(words)
 
 

@@ -1,4 +1,4 @@
-"""Gray images of more than eight bits a value: scaled to eight as the checkpoints' own processors do, or refused.
+"""Scale gray images of more than eight bits per value to eight, as the checkpoints' processors do, or refuse them.
 
 Pillow's own conversion to RGB does not scale them: it clips 16-bit values at 255, which makes nearly every one white.
 """
@@ -16,7 +16,7 @@ from qwenvl.utils.errors import SampleError
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _UNSCALED = {"I": "whole numbers of 32 bits or with a sign (mode I)", "F": "floating-point numbers (mode F)"}
 _CURE = "Scale its values to 0 to 255 yourself, and save it as an 8-bit PNG."
-_LEAST_LEVELS = 16  # of the 256: an image of 12 or fewer bits, stored in 16 unscaled, has no more than these
+_LEAST_LEVELS = 16  # of 256: an image of 12 or fewer bits that is stored in 16 bits unscaled has no more levels
 
 
 def refuse_unscaled(image: Image.Image) -> None:
@@ -27,7 +27,7 @@ def refuse_unscaled(image: Image.Image) -> None:
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Return a gray image of 16 bits (or 12, in a TIFF) with 8 bits a value; any other image as it is.
+    """Return a gray image of 16 bits (or 12, in a TIFF) with 8 bits per value; any other image as it is.
 
     The values are scaled and rounded as by ``torchcodec.decoders.decode_image``, with which transformers reads a PNG:
     65535 becomes 255, and 257 becomes 1. A value that the file declares transparent becomes white.
@@ -45,8 +45,8 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     if values.max(initial=0) > 0 and scaled.max(initial=0) < _LEAST_LEVELS:
         raise SampleError(
             "wrong_type",
-            f"the image has {_bits(image)} bits a value, but none above {values.max()} of {largest}: as the model sees "
-            f"it, it would be black. {_CURE}",
+            f"the image has {_bits(image)} bits per value, but none above {values.max()} of {largest}: the "
+            f"model would see it black. {_CURE}",
         )
     if (transparent := image.info.get("transparency")) is not None:
         scaled[values == transparent] = 255
@@ -54,7 +54,7 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether an image is a gray one of 16 bits; those of PGM files have the mode of 32."""
+    """Return whether an image is gray with 16 bits; Pillow gives those of PGM files the mode of 32 bits."""
     return image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 

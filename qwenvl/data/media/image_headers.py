@@ -1,18 +1,18 @@
-"""The size of ordinary JPEG files from their first bytes: three times as quick as to have Pillow look at them.
+"""Read the size of ordinary JPEG files from their first bytes, three times as fast as Pillow.
 
-Whatever is not plain (EXIF or XMP metadata, which may turn the picture, several pictures in one file, rare codings,
-anything that is not as it should be) is left to Pillow, which stays the one to say what is wrong with a file.
+Other files (with EXIF or XMP metadata, which may rotate the image, several images in one file, rare codings or damage)
+are left to Pillow, which also reports what is wrong with a file.
 """
 
 from __future__ import annotations
 
-HEADER_BYTES = 8192  # that the headers of most files without metadata fit into, colour profiles included
+HEADER_BYTES = 8192  # enough for the headers of most files without metadata, colour profiles included
 
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive
 _TABLES = (0xC4, 0xDD, 0xFE)  # Huffman tables, restart interval, comment
 _START_OF_SCAN = 0xDA
 _QUANTIZATION = 0xDB
-# What stands at the start of the application segments that say nothing of size or orientation, and their least length.
+# Start and least length of application segments that do not concern size or orientation.
 _APPLICATIONS = {0xE0: (b"JFIF\0", 14), 0xE2: (b"ICC_PROFILE\0", 14), 0xEE: (b"Adobe", 12)}
 
 
@@ -22,7 +22,7 @@ def jpeg_size(start: bytes) -> tuple[int, int] | None:
     Layout of the file: ITU-T T.81, annex B.
 
     Args:
-        start: the first :data:`HEADER_BYTES` bytes of the file, or all of it.
+        start: First :data:`HEADER_BYTES` bytes of the file, or all of it.
     """
     if not start.startswith(b"\xff\xd8\xff"):
         return None

@@ -1,4 +1,4 @@
-"""Images, from files or bytes: sizes from their headers, pixels decoded.
+"""Read images from files or bytes: sizes from their headers, and decoded pixels.
 
 Every function raises :class:`SampleError` for an image that cannot be used, without its name: ``truncated``,
 ``wrong_type``, ``unreadable_file``, ``decompression_bomb``.
@@ -27,12 +27,12 @@ from qwenvl.data.media.image_headers import HEADER_BYTES, jpeg_size
 from qwenvl.data.types import Source
 from qwenvl.utils.errors import SampleError
 
-# Those of Pillow's formats that hold pictures and whose reader is part of it; EPS, for one, would run another program.
-# Icons are left out: to open one decodes the picture in it, which may be far larger than the icon says.
+# Formats of images that Pillow reads by itself; EPS, for one, would run another program. Icons are left out: opening
+# one decodes the image in it, which may be far larger than the icon says.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 
 IMAGE_BYTES = 512 << 20
-"""The largest file that is taken for a picture: 89 million pixels, the most of Pillow's limit, have up to 358 MB."""
+"""Size of the largest image file that is read: 89 million pixels, Pillow's limit, take up to 358 MB."""
 
 _SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
@@ -57,7 +57,7 @@ def read_image(located: Source) -> Image.Image:
 
 
 def read_pixels(located: Source) -> torch.Tensor:
-    """Decode to uint8 [3, height, width], RGB interleaved in memory: the pixels of :func:`read_image`, sooner."""
+    """Decode to uint8 [3, height, width], RGB interleaved in memory: the pixels of :func:`read_image`, but faster."""
     content = read_file(located)
     size = jpeg_size(content[:HEADER_BYTES])
     pixels = None if size is None or is_bomb(*size) else _decode_jpeg(content, size)
@@ -70,10 +70,10 @@ def read_pixels(located: Source) -> torch.Tensor:
 
 
 def _decode_jpeg(content: bytes, size: tuple[int, int]) -> torch.Tensor | None:
-    """Decode an ordinary JPEG with torchvision: in half the time that Pillow takes to give an array, the same pixels.
+    """Decode an ordinary JPEG with torchvision: the same pixels as Pillow's in half the time.
 
-    None for other colours than RGB, and for files that torchvision refuses, such as those cut off: Pillow then decodes
-    them or says what is wrong. (torchvision means to leave decoding to torchcodec some day, whose ``decode_jpeg`` of
+    Returns None for other colours than RGB and for files that torchvision refuses, such as truncated ones: Pillow then
+    decodes them or reports the problem. (torchvision plans to leave decoding to torchcodec, whose ``decode_jpeg`` of
     0.16 is the same.)
     """
     try:
@@ -107,7 +107,7 @@ def _stream(located: Source) -> IO[bytes]:
     size = os.fstat(file.fileno()).st_size
     if size > IMAGE_BYTES:
         file.close()
-        reason = f"the file has {size} bytes, more than a picture may have ({IMAGE_BYTES >> 20} MiB)."
+        reason = f"the file has {size} bytes, more than an image may have ({IMAGE_BYTES >> 20} MiB)."
         raise SampleError("decompression_bomb", f"{reason} Make it smaller, or save it compressed.")
     return file
 
@@ -129,11 +129,11 @@ def opened_image(located: Source) -> Iterator[Image.Image]:
 
 
 def _first_bytes(located: Source) -> bytes:
-    """Return the first bytes of a file; none where it cannot be read, which opening it will explain."""
+    """Return the first bytes of a file; empty where it cannot be read: opening it reports the error."""
     if isinstance(located, bytes):
         return located[:HEADER_BYTES]
     try:
-        descriptor = os.open(located, os.O_RDONLY)  # a file object would take longer than all the rest
+        descriptor = os.open(located, os.O_RDONLY)  # a file object would take longer than everything else here
         try:
             return os.read(descriptor, HEADER_BYTES)
         finally:
@@ -144,7 +144,7 @@ def _first_bytes(located: Source) -> bytes:
 
 @functools.cache
 def _known_formats() -> tuple[str, ...]:
-    """Those of IMAGE_FORMATS that this Pillow has; it fails on names it does not know."""
+    """Return the IMAGE_FORMATS that this Pillow has; it fails on unknown names."""
     Image.init()
     return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
 
@@ -173,23 +173,23 @@ def _open_image(stream: IO[bytes]) -> Image.Image:
 
 
 def is_bomb(height: int, width: int) -> bool:
-    """Whether a picture or frame has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``."""
+    """Return whether an image or frame has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``."""
     return Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS
 
 
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation that is still to be applied to ``image.size``, without decoding pixels."""
     if image.format == "TIFF":
-        return 1  # Pillow's TIFF reader turns images itself, and gives their size as turned
+        return 1  # Pillow's TIFF reader rotates images itself, and gives their rotated size
     if image.format == "PNG" and "exif" not in image.info and _metadata_follows_pixels(image):
         image.load()
-    # For PNG the class's own method decodes the pixels in search of metadata behind them.
+    # The method of the PNG class would decode the pixels to look for metadata after them.
     orientation: int = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     return orientation
 
 
 def _metadata_follows_pixels(image: Image.Image) -> bool:
-    """Whether a PNG has EXIF or text chunks behind its pixels, found by hopping from chunk to chunk."""
+    """Return whether a PNG has EXIF or text chunks after its pixels, by reading only the heads of its chunks."""
     read_at = _chunk_heads(image.fp)  # type: ignore[attr-defined, unused-ignore]
     place, behind = len(b"\x89PNG\r\n\x1a\n"), False
     while len(head := read_at(place)) == 8:
@@ -202,7 +202,7 @@ def _metadata_follows_pixels(image: Image.Image) -> bool:
 
 
 def _chunk_heads(stream: IO[bytes]) -> Callable[[int], bytes]:
-    """Return what reads the 8 bytes at a place: past the buffer, which would fetch 8 KiB for each of them."""
+    """Return a function that reads the 8 bytes at an offset, without the buffer, which would read 8 KiB each time."""
     if isinstance(stream, io.BytesIO):
         content = stream.getvalue()
         return lambda place: content[place : place + 8]

@@ -1,4 +1,4 @@
-"""Where media come from: files under ``data_path``, bytes beside the text, data URIs and, when allowed, http(s)."""
+"""Find media: files under ``data_path``, bytes in the annotations, data URIs and, where allowed, http(s) URLs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from qwenvl.data.media.near_names import below, beside
 from qwenvl.data.types import Source
 from qwenvl.utils.errors import SampleError
 
-DOWNLOAD_SECONDS = 30.0  # that a server may be silent
+DOWNLOAD_SECONDS = 30.0  # longest time that a server may be silent
 DOWNLOAD_BYTES = 512 << 20
-LONGEST_PATH = 4096  # characters; no system opens longer ones, and to resolve them takes long
+LONGEST_PATH = 4096  # characters; no system opens longer paths, and resolving them takes long
 
 _REMOTE = ("http://", "https://")
 
@@ -31,9 +31,9 @@ class MediaSources:
     paths start from the working folder and nothing is checked.
 
     Args:
-        data_path: the dataset's media folder, or "".
-        allow_remote: fetch http(s) URLs.
-        allow_absolute: absolute paths may lie anywhere.
+        data_path: Media folder of the dataset, or "".
+        allow_remote: Whether http(s) URLs are fetched.
+        allow_absolute: Whether absolute paths may lie anywhere.
     """
 
     def __init__(self, data_path: str, allow_remote: bool = False, allow_absolute: bool = False) -> None:
@@ -46,7 +46,7 @@ class MediaSources:
 
         Raises:
             SampleError: ``missing_file``, ``zero_byte``, ``unreadable_file``, ``wrong_type``, ``outside_data_path`` or
-                ``remote_not_allowed``; names the source.
+                ``remote_not_allowed``; the message names the source.
         """
         if isinstance(source, bytes):
             return source
@@ -64,16 +64,16 @@ class MediaSources:
         return path
 
     def _with_hint(self, error: SampleError, source: str) -> SampleError:
-        """Add the file that a path was probably meant for to the error of one that leads to none."""
+        """Add the file that was probably meant to the error of a path without a file."""
         if error.category not in ("missing_file", "outside_data_path") or len(source) > LONGEST_PATH:
             return error
         hint = below(source, self.data_path)
-        if not hint and error.category == "missing_file":  # no folder outside data_path is looked into
+        if not hint and error.category == "missing_file":  # folders outside data_path are not searched
             hint = beside(os.path.join(self.data_path, source))
         return SampleError(error.category, error.reason + hint)
 
     def describe(self, source: Source) -> str:
-        """Name a source in a message: files by their path, data URIs and other long ones cut."""
+        """Return a source as text for a message: files by their path, data URIs and other long texts cut."""
         if isinstance(source, str) and not source.startswith("data:") and not source.lower().startswith(_REMOTE):
             source = os.path.join(self.data_path, _without_scheme(source))
         return describe(source)
@@ -120,9 +120,9 @@ def absolute_source(source: str, data_path: str) -> str:
 
 
 def describe(source: Source) -> str:
-    """Name a path or URI in a message, long ones, such as data URIs, cut; or say how long an embedded file is."""
+    """Return a path or URI as text for a message, cut where it is long; of an embedded file, its size."""
     if isinstance(source, bytes):
-        return f"embedded picture of {len(source)} bytes"
+        return f"embedded image of {len(source)} bytes"
     return source if len(source) <= 300 else f"{source[:60]}... ({len(source)} characters)"
 
 
@@ -136,7 +136,7 @@ def _real_path(path: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _real_folder(folder: str) -> str:
-    """Resolve a folder once a process: it takes a system call for each of its parents, and holds many files."""
+    """Resolve a folder once per process: it takes a system call for each parent, and many files share a folder."""
     return os.path.realpath(folder)
 
 

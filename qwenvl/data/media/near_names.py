@@ -1,4 +1,4 @@
-"""The file that was probably meant by a path at which there is none."""
+"""Find the file that was probably meant by a path that does not exist."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 
 MOST_LISTED = 100_000
-"""Names of a folder that are compared; of a larger one, the first that the system lists."""
+"""Number of names of a folder that are compared; of a larger folder, the first that the system lists."""
 
 _SUFFIXES = frozenset(
     ".jpg .jpeg .png .gif .webp .bmp .tif .tiff .avif .jp2 .mp4 .m4v .mov .mkv .webm .avi .ts .flv .wmv".split()
 )
-_MOST_PARTS = 20  # of a path that are tried
+_MOST_PARTS = 20  # parts of a path that are tried as its start
 _SEPARATORS = re.compile(r"[/\\]+|\?d=")  # "?d=" is how Label Studio writes a local file
 
 
 def below(source: str, data_path: str) -> str:
-    """Return a sentence on the file below ``data_path`` that a path was probably meant for; "" where there is none.
+    """Return a sentence on the file below ``data_path`` that a path probably means; "" where there is none.
 
-    Tried are the path from each of its folders on, with slashes for backslashes, and characters for percent codes.
+    The path is tried from each of its folders on, with slashes for backslashes and with percent codes decoded.
 
     Args:
         source: The path as written, relative to ``data_path`` or absolute.
@@ -36,10 +36,10 @@ def below(source: str, data_path: str) -> str:
 
 
 def beside(path: str) -> str:
-    """Return a sentence on the name that stands where ``path`` has one that does not exist; "" where there is none.
+    """Return a sentence on an existing name that is similar to the missing one in ``path``; "" where there is none.
 
     It may differ in case, Unicode form (NFC, NFD), white space at its ends, or suffix, and may be that of a folder.
-    Folders are listed once a process, so that a million missing files cost a look-up each.
+    Folders are listed once per process, so that a million missing files cost a look-up each.
     """
     folder, missing = path, ""
     while not os.path.isdir(folder):
@@ -56,7 +56,7 @@ def beside(path: str) -> str:
 
 
 def _tails(source: str) -> Iterator[str]:
-    """Yield what a path may be below ``data_path``, the longest first."""
+    """Yield the paths below ``data_path`` that a path may mean, the longest first."""
     for written in dict.fromkeys((source, urllib.parse.unquote(source))):
         parts = [part for part in _SEPARATORS.split(written) if part not in ("", ".")]
         if ".." in parts:
@@ -67,7 +67,7 @@ def _tails(source: str) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=64)
 def _listed(folder: str, changed: int) -> Mapping[str, str]:
-    """Return the names in a folder by what they are compared by: whole, and without the suffix of a medium."""
+    """Return the names in a folder by their normalized form, with and without the suffix of an image or video."""
     del changed  # so that a folder is listed again once it has changed
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in itertools.islice(entries, MOST_LISTED))
@@ -84,5 +84,5 @@ def _plain(name: str) -> str:
 
 
 def _stem(name: str) -> str:
-    """Return a name without its suffix, marked so that it is not taken for a whole name."""
+    """Return a name without its suffix, marked so that it differs from any whole name."""
     return os.path.splitext(_plain(name))[0] + "/"

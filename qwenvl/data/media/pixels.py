@@ -1,8 +1,7 @@
-"""Decoded pictures and videos at the sizes planned from the headers, eight bits a value.
+"""Decode images and videos and resize them to the planned sizes, as uint8.
 
-Nothing else is done to them here: the training device rescales and normalises them and cuts patches
-(:mod:`qwenvl.models.vision.patchify`), so that an eighth of the bytes of float32 patches travels from worker to
-trainer.
+The training device rescales, normalises and cuts patches (:mod:`qwenvl.models.vision.patchify`), so that workers send
+an eighth of the bytes of float32 patches to the trainer.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ class PixelReader(Protocol):
 
 
 def read_resized(plan: MediaPlan, reader: PixelReader) -> torch.Tensor:
-    """Decode a picture or video and resize it as planned.
+    """Decode an image or video and resize it as planned.
 
-    The size is that of the checkpoint's own processor, and so is the operation: torchvision's bicubic resize with
-    antialiasing, on integers. The pixels are the same to the bit.
+    Size and operation are those of the checkpoint's own processor: torchvision's bicubic resize with antialiasing, on
+    integers. The pixels are bit-identical.
 
     Returns:
-        uint8 [frames, height, width, 3], RGB, contiguous; one frame for a picture.
+        uint8 [frames, height, width, 3], RGB, contiguous; one frame for an image.
 
     Raises:
         SampleError: the file cannot be decoded.
@@ -50,8 +49,8 @@ def read_resized(plan: MediaPlan, reader: PixelReader) -> torch.Tensor:
 def _resize(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize uint8 [n, 3, height, width].
 
-    Values that lie interleaved in memory (RGBRGB...), as decoders give them, are resized faster, stay so, and need no
-    copy to be sent.
+    Pixels that are interleaved in memory (RGBRGB...), as decoders return them, are resized faster, stay interleaved,
+    and need no copy to be sent.
     """
     if tuple(frames.shape[-2:]) == size:
         return frames

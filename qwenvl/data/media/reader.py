@@ -1,4 +1,4 @@
-"""Opening images and videos: sizes from their headers while planning, pixels in the workers."""
+"""Open images and videos: sizes from their headers while planning, pixels in the workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwenvl.data.types import ImageItem, Source, VideoItem
 from qwenvl.utils.deadline import call_within
 from qwenvl.utils.errors import SampleError
 
-FRAMES_PER_SECOND = 2.0  # of a list of frames that does not say: the default of qwen-vl-utils (sample_fps)
+FRAMES_PER_SECOND = 2.0  # of a list of frames without a rate: the default of qwen-vl-utils (sample_fps)
 
 Decoded = TypeVar("Decoded")
 
@@ -27,12 +27,12 @@ class MediaReader:
     """Opens the media of one dataset. Cheap to make and to send to other processes.
 
     Args:
-        data_path: folder that relative paths start from, or "".
-        allow_remote: fetch http(s) URLs, anew for every use.
-        allow_absolute: absolute paths may lie outside ``data_path``.
-        keep_images: read an image's file whole when its size is asked for, and keep it to be decoded, rather than open
-            (or fetch) it twice. For readers that live as long as one sample.
-        video_timeout: seconds that opening or decoding a video may take.
+        data_path: Folder that relative paths start from, or "".
+        allow_remote: Whether http(s) URLs are fetched, again for every use.
+        allow_absolute: Whether absolute paths may lie outside ``data_path``.
+        keep_images: Whether the whole file of an image is read with its size and kept for decoding, rather than opened
+            (or fetched) twice; for readers of a single sample.
+        video_timeout: Seconds that opening or decoding a video may take.
 
     Every method raises :class:`SampleError` for media that cannot be used, naming the file: ``missing_file``,
     ``zero_byte``, ``truncated``, ``wrong_type``, ``unreadable_file``, ``decompression_bomb``, ``outside_data_path``,
@@ -62,12 +62,12 @@ class MediaReader:
             return images.read_image(self._locate_image(item.source))
 
     def read_pixels(self, item: ImageItem) -> torch.Tensor:
-        """Decode an image to uint8 [3, height, width], RGB interleaved: the pixels of :meth:`read_image`, sooner."""
+        """Decode an image to uint8 [3, height, width], RGB interleaved; the same as :meth:`read_image`, but faster."""
         with self._naming(item.source):
             return images.read_pixels(self._locate_image(item.source))
 
     def video_header(self, item: VideoItem) -> VideoHeader:
-        """Return a video's number of frames, average frames a second, and size in pixels."""
+        """Return a video's number of frames, average frames per second, and size in pixels."""
         if isinstance(item.source, tuple):
             height, width = self._size_of_frames(item.source)
             return VideoHeader(len(item.source), item.fps or FRAMES_PER_SECOND, height, width)
@@ -79,7 +79,7 @@ class MediaReader:
         ``shrink`` is applied to some of them at a time, so that a long video is never in memory at its full size.
         """
         if isinstance(item.source, tuple):
-            return self._read_pictures([item.source[index] for index in indices.tolist()], shrink)
+            return self._read_images([item.source[index] for index in indices.tolist()], shrink)
         return self._decoding(item.source, lambda backend, located: backend.frames(located, indices, shrink))
 
     def _decoding(self, source: Source, decode: Callable[[VideoBackend, Source], Decoded]) -> Decoded:
@@ -102,7 +102,7 @@ class MediaReader:
         return self._kept[source]
 
     def named(self, error: SampleError, item: ImageItem | VideoItem) -> SampleError:
-        """Return an error about a medium whose reason begins with its name; of frames, with that of the first."""
+        """Return an error whose reason begins with the name of the image or video, or of the first frame of a list."""
         return self._named(error, item.source[0] if isinstance(item.source, tuple) else item.source)
 
     def _named(self, error: SampleError, source: Source) -> SampleError:
@@ -111,7 +111,7 @@ class MediaReader:
 
     @contextmanager
     def _naming(self, source: Source) -> Iterator[None]:
-        """Begin the reason of a SampleError with the medium it is about."""
+        """Begin the reason of a SampleError with the name of the image or video."""
         try:
             yield
         except SampleError as error:
@@ -124,22 +124,22 @@ class MediaReader:
                 sizes.append(images.image_size(self._sources.locate(frame)))
         return _common_size(frames, sizes)
 
-    def _read_pictures(self, frames: Sequence[Source], shrink: Shrink) -> torch.Tensor:
-        pictures, sizes = [], []
+    def _read_images(self, frames: Sequence[Source], shrink: Shrink) -> torch.Tensor:
+        shrunk, sizes = [], []
         for frame in frames:
             with self._naming(frame):
-                picture = images.read_pixels(self._sources.locate(frame))
-            sizes.append((picture.shape[1], picture.shape[2]))
+                image = images.read_pixels(self._sources.locate(frame))
+            sizes.append((image.shape[1], image.shape[2]))
             _common_size(frames[: len(sizes)], sizes)
-            pictures.append(shrink(picture[None])[0])
-        return torch.stack([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
+            shrunk.append(shrink(image[None])[0])
+        return torch.stack([image.permute(1, 2, 0) for image in shrunk]).permute(0, 3, 1, 2)
 
 
 def _common_size(frames: Sequence[Source], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Return the size that all frames of a video have.
 
     Raises:
-        SampleError: one has another.
+        SampleError: the sizes differ.
     """
     for frame, size in zip(frames, sizes, strict=True):
         if size != sizes[0]:

@@ -1,4 +1,4 @@
-"""Sizes without pixels: resize rules, frame sampling and patch grids, from headers alone.
+"""Plan sizes without pixels: resize rules, frame sampling and patch grids, from headers alone.
 
 The rules are those of the checkpoints' own processors in transformers (``smart_resize`` and ``sample_frames`` of
 ``Qwen2VLImageProcessor``, ``Qwen2VLVideoProcessor`` and ``Qwen3VLVideoProcessor``), which the tests use as oracles.
@@ -25,21 +25,21 @@ class VisionSettings:
     """The limits in force for one run. Pixels count height x width; of a clip, frames x height x width.
 
     Args:
-        family: decides the layout of videos.
-        patch_size: pixels a side of one patch.
-        merge_size: patches a side that become one token.
-        temporal_patch_size: frames in one patch.
-        image_min_pixels: lower limit of an image.
-        image_max_pixels: upper limit of an image.
-        video_min_pixels: lower limit of a clip.
-        video_max_pixels: upper limit of a clip.
-        video_min_frame_pixels: lower limit of a frame; None: none of its own.
-        video_max_frame_pixels: upper limit of a frame; None: none of its own.
-        video_fps: frames a second to sample.
-        video_min_frames: fewest frames of a clip.
-        video_max_frames: most frames of a clip.
-        tokens_per_frame: tokens of a picture, and of each temporal patch of a video, whatever its size; None: one for
-            every merged patch.
+        family: Model family, which has the layout of videos.
+        patch_size: Side of a patch, in pixels.
+        merge_size: Side of a token, in patches.
+        temporal_patch_size: Frames per patch.
+        image_min_pixels: Lower limit of an image.
+        image_max_pixels: Upper limit of an image.
+        video_min_pixels: Lower limit of a clip.
+        video_max_pixels: Upper limit of a clip.
+        video_min_frame_pixels: Lower limit of a frame; None for no such limit.
+        video_max_frame_pixels: Upper limit of a frame; None for no such limit.
+        video_fps: Frames per second to sample.
+        video_min_frames: Fewest frames of a clip.
+        video_max_frames: Most frames of a clip.
+        tokens_per_frame: Tokens of an image, and of each temporal patch of a video, whatever its size; None for one
+            token per merged patch.
     """
 
     family: Family
@@ -59,19 +59,19 @@ class VisionSettings:
 
     @property
     def factor(self) -> int:
-        """Pixels a side of one token: resized heights and widths are multiples of it."""
+        """Side of a token in pixels: resized heights and widths are multiples of it."""
         return self.patch_size * self.merge_size
 
     @property
     def frame_min_pixels(self) -> int:
-        """Lower limit of one frame in families whose processors count by the frame (``clip`` layout)."""
+        """Lower limit of one frame in families whose processors limit frames (``clip`` layout)."""
         if self.video_min_frame_pixels is not None:
             return self.video_min_frame_pixels
         return max(1, self.video_min_pixels // self.video_max_frames)
 
 
 class VideoFacts(Protocol):
-    """What a container says of a video, without decoding it."""
+    """Facts about a video that its container holds, without decoding."""
 
     @property
     def num_frames(self) -> int:
@@ -79,7 +79,7 @@ class VideoFacts(Protocol):
 
     @property
     def fps(self) -> float:
-        """Average frames a second."""
+        """Average frames per second."""
 
     @property
     def height(self) -> int:
@@ -96,10 +96,10 @@ class VideoFacts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ImagePlan:
-    """What becomes of an image.
+    """Plan of an image: its size after resizing, and its patches.
 
     Args:
-        item: the image.
+        item: Image as written in the record.
         resized: (height, width) in pixels after resizing.
         grid: (1, height, width) in patches.
         size: (height, width) in pixels before resizing, as the image is shown.
@@ -113,17 +113,17 @@ class ImagePlan:
 
 @dataclass(frozen=True, slots=True)
 class VideoPlan:
-    """What becomes of a video.
+    """Plan of a video: its sampled frames, their size after resizing, and their patches.
 
     Args:
-        item: the video.
-        num_frames: frames of the source, within ``video_start`` and ``video_end``.
-        fps: frames a second of the source, on average within ``video_start`` and ``video_end``.
-        indices: source index of every sampled frame, int64 [n].
+        item: Video as written in the record.
+        num_frames: Frames of the source, within ``video_start`` and ``video_end``.
+        fps: Frames per second of the source, on average within ``video_start`` and ``video_end``.
+        indices: int64 [n], source index of every sampled frame.
         resized: (height, width) of a frame in pixels after resizing.
         grid: (temporal, height, width) in patches.
-        timestamps: seconds in the source of every temporal patch: the mean of its first and last frame.
-        times: seconds of every sampled frame, float64 [n], where the source has no constant rate; None where it has.
+        timestamps: Seconds in the source of every temporal patch: the mean of its first and last frame.
+        times: float64 [n], seconds of every sampled frame, if the source has no constant rate; None if it has.
     """
 
     item: VideoItem
@@ -142,7 +142,7 @@ class VideoPlan:
 
     @property
     def sampled_fps(self) -> float:
-        """Frames a second after sampling."""
+        """Frames per second after sampling."""
         return len(self.indices) / self.num_frames * self.fps
 
 
@@ -161,7 +161,7 @@ def fit(height: int, width: int, factor: int, min_pixels: int, max_pixels: int, 
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise SampleError(
             "extreme_ratio",
-            f"the picture is {width} x {height} pixels (width x height): one side is more than {MAX_ASPECT_RATIO} "
+            f"the image is {width} x {height} pixels (width x height): one side is more than {MAX_ASPECT_RATIO} "
             "times the other, which these models refuse. Crop it or remove the sample.",
         )
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
@@ -178,7 +178,7 @@ def fit(height: int, width: int, factor: int, min_pixels: int, max_pixels: int, 
 
 
 def plan_image(item: ImageItem, size: tuple[int, int], settings: VisionSettings) -> ImagePlan:
-    """Return what becomes of an image of ``size`` (height, width) pixels.
+    """Return the plan of an image of ``size`` (height, width) pixels.
 
     Raises:
         SampleError: extreme aspect ratio, or limits of its own that contradict each other.
@@ -190,7 +190,7 @@ def plan_image(item: ImageItem, size: tuple[int, int], settings: VisionSettings)
 
 
 def plan_video(item: VideoItem, facts: VideoFacts, settings: VisionSettings) -> VideoPlan:
-    """Return what becomes of a video whose container says ``facts``.
+    """Return the plan of a video from the ``facts`` of its container.
 
     Raises:
         SampleError: too few frames, a time range that holds none, extreme aspect ratio, contradicting limits.
@@ -201,7 +201,7 @@ def plan_video(item: VideoItem, facts: VideoFacts, settings: VisionSettings) -> 
         raise SampleError(
             "one_frame",
             f"the video has {available} frame(s) in the range used, and at least {settings.temporal_patch_size} are "
-            "needed. Give a still picture as `image`, or remove the sample.",
+            "needed. Give a still image as `image`, or remove the sample.",
         )
     fps = _mean_rate(facts, first, last)
     indices = first + sample_frames(item, available, fps, settings)
@@ -216,8 +216,8 @@ def plan_video(item: VideoItem, facts: VideoFacts, settings: VisionSettings) -> 
 def frame_range(item: VideoItem, facts: VideoFacts) -> tuple[int, int]:
     """Return the first and last source frame between ``video_start`` and ``video_end``, both included.
 
-    Same rule as ``calculate_video_frame_range`` of qwen-vl-utils, which knows no times but those of a constant rate;
-    of other videos, the frames whose own times lie in the range.
+    For videos of constant rate, the rule is that of ``calculate_video_frame_range`` of qwen-vl-utils; for other videos,
+    the frames are those with times in the range.
 
     Raises:
         SampleError: no frame lies in the range.
@@ -242,7 +242,7 @@ def frame_range(item: VideoItem, facts: VideoFacts) -> tuple[int, int]:
 
 
 def _mean_rate(facts: VideoFacts, first: int, last: int) -> float:
-    """Return the frames a second between two frames of a video, as a file of these frames alone would have them."""
+    """Return the frames per second between two frames of a video, as of a file with these frames alone."""
     if facts.times is None or last - first + 1 == facts.num_frames:
         return facts.fps
     seconds = facts.times[last] - facts.times[first]
@@ -252,7 +252,7 @@ def _mean_rate(facts: VideoFacts, first: int, last: int) -> float:
 def sample_frames(item: VideoItem, available: int, fps: float, settings: VisionSettings) -> np.ndarray:
     """Return which of ``available`` frames are used: int64 [n], ascending, as the family's processor samples them.
 
-    Frames given as pictures are used as they are, up to ``max_frames`` evenly spread ones.
+    Frames given as images are used as they are, up to ``max_frames`` evenly spread ones.
 
     Raises:
         SampleError: ``nframes`` asks for more frames than there are.
@@ -300,7 +300,7 @@ def _frame_size(item: VideoItem, frames: int, facts: VideoFacts, settings: Visio
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
         return fit(height, width, factor, clip_min, clip_max, frames)
-    # The processor of these families limits frames. Every pair of frames shares a patch, hence // 2 * 2 as it has it.
+    # The processor of these families limits frames. Every pair of frames shares a patch: hence its // 2 * 2.
     share = clip_max // 2 * 2 // frames
     upper = share if frame_max is None else min(frame_max, share)
     lower = min(upper, settings.frame_min_pixels if item.min_pixels is None else item.min_pixels)
@@ -314,7 +314,7 @@ def _timestamps(seconds: np.ndarray, step: int) -> tuple[float, ...]:
 
 
 def _image_limits(item: ImageItem, settings: VisionSettings) -> tuple[int, int]:
-    """Return the limits of an image. One that it gives itself wins over the other one of the run."""
+    """Return the limits of an image. Its own limit overrides the opposite limit of the run."""
     if item.min_pixels is not None and item.max_pixels is not None and item.min_pixels > item.max_pixels:
         raise SampleError(
             "bad_limits", f"min_pixels={item.min_pixels} of the image is more than its max_pixels={item.max_pixels}."

@@ -1,1 +1,1 @@
-"""Lengths without decoding, kept on disk; bin packing; the plan of an epoch."""
+"""Lengths without decoding and their cache on disk; packing plans; packed annotation files."""

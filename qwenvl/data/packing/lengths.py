@@ -1,6 +1,6 @@
-"""Exact lengths of all rows before training, from headers and text alone: nothing is decoded.
+"""Count the exact lengths of all rows before training, from headers and text alone, without decoding media.
 
-Process 0 counts with all cores it may use, and keeps what it counted in a cache; the others are given the result.
+Process 0 counts on all cores it may use, caches the lengths, and sends the result to the other processes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from qwenvl.utils.errors import UserError
 from qwenvl.utils.logging import shows_bars
 from qwenvl.utils.processes import in_processes
 
-_COUNTING = 4  # to be raised when what is counted of a sample changes, so that older caches are not read
-_ROWS_A_TASK = 64  # done together, and counted again if the run is killed meanwhile
+_COUNTING = 4  # version of the counting: raise it when the statistics change, so that older caches are not read
+_ROWS_A_TASK = 64  # counted together, and again if the run is killed meanwhile
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class RowLengths:
 
     Args:
         measures: :data:`~qwenvl.data.sample_stats.MEASURES` [rows]; all zeros for a row that is left out.
-        events: what there is to report of them, once for a row that is used several times.
+        events: Events to report of the rows, once for a row that is used several times.
     """
 
     measures: np.ndarray
@@ -46,16 +46,16 @@ class RowLengths:
 
 
 def measure_lengths(dataset: ConversationDataset, cache: Path | None = None, workers: int | None = None) -> RowLengths:
-    """Measure every row, in process 0; all processes get the result, and all have to call this.
+    """Measure every row in process 0; all processes get the result, and all have to call this.
 
-    Rows that an earlier run has counted under the same settings come from the cache. Rows with a problem do not: they
-    are looked at in every run, so that a file that was put in its place is found. A picture that was replaced under its
-    name is not; should the row then be too long, training says so and leaves it out.
+    Rows that an earlier run counted under the same settings come from the cache. Rows with a problem are checked in
+    every run, so that a missing file is found once it is there. A changed image under the same name is not noticed; if
+    its row is then too long, training reports it and leaves it out.
 
     Args:
-        dataset: not packed.
-        cache: folder of everything cached; None to keep nothing.
-        workers: processes; 0 or 1 for none beside this one. Default: as many as this process may use cores.
+        dataset: Dataset without packs.
+        cache: Cache folder; None to keep nothing.
+        workers: Number of processes; 0 or 1 for none besides this one. Default: the number of available cores.
 
     Raises:
         UserError: a row must stop the run; of several, the first in the order of the rows.
@@ -74,7 +74,7 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
-    """A task's results: as they count in this run, and as they are to be kept (MEASURES [n] each); see Measurement."""
+    """Results of a task: for this run, and for the cache (MEASURES [n] each); see Measurement."""
 
     measures: np.ndarray
     whole: np.ndarray
@@ -83,7 +83,7 @@ class _Counted:
 
 
 class _Tasks(Dataset[_Counted]):
-    """Counts the rows of one task an index; ``known`` is what the caches hold, MEASURES [rows] of every table."""
+    """Counts the rows of one task per index; ``known`` holds the cached MEASURES [rows] of every table."""
 
     def __init__(self, dataset: ConversationDataset, tasks: Sequence[_Task], known: Sequence[np.ndarray]) -> None:
         self._dataset = dataset
@@ -133,7 +133,7 @@ def _measure(dataset: ConversationDataset, cache: Path | None, workers: int) -> 
 
 
 def _open_caches(dataset: ConversationDataset, cache: Path | None) -> list[LengthCache]:
-    """Open what is kept of every table; equal tables under equal settings share it, whatever dataset they belong to."""
+    """Open the cache of every table; equal tables under equal settings share it, whatever dataset they belong to."""
     if cache is None:
         return [LengthCache(None, len(table.table)) for table in dataset.tables]
     of_encoder = dataset.encoder.fingerprint()
@@ -147,7 +147,7 @@ def _open_caches(dataset: ConversationDataset, cache: Path | None) -> list[Lengt
 
 
 def _plan_tasks(dataset: ConversationDataset, known: Sequence[np.ndarray]) -> list[_Task]:
-    """Return what there is to do: rows that are not known, and those that are too long, to say so with their place."""
+    """Return tasks for rows that are not cached, and for rows that are too long, to report them with their place."""
     tasks = list[_Task]()
     for number, table in enumerate(dataset.tables):
         rows = np.unique(table.rows)
@@ -158,5 +158,5 @@ def _plan_tasks(dataset: ConversationDataset, known: Sequence[np.ndarray]) -> li
 
 
 def _count(tasks: _Tasks, workers: int) -> Iterator[_Counted]:
-    """Do the tasks in worker processes; the results come in order."""
+    """Run the tasks in worker processes, and yield the results in order."""
     return iter(in_processes(tasks, len(tasks), workers))

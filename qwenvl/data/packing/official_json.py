@@ -1,4 +1,4 @@
-"""Packed annotation files of the official recipe: a JSON array whose rows are lists of samples."""
+"""Write packed annotation files of the official recipe: a JSON array whose rows are lists of samples."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from qwenvl.utils.errors import UserError
 def write_packed_json(path: Path, packs: ConversationDataset) -> str:
     """Write packs as ``tools/pack_data.py`` of the official recipe does: each row is the list of a pack's samples.
 
-    Such a file has one folder of media. Where the datasets have several, paths are written in full.
+    Such a file has a single media folder. Where the datasets have several, full paths are written.
 
     Args:
-        path: ``.json`` for an array, ``.jsonl`` for a pack a line; replaced in one step.
-        packs: what is written.
+        path: File to write, replaced in one step: ``.json`` for an array, ``.jsonl`` for one pack per line.
+        packs: Packs to write.
 
     Returns:
         The ``data_path`` to register it with; empty where paths are written in full.
 
     Raises:
-        UserError: a sample cannot be written as JSON, or the file not at all.
+        UserError: a sample cannot be written as JSON, or the file cannot be written.
     """
     folders = {table.table.spec.data_path for table in packs.tables}
     folder = folders.pop() if len(folders) == 1 else None
@@ -54,22 +54,22 @@ def _as_json(sample: Sample, *, in_full: bool) -> str:
     if in_full:
         record = with_sources(record, partial(absolute_source, data_path=sample.data_path))
     if record.get("bbox_format") is None and sample.bbox_format is not None:
-        record["bbox_format"] = sample.bbox_format  # of its dataset's entry; that of another may say something else
+        record["bbox_format"] = sample.bbox_format  # from its dataset's entry; another dataset may have another one
     try:
         return json.dumps(record, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{sample.origin}: the sample cannot be written as JSON ({error}), such as pictures kept as bytes in "
+            f"{sample.origin}: the sample cannot be written as JSON ({error}), such as images kept as bytes in "
             "Parquet. Use --format plan, which leaves annotations where they are."
         ) from error
 
 
 def with_sources(record: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Return a record with the path or URI of each of its images and videos changed; one of another form as turns.
+    """Return a record with the path or URI of each of its images and videos changed, and its turns as messages.
 
     Args:
-        record: in any form; see :mod:`qwenvl.data.conversation.messages`.
-        change: a source to another.
+        record: Record in any form; see :mod:`qwenvl.data.conversation.messages`.
+        change: Function from a source to the new one.
     """
     changed = _media_with_sources(as_messages(record), change)
     for key in TURN_FIELDS:

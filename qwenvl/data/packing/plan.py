@@ -1,9 +1,9 @@
-"""Plans: which rows make each pack, made once from exact lengths and kept in a Parquet file.
+"""Make packing plans, the rows of each pack, once from exact lengths, and keep them in Parquet files.
 
-One line a row of the run, pack after pack; rows that are left out come last, without a pack. Columns: ``pack``,
-``dataset`` (registry name), ``row`` (place in the dataset's annotations, from 0), ``index`` (place among the rows of
-the run), the measures of :mod:`qwenvl.data.sample_stats`, and ``cost`` (floating point operations). The file's metadata
-say what it was made for.
+A file has one line per row of the run, pack after pack; rows that are left out come last, without a pack. Columns:
+``pack``, ``dataset`` (registry name), ``row`` (place in the dataset's annotations, from 0), ``index`` (place among the
+rows of the run), the statistics of :mod:`qwenvl.data.sample_stats`, and ``cost`` (floating point operations). The
+file's metadata describe the data and settings that it was made for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _METADATA_KEY = b"qwenvl_plan"
 _MEANING = {
     "model_max_length": "--model_max_length",
     "overlength": "--overlength",
-    "encoder": "how samples are rendered and sized (processor, chat template, limits of pictures and videos, decoder)",
+    "encoder": "how samples are rendered and sized (processor, chat template, limits of images and videos, decoder)",
 }
 
 
@@ -38,9 +38,9 @@ class PackPlan:
     """Rows in packs.
 
     Args:
-        packs: of indices of the dataset's rows.
+        packs: Packs of the indices of a dataset's rows.
         measures: :data:`~qwenvl.data.sample_stats.MEASURES` [rows]; all zeros for a row that is left out.
-        events: what there is to report of the rows.
+        events: Events to report of the rows.
     """
 
     packs: Packs
@@ -49,12 +49,12 @@ class PackPlan:
 
 
 def make_plan(rows: ConversationDataset, lengths: RowLengths, seed: int) -> PackPlan:
-    """Put rows into packs; the same on every rank and in every run.
+    """Put rows into packs; the result is the same on every rank and in every run.
 
     Args:
-        rows: not packed.
-        lengths: of these rows.
-        seed: of :func:`qwenvl.data.bin_packing.pack`.
+        rows: Dataset without packs.
+        lengths: Lengths of its rows.
+        seed: Seed of :func:`qwenvl.data.bin_packing.pack`.
     """
     usable = np.flatnonzero(lengths.measures["tokens"])
     tokens, patches = (lengths.measures[name][usable] for name in ("tokens", "patches"))
@@ -63,7 +63,7 @@ def make_plan(rows: ConversationDataset, lengths: RowLengths, seed: int) -> Pack
 
 
 def describe_rows(rows: ConversationDataset) -> dict[str, Any]:
-    """Return what a plan of these rows belongs to, in a form that JSON holds; reads the annotation files once."""
+    """Return the data and settings that a plan of these rows depends on, for JSON; reads the annotation files once."""
     return {
         "version": _VERSION,
         "model_max_length": rows.encoder.max_length,
@@ -93,11 +93,11 @@ def write_plan(path: Path, plan: PackPlan, rows: ConversationDataset, costs: np.
     """Write a plan.
 
     Args:
-        path: the file, replaced in one step.
-        plan: of these rows.
-        rows: not packed.
-        costs: float64 [rows], what each costs to train on.
-        seed: it was made with, for the reader.
+        path: File to write, replaced in one step.
+        plan: Plan of these rows.
+        rows: Dataset without packs.
+        costs: float64 [rows], training cost of each row.
+        seed: Seed of the plan, for information.
 
     Raises:
         UserError: the file cannot be written.
@@ -131,7 +131,7 @@ def planned_datasets(path: Path) -> str:
     """Return the datasets of a plan as ``--dataset_use`` names them.
 
     Raises:
-        UserError: it is not a plan.
+        UserError: the file is not a plan.
     """
     datasets = _read_metadata(path)["made_for"]["datasets"]
     return _as_flag({name: described["percent"] for name, described in datasets.items()})
@@ -150,31 +150,31 @@ def read_plan(path: Path, rows: ConversationDataset, remake: str) -> PackPlan:
     """Read the plan of some rows.
 
     Args:
-        path: a file of :func:`write_plan`.
-        rows: not packed.
-        remake: the command that makes it anew, for the message.
+        path: File of :func:`write_plan`.
+        rows: Dataset without packs.
+        remake: Command that makes the plan again, for the message.
 
     Raises:
-        UserError: it is not a plan, not one of these rows and settings, or leaves out bad samples at which this run
-            is to stop.
+        UserError: the file is not a plan, belongs to other rows or settings, or leaves out bad samples that must stop
+            this run.
     """
     metadata = _read_metadata(path)
     differences = _differences(metadata["made_for"], describe_rows(rows))
     if differences:
         raise UserError(
             f"The plan {path} was made for other data or settings. What differs: {'; '.join(differences)}. Train with "
-            f"the plan's own, or make it anew:\n  {remake}"
+            f"the plan's own, or make it again:\n  {remake}"
         )
     events = tuple(Event(**event) for event in metadata["events"])
     bad = [event for event in events if event.kind == "bad"]
     if bad and not rows.skips_bad_samples:
         raise UserError(
             f"The plan {path} leaves out {len(bad)} samples that cannot be used, and --on_bad_sample raise stops at "
-            f"them. Correct them and make the plan anew, or pass --on_bad_sample skip. The first: {bad[0].message}"
+            f"them. Correct them and make the plan again, or pass --on_bad_sample skip. The first: {bad[0].message}"
         )
     packs, measures = _read_rows(path, rows)
     if len(packs) and int(packs.add_up(measures["tokens"]).max()) > rows.encoder.max_length:
-        raise UserError(f"The plan {path} holds packs longer than --model_max_length. Make it anew:\n  {remake}")
+        raise UserError(f"The plan {path} holds packs longer than --model_max_length. Make it again:\n  {remake}")
     return PackPlan(packs, measures, events)
 
 
@@ -197,7 +197,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 
 
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say what of the data and settings is not what it was; empty where all is."""
+    """Return the differences in data and settings in words; empty where there are none."""
     found = [
         meaning if name == "encoder" else f"{meaning} ({saved[name]}, now {now[name]})"
         for name, meaning in _MEANING.items()
@@ -230,10 +230,10 @@ def _read_rows(path: Path, rows: ConversationDataset) -> tuple[Packs, np.ndarray
         and np.array_equal(numbers[codes.indices.to_numpy()], tables[index])
         and np.array_equal(table["row"].to_numpy(), places[index])
     ):
-        raise UserError(f"The plan {path} is damaged: its rows are not those that it was made for. Make it anew.")
+        raise UserError(f"The plan {path} is damaged: its rows are not the rows that it was made for. Make it again.")
     measures = np.zeros(len(rows), MEASURES)
     for name in Measures._fields:
         measures[name][index] = table[name].to_numpy()
-    packs = table["pack"].drop_null().to_numpy()  # they stand first
+    packs = table["pack"].drop_null().to_numpy()  # they come first
     borders = np.concatenate([[0], np.cumsum(np.bincount(packs))]).astype(np.int64)
     return Packs(index[: len(packs)], borders), measures

@@ -1,1 +1,1 @@
-"""The dataset registry, annotation files and Hugging Face datasets: rows to samples, nothing decoded."""
+"""The dataset registry, annotation files and Hugging Face datasets: rows to samples, without decoding media."""

@@ -1,8 +1,8 @@
-"""Rows of Hugging Face datasets: folders and names that the ``datasets`` library opens, and Parquet with pictures.
+"""Read rows of Hugging Face datasets: folders and names that the ``datasets`` library opens, and Parquet with images.
 
-The library keeps a dataset as Arrow files, which are mapped into memory: a row costs what is in it, and processes share
-the pages. Folders of ``save_to_disk`` are such files already; everything else is converted once into the library's own
-cache (``$HF_DATASETS_CACHE``), and with it all its pictures. Pictures stay as the bytes of their files.
+The library keeps a dataset as memory-mapped Arrow files: reading a row costs only its own size, and processes share the
+pages. Folders of ``save_to_disk`` are such files already; everything else, images included, is converted once into the
+library's own cache (``$HF_DATASETS_CACHE``). Images stay as the bytes of their files.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-_SAVED = ("dataset_dict.json", "state.json")  # one of them stands in a folder of save_to_disk
+_SAVED = ("dataset_dict.json", "state.json")  # a folder of save_to_disk has one of them
 
 
 class DatasetRows:
     """The rows of one split.
 
     Args:
-        dataset: the split.
-        path: its name in messages.
-        content: hash of its content.
+        dataset: Split of the dataset.
+        path: Name of the split, for messages.
+        content: Hash of its content.
     """
 
     def __init__(self, dataset: datasets.Dataset, path: str, content: str) -> None:
@@ -46,7 +46,7 @@ class DatasetRows:
         return len(self._dataset)
 
     def line(self, row: int) -> int:
-        """The row's place in the split, counted from 1."""
+        """Return the place of a row in the split, counted from 1."""
         return row + 1
 
     def record(self, row: int) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class DatasetRows:
         return as_written(record if self._json is None else dict(self._json.decode_example(record)), table.schema)
 
     def text(self, row: int) -> None:
-        """None: the rows of a table have no text."""
+        """Return None: the rows of a table have no text."""
 
 
 def open_dataset(source: HuggingFaceDataset) -> DatasetRows:
@@ -70,18 +70,18 @@ def open_dataset(source: HuggingFaceDataset) -> DatasetRows:
     found = _open_saved(source) if saved else _load(source)
     dataset = _choose_split(found, source)
     files = [Path(file["filename"]) for file in dataset.cache_files]
-    # Of files that the library made, it has made the content part of its own fingerprint.
+    # The library's fingerprint covers the content of files that it made itself.
     content = [(file.name, os.stat(file).st_size, os.stat(file).st_mtime_ns if saved else 0) for file in files]
     own = fingerprint(dataset._fingerprint, len(dataset), content)
     return DatasetRows(dataset, f"{source.name} ({source.split})", own)
 
 
 def open_parquet(path: str, content: str) -> DatasetRows:
-    """Open a Parquet file that holds pictures: Parquet is read by row groups, which with pictures take too long.
+    """Open a Parquet file with images: reading it by row groups would take too long.
 
     Args:
-        path: the file.
-        content: hash of its content.
+        path: Parquet file.
+        content: Hash of its content.
 
     Raises:
         UserError: the library cannot open it.
@@ -123,7 +123,7 @@ def _load(source: HuggingFaceDataset) -> datasets.DatasetDict:
 
 
 def _reason(error: Exception) -> str:
-    """Return what an error says, and the one that led to it, each on a line of its own cut to a readable length."""
+    """Return the messages of an error and its cause in one line, each cut to a readable length."""
     causes = [error] if error.__cause__ is None else [error, error.__cause__]
     return "; ".join(f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}" for cause in causes)
 
@@ -140,7 +140,7 @@ def _choose_split(found: datasets.Dataset | datasets.DatasetDict, source: Huggin
 
 
 def _undecoded(features: datasets.Features) -> datasets.Features:
-    """Return features that decode JSON and leave pictures as bytes."""
+    """Return features that decode JSON and leave images as bytes."""
     import datasets
 
     return datasets.Features({name: _without_media(feature) for name, feature in features.items()})

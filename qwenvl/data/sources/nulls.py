@@ -1,9 +1,9 @@
-"""Rows of Arrow tables as their author had them: without the nulls that Arrow adds, and with maps as objects.
+"""Restore rows of Arrow tables as their author wrote them: without the nulls that Arrow adds, and maps as objects.
 
 A column of structs has one type for all rows, the union of what they hold: of two calls, ``weather(city)`` and
-``time(zone)``, each gets both arguments, the other's null. A null field of a struct is therefore taken as absent, at
-any depth. (Whoever means null writes the value as a JSON string, or the file as JSON.) Nulls in lists, in maps and in
-columns of type JSON are the author's own, and stay.
+``time(zone)``, each gets both arguments, the other's as null. A null field of a struct is therefore taken as absent, at
+any depth. (To keep a null, write the value as a JSON string, or the file as JSON.) Nulls in lists, in maps and in
+columns of type JSON come from the author, and stay.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def as_written(row: dict[str, Any], schema: pyarrow.Schema) -> dict[str, Any]:
-    """Return a row without the nulls inside its columns; those of whole columns stay.
+    """Return a row without the nulls inside its columns; nulls of whole columns stay.
 
     Args:
-        row: values by column, as ``to_pylist`` has them.
-        schema: the columns' types.
+        row: Values by column, as from ``to_pylist``.
+        schema: Types of the columns.
     """
     types = {field.name: field.type for field in schema}
     return {name: _value(value, types[name]) for name, value in row.items()}

@@ -1,4 +1,4 @@
-"""Rows of a Parquet annotation file, read by row groups."""
+"""Read rows of a Parquet annotation file by row groups."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ PARQUET_MAGIC = b"PAR1"
 CACHED_BYTES = 256 << 20
 
 GROUP_BYTES = 4 << 30
-"""The most that a row group may take in memory, by what the file says of it."""
+"""Most bytes of a row group in memory, as computed from the file's metadata."""
 
 ROW_BYTES = 256 << 20
-"""The most that a row may take: a few bytes of a file can repeat a long text any number of times."""
+"""Most bytes of a row in memory: a few bytes of a file can repeat a long text any number of times."""
 
-_VALUE_BYTES = 64  # of a Python object, about
+_VALUE_BYTES = 64  # about the size of a Python object
 
 
 class ParquetRows:
     """The rows of a Parquet file.
 
-    Row groups stay in memory once read, the least recently used going when they pass :data:`CACHED_BYTES` together
-    (a process). A file of many large row groups is slow in random order; JSON Lines has no such limit. A text that
-    stands in a group many times is in memory once, as in the file.
+    Row groups stay in memory once read; the least recently used are dropped when they exceed :data:`CACHED_BYTES`
+    together, in each process. A file of many large row groups is slow in random order; JSON Lines has no such limit. A
+    text that a group contains many times is in memory once, as in the file.
 
     Args:
-        path: the file.
+        path: Parquet file.
 
     Raises:
         UserError: it is not a Parquet file.
@@ -49,13 +49,13 @@ class ParquetRows:
     def __init__(self, path: str) -> None:
         self.path = path
         self._file: pyarrow.parquet.ParquetFile | None = None
-        self._process = -1  # that opened the file: a forked worker opens it again
+        self._process = -1  # id of the process that opened the file: a forked worker opens it again
         self._groups: OrderedDict[int, tuple[pyarrow.Table, np.ndarray]] = OrderedDict()
         self._texts: list[str] = []
         with _damage_explained():
             self.schema: pyarrow.Schema = self._open().schema_arrow
             metadata = self._open().metadata
-            self._texts, self._file = _text_columns(metadata.schema), None  # opened again with these kept as they are
+            self._texts, self._file = _text_columns(metadata.schema), None  # opened again, texts as dictionaries
             rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         if any(number < 0 for number in rows):
             raise UserError("is not a whole Parquet file (it counts fewer than no rows). Make or copy it again.")
@@ -69,9 +69,9 @@ class ParquetRows:
 
     @property
     def fingerprint(self) -> str:
-        """Of its footer (schema, sizes and statistics of every column), its size and the time it was written.
+        """Hash of the footer (schema, sizes and statistics of every column), the file's size and its modification time.
 
-        Such a file can hold pictures: reading all of it takes too long.
+        Such a file can hold images: reading all of it would take too long.
         """
         status = os.stat(self.path)
         with _damage_explained():
@@ -79,7 +79,7 @@ class ParquetRows:
         return fingerprint(footer, status.st_size, status.st_mtime_ns)
 
     def line(self, row: int) -> int:
-        """The row's place in the table, counted from 1."""
+        """Return the place of a row in the table, counted from 1."""
         return row + 1
 
     def record(self, row: int) -> dict[str, Any]:
@@ -103,10 +103,10 @@ class ParquetRows:
         return record
 
     def text(self, row: int) -> None:
-        """None: the rows of a table have no text."""
+        """Return None: the rows of a table have no text."""
 
     def _group(self, group: int) -> tuple[pyarrow.Table, np.ndarray]:
-        """Return the rows of a group, and how many bytes each takes: int64 [rows]."""
+        """Return the rows of a group, and the size of each in bytes: int64 [rows]."""
         if group not in self._groups:
             size = _claimed_size(self._open().metadata, group)
             if size > GROUP_BYTES:
@@ -114,7 +114,7 @@ class ParquetRows:
                     f"has a row group that takes {size / 2**30:.1f} GiB of memory, and the limit is "
                     f"{GROUP_BYTES >> 30} GiB. Write it with smaller row groups (row_group_size)."
                 )
-            # One thread: worker processes are many, and a thread pool does not survive the fork that makes them.
+            # One thread: there are many worker processes, and a thread pool does not survive the fork that makes them.
             table = self._open().read_row_group(group, use_threads=False)
             self._groups[group] = table, np.sum([_row_sizes(column) for column in table.columns], axis=0)
         self._groups.move_to_end(group)
@@ -132,13 +132,13 @@ class ParquetRows:
 
 
 def _text_columns(schema: pyarrow.parquet.ParquetSchema) -> list[str]:
-    """Return the paths of the columns of texts, which Arrow can keep as numbers of distinct values."""
+    """Return the paths of the text columns, which Arrow can keep as dictionary-encoded values."""
     columns = [schema.column(number) for number in range(len(schema))]
     return [column.path for column in columns if column.logical_type.type in ("STRING", "JSON", "ENUM")]
 
 
 def _claimed_size(metadata: pyarrow.parquet.FileMetaData, group: int) -> int:
-    """Return about how many bytes a row group takes in memory, by the file's own account of it."""
+    """Return the approximate size of a row group in memory, in bytes, from the file's metadata."""
     chunks = metadata.row_group(group)
     size = 0
     for number in range(chunks.num_columns):
@@ -148,7 +148,7 @@ def _claimed_size(metadata: pyarrow.parquet.FileMetaData, group: int) -> int:
 
 
 def _row_sizes(array: pyarrow.Array | pyarrow.ChunkedArray) -> np.ndarray:
-    """Return about how many bytes each row takes as Python objects: int64 [rows]."""
+    """Return the approximate size of each row as Python objects, in bytes: int64 [rows]."""
     import pyarrow
     from pyarrow import compute
 
@@ -182,7 +182,7 @@ def _numbers(array: pyarrow.Array) -> np.ndarray:
 
 @contextmanager
 def _damage_explained() -> Iterator[None]:
-    """Turn what Arrow meets in a damaged file into a UserError; what the disk says stays an OSError."""
+    """Turn errors of Arrow about a damaged file into a UserError; errors of the disk stay an OSError."""
     import pyarrow
 
     try:

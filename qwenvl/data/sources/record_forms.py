@@ -1,4 +1,4 @@
-"""Records that other trainers write: questions and answers in fields of their own, read as turns.
+"""Read records of other trainers, with questions and answers in fields of their own, as turns.
 
 ========================  ============================================================================================
 ``query``, ``response``   ms-swift; with ``history``, a list of [question, answer]
@@ -35,7 +35,7 @@ _HINTS = (
     (("texts",), "Of 'texts', write each 'user' and 'assistant'"),
     (("text",), "'text' does not say what is question and what answer: write them"),
 )
-"""What else a record is, by its keys."""
+"""Hints for records of other kinds, by their keys."""
 _PAIR = {"human", "assistant"}
 
 
@@ -46,7 +46,7 @@ class RecordForm:
     Args:
         needs: Fields that a record of this form has.
         may_have: Other fields that are read.
-        turns: Function that makes turns of the fields; those in ``may_have`` may be missing or null.
+        turns: Function from a record to turns; the fields in ``may_have`` may be missing or null.
     """
 
     needs: tuple[str, ...]
@@ -60,7 +60,7 @@ class RecordForm:
 
 
 def find_forms(keys: Collection[str]) -> list[RecordForm]:
-    """Return the forms that fields make."""
+    """Return the forms whose required fields are among some keys."""
     return [form for form in FORMS if all(key in keys for key in form.needs)]
 
 
@@ -68,7 +68,7 @@ def form_of(record: Record) -> RecordForm | None:
     """Return the form of a record; None where it has turns, or nothing that is read as turns.
 
     Raises:
-        SampleError: it has several (``bad_record``).
+        SampleError: the record has several (``bad_record``).
     """
     given = [key for key in record if record[key] is not None]
     found = [] if any(field in given for field in TURN_FIELDS) else find_forms(given)
@@ -91,7 +91,7 @@ def as_messages(record: Record) -> Record:
 
 
 def missing_turns(keys: Collection[str]) -> str:
-    """Say what to write, for fields that are no turns."""
+    """Return advice on what to write, for a record with these keys and no turns."""
     for known, hint in _HINTS:
         if all(key in keys for key in known):
             return f"{hint} as {_EXAMPLE}."
@@ -140,7 +140,7 @@ def _of_prompt(record: Record) -> Turns:
 
 
 def _as_context(turn: Any) -> Any:
-    """Return a turn of a prompt, which TRL does not train, whoever speaks."""
+    """Return a turn of a prompt, which TRL does not train, whatever its role."""
     return {**turn, "loss": False} if isinstance(turn, Mapping) and turn.get("loss") is None else turn
 
 
@@ -155,7 +155,7 @@ def _of_conversation(record: Record) -> Turns:
         if not _PAIR.issubset(one):
             raise SampleError("bad_record", f"pair {number} of 'conversation' needs 'human' and 'assistant'.")
         question, answer = _pair(one["human"], one["assistant"])
-        rest = {key: one[key] for key in one if key not in _PAIR}  # to be read, or named, as keys of the answer
+        rest = {key: one[key] for key in one if key not in _PAIR}  # read, or reported, as keys of the answer
         turns += [question, {**rest, **answer}]
     return turns
 

@@ -1,22 +1,22 @@
-"""The dataset registry: from ``--dataset_use "a%50,b"`` to the files of each dataset.
+"""Read the dataset registry: from ``--dataset_use "a%50,b"`` to the files of each dataset.
 
 A registry is a Python file (or a folder with an ``__init__.py``) that defines ``data_dict``, as in the official recipe.
 Its entries have one of two keys, and any of the others:
 
 ===================  ===================================================================================================
 ``annotation_path``  a file, a glob pattern (``"train/*.jsonl"``, ``"**/*.parquet"``), or a list of these. What a
-                     pattern finds comes sorted. A file is used once, however many of them name it (and that is said);
+                     pattern finds is sorted. A file is used once, even if it is named several times (with a warning);
                      ``name%200`` uses a dataset twice
-``hf_dataset``       what the ``datasets`` library opens: a folder (``save_to_disk``, Parquet, JSON Lines, pictures), or
-                     a name on the Hub; with ``split`` (``"train"`` if left out), ``config`` and ``revision``
+``hf_dataset``       dataset of the ``datasets`` library: a folder (``save_to_disk``, Parquet, JSON Lines, images), or a
+                     name on the Hub; with ``split`` (``"train"`` if left out), ``config`` and ``revision``
 ``data_path``        folder of the media, or ``""``; with ``hf_dataset`` it may be left out
 ``columns``          ``{"image": "picture"}``: the field ``image`` is called ``picture`` in the rows
 ``allow_absolute``   absolute paths of media may lie outside ``data_path``
 ``bbox_format``      see :mod:`qwenvl.data.conversation.boxes.convert`
-``history``          these three as the flags of the same names, over those of the run
+``history``          these three like the flags of the same names, which they override
 ``loss_on``
 ``chat_template_kwargs``
-``metric``           what evaluation measures its answers by, see :mod:`qwenvl.metrics.registry`
+``metric``           metric of its answers in evaluations, see :mod:`qwenvl.metrics.registry`
 ===================  ===================================================================================================
 
 Relative paths in it start from the folder that holds it: for ``my_registry.py`` the folder of that file, for
@@ -51,7 +51,7 @@ RECORD_FIELDS = (
     *("conversations", "messages", "image", "images", "video", "videos"),
     *("system", "tools", "id", "bbox_format", "objects", "label", "masks", *SAMPLE_OPTIONS),
     *FORM_FIELDS,
-)  # that "columns" can name
+)  # fields that "columns" can name
 
 _OWN_KEYS = (*SOURCE_KEYS, "data_path", "columns", "split", "config", "revision")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -63,9 +63,9 @@ class Registry(dict[str, dict[str, Any]]):
     """The entries of one ``data_dict``, by name.
 
     Args:
-        entries: the entries as written.
-        file: the file they were read from.
-        base: folder that their relative paths start from.
+        entries: Entries as written.
+        file: File that they were read from.
+        base: Folder that their relative paths start from.
     """
 
     def __init__(self, entries: Mapping[str, dict[str, Any]], file: Path, base: Path) -> None:
@@ -78,7 +78,7 @@ def load_registry(path: str | None = None) -> Registry:
     """Read ``data_dict`` from a registry file.
 
     Args:
-        path: a ``.py`` file, or a folder with an ``__init__.py``; None for the default one.
+        path: Python file, or a folder with an ``__init__.py``; None for the default one.
 
     Raises:
         UserError: the file is missing or does not run, or ``data_dict`` is missing or has names that cannot be used.
@@ -107,9 +107,9 @@ def parse_dataset_use(
     is used once with the sum of its percents, so that ``a%50,a%50`` is all of ``a`` and not one half twice.
 
     Args:
-        dataset_use: names separated by commas.
-        registry: what :func:`load_registry` returned. (Relative paths of a plain dict start from the working folder.)
-        flag: where the names were given, for messages.
+        dataset_use: Names separated by commas.
+        registry: Registry of :func:`load_registry`, or a plain dict with relative paths from the working folder.
+        flag: Flag with the names, for messages.
 
     Raises:
         UserError: an empty list, an unknown name, a percent that is not a number above 0, or an entry that is not
@@ -140,7 +140,7 @@ def _registry_file(path: Path) -> Path:
 
 
 class _SourceLoader(SourceFileLoader):
-    """Runs a file as it is now. Python's cached code is that of an earlier edit of the same second and size."""
+    """Runs a file as it is now. Python would run cached code of an earlier version with the same time and size."""
 
     def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
@@ -154,7 +154,7 @@ def _run_file(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file, loader=loader, submodule_search_locations=folders)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that a registry folder may import its own files
+    sys.modules[name] = module  # so that a registry folder can import its own files
     try:
         loader.exec_module(module)
     except Exception as error:  # whatever the user's own code raises
@@ -174,7 +174,7 @@ def _failing_line(error: Exception, file: Path) -> int | None:
 
 
 def _split_percent(item: str, flag: str) -> tuple[str, Decimal]:
-    """Return name and percent; decimals, as sums of floats are a little off: 7.6 + 92.1 is below 99.7."""
+    """Return name and percentage, as a Decimal because sums of floats are inexact: 7.6 + 92.1 is below 99.7."""
     name, sign, percent = item.partition("%")
     if not sign:
         return name, Decimal(100)
@@ -212,7 +212,7 @@ def _to_spec(name: str, registry: Mapping[str, Mapping[str, Any]], percent: floa
 
 
 def _source_key(entry: Any, where: str) -> str:
-    """Return which key says where an entry's rows are; refuse an entry without the keys that go with it."""
+    """Return the key with the source of an entry's rows; refuse an entry with missing or superfluous keys."""
     if not isinstance(entry, Mapping):
         raise UserError(f"{where}: an entry is a dict with annotation_path and data_path, not {entry!r}.")
     given = [key for key in SOURCE_KEYS if key in entry]

@@ -1,4 +1,4 @@
-"""Files and folders of a registry entry: found, and each file used once."""
+"""Find the files and folders of a registry entry; each file is used once."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def annotation_paths(value: Any, base: Path, where: str) -> tuple[str, ...]:
     """Return the annotation files of an entry, in the order in which they are first named, each once.
 
     Args:
-        value: ``annotation_path`` as written: a file, a pattern, or a list of these.
-        base: folder that relative paths start from.
-        where: the entry, for messages.
+        value: Value of ``annotation_path``: a file, a pattern, or a list of these.
+        base: Folder that relative paths start from.
+        where: Name of the entry, for messages.
 
     Raises:
         UserError: a file does not exist, or a pattern finds none.
@@ -47,12 +47,12 @@ def data_folder(value: Any, base: Path, where: str) -> str:
     """Return the folder of an entry's media; empty where it has none.
 
     Args:
-        value: ``data_path`` as written.
-        base: folder that relative paths start from.
-        where: the entry, for messages.
+        value: Value of ``data_path``.
+        base: Folder that relative paths start from.
+        where: Name of the entry, for messages.
 
     Raises:
-        UserError: it does not exist.
+        UserError: the folder does not exist.
     """
     if not isinstance(value, str | Path):
         raise UserError(f"{where}: 'data_path' must be a folder, or \"\"; not {value!r}.")

@@ -1,4 +1,4 @@
-"""What the columns of a table must hold to be rows of samples. Checked on opening, where all rows are of one type."""
+"""Check on opening that the columns of a table hold samples, and rename them to the fields of samples."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _OF_TURNS = ("struct", *_ANYTHING)  # a struct of lists: the ``datasets`` librar
 
 
 def to_fields(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Return a record under the names that samples have, its turns as a list.
+    """Return a record with the field names of samples, and its turns as a list.
 
     Args:
-        record: values by column.
-        columns: the column of each field that is called otherwise.
+        record: Values by column.
+        columns: Columns by field, for the fields that have another name.
     """
     fields = _rename(record, columns) if columns else record
     for field in (*TURN_FIELDS, *LISTS_OF_TURNS):
@@ -44,7 +44,7 @@ def _rename(values: Mapping[str, T], columns: Mapping[str, str]) -> dict[str, T]
 
 
 def holds_bytes(schema: pyarrow.Schema) -> bool:
-    """Return whether a column holds bytes, alone or inside its lists and structs: pictures, in annotations."""
+    """Return whether a column holds bytes (in annotations: images), alone or inside its lists and structs."""
     return any(_has_bytes(field.type) for field in schema)
 
 
@@ -52,11 +52,11 @@ def check_columns(schema: pyarrow.Schema, columns: Mapping[str, str]) -> None:
     """Refuse a table that has no turns, whose turns or media are of another type, or lacks a column.
 
     Args:
-        schema: the table's columns.
-        columns: as for :func:`to_fields`.
+        schema: Columns of the table.
+        columns: See :func:`to_fields`.
 
     Raises:
-        UserError: names what is wrong, and the columns that there are.
+        UserError: the table cannot be used; the message names its columns.
     """
     known = f"Its columns: {', '.join(schema.names) or 'none'}."
     for field, column in columns.items():
@@ -74,7 +74,7 @@ def check_columns(schema: pyarrow.Schema, columns: Mapping[str, str]) -> None:
             raise UserError(_wrong_type(field, types[field], columns, "a list of turns"))
     for field in _MEDIA:
         if field in types and not _is_one_of(_innermost(types[field]), _OF_MEDIA):
-            raise UserError(_wrong_type(field, types[field], columns, "paths, pictures or bytes, or lists of them"))
+            raise UserError(_wrong_type(field, types[field], columns, "paths, images or bytes, or lists of them"))
 
 
 def _wrong_type(field: str, column_type: pyarrow.DataType, columns: Mapping[str, str], expected: str) -> str:

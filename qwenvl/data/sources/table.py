@@ -1,13 +1,13 @@
-"""Annotation files as a table of samples: opened quickly, parsed a row at a time, cheap to send to workers.
+"""Read annotation files as a table of samples: opened quickly, parsed row by row, cheap to send to workers.
 
 =================  ==========================================================================
 ``.json``          one JSON array of samples
-``.jsonl``         one sample a line; ``.ndjson`` too. Blank lines are passed over
-``.parquet``       one sample a row
-``.gz`` after it   the same, compressed (not Parquet); decompressed into memory once a process
+``.jsonl``         one sample per line; ``.ndjson`` too. Blank lines are skipped
+``.parquet``       one sample per row
+``.gz`` after it   the same, compressed (not Parquet); decompressed into memory once per process
 =================  ==========================================================================
 
-Parquet with a column of bytes holds pictures, and is opened by the ``datasets`` library, as is a dataset of its own.
+Parquet with a column of bytes holds images, and is opened by the ``datasets`` library, like a Hugging Face dataset.
 
 With any other suffix the first character decides: ``[`` an array, ``{`` lines, ``PAR1`` Parquet. Text is UTF-8, with
 or without a byte order mark. A row that is a list of samples is a packed row of the official recipe.
@@ -44,7 +44,7 @@ _OTHER_FILES = (
     ((b'"root"', b'"annotation"'), f"{_LIST}with its 'root' as data_path."),  # of InternVL
     ((b'"formatting"', b'"file_name"'), f"{_LIST}with its folder as data_path."),  # of LLaMA-Factory
 )
-"""What else a .json file is that is one object, by words at its start."""
+"""Advice for a .json file that is one object, by words at its start."""
 
 
 class Rows(Protocol):
@@ -54,20 +54,20 @@ class Rows(Protocol):
 
     @property
     def schema(self) -> pyarrow.Schema | None:
-        """The type of every row; None where each has its own."""
+        """Type of all rows; None where each row has its own."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the file's content: equal for equal rows, another one once the file has changed."""
+        """Hash of the file's content: equal for equal rows, different once the file has changed."""
         ...
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         ...
 
     def line(self, row: int) -> int:
-        """Place of a row in its file, counted from 1: its line in JSON Lines, its item elsewhere."""
+        """Return the place of a row in its file, counted from 1: its line in JSON Lines, its item elsewhere."""
         ...
 
     def record(self, row: int) -> Any:
@@ -79,7 +79,7 @@ class Rows(Protocol):
         ...
 
     def text(self, row: int) -> bytes | None:
-        """The JSON of a row as it stands in the file; None where there is none."""
+        """Return the JSON of a row as it is in the file; None where there is none."""
         ...
 
 
@@ -87,8 +87,8 @@ class AnnotationTable:
     """The rows of a dataset's annotation files, one after the other.
 
     Args:
-        spec: the dataset.
-        files: its opened files, in order; or its one Hugging Face dataset.
+        spec: Registry entry of the dataset.
+        files: Opened files, in order; or the one Hugging Face dataset.
     """
 
     def __init__(self, spec: DatasetSpec, files: tuple[Rows, ...]) -> None:
@@ -100,7 +100,7 @@ class AnnotationTable:
         return self._ends[-1]
 
     def __getitem__(self, row: int) -> tuple[Sample, ...]:
-        """Parse a row: one sample, or those of a packed row.
+        """Parse a row: one sample, or the samples of a packed row.
 
         Raises:
             SampleError: the row is not JSON (``bad_json``), or not an object or a list of objects (``bad_record``).
@@ -118,8 +118,8 @@ class AnnotationTable:
         except OSError as error:
             reason = str(error) if error.errno is None else os.strerror(error.errno)
             raise UserError(
-                f"{origin}: the annotation file cannot be read any more ({reason}). Look after its disk, or the "
-                "network that it lies behind; then start again."
+                f"{origin}: the annotation file cannot be read any more ({reason}). Check its disk or network, then "
+                "start again."
             ) from error
 
     def __iter__(self) -> Iterator[tuple[Sample, ...]]:
@@ -127,17 +127,17 @@ class AnnotationTable:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the content of all files, in order; another one once a file or the names of columns have changed."""
+        """Hash of the content of all files, in order, and of the renamed columns."""
         columns = [dict(self.spec.columns)] if self.spec.columns else []
         return fingerprint(*(rows.fingerprint for rows in self.files), *columns)
 
     def origin(self, row: int) -> Origin:
-        """Where a row stands, without parsing it."""
+        """Return the origin of a row, without parsing it."""
         rows, place = self._locate(row)
         return Origin(self.spec.name, rows.path, rows.line(place))
 
     def text(self, row: int) -> bytes | None:
-        """The JSON of a row as it stands in its file, parsed or not; None where the file is no text."""
+        """Return the JSON of a row as it is in its file, parsable or not; None where the file is not text."""
         rows, place = self._locate(row)
         return rows.text(place)
 
@@ -179,9 +179,9 @@ def open_annotations(spec: DatasetSpec, cache_dir: str | None = None, check_ends
     Rows are counted, the first and last of each JSON file are parsed, and the columns of tables are checked.
 
     Args:
-        spec: the dataset.
-        cache_dir: folder for the indexes of its files; None for the default one.
-        check_ends: refuse a file whose first or last row cannot be parsed, which mostly is a file of another kind.
+        spec: Registry entry of the dataset.
+        cache_dir: Folder for the indexes of its files; None for the default one.
+        check_ends: Whether to refuse a file whose first or last row cannot be parsed, usually a file of another kind.
 
     Raises:
         UserError: a file is missing, empty, of another format than its name says, or broken; columns are missing or of
@@ -252,7 +252,7 @@ def _choose_reader(path: str, cache_dir: str | None, check_ends: bool) -> Rows:
 
 
 def _advice(head: bytes) -> str:
-    """Say what to do with a .json file that is one object, by its first bytes."""
+    """Return advice for a .json file that is one object, by its first bytes."""
     for words, advice in _OTHER_FILES:
         if all(word in head for word in words):
             return advice

@@ -1,4 +1,4 @@
-"""The bytes of text annotation files, plain or gzip."""
+"""Read the bytes of text annotation files, plain or gzip."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import IO, Any
 from qwenvl.utils.errors import UserError
 
 DECOMPRESSED_BYTES = 1 << 30
-"""The most that a gzip file may hold: every process keeps all of it in memory."""
+"""Most decompressed bytes of a gzip file: every process keeps all of it in memory."""
 
 _PIECE = 1 << 21  # bytes read at a time
-_CLOCK_TICK = 20_000_000  # ns: files get their times from a clock that stands still for 1 to 10 ms
+_CLOCK_TICK = 20_000_000  # ns: the clock of file times advances in steps of 1 to 10 ms
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -24,19 +24,19 @@ _OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff")
 class TextFile:
     """The bytes of a text file, plain or gzip, without its byte order mark.
 
-    A plain file is read where it lies; a compressed one is decompressed into memory, once a process. Pickling sends
+    A plain file is read from disk; a compressed one is decompressed into memory, once per process. Pickling sends
     neither bytes nor handles: the other process opens the file again.
 
     Args:
-        path: the file.
-        compressed: it is gzip.
+        path: Text file.
+        compressed: Whether it is gzip.
 
     Attributes:
-        version: real path, size, and times of the last changes of content and file (ns): others once it has changed.
-        settled: that is so. It may not be for a file written a moment ago: the next change can carry the same time.
+        version: Real path, size, and times of the last changes of content and inode (ns), which identify the content.
+        settled: Whether ``version`` is reliable: right after a write, the next change may get the same time.
 
     Raises:
-        UserError: it is UTF-16 text, not whole gzip, or gzip of more than :data:`DECOMPRESSED_BYTES`.
+        UserError: the file is UTF-16 text, not whole gzip, or gzip of more than :data:`DECOMPRESSED_BYTES`.
     """
 
     def __init__(self, path: str, compressed: bool = False) -> None:
@@ -56,7 +56,7 @@ class TextFile:
         return {**self.__dict__, "_data": None, "_file": None}
 
     def read(self, start: int, end: int) -> bytes:
-        """Bytes ``start`` to ``end`` (exclusive), or to the end of the file where that comes first."""
+        """Return bytes ``start`` to ``end`` (exclusive), or to the end of the file where that comes first."""
         return self._pread(start, end - start)
 
     def pieces(self) -> Iterator[bytes]:
@@ -67,7 +67,7 @@ class TextFile:
             position += len(piece)
 
     def first_character(self) -> str:
-        """The first character that is not white space; "" in an empty file."""
+        """Return the first character that is not white space; "" in an empty file."""
         position = self.start
         while piece := self._pread(position, 4096):
             if stripped := piece.lstrip():
@@ -100,7 +100,7 @@ class TextFile:
     def _check(self, status: os.stat_result) -> None:
         _, size, changed, _ = self.version
         if (status.st_size, status.st_mtime_ns) != (size, changed):
-            raise UserError(f"{self.path} changed while it was in use. Start again, and leave it alone meanwhile.")
+            raise UserError(f"{self.path} changed while it was in use. Start again, and do not change it meanwhile.")
 
 
 def _decompress(path: str) -> bytes:
@@ -112,7 +112,7 @@ def _decompress(path: str) -> bytes:
                 if content.tell() > DECOMPRESSED_BYTES:
                     raise UserError(
                         f"holds more than {DECOMPRESSED_BYTES >> 20} MiB of text, which every process would keep in "
-                        "memory. Decompress it (gunzip): a plain file is read where it lies."
+                        "memory. Decompress it (gunzip): a plain file is read from disk."
                     )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"is a damaged or cut gzip file ({error}). Make or copy it again.") from error

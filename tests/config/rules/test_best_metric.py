@@ -49,9 +49,9 @@ def test_the_loss_is_the_metric_where_none_is_named(flags: tuple[str, ...]) -> N
 @pytest.mark.parametrize(
     ("metric", "flags", "words"),
     [
-        ("exact_match", EVALUATING, ("evaluations of this run give: loss.", "--eval_generate 100")),
-        ("trained_tokens", EVALUATING, ("give: loss",)),
-        ("accuracy", EVALUATING, ("give: loss",)),
+        ("exact_match", EVALUATING, ("evaluations of this run compute: loss.", "--eval_generate 100")),
+        ("trained_tokens", EVALUATING, ("compute: loss",)),
+        ("accuracy", EVALUATING, ("compute: loss",)),
         ("rmse", CLASSIFYING, ("loss, accuracy, macro_f1",)),
         ("acuracy", CLASSIFYING, ("Did you mean 'accuracy'",)),
     ],

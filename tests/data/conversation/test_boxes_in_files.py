@@ -90,5 +90,5 @@ def test_turns_left_out_are_not_converted_twice(tiny_checkpoint: Callable[..., P
 def test_a_bad_box_names_its_sample(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     sample = replace(sample_of("<image>?", json.dumps({"bbox_2d": BOX}), image="a.png"), data_path=str(tmp_path))
-    with pytest.raises(SampleError, match=r"dataset 'set', set.jsonl:1: .*outside the picture a.png"):
+    with pytest.raises(SampleError, match=r"dataset 'set', set.jsonl:1: .*outside the image a.png"):
         build(tiny_checkpoint("qwen3_vl"), "qwen3_vl").plans(sample)[0]

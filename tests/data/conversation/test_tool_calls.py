@@ -256,7 +256,7 @@ def test_other_values_are_refused_by_name(turn: dict[str, Any], expected: str) -
 
 def test_a_sample_of_untrained_answers_is_refused() -> None:
     turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", "loss": False}]
-    assert "every assistant turn says that it is not trained" in reason_of({"conversations": turns}, "no_answer")
+    assert "every assistant turn is marked as not trained" in reason_of({"conversations": turns}, "no_answer")
 
 
 def test_messages_are_trained_unless_they_say_otherwise() -> None:

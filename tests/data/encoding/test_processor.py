@@ -127,7 +127,7 @@ def test_limits_in_force_in_words(tiny_checkpoint: Callable[..., Path]) -> None:
     _, encoder = build(tiny_checkpoint("qwen3_vl"), "qwen3_vl")
     assert describe_limits(encoder.settings) == {
         "images": "1,600 to 10,000 pixels (1 to 9 tokens)",
-        "videos": "14,400 to 39,200 pixels a clip, 4 to 8 frames at 2 a second",
+        "videos": "14,400 to 39,200 pixels per clip, 4 to 8 frames at 2 per second",
     }
 
 

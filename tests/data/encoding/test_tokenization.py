@@ -136,8 +136,8 @@ def test_placeholders_and_media_that_do_not_match_are_an_error(pipeline: Pipelin
     question = f"{vision.image}{placeholder} and?"
     rendering = Rendering(f"{question}Yes.", ((len(question), len(question) + len("Yes.")),))
     for plans, said in (
-        ([picture], "rendered 2 placeholders for 1 pictures or frames"),
-        ([picture] * 3, "rendered 2 placeholders for 3 pictures or frames"),
+        ([picture], "rendered 2 placeholders for 1 images or frames"),
+        ([picture] * 3, "rendered 2 placeholders for 3 images or frames"),
     ):
         with pytest.raises(SampleError, match=said) as caught:
             pipeline.tokenizer(rendering, plans)

@@ -86,7 +86,7 @@ def test_values_that_fill_a_sixteenth_of_their_range_are_refused(largest: int, r
         return
     for read in (read_image, read_pixels):
         reason = reason_of(lambda read=read: read(content), "wrong_type")
-        assert f"16 bits a value, but none above {largest} of 65535" in reason
+        assert f"16 bits per value, but none above {largest} of 65535" in reason
         assert "Scale its values to 0 to 255" in reason
 
 

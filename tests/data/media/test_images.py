@@ -53,7 +53,7 @@ def test_files_larger_than_any_picture_are_not_read(tmp_path: Path) -> None:
         file.truncate(IMAGE_BYTES + 1)
     for call in (image_size, read_image, read_pixels, read_file):
         reason = reason_of(lambda call=call: call(str(tmp_path / "a")), "decompression_bomb")
-        assert f"the file has {IMAGE_BYTES + 1} bytes, more than a picture may have (512 MiB)" in reason
+        assert f"the file has {IMAGE_BYTES + 1} bytes, more than an image may have (512 MiB)" in reason
     with open(tmp_path / "a", "wb") as file:
         file.truncate(IMAGE_BYTES)
     assert "a file of zeros" in reason_of(lambda: image_size(str(tmp_path / "a")), "wrong_type")

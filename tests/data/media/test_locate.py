@@ -41,12 +41,12 @@ def test_bytes_of_an_embedded_picture(reader: MediaReader) -> None:
     assert reader.video_header(frames) == VideoHeader(3, 1.0, 20, 40)
     assert reader.read_frames(frames, np.array([2, 0])).shape == (2, 3, 20, 40)
     wrong = VideoItem((data, encoded(picture(30, 20), "PNG")))
-    assert f"embedded picture of {len(data)} bytes is 40 x 20" in reason_of(
+    assert f"embedded image of {len(data)} bytes is 40 x 20" in reason_of(
         lambda: reader.video_header(wrong), "bad_record"
     )
     for call in both(reader, b"junk" * 999):
-        assert "embedded picture of 3996 bytes: it is not an image" in reason_of(call, "wrong_type")
-    assert "embedded picture of 99 bytes" in reason_of(lambda: reader.read_image(ImageItem(data[:99])), "truncated")
+        assert "embedded image of 3996 bytes: it is not an image" in reason_of(call, "wrong_type")
+    assert "embedded image of 99 bytes" in reason_of(lambda: reader.read_image(ImageItem(data[:99])), "truncated")
 
 
 @pytest.mark.parametrize("what", ["..", "absolute", "file://", "link", "linked folder", "sibling"])

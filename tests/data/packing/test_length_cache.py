@@ -216,11 +216,11 @@ def test_damage_is_found_said_and_counted_anew(
     file.write_bytes(content)
     caplog.clear()
     assert_equal(measure(opened(), cache), before)
-    assert "counted anew" in caplog.text
+    assert "counted again" in caplog.text
     assert len(file.read_bytes()) == len(RECORDS) * size
     caplog.clear()
     assert_equal(measure(opened(), cache), before)
-    assert "counted anew" not in caplog.text
+    assert "counted again" not in caplog.text
 
 
 def test_rows_that_are_written_leave_the_others_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -243,7 +243,7 @@ def test_what_cannot_be_read_is_said_and_counted_anew(
     with socket.socket(socket.AF_UNIX) as holder:
         holder.bind("counts")  # no file that can be opened, of no bytes, as the counts of no rows are
         assert len(LengthCache(tmp_path / "counts", 0).read()) == 0
-    assert "Counted lengths cannot be read: " in caplog.text
+    assert "cache of counted lengths cannot be read: " in caplog.text
     assert len(LengthCache(tmp_path / "none", 5).read()) == 5
 
 
@@ -253,7 +253,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("qwenvl.data.packing.lengths._ROWS_A_TASK", 4)
     assert_equal(measure(opened(), tmp_path / "file"), measure(opened(), None))
-    assert caplog.text.count("cannot be kept") == 1
+    assert caplog.text.count("cannot be written") == 1
 
 
 def test_what_was_done_is_said(opened: Open, cache: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -112,7 +112,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "policy": ({"overlength": "error"}, ["--overlength (drop, now error)"]),
     "encoder": (
         {"allow_remote": True},
-        ["how samples are rendered and sized (processor, chat template, limits of pictures and videos, decoder)"],
+        ["how samples are rendered and sized (processor, chat template, limits of images and videos, decoder)"],
     ),
     "two": (
         {"max_length": 59, "records": RECORDS},
@@ -198,14 +198,14 @@ def test_a_damaged_file_is_refused(
     change: Callable[[pa.Table], pa.Table], rows: ConversationDataset, tmp_path: Path
 ) -> None:
     rewrite(tmp_path / "plan", change)
-    with pytest.raises(UserError, match="is damaged: its rows are not those that it was made for"):
+    with pytest.raises(UserError, match="is damaged: its rows are not the rows that it was made for"):
         read_plan(tmp_path / "plan", rows, REMAKE)
 
 
 @pytest.mark.usefixtures("plan")
 def test_packs_beyond_the_limit_are_refused(rows: ConversationDataset, tmp_path: Path) -> None:
     rewrite(tmp_path / "plan", with_column("tokens", lambda tokens: tokens + 50 * (np.arange(len(tokens)) == 2)))
-    with pytest.raises(UserError, match=f"packs longer than --model_max_length. Make it anew:\n  {REMAKE}"):
+    with pytest.raises(UserError, match=f"packs longer than --model_max_length. Make it again:\n  {REMAKE}"):
         read_plan(tmp_path / "plan", rows, REMAKE)
 
 

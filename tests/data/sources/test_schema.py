@@ -83,7 +83,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], list[str]]] = {
     "type of images": (
         of_numbers,
         {"columns": {"conversations": "turns", "images": "image"}},
-        ["'image' ('images') is of type int64", "paths, pictures or bytes"],
+        ["'image' ('images') is of type int64", "paths, images or bytes"],
     ),
     "empty folder": (lambda folder: folder.mkdir(), {}, ["cannot be opened", "data files"]),
     "damaged": (damage, {}, ["cannot be opened"]),

@@ -191,7 +191,7 @@ def test_a_dry_run_measures_masks_too(train, capsys, caplog, tmp_path) -> None:
     [
         (
             {"tune_mm_mlp": True},
-            "--task grounding reads the attention of a model that stays as it is, and --tune_mm_mlp",
+            "--task grounding reads the attention of a frozen model, and --tune_mm_mlp",
         ),
         ({"lora_enable": True}, "and --lora_enable would train it"),
         ({"attn_implementation": "eager"}, "--attn_implementation eager does not show what --task grounding reads"),

@@ -177,7 +177,7 @@ def test_several_media_folders_are_written_in_full(
 MISMATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "limit": ({"model_max_length": 100}, "--model_max_length (128, now 100)"),
     "policy": ({"overlength": "error"}, "--overlength (drop, now error)"),
-    "pixels": ({"max_pixels": "96*96"}, "limits of pictures and videos"),
+    "pixels": ({"max_pixels": "96*96"}, "limits of images and videos"),
     "other datasets": ({"dataset_use": "text"}, "the datasets (text, pictures; now text)"),
     "percent": ({"dataset_use": "text%200,pictures"}, "which rows of dataset 'text' are used"),
     "held out": ({"eval_ratio": 0.5}, "which rows of dataset 'pictures' are used"),

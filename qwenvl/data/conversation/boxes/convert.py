@@ -1,18 +1,18 @@
-"""Boxes and points: from the coordinates that annotations hold to those that a model family reads and writes.
+"""Convert boxes and points from the coordinates of annotations to the form that a model family reads and writes.
 
-Qwen2-VL, Qwen3-VL and Qwen3.5 write whole numbers from 0 to 1000, relative to the picture (cookbooks/2d_grounding.ipynb
-and cookbooks/think_with_images.ipynb of QwenLM/Qwen3-VL); Qwen2.5-VL writes pixels of the picture after resizing
+Qwen2-VL, Qwen3-VL and Qwen3.5 write whole numbers from 0 to 1000, relative to the image (cookbooks/2d_grounding.ipynb
+and cookbooks/think_with_images.ipynb of QwenLM/Qwen3-VL); Qwen2.5-VL writes pixels of the resized image
 (qwen-vl-finetune/tools/process_bbox.ipynb there). With ``"bbox_format": "pixel"`` on a dataset's entry or on a sample,
-annotations hold pixels of the picture as it is shown, and are converted when the sample is read: after its EXIF
-orientation, for the family in use, and at the size the picture is resized to.
+annotations hold pixels of the image as it is shown (after its EXIF orientation). They are converted when the sample is
+read, for the family in use and the size that the image is resized to.
 
-The written forms that are found in the text of all turns, and in tool calls and reasoning, are those of
+Boxes are found in the text of all turns, in tool calls and in reasoning, in the written forms of
 :mod:`qwenvl.data.conversation.boxes.forms`. Only their numbers change.
 
-Rounding: to the nearest whole number, halves to the even one, from exact fractions. A coordinate less than one unit
-outside the picture, as rounded annotations have it, counts as its edge. The right and bottom edges are 1000, or the
-last pixel of the resized picture, as in the official converter. A box that would become empty (one pixel of a picture
-of 4000) is one unit wide or high.
+Numbers are rounded from exact fractions to the nearest whole number, halves to the even one. A coordinate less than one
+unit outside the image, as rounded annotations have it, counts as its edge. The right and bottom edges are 1000, or the
+last pixel of the resized image, as in the official converter. A box that would become empty (one pixel of an image of
+4000) is made one unit wide or high.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Size = tuple[int, int]
 _RELATIVE = (1000, 1000)
 _SIZES = {"relative_1000": _RELATIVE, "norm1": (1, 1)}
 _SLACK = {"norm1": 0.001}
-"""How far outside its image a coordinate may lie, as rounded annotations have it, where that is not one unit."""
+"""Distance outside its image that is allowed for a rounded coordinate, where it is not one unit."""
 _DIGITS = re.compile(r"\d+")
 _CONVERT_YOURSELF = (
     "Convert such boxes beforehand (tools/process_bbox.ipynb shows how), and take bbox_format away from the sample."
@@ -54,11 +54,11 @@ def from_coco(box: Sequence[float]) -> Box:
 
 
 def from_yolo(box: Sequence[float], size: Size) -> Box:
-    """Return (x1, y1, x2, y2) in pixels of a YOLO box: centre x and y, width, height, as shares of the picture.
+    """Return (x1, y1, x2, y2) in pixels of a YOLO box: centre x and y, width, height, relative to the image.
 
     Args:
-        box: the four shares, 0 to 1.
-        size: (height, width) of the picture as it is shown.
+        box: Four relative numbers, 0 to 1.
+        size: (height, width) of the image as it is shown.
     """
     x, y, width, height = box
     edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
@@ -72,16 +72,16 @@ def from_voc(box: Sequence[float]) -> Box:
 
 
 def to_family(values: Sequence[float], size: Size, resized: Size, family: Family) -> list[int]:
-    """Convert coordinates, x and y by turns, to those that a family writes.
+    """Convert coordinates (x and y in turn) to the form that a family writes.
 
-    Worked example: (320, 120) in a picture of 640 x 480 pixels is (500, 250) relative to 1000; where the picture is
-    resized to 644 x 476, it is (322, 119) in its pixels.
+    Worked example: (320, 120) in an image of 640 x 480 pixels is (500, 250) relative to 1000; in pixels of the image
+    resized to 644 x 476, it is (322, 119).
 
     Args:
-        values: x, y, x, y, ...; 0 to ``size``.
-        size: (height, width) that ``values`` count: of the picture as it is shown, for its pixels.
-        resized: (height, width) of the picture after resizing.
-        family: of the model.
+        values: Coordinates x, y, x, y, ...; 0 to ``size``.
+        size: (height, width) in the unit of ``values``: that of the image as it is shown, for pixels.
+        resized: (height, width) of the resized image, in pixels.
+        family: Family of the model.
     """
     written = _RELATIVE if family.boxes == "relative_1000" else resized
     last = written if family.boxes == "relative_1000" else (written[0] - 1, written[1] - 1)
@@ -96,7 +96,7 @@ def to_family(values: Sequence[float], size: Size, resized: Size, family: Family
 
 
 def _widen(rounded: list[int], exact: Sequence[Fraction], low: int, high: int, last: int) -> None:
-    """Make the empty side of a box one unit long, to the side on which more of it lies and there is room."""
+    """Make the empty side of a box one unit long, towards the side where more of the box lies and there is room."""
     edge = rounded[low]
     if edge < last and (exact[high] - edge >= edge - exact[low] or edge == 0):
         rounded[high] = edge + 1
@@ -105,13 +105,13 @@ def _widen(rounded: list[int], exact: Sequence[Fraction], low: int, high: int, l
 
 
 def to_pixels(values: Sequence[float], resized: Size, family: Family, size: Size) -> list[float]:
-    """Convert coordinates that a family writes to pixels of a picture, to draw them or to compare predictions.
+    """Convert coordinates that a family writes to pixels of an image, to draw them or to compare predictions.
 
     Args:
-        values: x, y, x, y, ...
-        resized: (height, width) that the model saw.
-        family: of the model.
-        size: (height, width) of the picture to draw on.
+        values: Coordinates x, y, x, y, ...
+        resized: (height, width) of the image that the model saw.
+        family: Family of the model.
+        size: (height, width) of the image to draw on.
     """
     written = _RELATIVE if family.boxes == "relative_1000" else resized
     return [value * size[axis] / written[axis] for value, axis in zip(values, _axes(values), strict=True)]
@@ -123,7 +123,7 @@ def _axes(values: Sequence[float]) -> list[int]:
 
 
 def bbox_format(sample: Sample) -> str | None:
-    """Return what the coordinates of a sample count: its own ``bbox_format``, or its dataset's; None: the family's own.
+    """Return the unit of a sample's coordinates: its ``bbox_format`` or its dataset's; None for that of the family.
 
     Raises:
         SampleError: it is not one of :data:`BBOX_FORMATS` (``bad_record``).
@@ -149,17 +149,16 @@ def convert_boxes(
 ) -> Conversation:
     """Return a conversation with its boxes and points as the family writes them.
 
-    They lie in the only picture of the sample. With several pictures, all of one size and resized alike, it makes no
-    difference which. Otherwise every user turn must hold exactly one picture, and other turns none: a box then lies in
-    the picture of its user turn, or of the last one before it.
+    A sample with one image has its boxes in that image. With several images of one size that are resized alike, it
+    makes no difference which. Otherwise every user turn must hold exactly one image, and other turns none: a box then
+    lies in the image of its user turn, or of the last user turn before it.
 
     Args:
-        conversation: of the sample.
-        media: what becomes of its pictures and videos, in order.
-        sample: says what its coordinates count.
-        family: of the model.
-        problems: where given, what is wrong with boxes is added to it instead of being raised; the conversation
-            is of no use then.
+        conversation: Conversation of the sample.
+        media: Plans of its images and videos, in order.
+        sample: Sample with the ``bbox_format``.
+        family: Family of the model.
+        problems: List that collects errors in boxes instead of their being raised; the conversation is then of no use.
 
     Raises:
         SampleError: a box cannot be converted (``bad_boxes``), or the sample's format is unknown (``bad_record``).
@@ -167,12 +166,11 @@ def convert_boxes(
     written = bbox_format(sample)
     if written is None:
         return conversation
-    pictures = _pictures(conversation, media)
     found: list[str] = []
-    turns = zip(conversation.messages, pictures, strict=True)
+    turns = zip(conversation.messages, _images_of_turns(conversation, media), strict=True)
     messages = tuple(
-        _converted(message, _Converter(written, picture, family, message.role, found, problems))
-        for message, picture in turns
+        _converted(message, _Converter(written, image, family, message.role, found, problems))
+        for message, image in turns
     )
     differs = written == "pixel" or family.boxes != "relative_1000"
     unconverted = differs and not found and _holds_numbers(conversation)
@@ -180,25 +178,25 @@ def convert_boxes(
 
 
 def _holds_numbers(conversation: Conversation) -> bool:
-    """Return whether anything in a conversation may be coordinates: a turn has two numbers."""
+    """Return whether a conversation may hold coordinates: a turn of it has two numbers."""
     return any(len(_DIGITS.findall(f"{turn.text} {turn.extra}")) > 1 for turn in conversation.messages)
 
 
-def _pictures(conversation: Conversation, media: Sequence[MediaPlan]) -> list[ImagePlan | str]:
-    """Return the picture that the boxes of each turn lie in, or why there is none."""
+def _images_of_turns(conversation: Conversation, media: Sequence[MediaPlan]) -> list[ImagePlan | str]:
+    """Return the image that the boxes of each turn lie in, or the reason why it is not known."""
     turns = conversation.messages
     images = [plan for plan in media if isinstance(plan, ImagePlan)]
     if not images or len(images) < len(media):
-        why = "boxes in a sample with videos cannot be converted" if media else "the sample has no picture"
+        why = "boxes in a sample with videos cannot be converted" if media else "the sample has no image"
         return [f"{why}. {_CONVERT_YOURSELF}"] * len(turns)
     if len({(plan.size, plan.resized) for plan in images}) == 1:
         return [images[0]] * len(turns)
     counts = [sum(not isinstance(part, TextPart) for part in turn.parts) for turn in turns]
     if any(count != (turn.role == "user") for turn, count in zip(turns, counts, strict=True)):
-        why = "the pictures of the sample differ in size, and not every user turn holds exactly one (other turns none)"
-        return [f"it cannot be told in which picture it lies: {why}. {_CONVERT_YOURSELF}"] * len(turns)
+        why = "the images of the sample differ in size, and not every user turn holds exactly one (other turns none)"
+        return [f"it is not known in which image it lies: {why}. {_CONVERT_YOURSELF}"] * len(turns)
     places = [place - 1 for place in accumulate(counts)]
-    return [images[place] if place >= 0 else "it stands before the first picture." for place in places]
+    return [images[place] if place >= 0 else "it stands before the first image." for place in places]
 
 
 def _converted(message: Message, converter: _Converter) -> Message:
@@ -215,16 +213,16 @@ class _Converter:
     """Converts the boxes of one turn.
 
     Args:
-        written: what they count, one of :data:`BBOX_FORMATS`.
-        picture: that they lie in, or why there is none.
-        family: of the model.
-        role: whose turn it is, for messages.
-        found: takes the kind of each box that was found.
-        problems: see :func:`convert_boxes`.
+        written: Unit of the coordinates, one of :data:`BBOX_FORMATS`.
+        image: Image that the boxes lie in, or the reason why it is not known.
+        family: Family of the model.
+        role: Role of the turn, for messages.
+        found: List that collects the kind of each box.
+        problems: See :func:`convert_boxes`.
     """
 
     written: str
-    picture: ImagePlan | str
+    image: ImagePlan | str
     family: Family
     role: str
     found: list[str]
@@ -235,7 +233,7 @@ class _Converter:
         return rewrite(text, self._write)
 
     def value(self, value: Any) -> Any:
-        """Convert those of tool calls and reasoning: nested values, whose strings are texts."""
+        """Convert boxes of tool calls and reasoning: nested values whose strings are texts."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
@@ -262,7 +260,7 @@ class _Converter:
         )
 
     def _convert(self, values: Sequence[float | None], kind: str, shown: str) -> Sequence[Any]:
-        """Return the numbers of a box or point converted, after checks; None stands for what is no number."""
+        """Check and convert the numbers of a box or point; None stands for a value that is not a number."""
         self.found.append(kind)
         try:
             return self._checked(values, kind, f"{shown[:200]} in a turn of the {self.role}")
@@ -270,27 +268,27 @@ class _Converter:
             if self.problems is None:
                 raise
             self.problems.append(error)
-            return [""] * len(values)  # of a conversation that nobody uses
+            return [""] * len(values)  # the conversation is not used
 
     def _checked(self, values: Sequence[float | None], kind: str, where: str) -> list[int]:
         numbers = [value for value in values if value is not None]
         if len(numbers) < len(values) or len(values) not in COUNTS[kind]:
             raise SampleError("bad_boxes", f"{where}: {' or '.join(map(str, COUNTS[kind]))} numbers are needed.")
-        if isinstance(self.picture, str):
-            raise SampleError("bad_boxes", f"{where}: {self.picture}")
+        if isinstance(self.image, str):
+            raise SampleError("bad_boxes", f"{where}: {self.image}")
         boxes = (numbers[:2], numbers[2:]) if kind in STROKES else (numbers,)
-        return [one for box in boxes for one in convert_values(box, self.written, self.picture, self.family, where)]
+        return [one for box in boxes for one in convert_values(box, self.written, self.image, self.family, where)]
 
 
 def convert_values(values: Sequence[float], counted: str, image: ImagePlan, family: Family, where: str) -> list[int]:
     """Convert the coordinates of a box or point, after checks.
 
     Args:
-        values: Coordinates, x and y by turns.
-        counted: What they count: one of :data:`BBOX_FORMATS`, or ``norm1``, 0 to 1.
+        values: Coordinates, x and y in turn.
+        counted: Unit of the coordinates: one of :data:`BBOX_FORMATS`, or ``norm1``, 0 to 1.
         image: Image that they lie in.
         family: Family of the model.
-        where: What is converted, for messages.
+        where: Name of the box or point, for messages.
 
     Raises:
         SampleError: They lie outside the image, or are not left, top, right, bottom (``bad_boxes``).
@@ -307,4 +305,4 @@ def _extent(counted: str, image: ImagePlan) -> str:
     if counted in _SIZES:
         return f"0 to {_SIZES[counted][0]}, as {counted!r} has it"
     height, width = image.size
-    return f"the picture {describe(image.item.source)[:200]}, which is shown {width} pixels wide and {height} high"
+    return f"the image {describe(image.item.source)[:200]}, which is shown {width} pixels wide and {height} high"

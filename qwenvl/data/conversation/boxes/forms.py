@@ -1,10 +1,10 @@
-"""The written forms of boxes and points that are found in texts and tool calls: one table, and where each number is.
+"""Find the written forms of boxes and points in texts and tool calls, and the places of their numbers.
 
 From the families' cookbooks (2d_grounding, computer_use and mobile_use of QwenLM/Qwen3-VL), UI-TARS and ms-swift:
 
 - keys of JSON, fenced or not, also inside a JSON string, and named arguments: :data:`KEYS`, with a list, a list of
   lists, or numbers in round brackets, in quotes or not;
-- what stands between special tokens or tags: :data:`MARKS`;
+- numbers between special tokens or tags: :data:`MARKS`;
 - calls such as ``click(150, 112)`` and ``pyautogui.click(x=150, y=112)``: :data:`CALLS`; with two points
   (``swipe(1, 2, 3, 4)``): :data:`STROKES`.
 """
@@ -37,7 +37,7 @@ STROKES = ("swipe", "drag")
 COUNTS = {**KEYS, **MARKS, **dict.fromkeys(CALLS, (2,)), **dict.fromkeys(STROKES, (4,))}
 
 Write = Callable[[Sequence[str], str, str], Sequence[str]]
-"""(items of one box as written, its kind (a key of :data:`COUNTS`), what to show in messages) -> what to write."""
+"""Function from the items of a box, its kind (a key of :data:`COUNTS`) and its text for messages to new items."""
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _ITEM = re.compile(r"[^\s,()\[\]]+")
@@ -45,8 +45,8 @@ _RUN = re.compile(r"[^\[\]]+")  # a box of a list of boxes
 _ALTERNATIVES = "|".join(KEYS)
 _X, _Y = (rf"(?:{axis}\s{{0,9}}=\s{{0,9}})?{_NUMBER.pattern}" for axis in "xy")
 _NEXT = r"\s{0,9},\s{0,9}"
-# JSON inside a JSON string has its quotes escaped, once or more. Repetitions that something has to follow have an end,
-# since each start of one would otherwise be followed to the end of the text.
+# JSON inside a JSON string has its quotes escaped, once or more. Repetitions are bounded where something has to
+# follow them: otherwise each start of one would be followed to the end of the text.
 _WRITTEN = re.compile(
     rf"""(?:["'](?P<key>{_ALTERNATIVES})\\{{0,99}}["']\s{{0,99}}:|\b(?P<argument>{_ALTERNATIVES})\s{{0,9}}=)"""
     r"""\s{0,99}\\{0,99}["']?(?:\[(?P<list>(?:[^\[\]]|\[[^\[\]]*\]?)*)\]?"""
@@ -62,12 +62,12 @@ _BODIES = ("list", "tuple", "inside", "content", "at", "ends")
 
 
 def as_number(item: str) -> float | None:
-    """Return the number that an item of a box is; None where it is something else."""
+    """Return an item of a box as a number; None where it is something else."""
     return float(item) if _NUMBER.fullmatch(item) else None
 
 
 def rewrite(text: str, write: Write) -> str:
-    """Write every box and point of a text anew; nothing else of it changes.
+    """Replace the items of every box and point of a text; nothing else of it changes.
 
     A list without any number, such as ``[x1, y1, x2, y2]`` in an instruction, is left alone.
     """
@@ -93,7 +93,7 @@ def rewrite(text: str, write: Write) -> str:
 def read(text: str) -> list[tuple[float, ...]]:
     """Return the numbers of each box and point that a text has under a key or mark, in order.
 
-    Without those that hold anything but numbers, and without a last one that is cut off.
+    Boxes that hold anything but numbers are left out, and so is a last one that is cut off.
     """
     found: list[tuple[float, ...]] = []
 
@@ -108,6 +108,6 @@ def read(text: str) -> list[tuple[float, ...]]:
 
 
 def rewrite_value(value: str, key: str, write: Write) -> str:
-    """Write the box in a text anew that stands alone under a key of :data:`KEYS`, such as ``(150,112)``."""
+    """Replace the items of a box that is the whole text under a key of :data:`KEYS`, such as ``(150,112)``."""
     before = f'"{key}": "'
     return rewrite(before + value, write)[len(before) :]

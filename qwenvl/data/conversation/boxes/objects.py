@@ -1,9 +1,9 @@
-"""ms-swift's grounding format: ``objects`` of a record, and the tags ``<ref-object>`` and ``<bbox>`` that they fill.
+"""Read ms-swift's grounding format: ``objects`` of a record, and the tags ``<ref-object>`` and ``<bbox>`` they fill.
 
 ``objects`` holds ``ref`` (texts), ``bbox`` (lists of x, y, x, y, ...), ``bbox_type`` (``real``: pixels of the image as
 it is shown; ``norm1``: 0 to 1) and ``image_id`` (for each box, the number of its image, from 0; without it the first
-one). Tags are filled in order, those of texts and of boxes each by themselves, in all turns (ms-swift, Custom-dataset,
-Grounding), by :mod:`qwenvl.data.conversation.boxes.write`, once the sizes of the images are known.
+one). Tags are filled in order over all turns, texts and boxes separately (ms-swift, Custom-dataset, Grounding), by
+:mod:`qwenvl.data.conversation.boxes.write`, once the sizes of the images are known.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ BBOX_TYPES = ("real", "norm1")
 _KEYS = ("ref", "bbox", "bbox_type", "image_id")
 TAG = re.compile("<(ref-object|bbox)>")
 BOX_TOKENS = {2: "box", 4: "box", 8: "quad"}
-"""How many numbers a box has, and the special tokens that are written around it."""
+"""Special tokens around a box, by the number of its coordinates."""
 _EXAMPLE = '"objects": {"ref": ["red square"], "bbox": [[100, 75, 200, 150]]}'
 
 
 @dataclass(frozen=True, slots=True)
 class Objects:
-    """What fills the tags of a record.
+    """Contents of the tags of a record.
 
     Args:
         refs: Texts, for ``<ref-object>``.
-        boxes: Coordinates of each box, x and y by turns, for ``<bbox>``.
+        boxes: Coordinates of each box, x and y in turn, for ``<bbox>``.
         bbox_type: One of :data:`BBOX_TYPES`.
-        image_ids: For each box, the number of its image among those of the sample, from 0.
+        image_ids: Number of the image of each box among the images of the sample, from 0.
     """
 
     refs: tuple[str, ...]
@@ -90,8 +90,8 @@ def _bad(what: str) -> SampleError:
 def check_tags(record: Mapping[str, Any], written: Sequence[Any], messages: Sequence[Message]) -> None:
     """Check that there are as many tags as objects.
 
-    Without objects, a tag in the text of a turn is an error: it would be trained as a word. In a typed text part it is
-    one, as media tags are, and so is an element such as ``<bbox>1 2 3 4</bbox>``.
+    Without objects, a tag in the text of a turn is an error: it would be trained as a word. In a typed text part, a tag
+    is plain text, like media tags; so is an element such as ``<bbox>1 2 3 4</bbox>``.
 
     Args:
         record: Record of the sample.

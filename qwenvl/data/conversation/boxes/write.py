@@ -1,8 +1,7 @@
-"""All boxes of a sample as the family writes them: those in its texts, and those that fill the tags of ``objects``.
+"""Write all boxes of a sample as the family does: those in its texts, and those of ``objects`` into their tags.
 
-A filled tag is in the family's own form (:attr:`~qwenvl.families.Family.box_text`). ms-swift has both forms
-for every family, by ``QWENVL_BBOX_FORMAT``: its ``legacy`` is what Qwen2-VL was trained on, its ``new`` what the others
-were.
+A tag is filled in the family's own form (:attr:`~qwenvl.families.Family.box_text`). ms-swift offers both forms for
+every family, by ``QWENVL_BBOX_FORMAT``: Qwen2-VL was trained on its ``legacy`` form, the others on its ``new`` form.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from qwenvl.utils.errors import SampleError
 NOTHING_CONVERTED = (
     "it has a bbox_format and numbers, and no box or point in a form that is converted (docs/data.md, Boxes)."
 )
-"""What is said of a sample whose conversation is :attr:`~qwenvl.data.types.Conversation.unconverted`."""
+"""Remark on a sample whose conversation is :attr:`~qwenvl.data.types.Conversation.unconverted`."""
 
 
 def write_boxes(
@@ -39,8 +38,7 @@ def write_boxes(
         media: Plans of its images and videos, in order.
         sample: Sample of the conversation.
         family: Family of the model.
-        problems: Where given, takes what is wrong with boxes instead of its being raised; the conversation is of no
-            use then.
+        problems: List that collects errors in boxes instead of their being raised; the conversation is then of no use.
 
     Raises:
         SampleError: A box cannot be converted (``bad_boxes``), or the sample's format is unknown (``bad_record``).
@@ -58,7 +56,7 @@ class _Filler:
     """Fills the tags of a sample, in order.
 
     Args:
-        objects: What fills them.
+        objects: Contents of the tags.
         images: Images of the sample, in order.
         family: Family of the model.
         problems: See :func:`write_boxes`.
@@ -109,7 +107,7 @@ class _Filler:
             if self._problems is None:
                 raise
             self._problems.append(error)
-            return ""  # of a conversation that nobody uses
+            return ""  # the conversation is not used
         if not tokens:
             return str(values)
         points = ",".join(f"({x},{y})" for x, y in zip(values[::2], values[1::2], strict=True))

@@ -1,1 +1,1 @@
-"""Videos: containers, decoders, animations, frames by their real times."""
+"""Videos: containers, decoders and animations; frames with their real times."""

@@ -1,6 +1,6 @@
-"""Animated GIF and WebP files as videos, by Pillow, which lays transparency on white as for images.
+"""Decode animated GIF and WebP files as videos with Pillow, transparency laid on white as for images.
 
-FFmpeg reads no animated WebP.
+FFmpeg does not read animated WebP.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image
 from qwenvl.data.media.images import on_white, opened_image
 from qwenvl.data.media.video.backend import Shrink, VideoHeader, as_they_are, checked_header, in_pieces, make_header
 
-_DEFAULT_SECONDS = 0.1  # of a frame that says 0: as browsers show it
+_DEFAULT_SECONDS = 0.1  # of a frame with duration 0, as in browsers
 
 
 class AnimationBackend:
@@ -37,19 +37,19 @@ class AnimationBackend:
 
 
 def is_animation(start: bytes) -> bool:
-    """Whether a file that begins so is a GIF or WebP."""
+    """Return whether a file with these first bytes is a GIF or WebP."""
     return start.startswith((b"GIF87a", b"GIF89a")) or (start.startswith(b"RIFF") and start[8:12] == b"WEBP")
 
 
 def _seconds(image: Image.Image, index: int) -> float:
     """Return how long a frame is shown."""
     image.seek(index)
-    image.load()  # a WebP says it only now
+    image.load()  # a WebP has its duration only now
     return float(image.info.get("duration", 0)) / 1000 or _DEFAULT_SECONDS
 
 
 def _read(image: Image.Image, indices: list[int]) -> torch.Tensor:
-    """Decode frames: uint8 [n, 3, height, width]. Every one may need those before it, so none is decoded twice."""
+    """Decode frames: uint8 [n, 3, height, width]. Each may need the frames before it, so none is decoded twice."""
     found = {}
     for index in sorted(set(indices)):
         image.seek(index)

@@ -1,4 +1,4 @@
-"""What all ways to decode videos share: their contract, the header of a video, decoding in pieces, and errors."""
+"""Shared by all video backends: their protocol, the header of a video, decoding in pieces, and errors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _SOURCE_PLACE = re.compile(r"^.*?\.(cpp|cc):\d+[,:] ")  # torchcodec puts its ow
 _OPEN_FILE = re.compile(r"'?/dev/fd/\d+'?")
 
 PIECE_BYTES = 128 << 20
-"""Of decoded frames that are in memory before they are made smaller; a single frame may have more."""
+"""Bytes of decoded frames in memory before they are shrunk; a single frame may have more."""
 
 Shrink = Callable[[torch.Tensor], torch.Tensor]
-"""From uint8 [n, 3, height, width] to [n, 3, ...]."""
+"""Function from uint8 [n, 3, height, width] to [n, 3, ...]."""
 
 
 def as_they_are(frames: torch.Tensor) -> torch.Tensor:
@@ -32,15 +32,15 @@ def as_they_are(frames: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader:
-    """What is known of a video before it is decoded.
+    """Facts about a video that are known before it is decoded.
 
     Args:
-        num_frames: frames in the file.
-        fps: their average number a second.
-        height: pixels, as the video is shown.
-        width: pixels.
-        times: seconds of every frame after the first one, ascending; None where frame ``n`` is shown at ``n / fps``, as
-            in most videos.
+        num_frames: Number of frames in the file.
+        fps: Average frames per second.
+        height: Height in pixels, as the video is shown.
+        width: Width in pixels, as the video is shown.
+        times: Time of every frame in seconds from the first one, ascending; None where frame ``n`` is shown at
+            ``n / fps``, as in most videos.
     """
 
     num_frames: int
@@ -56,7 +56,7 @@ class VideoBackend(Protocol):
     name: str
 
     def header(self, source: str | bytes) -> VideoHeader:
-        """Read what is known without decoding more than a frame.
+        """Return the header, decoding no more than one frame.
 
         Raises:
             SampleError: ``wrong_type``, ``unreadable_file`` or ``decompression_bomb``, without the name of the file.
@@ -67,10 +67,10 @@ class VideoBackend(Protocol):
         """Decode the frames at ``indices`` (int64 [n]) to uint8 [n, 3, height, width], RGB.
 
         Args:
-            source: see above.
-            indices: int64 [n].
-            shrink: applied to some frames at a time, so that no more than :data:`PIECE_BYTES` of them (or one) are in
-                memory at the size of the video.
+            source: Path, or the bytes of a file.
+            indices: int64 [n], numbers of the frames.
+            shrink: Function applied to some frames at a time, so that no more than :data:`PIECE_BYTES` of them (or one)
+                are in memory at the size of the video.
 
         Raises:
             UndecodedVideoError: this backend cannot decode the file, but another one may.
@@ -87,18 +87,18 @@ def make_header(times: Sequence[float], duration: float, height: int, width: int
     """Return a header.
 
     Args:
-        times: Seconds of every frame after the first one, ascending.
+        times: Time of every frame in seconds from the first one, ascending.
         duration: Seconds from the first frame to the end of the last one.
-        height: Pixels, as the video is shown.
-        width: Pixels.
+        height: Height in pixels, as the video is shown.
+        width: Width in pixels, as the video is shown.
 
     Raises:
-        SampleError: it is one of no usable video.
+        SampleError: the video cannot be used.
     """
     count = len(times)
     header = checked_header(count, count / duration if duration > 0 else None, height, width)
-    # Rates that are constant but for rounding, such as to milliseconds, stay whole numbers over a rate: as servers,
-    # which know no other times, count.
+    # Rates that are constant except for rounding, such as to milliseconds, count as constant: servers assume a constant
+    # rate too.
     apart = np.abs(np.asarray(times) - np.arange(count) / header.fps).max()
     return header if apart <= 0.5 / header.fps else VideoHeader(count, header.fps, height, width, tuple(times))
 
@@ -129,7 +129,7 @@ def in_pieces(
 
 @contextlib.contextmanager
 def decoding(name: str, error_type: type[SampleError] = SampleError, cure: str = "") -> Iterator[None]:
-    """Turn a decoder's own errors into SampleErrors, which name it and end in what to do."""
+    """Turn a decoder's own errors into SampleErrors that name the decoder and end with ``cure``."""
     try:
         yield
     except SampleError:
@@ -139,7 +139,7 @@ def decoding(name: str, error_type: type[SampleError] = SampleError, cure: str =
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error of a decoder says, without places in its source and the number of the open file."""
+    """Return the message of a decoder's error, without its source location and the number of the open file."""
     said = getattr(error, "strerror", None) or str(error)  # PyAV adds a number and a function of FFmpeg
     lines = _OPEN_FILE.sub("the file", _SOURCE_PLACE.sub("", said.strip())).splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -1,9 +1,9 @@
-"""Video decoding: torchcodec where it works, else PyAV; chosen once a process.
+"""Decode videos with torchcodec where it works, else with PyAV; chosen once per process.
 
-Both give the same pixels for the same frames, shown as the file's rotation metadata says. torchcodec needs FFmpeg's
-shared libraries from the system, and is what transformers decodes with; PyAV carries its own. PyAV also reads what
-torchcodec cannot decode, and tells what is known before decoding, which does not depend on the choice. Pillow reads
-animations. Decoders run on one thread, since data loading runs many processes.
+Both return the same pixels for the same frames, rotated as the file's metadata says. torchcodec, which transformers
+decodes with, needs FFmpeg's shared libraries from the system; PyAV carries its own. PyAV also decodes videos that
+torchcodec cannot, and reads all headers, so that these do not depend on the choice. Pillow reads animations. Decoders
+run on one thread, since data loading runs many processes.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class TorchcodecBackend:
         try:
             import torchcodec
             import torchcodec.decoders
-        except (RuntimeError, OSError) as error:  # how torchcodec before 0.16 says that a library is missing
+        except (RuntimeError, OSError) as error:  # torchcodec before 0.16, where a library is missing
             raise ImportError(f"torchcodec is installed but cannot load its libraries: {first_line(error)}") from error
-        # From 0.16 it imports without FFmpeg, for the sake of images, and says so here.
+        # From 0.16 on it can be imported without FFmpeg, for images; the version is then None.
         if getattr(torchcodec, "ffmpeg_major_version", "unsaid") is None:
             raise ImportError("torchcodec is installed but finds no FFmpeg libraries")
 
@@ -78,7 +78,7 @@ class TorchcodecBackend:
 
 
 class FallbackBackend:
-    """Decodes animations with Pillow, other videos with a chosen backend, and those that it cannot decode with PyAV.
+    """Decodes animations with Pillow, other videos with a chosen backend, and with PyAV where that backend cannot.
 
     Args:
         chosen: The backend of the process.
@@ -109,7 +109,7 @@ def choose_backend() -> VideoBackend:
     """Return the video backend of this process: torchcodec if it works, else PyAV.
 
     Raises:
-        UserError: neither works; says why.
+        UserError: neither works; the message says why.
     """
     reasons = []
     for backend in (TorchcodecBackend, PyAvBackend):
@@ -125,9 +125,9 @@ def choose_backend() -> VideoBackend:
 
 
 def prepare_backend() -> None:
-    """Choose the backend now, so that processes forked from this one inherit the choice instead of logging it each.
+    """Choose the backend now, so that forked processes inherit the choice instead of each logging it.
 
-    Having none is no mistake before there is a video to decode.
+    Having no backend is not an error until there is a video to decode.
     """
     try:
         choose_backend()

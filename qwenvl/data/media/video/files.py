@@ -1,9 +1,9 @@
-"""Video files as decoders may open them: one container that holds all of its video, under a name without a meaning.
+"""Open video files safely for decoders: self-contained containers only, under a neutral name.
 
-FFmpeg decides by a file's content, and partly by its name, what it is. A playlist (HLS, DASH, ffconcat, SDP) makes it
-open other files and addresses, wherever they are, and names such as ``concat:a|b`` or ``a%d.png`` stand for others. So
-a file must begin as a container that holds its video itself does, and is handed over as an open file. FFmpeg then takes
-it for a local file, whose content may not lead to the network, even where the video came as bytes.
+FFmpeg chooses a format by a file's content, and partly by its name. A playlist (HLS, DASH, ffconcat, SDP) makes it open
+other files and URLs anywhere, and names such as ``concat:a|b`` or ``a%d.png`` stand for other files. Therefore a file
+must begin like a container that holds its video itself, and is passed on as an open file. FFmpeg then treats it as a
+local file, which may not refer to the network, even where the video came as bytes.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _PACKETS = ((0, 188), (4, 192))  # MPEG transport streams: place of the first sy
 
 @contextlib.contextmanager
 def opened_video(source: Source) -> Iterator[str]:
-    """Open a video, look at its first bytes, and yield a path by which a decoder can open the same file.
+    """Open a video, check its first bytes, and yield a path by which a decoder can open the same file.
 
     Args:
-        source: path of the file, or its bytes.
+        source: Path of the file, or its bytes.
 
     Raises:
-        SampleError: it does not begin as a video does (``wrong_type``), or cannot be read (``unreadable_file``).
+        SampleError: it does not begin like a video (``wrong_type``), or cannot be read (``unreadable_file``).
     """
     with _stream(source) as file:
         start = file.read(START_BYTES)
@@ -49,7 +49,7 @@ def opened_video(source: Source) -> Iterator[str]:
 
 
 def first_bytes(source: Source) -> bytes:
-    """Return the first bytes of a video; none where it cannot be read, which opening it will explain."""
+    """Return the first bytes of a video; empty where it cannot be read: opening it reports the error."""
     if isinstance(source, bytes):
         return source[:START_BYTES]
     try:

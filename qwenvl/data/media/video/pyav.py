@@ -1,8 +1,8 @@
-"""Videos by PyAV: what is known of all of them before they are decoded, and frames where torchcodec gives none.
+"""Read videos with PyAV: the headers of all videos, and frames where torchcodec returns none.
 
-PyAV carries an FFmpeg of its own that reads nearly everything (AV1, MPEG-TS, turned videos), on every platform. Headers
-come from the packets, which tell the number of frames and their times without being decoded; the first frame alone is,
-for its size as shown. So what is known of a video does not depend on what decodes it.
+PyAV carries an FFmpeg of its own that reads nearly everything (AV1, MPEG-TS, rotated videos), on every platform.
+Headers come from the packets, which hold the number of frames and their times; only the first frame is decoded, for its
+size as shown. So the header of a video does not depend on the backend that decodes it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _CURE = "Encode it anew ('ffmpeg -i in.mp4 -c:v libx264 out.mp4')"
 
 @dataclass(frozen=True, slots=True)
 class _Packets:
-    """The frames of a video by its packets.
+    """The frames of a video, from its packets.
 
     Args:
-        pts: times in units of the stream, ascending.
-        keys: those of the frames that can be decoded without others.
-        end: time at which the last frame ends.
-        height: pixels, as the video is shown.
-        width: pixels.
+        pts: Times of the frames in units of the stream, ascending.
+        keys: Times of the key frames, which can be decoded without others.
+        end: Time at which the last frame ends.
+        height: Height in pixels, as the video is shown.
+        width: Width in pixels, as the video is shown.
     """
 
     pts: list[int]
@@ -78,7 +78,7 @@ class PyAvBackend:
 
 
 def read_header(source: str | bytes) -> VideoHeader:
-    """Return what the packets of a video and its first frame say.
+    """Return the header of a video, from its packets and first frame.
 
     Raises:
         SampleError: see :class:`~qwenvl.data.media.video.backend.VideoBackend`.
@@ -86,7 +86,7 @@ def read_header(source: str | bytes) -> VideoHeader:
     with opened_video(source) as path, _opened(path) as (container, stream):
         packets = _packets(container, stream)
         unit, first = Fraction(stream.time_base), packets.pts[0]
-    # From the first frame, as players show them: some files start at a time of their own.
+    # Counted from the first frame, as in players: some files do not start at time 0.
     times = [float((pts - first) * unit) for pts in packets.pts]
     return make_header(times, float((packets.end - first) * unit), packets.height, packets.width)
 
@@ -96,7 +96,7 @@ def _opened(path: str) -> Iterator[tuple[Any, Any]]:
     """Open a video and its first stream of frames.
 
     Raises:
-        SampleError: there is none, or it cannot be decoded: then with the name of its codec.
+        SampleError: there is none, or it cannot be decoded; the message then names its codec.
     """
     import av  # only here: it is slow to import, and images do not need it
 
@@ -116,7 +116,7 @@ def _opened(path: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _packets(container: Any, stream: Any) -> _Packets:
-    """Read the packets of a stream, without those that only serve to decode others (of an edit list)."""
+    """Read the packets of a stream, except packets that an edit list keeps only to decode others."""
     found, shown = [], None
     for packet in container.demux(stream):
         if shown is None:
@@ -130,7 +130,7 @@ def _packets(container: Any, stream: Any) -> _Packets:
         raise SampleError("unreadable_file", f"the video does not say the times of its frames. {_CURE}.")
     found.sort()
     pts = [one for one, _, _ in found]
-    # Some containers do not say how long the last frame lasts: then as long as the others on average.
+    # Some containers lack the duration of the last frame: then it is the mean of the others.
     last = found[-1][2] or ((pts[-1] - pts[0]) / (len(pts) - 1) if len(pts) > 1 else 1)
     sizes = (shown.height, shown.width)
     height, width = sizes[::-1] if round(shown.rotation / 90) % 2 else sizes
@@ -139,11 +139,11 @@ def _packets(container: Any, stream: Any) -> _Packets:
 
 
 class _FrameReader:
-    """Decodes single frames of a video, going forward where it can. A context manager.
+    """Context manager that decodes single frames of a video, forward where it can.
 
     Args:
         path: Path of the file.
-        packets: Its packets.
+        packets: Packets of the file.
     """
 
     def __init__(self, path: str, packets: _Packets) -> None:
@@ -160,7 +160,7 @@ class _FrameReader:
         self._open.__exit__(*raised)
 
     def read(self, indices: list[int]) -> torch.Tensor:
-        """Decode frames: uint8 [n, 3, height, width], turned as the file says."""
+        """Decode frames to uint8 [n, 3, height, width], rotated as the file says."""
         found = {index: self._decode(self._packets.pts[index]) for index in sorted(set(indices))}
         return torch.stack([found[index] for index in indices]).permute(0, 3, 1, 2)
 
@@ -170,7 +170,7 @@ class _FrameReader:
         if self._place is None or not key <= self._place < pts:
             self._restart(key)
         frame = self._forward(pts)
-        if frame is None:  # where a container is sought by guesses, a search may end behind the frame
+        if frame is None:  # some containers seek by estimates, and may end up after the frame
             self._restart(None)
             frame = self._forward(pts)
         if frame is None:
@@ -178,7 +178,7 @@ class _FrameReader:
         return _upright(frame)
 
     def _restart(self, pts: int | None) -> None:
-        """Go to a frame that is decoded without others; None for the first one, in a file that is opened anew."""
+        """Seek to a key frame; None reopens the file at its first frame."""
         if self._place is None or pts is None:
             self._open.close()
             self._container, self._stream = self._open.enter_context(_opened(self._path))
@@ -187,7 +187,7 @@ class _FrameReader:
         self._frames = iter(self._container.decode(self._stream))
 
     def _forward(self, pts: int) -> Any:
-        """Decode up to a frame; None where it does not come."""
+        """Decode forward and return the frame at ``pts``; None where it is missing."""
         for frame in self._frames:
             self._place = place = frame.dts if frame.pts is None else frame.pts
             if place >= pts:
@@ -196,6 +196,6 @@ class _FrameReader:
 
 
 def _upright(frame: Any) -> torch.Tensor:
-    """Return a frame as uint8 [height, width, 3], turned by the quarters that the file says."""
+    """Return a frame as uint8 [height, width, 3], rotated by the quarter turns that the file says."""
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
     return torch.rot90(pixels, round(frame.rotation / 90), (0, 1)) if frame.rotation else pixels

@@ -1,1 +1,1 @@
-"""JSON and JSON Lines: rows by offset, their index, and the first mistake of a file."""
+"""JSON and JSON Lines: rows by offset, their index, and the first syntax error of a file."""

@@ -1,6 +1,6 @@
-"""The index of a text annotation file: where its rows start. Found once, then kept in the cache folder and mapped.
+"""Index the rows of a text annotation file by offset, once; the index is kept in the cache folder and memory-mapped.
 
-A mapped index costs a process no memory of its own: all processes of a machine share its pages.
+A mapped index takes no memory of a process: all processes of a machine share its pages.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from qwenvl.utils.cache import cache_folder, fingerprint, replacing
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # of the index files; another number where what they hold has changed
-_HEADER = 256  # bytes: JSON, filled up with spaces
+_FORMAT = 1  # version of the index files; raise it when their format changes
+_HEADER = 256  # bytes: JSON, padded with spaces
 _NUMBER = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Where the rows of a text stand.
+    """Offsets of the rows of a text.
 
     Args:
         offsets: int64 [rows + 1]. Row i is the bytes from ``offsets[i]`` to the byte before ``offsets[i + 1] - 1``:
             one newline, comma or bracket follows each row.
         lines: int64 [rows], the line of each row, from 0; None where row i is line i, or item i.
-        fingerprint: hash of the text.
-        mapped: the arrays lie in a file that other processes can map as well.
+        fingerprint: Hash of the text.
+        mapped: Whether the arrays are in a file that other processes can map as well.
     """
 
     offsets: np.ndarray
@@ -47,16 +47,16 @@ class RowIndex:
 
 
 def open_index(text: TextFile, layout: str, folder: str | None, build: Callable[[], RowIndex]) -> RowIndex:
-    """Return the index of a file, from the cache folder where it is there.
+    """Return the index of a file, from the cache folder if it has it.
 
     Args:
-        text: the file.
-        layout: how rows stand in it.
-        folder: the cache folder; None for the default one.
-        build: finds the index, where it is not there or damaged.
+        text: Text file.
+        layout: Layout of its rows.
+        folder: Cache folder; None for the default one.
+        build: Function that builds the index where it is missing or damaged.
 
     Raises:
-        UserError: the file changes while it is read; and whatever ``build`` raises.
+        UserError: the file changes while it is read, or ``build`` raises it.
     """
     path = cache_folder(folder) / "annotations" / f"{fingerprint(_FORMAT, layout, *text.version)}.index"
     index = _load(path)
@@ -68,7 +68,7 @@ def open_index(text: TextFile, layout: str, folder: str | None, build: Callable[
 
 
 def _load(path: Path) -> RowIndex | None:
-    """Map an index file; None if it is missing, or not whole: then it is taken away."""
+    """Map an index file; None if it is missing or damaged, in which case it is removed."""
     try:
         with open(path, "rb") as file:
             header = json.loads(file.read(_HEADER))
@@ -88,7 +88,7 @@ def _load(path: Path) -> RowIndex | None:
 
 
 def _store(index: RowIndex, path: Path) -> RowIndex:
-    """Write an index file, and return what it maps; the index itself where that is not possible."""
+    """Write an index file and return the mapped index; the given index where that is not possible."""
     arrays = [index.offsets] if index.lines is None else [index.offsets, index.lines]
     contents = [array.astype(_NUMBER, copy=False).data for array in arrays]
     checksum = 0
@@ -113,7 +113,7 @@ def _store(index: RowIndex, path: Path) -> RowIndex:
 
 @functools.cache
 def _warn_unwritable(folder: str, problem: str) -> None:
-    """Say it once a run, not for every file and process."""
+    """Log the warning once per run, not for every file and process."""
     from qwenvl.utils.distributed import is_first_to_say  # imports torch, which reading annotations does not need
 
     if is_first_to_say("index folder"):

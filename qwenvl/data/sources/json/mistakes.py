@@ -1,4 +1,4 @@
-"""The first mistake in a JSON array, with its line: a slow reading, for arrays that a quick one has found wrong."""
+"""Find the line of the first syntax error in a JSON array: slow, for arrays that the fast scanner rejected."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from qwenvl.utils.errors import UserError
 
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
-_CUT = 100  # characters: a mistake nearer than this to the end of a piece may be a word, number or escape cut in two
+_CUT = 100  # characters: an error nearer than this to the end of a piece may be a word, number or escape cut in two
 
 
 def explain(error: json.JSONDecodeError) -> str:
-    """Say what is wrong with JSON, and near which words."""
-    unterminated = error.msg.startswith("Unterminated string")  # its place is where the string starts
+    """Return what is wrong with JSON, and near which text."""
+    unterminated = error.msg.startswith("Unterminated string")  # its position is the start of the string
     place = len(error.doc) if unterminated else error.pos
     excerpt = error.doc[max(place - 30, 0) : place + 30].replace("\n", "\\n")
     if not error.doc[place:].strip():
@@ -25,13 +25,13 @@ def explain(error: json.JSONDecodeError) -> str:
 
 
 def find_mistake(text: TextFile) -> UserError:
-    """Read an array item by item up to its first mistake; no more than one item and a piece are in memory.
+    """Read an array item by item up to its first syntax error, with no more than one item and a piece in memory.
 
     Args:
-        text: a file whose first character is ``[``.
+        text: File whose first character is ``[``.
 
     Returns:
-        The mistake, with its line.
+        The error, with its line.
     """
     reader = _Reader(text)
     items = 0
@@ -52,11 +52,11 @@ def find_mistake(text: TextFile) -> UserError:
         return error
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
         return UserError(f"item {items + 1}: the JSON cannot be read: {error}")
-    return UserError("changed while it was read. Start again, and leave it alone meanwhile.")
+    return UserError("changed while it was read. Start again, and do not change it meanwhile.")
 
 
 class _Reader:
-    """The characters of a text, from the first one that is not read yet."""
+    """Reader of a text that keeps only the characters not read yet."""
 
     def __init__(self, text: TextFile) -> None:
         self._pieces = text.pieces()
@@ -68,7 +68,7 @@ class _Reader:
         self._columns = 0  # before the content, on its first line
 
     def next_character(self) -> str:
-        """The next one that is not white space; "" at the end."""
+        """Return the next character that is not white space; "" at the end."""
         while True:
             space = _SPACE.match(self._content, self._position)
             self._position = space.end() if space else self._position
@@ -77,13 +77,13 @@ class _Reader:
             self._read_more()
 
     def take(self, character: str, otherwise: str = "") -> None:
-        """Pass over a character, which must be the next one."""
+        """Skip a character, which must be the next one."""
         if self.next_character() != character:
             raise json.JSONDecodeError(otherwise, self._content, self._position)
         self._position += 1
 
     def skip_value(self) -> None:
-        """Pass over one value of JSON."""
+        """Skip one value of JSON."""
         self.next_character()
         while True:
             try:
@@ -98,13 +98,13 @@ class _Reader:
             self._read_more()
 
     def locate(self, error: json.JSONDecodeError) -> UserError:
-        """Say where in the file a mistake stands."""
+        """Return a syntax error with its line and column in the file."""
         line = self._lines + error.lineno
         column = error.colno + (self._columns if error.lineno == 1 else 0)
         return UserError(f"line {line}: broken JSON at column {column}: {explain(error)}")
 
     def _read_more(self) -> None:
-        """Forget what was passed over, and make the rest twice as long or more."""
+        """Drop the skipped text, and extend the rest to twice its length or more."""
         passed, parts = self._content[: self._position], [self._content[self._position :]]
         self._lines += passed.count("\n")
         self._columns = len(passed) - passed.rfind("\n") - 1 + (self._columns if "\n" not in passed else 0)

@@ -1,4 +1,4 @@
-"""Rows of JSON annotation files: where each one stands is known from an index, and rows are parsed when asked for.
+"""Read rows of JSON annotation files: an index has their offsets, and each row is parsed on access.
 
 Parsed rows never stay in memory: millions of small Python objects would be copied into every worker, page by page, as
 their reference counts change.
@@ -21,7 +21,7 @@ from qwenvl.utils.errors import SampleError, UserError
 
 Layout = Literal["lines", "array"]
 
-_SLICE = 1 << 18  # bytes scanned at a time: what is computed of them fits into a processor's own cache
+_SLICE = 1 << 18  # bytes scanned at a time: small enough that the intermediate arrays fit into the CPU cache
 
 
 class JsonRows:
@@ -30,13 +30,13 @@ class JsonRows:
     Pickling sends the path; the other process maps the same index.
 
     Args:
-        text: the file.
-        layout: which of the two it is.
-        cache_dir: folder of the index; None for the default one.
-        check_ends: parse the first and the last row.
+        text: Text file.
+        layout: Layout of the file: lines, or one array.
+        cache_dir: Folder of the index; None for the default one.
+        check_ends: Whether to parse the first and the last row.
 
     Raises:
-        UserError: it is called an array and is not one, or its first or last row cannot be parsed.
+        UserError: the layout is an array and the text is not, or the first or last row cannot be parsed.
     """
 
     schema = None  # every row has its own
@@ -63,7 +63,7 @@ class JsonRows:
         return self._index.fingerprint
 
     def line(self, row: int) -> int:
-        """The row's line in the file, blank lines included, or its place in the array; counted from 1."""
+        """Return the row's line in the file, blank lines included, or its place in the array; counted from 1."""
         lines = self._index.lines
         return (row if lines is None else int(lines[row])) + 1
 
@@ -72,7 +72,7 @@ class JsonRows:
         return _parse(self.text(row))
 
     def text(self, row: int) -> bytes:
-        """The row as it stands in the file, without the white space around it."""
+        """Return the row as it is in the file, without the white space around it."""
         start, following = self._index.offsets[row : row + 2].tolist()
         data = self._text.read(start, following - 1)
         return data.strip() if self._layout == "array" else data.rstrip()
@@ -102,7 +102,7 @@ def _index_lines(text: TextFile) -> RowIndex:
         filled[line] = bool(text.read(int(offsets[line]), int(offsets[line + 1])).strip())
     if filled.all():
         return RowIndex(offsets, None, digest)
-    # A row reaches to the next filled line: blank ones are white space at its end.
+    # A row extends to the next line with content: blank lines are white space at its end.
     lines = np.flatnonzero(filled)
     return RowIndex(offsets[[*lines, -1]], lines, digest)
 
@@ -124,7 +124,7 @@ def _index_array(text: TextFile) -> RowIndex:
 
 
 def _feed(scanner: LineScanner | ArrayScanner, text: TextFile) -> str:
-    """Let a scanner see a text, and return the hash of the text, computed beside it in a second thread."""
+    """Feed a text to a scanner, and return the hash of the text, computed in another thread."""
     digest = new_hash()
     with ThreadPoolExecutor(max_workers=1) as pool:
         hashed: Future[None] | None = None

@@ -1,4 +1,4 @@
-"""Where the rows of JSON text start, found piece by piece with numpy; no row is parsed, and no text kept."""
+"""Find the starts of rows in JSON text, piece by piece with NumPy; no row is parsed, and no text is kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 
 import numpy as np
 
-SPACE = b" \t\r\n"  # what JSON lets stand between values
+SPACE = b" \t\r\n"  # white space that JSON allows between values
 
 _QUOTE, _BACKSLASH, _COMMA, _NEWLINE = b'"\\,\n'
 _OPENING, _CLOSING = b"{[", b"}]"
@@ -21,7 +21,7 @@ def _by_byte(default: int, values: dict[bytes, int]) -> np.ndarray:
     return table
 
 
-_STEPS = _by_byte(0, {_OPENING: 1, _CLOSING: -1})  # what each byte adds to the depth
+_STEPS = _by_byte(0, {_OPENING: 1, _CLOSING: -1})  # change of the depth by each byte
 _PARTS = _by_byte(2, {SPACE + b",": 0})  # see ArrayScanner._split
 
 
@@ -29,7 +29,7 @@ class LineScanner:
     """Finds the lines of a text.
 
     Args:
-        start: offset of the first byte.
+        start: Offset of the first byte.
     """
 
     def __init__(self, start: int) -> None:
@@ -40,7 +40,7 @@ class LineScanner:
         self._lines = 0
 
     def feed(self, piece: bytes) -> None:
-        """Take the next bytes."""
+        """Scan the next bytes."""
         data = np.frombuffer(piece, np.uint8)
         starts = np.flatnonzero(data == _NEWLINE) + 1
         if self._at_start:
@@ -56,11 +56,11 @@ class LineScanner:
         self._position += len(piece)
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return where lines start, and which of them are to be looked at because they may be blank.
+        """Return the starts of the lines, and the numbers of the lines that may be blank.
 
         Returns:
-            int64 [lines + 1]: the first byte of each line, and at last one past the newline of the last line, be it
-            there or not; int64 [n], numbers of the lines that do not start with a bracket, from 0, ascending.
+            int64 [lines + 1]: the first byte of each line, and finally one past the newline of the last line, whether
+            it is there or not; int64 [n], numbers of the lines that do not start with a bracket, from 0, ascending.
         """
         end = self._position if self._at_start else self._position + 1
         starts = np.concatenate([*self._starts, [end]]).astype(np.int64)
@@ -70,12 +70,12 @@ class LineScanner:
 class ArrayScanner:
     """Finds the commas between the items of a JSON array.
 
-    Strings are told from the rest by counting quotes that are not escaped, items by the depth of brackets outside
-    strings, as in Langdale and Lemire, "Parsing gigabytes of JSON per second", 2019: 64 bytes are 64 bits of a word.
-    Commas matter at depth 1 only, and little text stands there.
+    Strings are found by counting quotes that are not escaped, items by the depth of brackets outside strings, as in
+    Langdale and Lemire, "Parsing gigabytes of JSON per second", 2019: 64 bytes are 64 bits of a word. Only commas at
+    depth 1 matter, where there is little text.
 
     Args:
-        start: offset of the first byte. The first character that is not white space is ``[``.
+        start: Offset of the first byte. The first character that is not white space is ``[``.
     """
 
     def __init__(self, start: int) -> None:
@@ -91,10 +91,10 @@ class ArrayScanner:
         self._ended = False
         self._broken = False
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._buffer = np.empty(0, np.uint8)  # used again: memory that was never written to takes longest to write to
+        self._buffer = np.empty(0, np.uint8)  # reused: the first write to new memory is slow
 
     def feed(self, piece: bytes) -> None:
-        """Take the next bytes."""
+        """Scan the next bytes."""
         self._check_utf8(piece)
         if not self._ended and not self._broken:
             piece = self._scan(piece)
@@ -102,12 +102,12 @@ class ArrayScanner:
             self._broken = True
 
     def finish(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return where the items start, and which of them are to be parsed to know that they are one value each.
+        """Return the starts of the items, and the numbers of items to parse because they may not be one value.
 
         Returns:
-            int64 [items + 1]: the first byte of each item, and at last one past the closing bracket: between two of
-            them stands one comma or bracket, at the end. int64 [n]: numbers of items that are not one object or list,
-            from 0. None for a text that is not one whole array in UTF-8.
+            int64 [items + 1]: the first byte of each item, and finally one past the closing bracket; one comma or
+            bracket ends each item. int64 [n]: numbers of items that are not one object or list, from 0. None
+            for a text that is not one whole array in UTF-8.
         """
         if self._broken or not self._ended or self._decoder.getstate()[0]:
             return None
@@ -124,7 +124,7 @@ class ArrayScanner:
                 self._broken = True
 
     def _scan(self, piece: bytes) -> bytes:
-        """Find the cuts of a piece; return what follows the end of the array."""
+        """Find the cuts of a piece; return the bytes after the end of the array."""
         padded = piece + b" " * (64 - len(piece) % 64)  # one byte or more, so that the last byte has a next one
         data = np.frombuffer(padded, np.uint8)
         in_string = self._strings(data, len(piece))
@@ -145,7 +145,7 @@ class ArrayScanner:
         return piece[int(places[-1]) + 1 :] if self._ended else b""
 
     def _find(self, data: np.ndarray, byte: int, bits: int = 0xFF) -> np.ndarray:
-        """Return uint64 [bytes / 64]: a bit for each byte, lowest first, set where its ``bits`` are alike."""
+        """Return uint64 [bytes / 64]: a bit per byte, lowest first, set where its ``bits`` equal those of ``byte``."""
         if len(self._buffer) < len(data):
             self._buffer = np.empty(len(data), np.uint8)
         same = self._buffer[: len(data)].view(np.bool_)
@@ -160,7 +160,7 @@ class ArrayScanner:
         self._escaped = bool(_bits(escaped, np.array([length]))[0])
         quotes = self._find(data, _QUOTE) & ~escaped
         inside = quotes.copy()
-        for shift in (1, 2, 4, 8, 16, 32):  # every bit to the parity of the quotes up to it, in its word
+        for shift in (1, 2, 4, 8, 16, 32):  # turns every bit into the parity of the quotes up to it, in its word
             inside ^= inside << np.uint64(shift)
         parities = np.bitwise_xor.accumulate(np.bitwise_count(quotes) & 1)  # of the quotes up to each word's end
         before = np.concatenate([[False], parities[:-1]]) ^ self._in_string
@@ -170,17 +170,17 @@ class ArrayScanner:
     def _split(
         self, data: np.ndarray, brackets: np.ndarray, before: np.ndarray, depths: np.ndarray, in_string: np.ndarray
     ) -> None:
-        """Record the commas at depth 1, and with each how much stood before it.
+        """Record the commas at depth 1, each with the number of parts before it.
 
-        An object or list counts as one part, any other byte that is not white space as two: whatever is not one part
-        between two commas is to be parsed.
+        An object or list counts as one part, any other byte that is not white space as two: an item that is not exactly
+        one part must be parsed.
 
         Args:
             data: uint8 [bytes], the piece.
             brackets: int64 [n], its brackets outside strings.
             before: int64 [n], the depth before each of them.
             depths: int64 [n], the depth after each.
-            in_string: from :meth:`_strings`.
+            in_string: uint64 [bytes / 64], result of :meth:`_strings`.
         """
         starts, stops = brackets[depths == 1] + 1, brackets[before == 1]
         if self._depth == 1:
@@ -220,12 +220,12 @@ def _bits(words: np.ndarray, places: np.ndarray) -> np.ndarray:
 def _escaped(backslashes: np.ndarray, first: bool) -> np.ndarray:
     """Return uint64 [n]: the bytes that an odd run of backslashes makes part of an escape.
 
-    A subtraction flips the bits of a whole run at once, from which every second one is left over. What a run carries
-    into the next word is found by doing it again until nothing changes: twice, unless a run fills a word.
+    One subtraction flips the bits of a whole run; keeping every other bit gives the escaped bytes. The carry of a run
+    into the next word is found by repeating this until nothing changes: twice, unless a run fills a word.
 
     Args:
         backslashes: uint64 [n], a bit for each byte.
-        first: whether the first byte is escaped.
+        first: Whether the first byte is escaped.
     """
     escaped = np.zeros_like(backslashes)
     escaped[0] = first

@@ -295,7 +295,7 @@ def test_several_pictures_of_one_size() -> None:
     sample = sample_of("<image><image>Where?", box, image=["a.jpg", "b.jpg"])
     assert "[100, 100, 500, 500]" in convert(sample, picture(), picture(name="b.jpg")).messages[-1].text
     found = reason(lambda: convert(sample, picture(), picture((960, 640))))
-    assert "cannot be told in which picture" in found
+    assert "not known in which image" in found
     assert "process_bbox.ipynb" in found
 
 
@@ -307,14 +307,14 @@ def test_a_picture_in_every_user_turn() -> None:
     assert ["[100, 100, 500, 500]" in text for text in texts] == [False, True, False, False]
     assert ["[50, 50, 250, 250]" in text for text in texts] == [False, False, True, True]
     found = reason(lambda: convert(sample_of(*two, image=["a", "b"], system=box), *media))
-    assert "before the first picture" in found
-    assert "cannot be told" in reason(lambda: convert(sample_of(*two, "And?", box, image=["a", "b"]), *media))
+    assert "before the first image" in found
+    assert "not known in which image" in reason(lambda: convert(sample_of(*two, "And?", box, image=["a", "b"]), *media))
 
 
 def test_no_picture_and_videos() -> None:
     box = json.dumps({"bbox_2d": BOX})
     sample = sample_of("Where?", box)
-    assert "no picture" in reason(lambda: convert_boxes(build_conversation(sample, ()), (), sample, RELATIVE))
+    assert "no image" in reason(lambda: convert_boxes(build_conversation(sample, ()), (), sample, RELATIVE))
     clip = VideoPlan(VideoItem("v.mp4"), 8, 2.0, np.arange(8), FITTED, (4, 34, 46), (0.0,) * 4)
     assert "videos" in reason(lambda: convert(sample_of("<video>?", box, video="v.mp4"), clip))
     assert convert(sample_of("<video>?", "No box.", video="v.mp4"), clip).messages[-1].text == "No box."

@@ -108,7 +108,7 @@ def test_each_box_lies_in_its_image() -> None:
 @pytest.mark.parametrize(
     ("objects", "said"),
     [
-        ({"bbox": [[64, 48, 641, 240]]}, "[64, 48, 641, 240] of 'objects' lies outside the picture a.jpg"),
+        ({"bbox": [[64, 48, 641, 240]]}, "[64, 48, 641, 240] of 'objects' lies outside the image a.jpg"),
         ({"bbox": [[320, 48, 64, 240]]}, "x1 < x2"),
         ({"bbox": [BOX], "image_id": [1]}, "its image is number 1, of 1"),
         ({"bbox": [BOX], "bbox_type": "norm1"}, "outside 0 to 1, as 'norm1' has it"),
