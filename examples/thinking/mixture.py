@@ -36,6 +36,8 @@ def _pairs(digits: Path, count: int) -> Iterator[tuple[dict[str, Any], dict[str,
     """Yield ``count`` pairs of samples with different digits, the same ones on every call."""
     records = [json.loads(line) for line in digits.read_text(encoding="utf-8").splitlines()]
     generator = random.Random(0)
+    if len({record["label"] for record in records}) < 2:
+        raise SystemExit(f"{digits} holds one digit alone: make more of them.")
     while count:
         first, second = generator.sample(records, 2)
         if first["label"] != second["label"]:
