@@ -54,7 +54,7 @@ from qwenvl.models.attention.packed import attend_by_segments
 from qwenvl.models.forward import install
 from qwenvl.models.loading import choose_attention
 from qwenvl.models.lora.adapters import AdapterSettings, adapter_sizes, add_adapters
-from qwenvl.models.loss.causal_lm import causal_loss, tell_host
+from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
 from qwenvl.models.trainable.freezing import configure_checkpointing, set_model
 from qwenvl.models.vision.patchify import Patchify
 from qwenvl.profiling.flops import Trained, training_flops
@@ -84,7 +84,7 @@ def our_batches(samples: list[EncodedSample], arguments: argparse.Namespace) -> 
     """Return packs of the samples as the trainer makes them."""
     packs = pack(np.array([len(sample.tokens) for sample in samples]), arguments.pack_length)
     collate = Collator(0, flatten=True)
-    return [tell_host(collate([Item((samples[index],)) for index in members])) for members in packs]
+    return [prepare_inputs(collate([Item((samples[index],)) for index in members])) for members in packs]
 
 
 def stock_batches(

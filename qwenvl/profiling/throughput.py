@@ -19,7 +19,7 @@ def measure_batch(batch: Mapping[str, Any]) -> Measures:
     """Return the measures of a batch's samples together, padding left out; nothing for one that holds no usable sample.
 
     Args:
-        batch: of :func:`qwenvl.models.loss.causal_lm.tell_host`, on the host.
+        batch: of :func:`qwenvl.models.loss.causal_lm.prepare_inputs`, on the host.
     """
     if not batch["num_samples"]:  # the filler of a rank that has none
         return NOTHING

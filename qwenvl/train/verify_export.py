@@ -26,7 +26,7 @@ from qwenvl.inference.positions import needs_positions
 from qwenvl.models.fingerprints import adapter_scales, trained_fingerprints
 from qwenvl.models.lora.adapters import has_adapters
 from qwenvl.models.lora.files import CONFIG_FILE, WEIGHTS_FILE
-from qwenvl.models.loss.causal_lm import run_model, tell_host
+from qwenvl.models.loss.causal_lm import prepare_inputs, run_model
 from qwenvl.models.moe_checkpoint import weight_files
 from qwenvl.models.vision.patchify import Patchify
 from qwenvl.train.checkpoint.validate import BLAME
@@ -104,7 +104,7 @@ def trainer_logits(trainer: CheckpointingTrainer, case: Case) -> tuple[Tensor, T
     """
     assert trainer.data_collator is not None
     batch = for_model(trainer.data_collator([Item((case.encoded,))]))
-    inputs = tell_host(batch)
+    inputs = prepare_inputs(batch)
     length = batch["input_ids"].shape[1]
     rows = torch.linspace(0, length - 1, min(_ROWS, length)).round().long()
     inputs = trainer._prepare_inputs(inputs | {"kept_positions": rows, "targets": None})

@@ -20,7 +20,7 @@ from qwenvl.inference.generate import Answer, Decoding, generate
 from qwenvl.inference.other_images import VIEWS, View
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.models.attention import packed as attention
-from qwenvl.models.loss.causal_lm import causal_loss, tell_host, total_weight
+from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs, total_weight
 from qwenvl.train.callbacks.watchdog import Watchdog
 from qwenvl.train.eval_prompts import EvalPrompts
 from qwenvl.utils.distributed import gather_objects, zeros_for_sums
@@ -77,7 +77,7 @@ class GenerationEval:
             items = [Item((self.prompts.view(number, view),)) for number in mine]
             collated = for_model(trainer.data_collator(items or [Item()]))  # without a sample, it keeps in step
             totals[1] += total_weight(collated)
-            inputs = trainer._prepare_inputs(tell_host(collated))
+            inputs = trainer._prepare_inputs(prepare_inputs(collated))
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 totals[0] += causal_loss(trainer.model, inputs, num_trained_tokens=1.0)
         sums: list[float] = trainer.accelerator.reduce(totals, reduction="sum").tolist()
