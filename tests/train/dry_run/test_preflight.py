@@ -44,7 +44,7 @@ def test_says_what_the_run_will_be_and_trains_nothing(
     assert re.search(r"^mixed +11 +100% +11 +-$", text, re.MULTILINE)
     assert re.search(r"^mixed +11 +\d[\d,]+ .* 0$", text, re.MULTILINE)
     assert re.search(r"^all +14 +\d[\d,]+ .* 0$", text, re.MULTILINE)
-    assert "20 in all, 5 an epoch: 4.00 epochs" in text
+    assert "20 in all, 5 per epoch: 4.00 epochs" in text
     assert "3 rows: 1 device (cpu) x batches of 3 x 1 accumulated" in text
     assert not list((tmp_path / "out").iterdir())
     state = json.loads(
