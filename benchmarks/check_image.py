@@ -1,12 +1,12 @@
-"""How many files a second tools/check_image.py checks, by their headers and decoded.
+"""Files per second that tools/check_image.py checks, by their headers and decoded.
 
     python benchmarks/check_image.py [--files 20000] [--runs 3]
 
 Writes JPEG files of 320 x 240 pixels, copies of eight drawn ones, with an annotation file, into a temporary folder,
-and runs the tool on them: its whole work but Python's start, files in the page cache, a process for each core. Prints
-one line of JSON: files a second, and the ratio to a plain loop over the same annotations in the same run that parses
-each line and has Pillow open and load the picture. Files a CPU-second (of all processes
-together) are steadier where others use the machine; an idle one does that many a core.
+and runs the tool on them: all its work except the start of Python, with files in the page cache and one process per
+core. Prints one line of JSON: files per second, and the ratio to a plain loop over the same annotations in the same
+run, which parses each line and opens and loads the image with Pillow. Files per CPU-second (of all processes together)
+are steadier if others use the machine; on an idle machine they are files per second and core.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BASELINE_FILES = 2000
 
 
 def write_data(folder: Path, files: int) -> None:
-    """Write ``files`` pictures and ``a.jsonl``, a question about each."""
+    """Write ``files`` images and ``a.jsonl`` with a question about each."""
     (folder / "media").mkdir()
     originals = []
     for number in range(ORIGINALS):
@@ -54,10 +54,10 @@ def write_data(folder: Path, files: int) -> None:
 
 
 def run_tool(folder: Path, *flags: str) -> tuple[float, float]:
-    """Return the seconds that a check takes, and the CPU-seconds.
+    """Return the seconds and the CPU-seconds of a check.
 
     Raises:
-        RuntimeError: it found a problem, and there is none.
+        RuntimeError: It reported a problem, although there is none.
     """
     paths = ["--annotation_path", str(folder / "a.jsonl"), "--data_path", str(folder / "media")]
     started, used = time.perf_counter(), cpu_seconds()
@@ -69,13 +69,13 @@ def run_tool(folder: Path, *flags: str) -> tuple[float, float]:
 
 
 def cpu_seconds() -> float:
-    """Return what this process and its ended children have used."""
+    """Return the CPU-seconds of this process and its ended children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def run_plainly(folder: Path) -> tuple[float, float]:
-    """Return the seconds and CPU-seconds that Pillow takes to open and load the first pictures, one by one."""
+    """Return the seconds and CPU-seconds that Pillow takes to open and load the first images, one by one."""
     started, used = time.perf_counter(), cpu_seconds()
     with (folder / "a.jsonl").open() as lines:
         for _, line in zip(range(BASELINE_FILES), lines, strict=False):
@@ -86,7 +86,7 @@ def run_plainly(folder: Path) -> tuple[float, float]:
 
 def main() -> None:
     """Measure, and print the figures."""
-    parser = argparse.ArgumentParser(description="Files a second that tools/check_image.py checks.")
+    parser = argparse.ArgumentParser(description="Files per second that tools/check_image.py checks.")
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()

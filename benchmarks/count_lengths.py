@@ -1,22 +1,22 @@
-"""How fast the lengths of samples are counted: by the processor of the checkpoint, by us, and from the cache.
+"""Speed of counting the lengths of samples: by the checkpoint's processor, by this package, and from the cache.
 
     python benchmarks/count_lengths.py [--images 400] [--rows 20000] [--questions 1] [--words 12] [--runs 3]
         [--processor FOLDER]
 
-Writes JPEG files of 0.9 megapixels, and rows of a question and its answer, or of several, about one of them each, all
-rows with other words, into a temporary folder. (Text takes most of our time, and little of the processor's.) Limits of
-pictures: 12544 and 451584 pixels. In turn:
+Writes JPEG files of 0.9 megapixels, and rows with one or more questions and answers about one of them, each row with
+different words, into a temporary folder. (Text takes most of our time, and little of the processor's.) Images are
+limited to 12544 to 451584 pixels. In turn:
 
 ``processor``   the stock processor takes one sample after the other, as the official tool does: its template, pixels
-                and tokens (``apply_chat_template(..., tokenize=True)``). A picture once, torch on one thread, which is
-                its best a CPU-second
+                and tokens (``apply_chat_template(..., tokenize=True)``). Each image once, torch on one thread, where
+                its speed per CPU-second is best
 ``alone``       ours, in one process: a tenth of the rows
-``counted``     ours, all rows, nothing known, a process for each core
+``counted``     ours, all rows, with an empty cache, one process per core
 ``cached``      the same again
 
-Prints one line of JSON: rows a second, and rows a CPU-second (of all processes together: steadier where others use the
-machine), medians of the runs; ratios to the processor; and whether it has as many tokens on the rows that both counted.
-FOLDER is a checkpoint or its processor alone; without it, a tiny checkpoint with a vocabulary of its own.
+Prints one line of JSON: rows per second, and rows per CPU-second (of all processes together: steadier if others use the
+machine), medians of the runs; ratios to the processor; and whether both count the same number of tokens in the rows
+that both process. FOLDER is a checkpoint or its processor alone; by default a tiny checkpoint with its own vocabulary.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ looks probably because people building white black wooden open evening light""".
 
 
 def write_data(folder: Path, images: int, rows: int, questions: int, words: int) -> None:
-    """Write pictures, and ``rows.jsonl`` with questions about them."""
+    """Write images, and ``rows.jsonl`` with questions about them."""
     pixels = np.random.default_rng(0)
     for number in range(images):
         height = int(pixels.integers(700, 1200))
@@ -78,7 +78,7 @@ def write_data(folder: Path, images: int, rows: int, questions: int, words: int)
 
 
 def count_by_processor(processor: Any, folder: Path, rows: int) -> int:
-    """Return the tokens of the first rows as the stock processor has them."""
+    """Return the number of tokens of the first rows, by the stock processor."""
     tokens = 0
     with (folder / "rows.jsonl").open() as lines:
         for line in [next(lines) for _ in range(rows)]:
@@ -102,13 +102,13 @@ def timed(function: Callable[..., Any], *values: Any) -> tuple[Any, float, float
 
 
 def cpu_seconds() -> float:
-    """Return what this process and its ended children have used."""
+    """Return the CPU-seconds of this process and its ended children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def compare(folder: Path, checkpoint: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Take the times of all ways, in turn, and return the figures."""
+    """Measure all ways in turn, and return the figures."""
     torch.set_num_threads(1)
     flags = ToolArguments(model_name_or_path=str(checkpoint), min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     encoder, processor = open_encoder(flags, 1 << 20)
@@ -126,15 +126,17 @@ def compare(folder: Path, checkpoint: Path, arguments: argparse.Namespace) -> di
         for way, rows, options in zip(OURS, (tenth, dataset, dataset), ((None, 0), (cache,), (cache,)), strict=True):
             lengths, *seconds = timed(measure_lengths, rows, *options)
             times[way].append((len(rows) / seconds[0], len(rows) / seconds[1]))
-        print(f"rows a second, and a CPU-second: { {way: rates[-1] for way, rates in times.items()} }", file=sys.stderr)
-    tokens, pictures = lengths.measures["tokens"], lengths.measures["patches"] // encoder.settings.merge_size**2
+        print(
+            f"rows per second and per CPU-second: { {way: rates[-1] for way, rates in times.items()} }", file=sys.stderr
+        )
+    tokens, images = lengths.measures["tokens"], lengths.measures["patches"] // encoder.settings.merge_size**2
     wall, cpu = ({way: statistics.median(rate[k] for rate in rates) for way, rates in times.items()} for k in (0, 1))
     return {
         "benchmark": "count_lengths",
         "images": arguments.images,
         "rows": arguments.rows,
         "tokens_a_row": round(float(tokens.mean()), 1),
-        "tokens_of_pictures_a_row": round(float(pictures.mean()), 1),
+        "tokens_of_pictures_a_row": round(float(images.mean()), 1),
         "processes": available_cores(),
         "rows_a_second": {way: round(rate, 1) for way, rate in wall.items()},
         "rows_a_cpu_second": {way: round(rate, 1) for way, rate in cpu.items()},
@@ -149,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--questions", type=int, default=1, help="of each row")
+    parser.add_argument("--questions", type=int, default=1, help="questions of each row")
     parser.add_argument("--words", type=int, default=12, help="words of an answer")
     parser.add_argument("--processor", type=Path)
     parser.add_argument("--runs", type=int, default=3)

@@ -4,8 +4,8 @@
 
 CONFIG is a ``config.json`` or a folder with one. Builds each model on torch's meta device and prints a Markdown table:
 parameters, and GiB on each GPU of full fine-tuning (language model and merger, bf16 with float32 masters, ZeRO-3) and
-of LoRA (rank 64 on the language model, frozen weights in bf16, sharded by ZeRO-3 where there are several GPUs).
-Activations come on top: ``--dry_run`` counts them for your data.
+of LoRA (rank 64 on the language model, frozen weights in bf16, sharded by ZeRO-3 if there are several GPUs).
+Activations are not included: ``--dry_run`` counts them for your data.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def build(path: Path, *, lora: bool) -> Any:
-    """Return a model of a config on the meta device, with what trains set."""
+    """Return a model of a config on the meta device, with trainable parameters set."""
     with torch.device("meta"):
         model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16)
     if lora:
@@ -54,7 +54,7 @@ def build(path: Path, *, lora: bool) -> Any:
 
 
 def states(model: Any, ranks: int) -> float:
-    """Return GiB of weights, gradients and AdamW on each of so many GPUs."""
+    """Return GiB of weights, gradients and AdamW on each of ``ranks`` GPUs."""
     sharing = Sharing("ZeRO-3" if ranks > 1 else "one process", 3 if ranks > 1 else 0, ranks, masters=True)
     found = estimate_states(model, sharing, "adamw_torch", torch.bfloat16, torch.bfloat16)
     return (found.weights + found.gradients + found.optimizer) / 2**30

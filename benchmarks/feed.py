@@ -1,18 +1,18 @@
-"""How many samples with a picture a DataLoader worker makes a CPU-second, and how many bytes it sends.
+"""Samples with an image that a DataLoader worker makes per CPU-second, and bytes that it sends.
 
     python benchmarks/feed.py [--images 400] [--runs 5] [--max_pixels 451584]
 
 Writes JPEG files of 0.9 megapixels (copies of 20 drawn ones, about as large as photographs), an annotation file and a
-tiny Qwen3-VL checkpoint into a temporary folder, and measures in one run, one thread, taking turns, each time in a new
-process (whose allocator has no past) that has the files in the page cache:
+tiny Qwen3-VL checkpoint into a temporary folder, and measures these variants in turn, with one thread, each time in a
+new process (with a fresh allocator) and with the files in the page cache:
 
     floor     torchvision's decode_jpeg of bytes in memory, and its uint8 bicubic resize to the same sizes; nothing else
     worker    dataset[index] and collation: annotation, header, chat template, tokens, decoding, resizing
-    default   the same under the default settings of the C library's allocator
-    stock     what the official recipe does for a sample: Pillow's image to the processor's apply_chat_template
+    default   the same with the default settings of the C library's allocator
+    stock     the official recipe's work for a sample: an image of Pillow to the processor's apply_chat_template
 
-Prints one line of JSON: samples a CPU-second, the share of the floor, the ratio to the stock path, bytes of a batch
-against float32 patches, and minor page faults a picture.
+Prints one line of JSON: samples per CPU-second, the share of the floor, the ratio to the stock path, bytes of a batch
+against float32 patches, and minor page faults per image.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ VARIANTS = ("floor", "worker", "default", "stock")
 
 @dataclass(frozen=True)
 class Bench:
-    """What the variants work on."""
+    """Inputs of the variants."""
 
     dataset: ConversationDataset
     processor: Any
@@ -70,7 +70,7 @@ class Bench:
     sizes: list[tuple[int, int]]
 
     def prepare(self, variant: str) -> Callable[[int], object]:
-        """Return the function of an index that is measured."""
+        """Return the function to measure, which takes an index."""
         if variant == "floor":
             contents = [torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in self.files]
             return lambda index: floor(contents[index], self.sizes[index])
@@ -95,7 +95,7 @@ def stock(processor: Any, file: Path) -> Any:
 
 
 def measure(bench: Bench, variant: str) -> tuple[float, float]:
-    """Return samples a CPU-second and minor page faults a sample, in a process that is warm."""
+    """Return samples per CPU-second and minor page faults per sample, after a warm-up."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if variant in ("floor", "worker"):
@@ -110,7 +110,7 @@ def measure(bench: Bench, variant: str) -> tuple[float, float]:
 
 
 def page_faults() -> int:
-    """Return how often the system has given this process a page of memory."""
+    """Return the number of minor page faults of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
@@ -127,7 +127,7 @@ def draw(number: int) -> Image.Image:
 
 
 def build(folder: Path, images: int, max_pixels: int) -> Bench:
-    """Write pictures, annotations and a checkpoint, and open them as training does."""
+    """Write images, annotations and a checkpoint, and open them as training does."""
     originals = []
     for number in range(min(ORIGINALS, images)):
         draw(number).save(folder / "original.jpg", quality=85)
@@ -161,12 +161,12 @@ def batch_bytes(bench: Bench) -> tuple[int, int]:
 
 def main() -> None:
     """Measure, and print the figures."""
-    parser = argparse.ArgumentParser(description="Samples a CPU-second of a DataLoader worker.")
+    parser = argparse.ArgumentParser(description="Samples per CPU-second of a DataLoader worker.")
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--max_pixels", type=int, default=28 * 28 * 576)
     arguments = parser.parse_args()
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries say
+    with contextlib.redirect_stdout(sys.stderr):  # output of libraries
         figures = run(arguments.images, arguments.runs, arguments.max_pixels)
     print(json.dumps({"benchmark": "feed", "images": arguments.images, **figures}))
 
@@ -206,7 +206,7 @@ def run(images: int, runs: int, max_pixels: int) -> dict[str, Any]:
 
 
 def paired(found: dict[str, list[tuple[float, float]]], one: str, other: str) -> float:
-    """Return the median of the ratios of runs that followed each other: the machine's load changes meanwhile."""
+    """Return the median ratio of consecutive runs, as the machine's load changes over time."""
     return statistics.median(a[0] / b[0] for a, b in zip(found[one], found[other], strict=True))
 
 

@@ -1,12 +1,12 @@
-"""Peak memory of a training step by the flags that are there to save it, at real sizes and without a GPU.
+"""Peak memory of a training step with each of the flags that reduce it, at real sizes and without a GPU.
 
     python benchmarks/memory.py [--size tiny|2b|4b|8b] [--pack_length 8192] [--samples 64]
 
-A Qwen3-VL of the size's shapes in bfloat16, packs of texts and pictures as in ``benchmarks/step.py``. The step of the
-fullest pack runs on torch's meta device, as ``--dry_run`` does it: within a tenth of what a real step allocates
-(``tests/train/dry_run/test_preflight.py``). Prints a line of JSON a row: flags; GiB of activations with all temporary
-tensors, and their share of the first row's; GiB of weights, gradients and AdamW under DeepSpeed's bf16 on one device
-and with ZeRO-3 on eight.
+Takes a Qwen3-VL of the given size in bfloat16, and packs of texts and images as in ``benchmarks/step.py``. The step of
+the fullest pack runs on torch's meta device, as in ``--dry_run``, which is within 10% of the allocations of a real step
+(``tests/train/dry_run/test_preflight.py``). Prints a line of JSON per row: flags; GiB of activations with all temporary
+tensors, and their share of the first row's; GiB of weights, gradients and AdamW with DeepSpeed's bf16 on one device and
+with ZeRO-3 on eight.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def build(config: Qwen3VLConfig, row: dict[str, Any]) -> PreTrainedModel:
-    """Return the model of a row, without numbers in it."""
+    """Return the model of a row on the meta device."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     vision, grey = config.vision_config, torch.full((3,), 127.5)

@@ -1,4 +1,4 @@
-"""Opening annotation files: seconds, and memory added to the process, the first time and from a cache.
+"""Time and memory of opening annotation files, the first time and from a cache.
 
     python benchmarks/open_annotations.py [--rows 1000000] [--row_bytes 600] [--runs 3] [--full]
 
@@ -7,11 +7,12 @@ in fresh processes, in turn: by ``json`` into a list, as the official recipe doe
 by ``datasets.load_dataset("json")``; and by this package. ``first`` starts from an empty cache, ``later`` from that of
 ``first``; the files are in the machine's page cache. Prints one line of JSON with medians of the runs:
 
-``seconds``, ``cpu_seconds``   from the call to the table, without imports; wall, and of all threads
-``peak_mib``                   the most memory at any time, above what the process had before the call
-``own_mib``                    of that, at the end, what no other process can share: all but pages of mapped files
+``seconds``, ``cpu_seconds``   from the call to the table, without imports: wall time, and CPU time of all threads
+``peak_mib``                   peak memory, minus the memory of the process before the call
+``own_mib``                    memory at the end that other processes cannot share: all but pages of mapped files
 
-A ratio is another's seconds (of as many rows) or memory by ours. Linux, as memory is read from /proc.
+Ratios are another way's seconds (scaled to the same number of rows) or memory / ours. Needs Linux, as memory is read
+from /proc.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a file, from any directory
 
 WAYS = ("json", "datasets first", "datasets later", "ours first", "ours later")
-SHARE = 5  # of the rows, json parses one in so many
+SHARE = 5  # json parses one of this many rows
 WORDS = "a the is on in red small apple table picture left of and shows near large blue two dogs street sign".split()
 
 
@@ -50,7 +51,7 @@ def write_files(folder: Path, rows: int, row_bytes: int) -> None:
 
 
 def conversation(number: int, row_bytes: int, generator: random.Random) -> str:
-    """Return one row of JSON of so many bytes, its newline included."""
+    """Return one row of JSON of ``row_bytes`` bytes, its newline included."""
     user = {"from": "human", "value": '<image>\nWhat is "this"?'}
     start = json.dumps({"id": f"{number:08d}", "image": f"images/{number:08d}.jpg", "conversations": [user]})
     start = start.removesuffix("]}") + ', {"from": "gpt", "value": "'
@@ -66,7 +67,7 @@ def open_by_json(path: Path, cache: Path) -> Sized:
 
 
 def open_by_datasets(path: Path, cache: Path) -> Sized:
-    """Let the ``datasets`` library map what it has converted a file to."""
+    """Open a file with the ``datasets`` library, which converts it and maps the result."""
     import datasets
 
     table: Sized = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(cache))
@@ -91,7 +92,7 @@ OPENERS: dict[str, Callable[[Path, Path], Sized]] = {
 
 
 def kibibytes(file: str, key: str) -> int:
-    """Return a line of a status file of /proc."""
+    """Return the value of a line in a status file of /proc, in KiB."""
     with open(f"/proc/self/{file}") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
@@ -99,7 +100,7 @@ def kibibytes(file: str, key: str) -> int:
 def measure_here(opener: Callable[[Path, Path], Sized], path: Path, cache: Path) -> dict[str, float]:
     """Open a file in this process."""
     small = path.with_name(f"warm_up{path.suffix}")
-    opener(small, cache / "warm_up")  # all imports, and what the library does once a process
+    opener(small, cache / "warm_up")  # imports, and the library's work once per process
     before, own_before = kibibytes("status", "VmRSS"), kibibytes("smaps_rollup", "Anonymous")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak counts from here

@@ -1,4 +1,4 @@
-"""Packs and balanced steps: seconds, fill, memory, and how long ranks wait for each other.
+"""Packing and balanced steps: seconds, fill, memory, and the time that ranks wait for each other.
 
     python benchmarks/packing.py [--samples 100000 1000000] [--seed 0]
 
@@ -44,9 +44,9 @@ def mixture(count: int, seed: int) -> np.ndarray:
     kind = rng.choice(4, count, p=[0.4, 0.35, 0.15, 0.1])
     text = np.clip(rng.lognormal(5.3, 1.0, count), 16, np.where(kind == 0, CAPACITY, 1500)).astype(np.int64)
     visual, squares = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    pictures = np.select([kind == 1, kind == 2], [1, rng.integers(2, 9, count)], 0)
-    for number in range(int(pictures.max())):
-        tokens = np.clip(rng.lognormal(6.0, 0.7, count), 64, LONGEST_IMAGE).astype(np.int64) * (pictures > number)
+    images = np.select([kind == 1, kind == 2], [1, rng.integers(2, 9, count)], 0)
+    for number in range(int(images.max())):
+        tokens = np.clip(rng.lognormal(6.0, 0.7, count), 64, LONGEST_IMAGE).astype(np.int64) * (images > number)
         visual += tokens
         squares += (4 * tokens) ** 2
     pairs = rng.integers(2, 33, count) * (kind == 3)
@@ -61,7 +61,7 @@ def mixture(count: int, seed: int) -> np.ndarray:
 
 
 def costs_of_4b() -> Flops:
-    """Return what Qwen3-VL-4B costs with every part trained, from the numbers of its config.json."""
+    """Return the operations of Qwen3-VL-4B with every part trained, from the numbers in its config.json."""
     text = {"hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728, "vocab_size": 151936}
     text |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
     vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560}
@@ -89,7 +89,7 @@ def first_fit_in_chunks(lengths: np.ndarray, capacity: int) -> Packs:
 
 
 def timed(function: Callable[[], Any], runs: int) -> tuple[float, Any]:
-    """Return the median of CPU seconds of a call, and its result."""
+    """Return the median of the CPU-seconds of a call, and its result."""
     seconds, result = [], None
     for _ in range(runs):
         start = time.process_time()
@@ -99,7 +99,7 @@ def timed(function: Callable[[], Any], runs: int) -> tuple[float, Any]:
 
 
 def peak_mebibytes(function: Callable[[], Any]) -> float:
-    """Return how much memory a call takes beside what was there, at its highest."""
+    """Return the peak of the memory that a call allocates, in MiB."""
     tracemalloc.start()
     try:
         function()
@@ -128,10 +128,10 @@ def packing_figures(measures: np.ndarray, seed: int) -> dict[str, Any]:
 
 
 def balance_figures(measures: np.ndarray, flops: Flops, ranks: int, seed: int) -> dict[str, Any]:
-    """Measure how long ranks wait, one pack a rank and no accumulation, which is the hardest case.
+    """Measure how long ranks wait, with one pack per rank and no accumulation, which is the hardest case.
 
-    ``visual_share_deviation``: standard deviation over steps of the share of visual tokens, which says how much steps
-    differ in what they hold: not more than those of random packs in random order should be.
+    ``visual_share_deviation``: standard deviation over steps of the share of visual tokens, a measure of how much steps
+    differ in content. It should not exceed that of random packs in random order.
     """
     lengths, sharding = measures["tokens"].copy(), Sharding(1, ranks)
     packs = pack(lengths, CAPACITY, seed, measures["patches"].copy())
@@ -163,10 +163,10 @@ def visual_share_deviation(packs: np.ndarray, order: np.ndarray, size: int) -> f
 
 
 def padded_figures(measures: np.ndarray, flops: Flops, seed: int) -> dict[str, Any]:
-    """Measure --group_by_cost without packing: 8 ranks, 4 rows a padded batch.
+    """Measure --group_by_cost without packing: 8 ranks, padded batches of 4 rows.
 
-    What counts is the time of the slowest rank of each round, padding included, over that of the same samples without
-    padding and without waiting.
+    The figure is the time of the slowest rank of each round, padding included / the time of the same samples without
+    padding and waiting.
     """
     sharding = Sharding(4, 8)
     costs = flops.count(measures)

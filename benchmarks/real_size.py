@@ -1,13 +1,13 @@
-"""The whole way of a published size on random weights: build, train, verify, merge, open and generate; without a GPU.
+"""Run all stages at a published size with random weights, without a GPU: build, train, verify, merge, generate.
 
     python benchmarks/real_size.py --folder DIR [--size 2b|4b|8b|tiny] [--train lora|merger] [--keep]
 
-Tiny checkpoints hide what grows with a model: rounding over many layers, several weight files, tied embeddings of a
-real vocabulary, time and memory. Builds a Qwen3-VL of the size's shapes in bfloat16, in files of at most 2 GB, and some
-images with captions. Trains it three steps of at most 256 tokens (``lora``: adapters of the language model; ``merger``:
-the mergers whole) and has the finished folder verified, merges the adapters, opens what came out with stock
-transformers and generates. Prints a line of JSON a stage: wall seconds, CPU seconds, and the memory of its processes
-together at the peak. DIR needs room for twice the weights; it is removed again, unless ``--keep`` is given.
+Tiny checkpoints hide problems of size: rounding over many layers, several weight files, tied embeddings of a real
+vocabulary, time and memory. Builds a Qwen3-VL of the given size in bfloat16, in files of at most 2 GB, and some images
+with captions. Trains it for three steps of at most 256 tokens (``lora``: adapters of the language model; ``merger``:
+the mergers in full) with verification of the finished folder, merges the adapters, opens the result with stock
+transformers and generates. Prints a line of JSON per stage: wall seconds, CPU-seconds, and the peak memory of all its
+processes together. DIR needs room for twice the weights; it is removed at the end, unless ``--keep`` is given.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def build(folder: Path, size: str) -> None:
-    """Write a checkpoint of random weights, pictures with captions, and a registry that names them."""
+    """Write a checkpoint of random weights, images with captions, and a registry that names them."""
     tokenizer, config = build_tokenizer(FAMILY), make_config(size)
     for name, token in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start")):
         setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
@@ -84,11 +84,11 @@ def build(folder: Path, size: str) -> None:
     (folder / "registry.py").write_text(f"data_dict = {entry!r}\n")
 
 
-def open_and_generate(model_folder: Path, picture: Path) -> None:
-    """Open a folder as anybody would, and write eight tokens about a picture."""
+def open_and_generate(model_folder: Path, image: Path) -> None:
+    """Open a folder with stock transformers, and generate eight tokens about an image."""
     model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype="auto")
     processor = AutoProcessor.from_pretrained(model_folder)
-    content = [{"type": "image", "image": str(picture)}, {"type": "text", "text": "What is it?"}]
+    content = [{"type": "image", "image": str(image)}, {"type": "text", "text": "What is it?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -101,7 +101,7 @@ def open_and_generate(model_folder: Path, picture: Path) -> None:
 
 
 def measure(stage: str, command: Sequence[str], log: Path) -> None:
-    """Run a command; print what it took, and stop where it fails."""
+    """Run a command and print its time and memory; exit if it fails."""
     peak, start, ended = [0], time.monotonic(), threading.Event()
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         watcher = threading.Thread(target=_watch, args=(process.pid, peak, ended))
@@ -118,7 +118,7 @@ def measure(stage: str, command: Sequence[str], log: Path) -> None:
 
 
 def _watch(pid: int, peak: list[int], ended: threading.Event) -> None:
-    """Note the largest memory of a process and its children together; pages that they share count once each."""
+    """Record the peak memory of a process and its children together; shared pages count once per process."""
     while not ended.wait(0.2):
         try:
             family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -143,12 +143,12 @@ def stages(folder: Path, size: str, trained: str) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Read the command line and run the stages, each in a process of its own; or one of them, in such a process."""
-    parser = argparse.ArgumentParser(description="Take random weights of a real size the whole way.")
-    parser.add_argument("--folder", required=True, type=Path, help="for checkpoints; made, and removed at the end")
+    """Read the command line and run all stages, each in its own process; or run a single stage in this process."""
+    parser = argparse.ArgumentParser(description="Run all stages at a real size with random weights.")
+    parser.add_argument("--folder", required=True, type=Path, help="folder for checkpoints; removed at the end")
     parser.add_argument("--size", default="2b", choices=list(SIZES))
     parser.add_argument("--train", default="lora", choices=list(TRAINED))
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoints there; an existing base is used")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints; an existing base is reused")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
@@ -162,7 +162,7 @@ def main() -> None:
 
 
 def run_stages(arguments: argparse.Namespace, folder: Path) -> None:
-    """Run the stages in order, and remove what they leave."""
+    """Run the stages in order, and remove their files."""
     for stage, command in stages(folder, arguments.size, arguments.train).items():
         if not (stage == "build" and (folder / "base").is_dir()):
             measure(stage, command, folder / f"{stage.replace(' ', '-')}.log")

@@ -1,20 +1,20 @@
-"""Trained tokens a second and peak memory of a training step: packed and chunked, against padded with full logits.
+"""Trained tokens per second and peak memory of a training step: packed and chunked, against padded with full logits.
 
     python benchmarks/step.py [--size tiny|2b|4b|8b] [--pack_length 8192] [--samples 48] [--frozen_vision]
                               [--lora_r 64] [--attention auto|sdpa] [--steps 3] [--runs 3] [--peak_tflops 989]
 
-Builds a Qwen3-VL of random weights on the device from a config of the size's shapes, and the same samples for all ways:
-text and pictures, many short and some long. An optimizer step of fused AdamW over all of them, with checkpointing; with
-``--lora_r`` of adapters on the language model and of nothing else:
+Builds a Qwen3-VL of the given size with random weights on the device, and the same samples for all ways: text and
+images, many short and some long. Measures an optimizer step of fused AdamW over all samples, with checkpointing; with
+``--lora_r``, only adapters of the language model train:
 
-    ours      packs of ``pack_length`` tokens, pixels of eight bits, one vision call, loss in chunks of trained tokens
-    plain     what the stock Trainer does with a batch: padded rows of as many samples as fit into ``pack_length``
-              tokens with their padding, float32 patches, the stock forward with labels, full logits
+    ours      packs of ``pack_length`` tokens, uint8 pixels, one vision call, loss in chunks of trained tokens
+    plain     the stock Trainer's batches: padded rows, as many as fit into ``pack_length`` tokens with their padding,
+              float32 patches, the stock forward with labels, full logits
     sorted    the same with samples sorted by length first
 
-Each way runs in its own process, several times in turns. Prints one line of JSON: of each way, the medians of seconds a
-step, tokens and trained tokens a second, padding, peak memory (of the device; on the CPU the process's), MFU where the
-peak is given or known; and the ratios. The losses of the ways agree to 1e-2 (bfloat16) or 1e-4 (float32), or it stops.
+Each way runs in its own process, several times in turns. Prints one line of JSON: for each way, medians of seconds per
+step, tokens and trained tokens per second, padding, peak memory (of the device; on the CPU, of the process), and MFU if
+the peak is given; and the ratios. Stops unless the losses of the ways agree to 1e-2 (bfloat16) or 1e-4 (float32).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from qwenvl.models.attention.packed import attend_by_segments
 from qwenvl.models.forward import install
 from qwenvl.models.loading import choose_attention
 from qwenvl.models.lora.adapters import AdapterSettings, adapter_sizes, add_adapters
-from qwenvl.models.loss.causal_lm import causal_loss, tell_host
+from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
 from qwenvl.models.trainable.freezing import configure_checkpointing, set_model
 from qwenvl.models.vision.patchify import Patchify
 from qwenvl.profiling.flops import Trained, training_flops
@@ -65,13 +65,13 @@ WAYS = ("ours", "plain", "sorted")
 
 @dataclass(frozen=True)
 class Result:
-    """What one process measured of one way.
+    """Measurements of one way in one process.
 
     Args:
-        seconds: of each measured step.
-        loss: per trained token, of the first step.
-        positions: of all rows, padding included.
-        peak_gib: memory at the peak.
+        seconds: Seconds of each measured step.
+        loss: Loss per trained token in the first step.
+        positions: Number of positions in all rows, padding included.
+        peak_gib: Peak memory, in GiB.
     """
 
     seconds: list[float]
@@ -84,13 +84,13 @@ def our_batches(samples: list[EncodedSample], arguments: argparse.Namespace) -> 
     """Return packs of the samples as the trainer makes them."""
     packs = pack(np.array([len(sample.tokens) for sample in samples]), arguments.pack_length)
     collate = Collator(0, flatten=True)
-    return [tell_host(collate([Item((samples[index],)) for index in members])) for members in packs]
+    return [prepare_inputs(collate([Item((samples[index],)) for index in members])) for members in packs]
 
 
 def stock_batches(
     samples: list[EncodedSample], arguments: argparse.Namespace, config: Qwen3VLConfig, patchify: Patchify
 ) -> list[dict[str, Any]]:
-    """Return padded rows as stock models take them; a batch has so many samples that its positions fit the pack."""
+    """Return padded batches for stock models, each with as many samples as fit into the length of a pack."""
     longest = max(len(sample.tokens) for sample in samples)
     size = max(1, arguments.pack_length // longest)
     batches = []
@@ -106,7 +106,7 @@ def stock_batches(
 
 
 def build_model(config: Qwen3VLConfig, arguments: argparse.Namespace, attention: str) -> PreTrainedModel:
-    """Return a model of random weights, made on the device."""
+    """Return a model with random weights, created on the device."""
     torch.manual_seed(0)
     device = torch.device(arguments.device)
     with device:
@@ -124,7 +124,7 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def measure(way: str, arguments: argparse.Namespace) -> Result:
-    """Train some steps one way, in this process."""
+    """Train some steps in one of the ways, in this process."""
     torch.set_num_threads(max(1, torch.get_num_threads()))
     config = make_config(arguments.size)
     samples = make_samples(config, arguments.samples, arguments.pack_length)
@@ -176,7 +176,7 @@ def stock_loss(model: PreTrainedModel, batch: dict[str, Any], trained: float) ->
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move a batch's tensors, without waiting."""
+    """Move a batch's tensors to the device, without waiting."""
     return {
         key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
         for key, value in batch.items()
@@ -185,14 +185,14 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the most memory that was in use: of the device, or of this process."""
+    """Return the peak memory of the device, or of this process on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def count_flops(arguments: argparse.Namespace) -> float:
-    """Return the operations of a step: of the samples, not of padding or recomputation."""
+    """Return the operations of a step, without padding and recomputation."""
     config = make_config(arguments.size)
     trained = Trained(vision=not arguments.frozen_vision)
     if arguments.lora_r:
@@ -209,7 +209,7 @@ def count_flops(arguments: argparse.Namespace) -> float:
 
 
 def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Run where nothing was allocated before."""
+    """Run a function in a new process, where nothing was allocated before."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -241,7 +241,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--peak_tflops", type=float, default=0.0, help="of the device, dense; prints MFU")
+    parser.add_argument("--peak_tflops", type=float, default=0.0, help="dense peak of the device; prints MFU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return with_parts(parser.parse_args())
 

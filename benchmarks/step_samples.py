@@ -1,4 +1,4 @@
-"""What ``step.py`` trains: a Qwen3-VL of a size's shapes, and samples of pictures and text, short and long."""
+"""Model and data of ``step.py``: a Qwen3-VL of a given size, and short and long samples of images and text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from qwenvl.data.encoding.encoded import EncodedSample, Medium
 from qwenvl.data.encoding.mrope import VisionSpan, position_ids
 from qwenvl.data.encoding.tokenization import Tokens
 
-VOCABULARY, TEXT = 151_936, 1000  # columns; ids that the random text stays below, and the next one is the picture's
+VOCABULARY, TEXT = 151_936, 1000  # columns; ids of random text are below 1000, the image token's id is 1000
 
 # hidden size, feed-forward, layers, heads, key heads; tower: hidden size, feed-forward, blocks, blocks with deepstack.
-# Those of the published Qwen3-VL checkpoints; "tiny" has the proportions of none, and runs on a CPU.
+# Values of the published Qwen3-VL checkpoints; "tiny" has its own proportions, and runs on a CPU.
 SIZES = {
     "tiny": ((256, 768, 6, 4, 2), (128, 256, 4, (1, 2, 3))),
     "2b": ((2048, 6144, 28, 16, 8), (1024, 4096, 24, (5, 11, 17))),
@@ -58,7 +58,7 @@ def make_config(size: str) -> Qwen3VLConfig:
 
 
 def make_samples(config: Qwen3VLConfig, count: int, pack_length: int) -> list[EncodedSample]:
-    """Return samples of which half have a picture, with texts from short to long: a mixture as users train on."""
+    """Return a typical mixture of samples: half with an image, with texts from short to long."""
     generator = np.random.default_rng(0)
     longest = pack_length // 2
     samples = []

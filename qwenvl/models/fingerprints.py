@@ -1,6 +1,6 @@
-"""Weights compared without holding two models: a checksum of each tensor's bytes, and the scale of each adapter.
+"""Compare weights without holding two models: a checksum of each tensor's bytes, and the scale of each adapter.
 
-Equal bytes need no tolerance, however large the model is and whatever it computes in.
+Equal bytes need no tolerance, whatever the size of the model and the type that it computes in.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 from qwenvl.models.lora.adapters import has_adapters
 from qwenvl.models.lora.files import saved_names
 from qwenvl.models.token_rows import row_layers
-from qwenvl.models.trainable.sharded_params import gathered, is_shared_out
+from qwenvl.models.trainable.sharded_params import full_tensor_cpu, is_sharded
 from qwenvl.utils.distributed import is_main_process
 
 Fingerprints = dict[str, dict[str, int]]
-"""Checksums of each tensor by the types it may be held in."""
+"""Name of a tensor -> name of a data type -> checksum of the tensor in that type."""
 
 _LISTED = 4
 
 
 def checksum(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
-    """Return the CRC-32 of a tensor's bytes; of what it becomes in ``dtype``, where one is given."""
+    """Return the CRC-32 of a tensor's bytes, after conversion to ``dtype`` if one is given."""
     data: Any = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy()
     return zlib.crc32(data)
 
 
 def fingerprints(model: nn.Module, opened_dtype: torch.dtype) -> Fingerprints:
-    """Return the fingerprints of a model's parameters in their own types and in the one they are opened in again.
+    """Return the fingerprints of a model's parameters in their own types and in ``opened_dtype``.
 
     Args:
         model: Model that is not sharded.
-        opened_dtype: Type that transformers opens the saved folder in.
+        opened_dtype: Data type in which transformers opens the saved folder.
     """
     return {
         name: {_name_of(dtype): checksum(value, dtype) for dtype in (value.dtype, opened_dtype)}
@@ -47,20 +47,20 @@ def trained_fingerprints(model: Any, save_dtype: str, opened_dtype: torch.dtype)
     """Return the fingerprints of a model in training, by the names of :func:`opened_tensors`; every rank calls it.
 
     Args:
-        model: Not wrapped; its parameters may be sharded.
-        save_dtype: Type that its files were written in; ``auto`` for each tensor's own.
-        opened_dtype: Type that PEFT opens the modules beside adapters in.
+        model: Unwrapped model; its parameters may be sharded.
+        save_dtype: Data type of its files; ``auto`` for each tensor's own.
+        opened_dtype: Data type in which PEFT opens the modules beside adapters.
 
     Returns:
-        On the main process, of every parameter in the type of its file and, where that is wider, in ``opened_dtype``;
-        nothing on others.
+        On the main process, fingerprints of every parameter in the type of its file and, where that is wider, in
+        ``opened_dtype``; an empty dictionary on other processes.
     """
     renamed = {id(value): name for name, value in saved_names(model).items()} if has_adapters(model) else {}
     replaced: dict[int, Any] = {id(layer.weight): layer.row_ids for _, layer in row_layers(model)}
     found: Fingerprints = {}
     for own_name, parameter in model.named_parameters():
-        if is_main_process() or is_shared_out(parameter):
-            tensor = _without_rows(gathered(parameter), replaced.get(id(parameter), ()))
+        if is_main_process() or is_sharded(parameter):
+            tensor = _without_rows(full_tensor_cpu(parameter), replaced.get(id(parameter), ()))
             if is_main_process():
                 saved = parameter.requires_grad or not renamed
                 dtypes = {_saved_dtype(tensor, save_dtype if saved else "auto")}
@@ -80,7 +80,7 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def opened_tensors(model: Any) -> dict[str, Tensor]:
-    """Return every tensor of an opened model: of an adapter's by the names of its file, the base's by their own."""
+    """Return every tensor of an opened model: adapters under the names in their file, the base under its own names."""
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return dict(model.named_parameters(remove_duplicate=False))
     from peft import get_peft_model_state_dict
@@ -98,14 +98,14 @@ def opened_tensors(model: Any) -> dict[str, Tensor]:
 
 
 def _without_rows(weight: Tensor, ids: Sequence[int]) -> Tensor:
-    """Return a vocabulary's weight with zeros for added tokens: their rows are in tensors of their own."""
+    """Return a vocabulary's weight with zeros for added tokens, whose rows are saved in tensors of their own."""
     return weight.detach().index_fill(0, torch.tensor(ids, device=weight.device), 0) if ids else weight
 
 
 def differing(expected: Mapping[str, Mapping[str, int]], found: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the expected tensors that are missing or hold something else.
+    """Return the names of the expected tensors that are missing or differ.
 
-    A tensor that was opened wider than it was saved is narrowed again, which gives back its bytes.
+    A tensor opened in a wider type than it was saved in is converted back, which restores its bytes.
     """
     return [name for name, sums in expected.items() if name not in found or not _is_equal(sums, found[name])]
 
@@ -118,7 +118,7 @@ def _is_equal(sums: Mapping[str, int], tensor: Tensor) -> bool:
 
 
 def adapter_scales(model: nn.Module) -> dict[str, list[Any]]:
-    """Return by which factor each adapter counts, and whether it is DoRA, by the layer's name."""
+    """Return [scaling factor, whether it is DoRA] of each adapter, by the layer's name."""
     base = getattr(model, "get_base_model", lambda: model)()
     return {
         name: [module.scaling["default"], "default" in module.lora_magnitude_vector]
@@ -128,6 +128,6 @@ def adapter_scales(model: nn.Module) -> dict[str, list[Any]]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return some names for a message."""
+    """Return the first names, sorted, and the number of the others, for a message."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(sorted(names)[:_LISTED]) + more

@@ -1,8 +1,8 @@
-"""A model of half precision, computed in float32 with the weights of one layer at a time widened.
+"""Run a half-precision model in float32, with the weights of one layer at a time converted.
 
-Two ways of computing the same differ by the rounding of the type that is computed in: in bfloat16 over the layers of a
-real model by hundredths of the logits' standard deviation, which is as much as many a real mistake. In float32 they
-agree to 1e-5, and what is left is a difference of the models.
+Two implementations of the same model differ by rounding. In bfloat16, over the layers of a real model, logits differ by
+hundredths of their standard deviation, as much as many a real mistake causes. In float32 they agree to 1e-5, and any
+larger difference is one between the models.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def computing_in_float32(
     prepare: Callable[[nn.Module], None] = lambda layer: None,
     restore: Callable[[nn.Module], None] = lambda layer: None,
 ) -> Iterator[None]:
-    """Compute in float32 while the context is open; outside of the layer that runs, weights stay as they are.
+    """Compute in float32 while the context is open; only the layer that runs has its weights in float32.
 
-    Takes the memory of the widest layer, which is the vocabulary's, beside the model.
+    Needs the memory of the largest layer, the vocabulary's, in addition to the model.
 
     Args:
-        model: A stock model, not sharded.
-        prepare: Called with each layer before it runs, when its weights are widened; may change them.
-        restore: Called with each layer after it ran, when it has its own weights again.
+        model: Stock model, not sharded.
+        prepare: Function of a layer, called before it runs, with its weights in float32; may change them.
+        restore: Function of a layer, called after it ran, with its own weights back in place.
     """
     handles = []
     for layer in _layers(model):
@@ -50,7 +50,7 @@ class _Widened:
     def __init__(
         self, layer: nn.Module, prepare: Callable[[nn.Module], None], restore: Callable[[nn.Module], None]
     ) -> None:
-        # those in float32 too: `prepare` may give them other values
+        # also parameters that are in float32 already: `prepare` may change their values
         self.parameters = [parameter for parameter in layer.parameters() if parameter.dtype in (*_HALF, torch.float32)]
         self.prepare, self.restore = prepare, restore
         self.own: list[Tensor] = []
@@ -74,9 +74,9 @@ def _wide(value: Any) -> Any:
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the parts that run one after the other: entries of lists of layers, and parts that hold no such list.
+    """Yield the modules that run one after the other: entries of lists of layers, and modules without such a list.
 
-    Not the innermost modules: some read the weights of others.
+    The innermost modules would not do, as some read the weights of others.
     """
     for child in module.children():
         if isinstance(child, nn.ModuleList):

@@ -1,23 +1,23 @@
-"""One call of the vision tower a micro-batch, on every rank, and hidden states of the trained positions only.
+"""One call of the vision tower per micro-batch on every rank, and hidden states of the trained positions only.
 
 Stock transformers calls the tower once for the images and once for the videos of a batch, and not at all for text.
 Ranks that hold different media then run different collectives, which crashes or hangs ZeRO-3 and FSDP. Here the tower
-runs exactly once for every micro-batch: over all images and videos together, or over one blank picture whose features
-are cut to no rows but stay in the graph, so that text alone gives every parameter of the tower a gradient of zero.
+runs exactly once for every micro-batch: over all images and videos together, or over one blank image whose features
+are cut to zero rows but stay in the graph, so that a text-only batch gives each parameter of the tower a zero gradient.
 
-Nothing of transformers is replaced. Keyword arguments that a model does not know travel through its ``forward`` to its
-language model; hooks there take ours out of the call before the stock code sees them:
+Nothing in transformers is replaced. A model passes keyword arguments that it does not know on to its language model;
+hooks there take ours out of the call before the stock code sees them:
 
     model(input_ids, position_ids, vision_inputs=VisionInputs(...), kept_positions=positions, targets=ids)
       language model <- before: inputs_embeds with the visual features in place (+ the family's deepstack arguments)
                      -> after:  hidden states [B, T, H] cut to the kept rows [1, n, H]
-      lm_head        -> the loss of those rows in place of logits (qwenvl.models.loss.fused_lm_head)
+      lm_head        -> the loss of the kept rows in place of logits (qwenvl.models.loss.fused_lm_head)
 
-or, for a task with a module of its own, ``readout_inputs`` in the place of the last two: the module
-(:mod:`qwenvl.models.task_module`) runs after the language model, and ``lm_head`` returns what it found.
+A task with a module of its own passes ``readout_inputs`` in place of the last two: the module
+(:mod:`qwenvl.models.task_module`) runs after the language model, and ``lm_head`` returns the module's output.
 
-A call without them, such as ``generate``, is left as it is. No number is read from the device on the way: what the
-host has to know, it is told (lengths, sizes, counts).
+Calls without these arguments, such as ``generate``, are not changed. Nothing is read back from the device: lengths,
+sizes and counts that the host needs come with the batch.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from qwenvl.models.vision.patchify import MediumShape, Patchify
 
 @dataclass(frozen=True, slots=True)
 class VisionFeatures:
-    """What the tower returns, in the order of the tokens.
+    """Output of the vision tower, in the order of the tokens.
 
     Args:
         embeddings: [visual tokens, hidden size of the language model].
-        deepstack: the same shape, one for each early language layer that gets features of a middle vision block;
-            empty in families without deepstack.
+        deepstack: Tensors of the same shape, one for each early language layer that gets features of a middle vision
+            block; empty in families without deepstack.
     """
 
     embeddings: Tensor
@@ -59,23 +59,23 @@ class VisionFeatures:
 def encode(visual: PreTrainedModel, patchify: Patchify, inputs: VisionInputs) -> VisionFeatures:
     """Run the vision tower once.
 
-    Without media it runs on a blank picture of one merged token, and no row of the result is kept.
+    Without media it runs on a blank image of one merged token, and no row of the result is kept.
 
     Args:
-        visual: the vision tower of a stock model.
-        patchify: makes the patches it takes.
-        inputs: the micro-batch's media.
+        visual: Vision tower of a stock model.
+        patchify: Module that cuts frames into the tower's patches.
+        inputs: Media of the micro-batch.
 
     Returns:
-        Features with a graph where a parameter of the tower trains and gradients are enabled, without one otherwise.
+        Features, with a graph if gradients are enabled and a parameter of the tower is trainable.
 
     Raises:
-        ValueError: tokens, shapes and pixels do not belong together.
+        ValueError: Tokens, shapes and pixels do not match.
     """
     _check_counts(visual, patchify, inputs)
     device = inputs.mask.device
     if inputs.pixels is None:
-        patches, grids = _blank_picture(visual.config, device)
+        patches, grids = _blank_image(visual.config, device)
     else:
         patches = patchify.to(device)(inputs.pixels.to(device), inputs.media)
         grids = [shape[1:] for shape in inputs.media]
@@ -93,7 +93,7 @@ def _read_output(output: Any) -> VisionFeatures:
 
 
 def _check_counts(visual: Any, patchify: Patchify, inputs: VisionInputs) -> None:
-    """Name tokens, features and pixels that do not match, before the device fails on an index."""
+    """Raise if tokens, features and pixels do not match, before the device fails on an index."""
     values = 0 if inputs.pixels is None else inputs.pixels.numel()
     expected = patchify.count_values(inputs.media)
     if values != expected:
@@ -107,40 +107,40 @@ def _check_counts(visual: Any, patchify: Patchify, inputs: VisionInputs) -> None
 
 
 def _count_features(config: Any, patchify: Patchify, media: Sequence[MediumShape]) -> int:
-    """Return how many rows the tower gives: one a merged patch, or as many for each frame as its connector makes."""
+    """Return the rows of the tower's output: one per merged patch, or the connector's fixed number per frame."""
     fixed = getattr(config, "tokens_per_frame", None)
     if fixed is not None:
         return int(fixed) * sum(shape[1] for shape in media)
     return patchify.count_patches(media) // int(config.spatial_merge_size) ** 2
 
 
-def _blank_picture(config: Any, device: torch.device) -> tuple[Tensor, list[MediumShape]]:
-    """Patches (zeros) and grid of the smallest picture the tower takes: one merged token."""
+def _blank_image(config: Any, device: torch.device) -> tuple[Tensor, list[MediumShape]]:
+    """Return patches (zeros) and grid of the smallest image the tower accepts: one merged token."""
     merge = config.spatial_merge_size
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2
     return torch.zeros(merge * merge, width, device=device), [(1, merge, merge)]
 
 
 def _graph_if_trained(visual: nn.Module) -> AbstractContextManager[None]:
-    """No graph for a tower in which nothing trains; the caller's own ``no_grad`` stays in force."""
+    """Build no graph for a frozen tower; the caller's own ``no_grad`` stays in force."""
     trains = any(parameter.requires_grad for parameter in visual.parameters())
     return torch.set_grad_enabled(torch.is_grad_enabled() and trains)
 
 
 def place(inputs_embeds: Tensor, mask: Tensor, features: VisionFeatures) -> dict[str, Any]:
-    """Put visual features where their tokens stand.
+    """Put visual features at the positions of their tokens.
 
     Args:
         inputs_embeds: [B, T, H] token embeddings.
-        mask: bool [B, T], True at each visual token; its count equals the features' rows.
-        features: from :func:`encode`.
+        mask: bool [B, T], True at each visual token, of which there are as many as rows of features.
+        features: Result of :func:`encode`.
 
     Returns:
-        The language model's arguments that change: ``inputs_embeds``, and ``visual_pos_masks`` (numbers of the rows)
+        The language model's arguments that change: ``inputs_embeds``, and ``visual_pos_masks`` (indices of the rows)
         with ``deepstack_visual_embeds`` ([B, T, H] each) where the family has deepstack.
     """
     embeddings = features.embeddings.to(inputs_embeds.device, inputs_embeds.dtype)
-    # masked_scatter also keeps features of no rows in the graph, which is what makes text alone give zero gradients
+    # masked_scatter also keeps features of zero rows in the graph, so that text-only batches give zero gradients
     changed: dict[str, Any] = {"inputs_embeds": inputs_embeds.masked_scatter(mask.unsqueeze(-1), embeddings)}
     if features.deepstack:
         changed |= _deepstack(inputs_embeds, mask, features.deepstack)
@@ -148,10 +148,11 @@ def place(inputs_embeds: Tensor, mask: Tensor, features: VisionFeatures) -> dict
 
 
 def _deepstack(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor]) -> dict[str, Any]:
-    """Return the language model's deepstack arguments, spread over all tokens with zeros between.
+    """Return the language model's deepstack arguments, spread over all tokens with zeros at the others.
 
-    The stock code adds ``hidden_states[visual_pos_masks] + embeds``. Indexed by a mask, it would wait for the device
-    to count it, twice a layer; indexed by the numbers of the rows, with features as wide as the rows, it adds the same.
+    The stock code computes ``hidden_states[visual_pos_masks] + embeds``. Indexing by a mask waits for the device to
+    count its elements, twice per layer. Indexing by all row numbers, with features spread over whole rows, does not
+    wait and gives the same sum.
     """
     nothing = inputs_embeds.new_zeros(inputs_embeds.shape)
     spread = [nothing.masked_scatter(mask.unsqueeze(-1), part.to(nothing.device, nothing.dtype)) for part in features]
@@ -160,7 +161,7 @@ def _deepstack(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor]) 
 
 
 def _separate_linear_attention(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Exchange the linear attention layers; yield owner, name and stock layer of each."""
+    """Replace the linear attention layers; yield owner, name and stock layer of each."""
     name = layout_of(model).linear_attention
     for layer in decoder_layers(model):
         stock = getattr(layer, name, None)
@@ -177,14 +178,14 @@ def _has_linear_attention(language_model: Any) -> bool:
 class _Hooks:
     """The two hooks around one call of the language model.
 
-    A class rather than closures: a deep copy or a pickle of the model then refers to its own tower.
+    A class rather than closures, so that a deep copy or a pickle of the model refers to its own tower.
     """
 
     tower: PreTrainedModel
     head: LossHead
     patchify: Patchify
     readout: Readout | None = None
-    # set before each call and used after it, so that they never outlive a call, not even one that fails
+    # set at the start of every call, so that nothing is left over from a call that failed
     kept_positions: Tensor | None = field(default=None, init=False)
     readout_inputs: Mapping[str, Any] | None = field(default=None, init=False)
 
@@ -209,7 +210,7 @@ class _Hooks:
         return args, kwargs
 
     def after(self, language_model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Keep the rows of the kept positions, of all sequences in one row [1, n, H]."""
+        """Keep the hidden states of the kept positions, those of all sequences in one row [1, n, H]."""
         kept, self.kept_positions = self.kept_positions, None
         inputs, self.readout_inputs = self.readout_inputs, None
         if inputs is not None:
@@ -224,18 +225,18 @@ class _Hooks:
 
 @dataclass(frozen=True)
 class Installed:
-    """What :func:`install` changed in a model, to be undone together.
+    """Changes that :func:`install` made to a model, which can be undone together.
 
     Args:
-        handles: of the hooks.
-        layers: owner, name and stock layer of each layer that was exchanged.
+        handles: Handles of the hooks.
+        layers: (owner, name, stock layer) of each layer that was replaced.
     """
 
     handles: tuple[RemovableHandle, ...]
     layers: tuple[tuple[nn.Module, str, nn.Module], ...]
 
     def remove(self) -> None:
-        """Give the model back its own layers, without hooks; removing twice does nothing."""
+        """Remove the hooks and put the stock layers back; calling it twice is harmless."""
         for handle in self.handles:
             handle.remove()
         for owner, name, layer in self.layers:
@@ -248,25 +249,25 @@ def install(
     summed_loss: SummedLoss = linear_cross_entropy,
     readout: Readout | None = None,
 ) -> Installed:
-    """Teach a stock model the arguments ``vision_inputs``, ``kept_positions``, ``targets`` and others.
+    """Make a stock model accept ``vision_inputs``, ``kept_positions``, ``targets`` and further arguments.
 
     Install once, before the model is wrapped (DDP, DeepSpeed, PEFT). Saved files and ``generate`` are not affected:
-    the layers that are exchanged hold the same parameters under the same names.
+    the replacement layers hold the same parameters under the same names.
 
     Args:
-        model: a stock ``...ForConditionalGeneration`` of a family this trainer knows.
-        patchify: makes patches as the checkpoint's processor does.
-        summed_loss: of the vocabulary projection.
-        readout: module of a task, which becomes a part of the model.
+        model: Stock ``...ForConditionalGeneration`` of a supported family.
+        patchify: Module that cuts frames into the same patches as the checkpoint's processor.
+        summed_loss: Loss function of the vocabulary projection.
+        readout: Module of a task, which becomes a part of the model.
 
     Returns:
-        A handle that undoes it; a readout stays where it is.
+        A handle that undoes the changes, except that a readout stays part of the model.
     """
     layout, text = layout_of(model), language_model(model)
     head = LossHead(output_head(model), summed_loss)
-    stock = [_exchange(model, layout.head, head)]
+    stock = [_replace(model, layout.head, head)]
     if layout.patches is not None:
-        stock.append(_exchange(model, layout.patches, PatchProjection(model.get_submodule(layout.patches))))
+        stock.append(_replace(model, layout.patches, PatchProjection(model.get_submodule(layout.patches))))
     if missing_kernels():
         stock += _separate_linear_attention(model)
     hooks = _Hooks(vision_tower(model), head, patchify, readout)
@@ -280,8 +281,8 @@ def install(
     return Installed(handles, tuple(stock))
 
 
-def _exchange(model: nn.Module, path: str, layer: nn.Module) -> tuple[nn.Module, str, nn.Module]:
-    """Put a layer in the place of another; return the owner, the name and the layer that was there."""
+def _replace(model: nn.Module, path: str, layer: nn.Module) -> tuple[nn.Module, str, nn.Module]:
+    """Replace a layer; return the owner, the name and the former layer."""
     above, _, name = path.rpartition(".")
     owner, before = model.get_submodule(above), model.get_submodule(path)
     setattr(owner, name, layer)

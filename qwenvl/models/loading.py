@@ -1,4 +1,4 @@
-"""Loading a checkpoint: the class its config names, every weight accounted for, attention and precision chosen."""
+"""Load a checkpoint in the class that its config names, check every weight, and choose the attention."""
 
 from __future__ import annotations
 
@@ -51,24 +51,24 @@ def load_model(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint as what its ``config.json`` says it is; its folder's name decides nothing. FP8 is dequantized.
+    """Load a checkpoint in the class that its ``config.json`` names, whatever its folder's name. FP8 is dequantized.
 
     Args:
-        model_name_or_path: folder, or repository on the Hugging Face hub.
-        dtype: of the weights in memory.
-        attn_implementation: a name of transformers, from :func:`choose_attention`.
-        config: to build the model from, of this checkpoint; None for its ``config.json`` as it is.
-        quantization: how frozen weights are held, from :func:`qwenvl.models.quantization.quantization`; None as they
-            are.
-        on_meta: read names and shapes alone: the weights are on the meta device.
-        cache_dir: where downloads are kept.
-        trust_remote_code: run Python code that comes with the checkpoint.
+        model_name_or_path: Folder, or repository on the Hugging Face hub.
+        dtype: Data type of the weights in memory.
+        attn_implementation: Attention implementation of transformers, from :func:`choose_attention`.
+        config: Config of this checkpoint to build the model from; None for its ``config.json`` unchanged.
+        quantization: Quantization of frozen weights, from :func:`qwenvl.models.quantization.quantization`; None for
+            none.
+        on_meta: Whether to read only names and shapes and leave the weights on the meta device.
+        cache_dir: Folder of downloads.
+        trust_remote_code: Whether to run Python code that comes with the checkpoint.
 
     Returns:
         The model, in evaluation mode, with its config as saved.
 
     Raises:
-        UserError: no checkpoint, an unknown model type, quantized weights, weights that are not safetensors, or
+        UserError: No checkpoint, an unknown model type, quantized weights, weights that are not safetensors, or
             weights that are missing, unexpected or of another shape.
     """
     origin = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
@@ -85,7 +85,7 @@ def load_model(
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below, all of them at once
+                ignore_mismatched_sizes=True,  # all of them are reported together below
                 output_loading_info=True,
                 **origin,
             )
@@ -102,11 +102,10 @@ def load_model(
 
 
 def _keep_float32(model: PreTrainedModel, path: str, origin: Mapping[str, Any]) -> None:
-    """Give back their float32 to the tensors of a half-precision checkpoint that are stored in it.
+    """Restore the tensors that a half-precision checkpoint stores in float32.
 
-    Qwen3.5 stores ``A_log`` and the norms of linear attention so, and servers compute with them as they are;
-    ``from_pretrained`` rounds them to the type of the others. DeepSpeed gives all parameters one type, whatever is done
-    here.
+    Qwen3.5 stores ``A_log`` and the norms of linear attention in float32, and servers compute with them in float32;
+    ``from_pretrained`` rounds them to the type of the other weights. DeepSpeed gives all parameters one type anyway.
     """
     if model.dtype == torch.float32 or read_dtype(path, **origin) == torch.float32:
         return
@@ -124,7 +123,7 @@ def _dequantizing(
     """Return the config with which the weights of an FP8 checkpoint load dequantized.
 
     Raises:
-        UserError: transformers would dequantize some of them wrongly.
+        UserError: Transformers would dequantize some of them wrongly.
     """
     block = own["quantization_config"]["weight_block_size"]
     require_whole_blocks(weight_files(path, origin), block, f"--model_name_or_path {path}")
@@ -140,24 +139,25 @@ def _finish_fp8(path: str, model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _save_as_read(model: PreTrainedModel) -> None:
     """Make ``save_pretrained`` give weights the names and layout of the files they came from.
 
-    transformers notes on the model how names and layouts were converted on loading, and reverts that on saving. Under
-    ZeRO-3 it notes every conversion it knows, needed or not, and would save names that no checkpoint has.
+    transformers records on the model how names and layouts were converted on loading, and reverts that on saving.
+    Under ZeRO-3 it records every conversion it knows, used or not, and would save names that no checkpoint has.
     """
     conversions = getattr(model, "_weight_conversions", None) or ()
     model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
 
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:
-    """Give a model the weights of a checkpoint saved from it.
+    """Load the weights of a checkpoint into the model it was saved from.
 
-    Goes through :func:`load_model`, because files name and lay out some weights otherwise than memory does.
+    Uses :func:`load_model`, because names and layouts of some weights differ between files and memory.
 
     Args:
-        model: changed in place, but for the module of a task; not sharded (DeepSpeed and FSDP load their own files).
-        folder: a checkpoint with the same config.
+        model: Model to change in place, except for the module of a task; not sharded (DeepSpeed and FSDP load their own
+            files).
+        folder: Checkpoint with the same config.
 
     Raises:
-        UserError: weights are missing, unexpected or of another shape.
+        UserError: Weights are missing, unexpected or of another shape.
     """
     saved = load_model(folder, dtype=model.dtype, attn_implementation="sdpa")
     try:
@@ -173,7 +173,7 @@ def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> st
     """Return ``model_type`` of the checkpoint's ``config.json``.
 
     Raises:
-        UserError: the folder or its ``config.json`` is missing, or names no model type.
+        UserError: The folder or its ``config.json`` is missing, or the file has no model type.
     """
     return str(_read_config(model_name_or_path, cache_dir)["model_type"])
 
@@ -182,12 +182,12 @@ def read_trainable(model_name_or_path: str, cache_dir: str | None = None, *, ada
     """Return the ``config.json`` of a checkpoint that is trained or merged into.
 
     Args:
-        model_name_or_path: folder, or repository on the Hugging Face hub.
-        cache_dir: where downloads are kept.
-        adapted: adapters train, or are merged.
+        model_name_or_path: Folder, or repository on the Hugging Face hub.
+        cache_dir: Folder of downloads.
+        adapted: Whether adapters are trained or merged, rather than its own weights.
 
     Raises:
-        UserError: as :func:`read_model_type`, or its weights are quantized in a way that cannot be trained so.
+        UserError: As in :func:`read_model_type`, or its weights are quantized in a way that does not allow this.
     """
     config = _read_config(model_name_or_path, cache_dir)
     refuse_quantized(config, f"--model_name_or_path {model_name_or_path}", adapted=adapted)
@@ -195,7 +195,7 @@ def read_trainable(model_name_or_path: str, cache_dir: str | None = None, *, ada
 
 
 def _read_config(model_name_or_path: str, cache_dir: str | None) -> dict[str, Any]:
-    """Return the checkpoint's ``config.json``, which names a model type."""
+    """Return the checkpoint's ``config.json``, after a check that it has a model type."""
     folder = Path(model_name_or_path)
     looks_local = folder.is_absolute() or model_name_or_path.startswith((".", "~")) or folder.exists()
     if looks_local and not folder.is_dir():
@@ -227,7 +227,7 @@ def _read_config(model_name_or_path: str, cache_dir: str | None) -> dict[str, An
 
 
 def _explain_missing_weights(path: str, error: Exception) -> str:
-    """Say whether a folder has weights of the wrong kind, or none."""
+    """Return a message that says whether a folder has weights of the wrong kind, or none."""
     pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in Path(path).glob(kind))
     if pickled:
         return (
@@ -243,7 +243,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _refuse_incomplete(path: str, report: Mapping[str, Any]) -> None:
-    """Raise where weights are not exactly those of the model; transformers would leave random values and go on."""
+    """Raise if weights do not match the model exactly; transformers would leave random values and go on."""
     mismatched = [
         f"{name} (file {tuple(found)}, model {tuple(want)})" for name, found, want in report["mismatched_keys"]
     ]
@@ -271,15 +271,15 @@ def choose_attention(requested: str = "auto", *, half_precision: bool = True) ->
     """Choose the attention implementation.
 
     Args:
-        requested: ``auto``: flash attention 3, then 2, where installed and the GPU can run it, else SDPA; or the name
-            of an implementation.
-        half_precision: the model computes in bfloat16 or float16, the only types that flash attention has.
+        requested: Name of an implementation, or ``auto``: flash attention 3, else 2, if it is installed and the GPU can
+            run it, else SDPA.
+        half_precision: Whether the model computes in bfloat16 or float16, the only types that flash attention supports.
 
     Returns:
-        The name that transformers knows.
+        The implementation's name in transformers.
 
     Raises:
-        UserError: flash attention is asked for by name and cannot run here.
+        UserError: Flash attention is requested by name and cannot run here.
     """
     if requested in ATTENTION_PACKAGES:
         obstacle = _flash_obstacle(requested, half_precision)
@@ -301,13 +301,13 @@ def flash_obstacles(*, half_precision: bool = True) -> dict[str, str]:
     """Return why each kind of flash attention, best first, cannot run here; empty for one that can.
 
     Args:
-        half_precision: the model computes in bfloat16 or float16.
+        half_precision: Whether the model computes in bfloat16 or float16.
     """
     return {name: _flash_obstacle(name, half_precision) for name in ATTENTION_PACKAGES}
 
 
 def _flash_obstacle(name: str, half_precision: bool) -> str:
-    """Why a flash attention implementation cannot run here; empty where it can."""
+    """Return why a flash attention implementation cannot run here; empty if it can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if not half_precision:
@@ -319,8 +319,8 @@ def _flash_obstacle(name: str, half_precision: bool) -> str:
 
 
 def _has_kernels(name: str, major: int) -> bool:
-    """Whether a flash attention implementation is written for GPUs of a compute capability.
+    """Whether a flash attention implementation supports GPUs of a compute capability.
 
-    Version 3 is for Hopper's instructions alone, and has no kernels for what came after.
+    Version 3 uses Hopper's instructions and has no kernels for later GPUs.
     """
     return major == 9 if name == "flash_attention_3" else major >= 8

@@ -1,4 +1,4 @@
-"""Adapters put into the weights they adapt, with the checks that show that this happened."""
+"""Merge adapters into the weights they adapt, and check the result."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from qwenvl.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 2e-5
-"""How far two ways of computing the same in float32 may be apart, logits or a layer's output: norm of the difference /
-norm. Ten times what is measured of the logits at 2B."""
+"""Largest accepted relative difference (norm of the difference / norm) between outputs before and after merging, of the
+model or of a layer, in float32. Ten times the difference measured for the logits of a 2B model."""
 
-_PROBES = 16  # random rows that a layer is tried with
+_PROBES = 16  # random input rows that a layer is compared on
 
 _LISTED = 6
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What merging did.
+    """Effects of merging. Distances of logits are norm of the difference / norm, computed in float32.
 
     Args:
-        changed: adapted weights that changed.
-        unchanged: names of those that did not.
-        effect: how far the adapters moved the logits of the sample: norm of the difference / norm, in float32.
-        error: how far merging moved them, in float32.
-        rounding: how far rounding the merged weights to the checkpoint's type moved them.
+        changed: Number of adapted weights that changed.
+        unchanged: Names of adapted weights that did not change.
+        effect: Distance of the sample's logits with and without adapters.
+        error: Distance of the sample's logits before and after merging.
+        rounding: Distance of the sample's logits before and after rounding the merged weights to the checkpoint's type.
     """
 
     changed: int
@@ -61,22 +61,22 @@ class MergeReport:
 def open_adapted(
     base: str, adapter: str, dtype: torch.dtype, *, cache_dir: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """Open a checkpoint with a folder of adapters on it, by PEFT; every tensor of the folder finds its place.
+    """Open a checkpoint with a folder of adapters by PEFT, and check that every tensor of the folder was loaded.
 
-    Names of older transformers (:data:`~qwenvl.families.OLDER_NAMES`) are read too.
+    Names from older versions of transformers (:data:`~qwenvl.families.OLDER_NAMES`) are read too.
 
     Args:
-        base: checkpoint that the adapters were trained on.
-        adapter: folder that PEFT or this trainer wrote.
-        dtype: of the weights.
-        cache_dir: where downloads are kept.
-        trust_remote_code: run Python code that comes with the checkpoint.
+        base: Checkpoint that the adapters were trained on.
+        adapter: Folder of adapters written by PEFT or this trainer.
+        dtype: Data type of the weights.
+        cache_dir: Folder of downloads.
+        trust_remote_code: Whether to run Python code that comes with the checkpoint.
 
     Returns:
         ``PeftModel`` in evaluation mode.
 
     Raises:
-        UserError: adapters and checkpoint do not belong together.
+        UserError: The adapters do not fit the checkpoint.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -103,18 +103,18 @@ def open_adapted(
 def merge(adapted: Any, processor: Any) -> tuple[PreTrainedModel, MergeReport]:
     """Merge adapters into their weights and compare the logits of a sample before and after.
 
-    Logits are computed in float32, and weights are merged in it, so that nothing but a mistake is between the two; what
-    is merged is then rounded, once.
+    Logits are computed and weights merged in float32, so that any difference is a mistake. The merged weights are then
+    rounded, once.
 
     Args:
-        adapted: from :func:`open_adapted`; used up.
-        processor: makes the sample, a picture with a question.
+        adapted: Model from :func:`open_adapted`; not usable afterwards.
+        processor: Processor of the checkpoint, for a sample of an image with a question.
 
     Returns:
-        The stock model, and what happened.
+        The stock model and a report.
 
     Raises:
-        UserError: nothing changed, or the logits moved.
+        UserError: No weight changed, or the logits did.
     """
     inputs = sample_inputs(processor, adapted.device)
     with adapted.disable_adapter():
@@ -136,23 +136,23 @@ def merge(adapted: Any, processor: Any) -> tuple[PreTrainedModel, MergeReport]:
 
 
 def _merge_and_unload(adapted: Any) -> PreTrainedModel:
-    """Merge each layer in float32 and round it to its own type; PEFT would round the adapters' product before too."""
+    """Merge each layer in float32, then round it to its own type; PEFT would round the adapters' product as well."""
     for name, layer in _adapted_layers(adapted.get_base_model()):
         _merge_layer(name, layer)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?i)already.*merged")  # so they are, as PEFT finds out layer by layer
+        warnings.filterwarnings("ignore", "(?i)already.*merged")  # PEFT warns for each layer; they are, on purpose
         model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     return model
 
 
 def _merge_layer(name: str, layer: Any) -> None:
-    """Merge one layer, and compare what it computes before and after.
+    """Merge one layer, and compare its outputs before and after.
 
-    Of a model of hundreds of adapters, one that counts by a twentieth too much moves the logits by less than float32
-    rounds them; the output of its own layer shows it.
+    The logits alone do not show every mistake: among hundreds of adapters, a scale that is wrong by 5% in one of them
+    changes the logits by less than float32 rounding. The output of its own layer shows it.
 
     Raises:
-        UserError: it computes something else.
+        UserError: The outputs differ.
     """
     own = [(parameter, parameter.dtype) for parameter in layer.parameters()]
     for parameter, _ in own:
@@ -166,8 +166,8 @@ def _merge_layer(name: str, layer: Any) -> None:
     if not error <= TOLERANCE:
         raise UserError(
             f"{name} computes something else when its adapter is merged: in float32 its outputs differ by "
-            f"{error:.2g} of their norm, where {TOLERANCE:g} is rounding. Nothing was saved: report it, with "
-            "the version of peft."
+            f"{error:.2g} of their norm; rounding explains at most {TOLERANCE:g}. Nothing was saved. Please report "
+            "this, with the version of peft."
         )
     for parameter, dtype in own:
         parameter.data = parameter.data.to(dtype)
@@ -185,33 +185,34 @@ def _require_sound(report: MergeReport) -> None:
     if not report.error <= TOLERANCE:
         raise UserError(
             f"Merged weights give other logits than the adapters: in float32 they differ by {report.error:.2g} of "
-            f"their norm, where {TOLERANCE:g} is rounding. Nothing was saved: report it, with the version of peft."
+            f"their norm; rounding explains at most {TOLERANCE:g}. Nothing was saved. Please report this, with the "
+            "version of peft."
         )
     if 2 * report.rounding > report.effect:
         logger.warning(
-            "The adapters move the logits by %.2g of their norm, and rounding the merged weights by %.2g, which blurs "
-            "what little they have learned. --dtype float32 merges without that.",
+            "The adapters change the logits by %.2g of their norm, and rounding the merged weights by %.2g, so that "
+            "rounding hides much of the training. --dtype float32 merges without rounding.",
             *(report.effect, report.rounding),
         )
 
 
 def sample_inputs(processor: Any, device: torch.device) -> Any:
-    """Return what a stock processor makes of a small picture and a question."""
-    picture = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
-    content = [{"type": "image"}, {"type": "text", "text": "What does this picture show?"}]
+    """Return the inputs that a stock processor makes from a small image and a question."""
+    image = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    content = [{"type": "image"}, {"type": "text", "text": "What does this image show?"}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    return processor(text=[text], images=[picture], return_tensors="pt").to(device)
+    return processor(text=[text], images=[image], return_tensors="pt").to(device)
 
 
 def logits_of(model: Any, inputs: Any, *, merged: bool = False) -> Tensor:
     """Return logits [T, V], computed in float32, on the host.
 
     Args:
-        model: of any type of weights.
-        inputs: from :func:`sample_inputs`.
-        merged: with each adapter merged into its weight, while its layer runs.
+        model: Model with weights of any data type.
+        inputs: Result of :func:`sample_inputs`.
+        merged: Whether to merge each adapter into its weight while its layer runs.
     """
     hooks = (_merge_part, _forget_part) if merged else ()
     with torch.no_grad(), computing_in_float32(model, *hooks):
@@ -221,17 +222,17 @@ def logits_of(model: Any, inputs: Any, *, merged: bool = False) -> Tensor:
 
 def _merge_part(part: nn.Module) -> None:
     for _, layer in _adapted_layers(part):
-        layer.merge(safe_merge=True)  # into a copy: a weight in float32 is the model's own
+        layer.merge(safe_merge=True)  # into a copy: a float32 weight was not converted, it is the model's own
 
 
 def _forget_part(part: nn.Module) -> None:
-    """Note that the weights are again those without the adapters."""
+    """Mark the layers as not merged; their own weights are back in place."""
     for _, layer in _adapted_layers(part):
         layer.merged_adapters.clear()
 
 
 def distance(first: Tensor, second: Tensor) -> float:
-    """Return the norm of the difference / the norm of the second."""
+    """Return norm of the difference / norm of the second."""
     return float((first - second).norm() / second.norm())
 
 

@@ -1,8 +1,8 @@
-"""Which way round a checkpoint's files hold its experts, read from their headers before the weights are loaded.
+"""Find the layout of a checkpoint's experts from the headers of its files, before the weights are loaded.
 
 Qwen3-VL-MoE was published with [experts, in, out]; transformers computes with [experts, out, in], and stock
-``save_pretrained`` writes that. Which of the two it has before it, transformers tells by the shape of the parameter in
-memory, which says nothing where the two are alike (square experts) or where ZeRO-3 has left no shape to compare with.
+``save_pretrained`` writes that. transformers recognises the layout by comparing shapes with the parameter in memory,
+which fails if both layouts have the same shape (square experts) or if ZeRO-3 has left no shape to compare with.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def experts_read_as_stored(model_name_or_path: str, model_type: str, **origin: Any) -> Iterator[None]:
-    """Have ``from_pretrained`` transpose experts where the files need it, and nowhere else.
+    """Make ``from_pretrained`` transpose experts if, and only if, the files store them transposed.
 
-    transformers' rule for the model type is replaced through its own registry while the context is open. The rule that
-    was used stays with the model, so that ``save_pretrained`` writes the layout that was read.
+    While the context is open, transformers' registry has another rule for the model type. The rule that was used stays
+    with the model, so that ``save_pretrained`` writes the layout that was read.
 
     Args:
-        model_name_or_path: folder, or repository on the Hugging Face hub.
-        model_type: of the checkpoint.
-        origin: where from, as for ``from_pretrained``.
+        model_name_or_path: Folder, or repository on the Hugging Face hub.
+        model_type: Model type of the checkpoint.
+        origin: Keyword arguments of ``from_pretrained`` (``cache_dir``, ...).
 
     Raises:
-        UserError: some experts are stored one way round and some the other.
+        UserError: The files mix both layouts.
     """
     usual = get_checkpoint_conversion_mapping(model_type) or []
     undecided = [rule for rule in usual if any(map(_goes_by_shape, getattr(rule, "operations", ())))]
@@ -64,8 +64,8 @@ def _goes_by_shape(operation: Any) -> bool:
 def stored_transposed(path: str, model_type: str, origin: dict[str, Any]) -> bool | None:
     """Return whether the experts are stored as [experts, in, out]; None without fused experts of a shape that fits.
 
-    Never undecided by square ones: the first projection is [2 x width, hidden] and the second [hidden, width], and at
-    most one of them can be square.
+    Square experts do not prevent an answer: the first projection is [2 x width, hidden] and the second [hidden, width],
+    so that at most one of them is square.
     """
     config: PreTrainedConfig = AutoConfig.from_pretrained(path, **origin).get_text_config()
     hidden, width = config.hidden_size, config.moe_intermediate_size
@@ -78,20 +78,20 @@ def stored_transposed(path: str, model_type: str, origin: dict[str, Any]) -> boo
     if len(found) > 1:
         raise UserError(
             f"--model_name_or_path {path}: {found[True]} is stored as [experts, in, out], and {found[False]} as "
-            "[experts, out, in]. Use a checkpoint that holds all of them one way round."
+            "[experts, out, in]. Use a checkpoint that stores all of them in one layout."
         )
     transposed = next(iter(found), None)
     if transposed and hidden in (width, 2 * width):
         logger.warning(
             "%s: some of its experts are square. They are read and saved as [experts, in, out], as published; stock "
-            "transformers cannot tell which way round they are, and computes with the wrong one.",
+            "transformers cannot recognise the layout of square experts, and computes with the wrong one.",
             path,
         )
     return transposed
 
 
 def _expert_shapes(path: str, experts: str, origin: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape, without that of the experts' dimension, of every tensor that holds fused experts."""
+    """Yield name and shape, without the experts' dimension, of every tensor of fused experts."""
     for file in weight_files(path, origin):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a dict
@@ -100,7 +100,7 @@ def _expert_shapes(path: str, experts: str, origin: dict[str, Any]) -> Iterator[
 
 
 def weight_files(path: str, origin: dict[str, Any]) -> list[str]:
-    """Return the checkpoint's safetensors files, downloaded if they are not here; none where there are none."""
+    """Return the checkpoint's safetensors files, downloaded if necessary; an empty list if it has none."""
     cache_dir = origin.get("cache_dir")
     missing = {"_raise_exceptions_for_missing_entries": False}
     file = cached_file(path, SAFE_WEIGHTS_NAME, cache_dir=cache_dir, **missing)  # preferred by transformers too

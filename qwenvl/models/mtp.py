@@ -7,8 +7,8 @@ that gives token t + 2 through the model's own ``lm_head``:
     x[t] = fc([norm(embedding(token[t + 1])), norm(hidden[t])])      mtp.pre_fc_norm_embedding, mtp.pre_fc_norm_hidden
     h[t] = norm(decoder layer with full attention(x)[t])             mtp.layers.0, mtp.norm
 
-The names are those of the published files; vLLM computes it so in ``vllm/model_executor/models/qwen3_next_mtp.py``. The
-idea is DeepSeek-V3's (arXiv 2412.19437, section 2.2).
+The names are those of the published files; the computation is that of vLLM's ``qwen3_next_mtp.py`` (in
+``vllm/model_executor/models``). The idea is DeepSeek-V3's (arXiv 2412.19437, section 2.2).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 MTP = "mtp"
-"""Name of the layer in a checkpoint's files."""
+"""Prefix of the layer's tensors in a checkpoint's files."""
 
 
 class MultiTokenPrediction(nn.Module):
-    """The layer, made of the classes of its language model.
+    """The MTP layer, built from the classes of its language model.
 
     Args:
         language_model: Stock language model with gated full attention; its own parameters are not touched.
@@ -47,9 +47,9 @@ class MultiTokenPrediction(nn.Module):
         """Return hidden states [B, T, H] that give the token after the next.
 
         Args:
-            embeddings: [B, T, H], of the next token at each position.
+            embeddings: [B, T, H], at each position the embedding of the next token.
             hidden_states: [B, T, H], after the language model's last norm.
-            options: What a decoder layer takes: ``position_embeddings``, ``attention_mask`` and the like.
+            options: Keyword arguments of a decoder layer: ``position_embeddings``, ``attention_mask`` and the like.
         """
         joined = torch.cat([self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden_states)], dim=-1)
         states: Tensor = self.layers[0](self.fc(joined), **options)

@@ -1,4 +1,4 @@
-"""The parts of a model, where the record of its family (:mod:`qwenvl.families`) says that they are."""
+"""Submodules of a model, found by the layout in the record of its family (:mod:`qwenvl.families`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwenvl.families import ModelLayout, get_family
 
 
 def layout_of(model: Any) -> ModelLayout:
-    """Return where the parts of a stock ``...ForConditionalGeneration`` are."""
+    """Return the paths of the submodules of a stock ``...ForConditionalGeneration``."""
     return get_family(model.config.model_type).layout
 
 
@@ -20,7 +20,7 @@ def vision_tower(model: Any) -> Any:
 
 
 def mergers(model: Any) -> list[nn.Module]:
-    """Return what makes tokens of the tower's features: the merger, and those of earlier layers (DeepStack)."""
+    """Return the modules that project the tower's features to tokens: the merger, and DeepStack's mergers."""
     return [model.get_submodule(path) for path in layout_of(model).mergers]
 
 

@@ -1,4 +1,4 @@
-"""In which type weights are kept."""
+"""Data types of the weights."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from qwenvl.utils.errors import UserError
 def resolve_dtype(model_dtype: str, *, bf16: bool, fp16: bool, masters: bool) -> torch.dtype:
     """Choose the data type of the weights in memory.
 
-    With ``--bf16``, ``auto`` is bfloat16 where what trains is kept in float32 beside them (master weights of
-    DeepSpeed, adapters), and float32 otherwise: autocast computes in bfloat16 all the same, and AdamW on pure bfloat16
-    weights loses every update smaller than about 1/256 of the weight.
+    With ``--bf16``, ``auto`` is bfloat16 if float32 copies of the trainable parameters exist (DeepSpeed's master
+    weights, adapters), else float32: autocast computes in bfloat16 anyway, and AdamW on pure bfloat16 weights loses
+    every update smaller than about 1/256 of the weight.
 
     Args:
-        model_dtype: ``auto``, ``float32`` or ``bfloat16``.
-        bf16: ``--bf16``.
-        fp16: ``--fp16``.
-        masters: whether float32 copies of what trains are kept elsewhere.
+        model_dtype: Value of ``--model_dtype``: ``auto``, ``float32`` or ``bfloat16``.
+        bf16: Value of ``--bf16``.
+        fp16: Value of ``--fp16``.
+        masters: Whether float32 copies of the trainable parameters are kept elsewhere.
 
     Raises:
-        UserError: an unknown name, or bfloat16 weights with ``--fp16``.
+        UserError: An unknown name, or bfloat16 weights with ``--fp16``.
     """
     if model_dtype == "auto":
         return torch.bfloat16 if masters and bf16 else torch.float32
@@ -37,9 +37,9 @@ def resolve_dtype(model_dtype: str, *, bf16: bool, fp16: bool, masters: bool) ->
 def read_dtype(
     model_name_or_path: str, *, cache_dir: str | None = None, trust_remote_code: bool = False
 ) -> torch.dtype:
-    """Return the type that a checkpoint's weights are stored in, as its ``config.json`` says; float32 if it does not.
+    """Return the data type of a checkpoint's weights from its ``config.json``; float32 if none is given.
 
-    Published checkpoints name it beside the language model's settings or above them.
+    Published checkpoints give it at the top of the file or in ``text_config``.
     """
     config = AutoConfig.from_pretrained(model_name_or_path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     dtype: torch.dtype = config.dtype or config.get_text_config().dtype or torch.float32

@@ -1,4 +1,4 @@
-"""Quantized weights: those of QLoRA (Dettmers et al., 2023, arXiv 2305.14314), and checkpoints that come with some."""
+"""Quantized weights: QLoRA (Dettmers et al., 2023, arXiv 2305.14314), and checkpoints published with quantization."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from qwenvl.utils.errors import UserError
 
 
 def quantization(bits: int, layout: ModelLayout) -> Any:
-    """Return how transformers is to hold frozen weights, or None for 0 bits.
+    """Return the quantization config for frozen weights, or None for 0 bits.
 
-    The tower stays as it is, as it is small and sensitive, and so does the projection, which gives the loss.
+    The vision tower, which is small and sensitive, and the vocabulary projection, which gives the loss, are not
+    quantized.
 
     Args:
-        bits: 4 (NF4, its scales quantized once more, as in the paper) or 0.
-        layout: Where the model has its parts.
+        bits: 4 (NF4 with double quantization, as in the paper) or 0.
+        layout: Paths of the model's submodules.
     """
     if not bits:
         return None
@@ -36,10 +37,11 @@ def quantization(bits: int, layout: ModelLayout) -> Any:
 
 
 def quantization_method(config: Mapping[str, Any]) -> str:
-    """Return how the weights of a checkpoint are quantized, such as ``awq``; an empty string where they are not.
+    """Return the quantization method of a checkpoint, such as ``awq``; an empty string if it is not quantized.
 
     Args:
-        config: Its ``config.json``. Composite models have ``quantization_config`` at the top or in ``text_config``.
+        config: Contents of ``config.json``. Composite models have ``quantization_config`` at the top or in
+            ``text_config``.
     """
     text = config.get("text_config")
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None
@@ -52,15 +54,15 @@ def quantization_method(config: Mapping[str, Any]) -> str:
 
 
 def refuse_quantized(config: Mapping[str, Any], named: str, *, adapted: bool = False) -> None:
-    """Refuse a checkpoint whose weights are quantized, where they cannot be trained or merged into.
+    """Refuse a checkpoint with quantized weights that cannot be trained or merged into.
 
     Args:
-        config: Its ``config.json``.
-        named: The flag and the checkpoint, for the message.
-        adapted: Adapters train beside its weights, which stay frozen: FP8 is dequantized for them.
+        config: Contents of ``config.json``.
+        named: Flag and checkpoint, for the message.
+        adapted: Whether adapters train while its own weights stay frozen; FP8 is dequantized for them.
 
     Raises:
-        UserError: They are.
+        UserError: The weights are quantized in such a way.
     """
     method = quantization_method(config)
     if not method or (adapted and is_fp8(config)):
@@ -79,10 +81,10 @@ def refuse_quantized(config: Mapping[str, Any], named: str, *, adapted: bool = F
 
 
 def is_fp8(config: Mapping[str, Any]) -> bool:
-    """Whether a dense checkpoint is quantized as Qwen publishes FP8: each block of a weight has a scale.
+    """Whether a dense checkpoint is quantized like Qwen's published FP8: each block of a weight has a scale.
 
     Args:
-        config: Its ``config.json``.
+        config: Contents of ``config.json``.
     """
     given, family = config.get("quantization_config") or {}, FAMILIES.get(str(config.get("model_type")))
     dense = family is not None and not family.moe
@@ -90,11 +92,11 @@ def is_fp8(config: Mapping[str, Any]) -> bool:
 
 
 def dequantizing(config: PreTrainedConfig, own: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return a config with which ``from_pretrained`` dequantizes FP8, on every device; the same for other checkpoints.
+    """Return a config with which ``from_pretrained`` dequantizes FP8 on any device; other configs are not changed.
 
     Args:
-        config: To build the model from; that of a folder of adapters does not say how their base is quantized.
-        own: The ``config.json`` of the checkpoint.
+        config: Config to build the model from; one from a folder of adapters lacks the base's quantization.
+        own: Contents of the checkpoint's ``config.json``.
     """
     if not is_fp8(own):
         return config
@@ -104,9 +106,9 @@ def dequantizing(config: PreTrainedConfig, own: Mapping[str, Any]) -> PreTrained
 
 
 def finish_dequantizing(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give a dequantized model one type, and let it be saved as it is.
+    """Convert a dequantized model to one data type, and have it saved without quantization.
 
-    transformers leaves what was not quantized in the type of the files, and would quantize on saving.
+    transformers leaves weights that were not quantized in the type of the files, and would quantize again on saving.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -118,15 +120,15 @@ def _fp8_rule(conversion: Any) -> bool:
 
 
 def require_whole_blocks(files: Sequence[str], block: Sequence[int], named: str) -> None:
-    """Check that FP8 weights are cut into whole blocks: of other grids, transformers takes the blocks for smaller.
+    """Check that FP8 weights are divided into whole blocks; with others, transformers infers a wrong block size.
 
     Args:
-        files: Of the checkpoint.
+        files: Weight files of the checkpoint.
         block: (rows, columns) of a block.
-        named: The flag and the checkpoint, for the message.
+        named: Flag and checkpoint, for the message.
 
     Raises:
-        UserError: Some weight has another grid.
+        UserError: A weight is not divided into whole blocks.
     """
     for file in files:
         with safe_open(file, "pt") as tensors:
@@ -141,5 +143,5 @@ def require_whole_blocks(files: Sequence[str], block: Sequence[int], named: str)
 
 
 def _whole(size: int, scales: int, block: int) -> bool:
-    """Whether a dimension is cut into blocks of one size, or is a single one."""
+    """Whether a dimension is divided into whole blocks, or is at most one block."""
     return (scales == 1 and size <= block) or size == scales * block

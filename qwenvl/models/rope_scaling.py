@@ -1,8 +1,8 @@
-"""Contexts beyond the length a checkpoint was trained for, by YaRN (Peng et al., 2023, arXiv 2309.00071).
+"""Extend the context beyond a checkpoint's native length by YaRN (Peng et al., 2023, arXiv 2309.00071).
 
-transformers and vLLM compute YaRN themselves from the config. What is done here is to write its settings there, as
-Qwen3-VL's model card has them ("Processing Ultra-Long Texts"): rotary base, M-RoPE sections and their interleaving
-stay those of the checkpoint.
+transformers and vLLM compute YaRN themselves from the config. This module writes its settings into the config, as
+Qwen3-VL's model card describes ("Processing Ultra-Long Texts"). Rotary base, M-RoPE sections and their interleaving
+do not change.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def extend_context(config: Any, factor: float, native_length: int | None = None)
     """Set a config to a context of ``factor`` x its native length, whether or not it has been extended before.
 
     Args:
-        config: of a checkpoint; its text config is changed in place. The model has to be built from it.
-        factor: of the native length, above 1.
-        native_length: positions that the checkpoint was trained for. None for what it says itself:
-            ``original_max_position_embeddings`` where it has been extended, else ``max_position_embeddings``.
+        config: Config of a checkpoint, to build the model from; its text config is changed in place.
+        factor: Ratio of the extended to the native length, above 1.
+        native_length: Positions that the checkpoint was trained for. None for the config's own value:
+            ``original_max_position_embeddings`` if its context is extended, else ``max_position_embeddings``.
 
     Raises:
-        UserError: its context is already extended in another way than by YaRN.
+        UserError: Its context is already extended by another method than YaRN.
     """
     text = config.get_text_config()
     rope = dict(text.rope_parameters)
@@ -44,9 +44,9 @@ def extend_context(config: Any, factor: float, native_length: int | None = None)
 
 
 def context_length(config: Any) -> int:
-    """Return the positions that a model is made for: the native ones, times the factor of YaRN.
+    """Return the number of positions that a model supports: the native ones, times the factor of YaRN.
 
-    A picture of h x w tokens takes max(h, w) positions, so that samples may have more tokens than that.
+    An image of h x w tokens takes max(h, w) positions, so that samples may have more tokens than positions.
     """
     return int(config.get_text_config().max_position_embeddings)
 
@@ -71,7 +71,7 @@ def read_extension(folder: str | Path, base: str, **origin: Any) -> dict[str, An
 
 
 def describe_context(config: Any) -> str:
-    """Return the positions that a model is made for, in words."""
+    """Return the number of positions that a model supports, in words."""
     rope = config.get_text_config().rope_parameters
     text = f"{context_length(config):,} positions"
     if rope["rope_type"] != "yarn":
@@ -83,11 +83,11 @@ def require_same_context(config: Any, checkpoint: str) -> None:
     """Check that a checkpoint was trained with the context of the run that resumes from it.
 
     Args:
-        config: of the run's model.
-        checkpoint: folder of a model or of adapters.
+        config: Config of the run's model.
+        checkpoint: Folder of a model or of adapters.
 
     Raises:
-        UserError: it was trained with another one: same weights, other positions.
+        UserError: It was trained with another context: the same weights with other positions.
     """
     adapted = (Path(checkpoint) / TRAINED_CONFIG).is_file()
     saved, _ = PreTrainedConfig.get_config_dict(

@@ -1,4 +1,4 @@
-"""Rows of the vocabulary that train while the rest of it is frozen: those of added tokens."""
+"""Trainable rows for added tokens in an otherwise frozen vocabulary."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ROWS = "rows"
-"""Last part of the name of every such parameter."""
+"""Last component of the name of every such parameter."""
 
 
 class RowsEmbedding(nn.Embedding):
-    """An embedding of which some rows are taken from a parameter of their own.
+    """An embedding with some rows in a parameter of their own.
 
-    Its weight keeps its name and its values; the rows are those that ``row_ids`` names.
+    Its weight keeps its name and its values; ``rows`` replaces the embeddings of ``row_ids``.
 
     Args:
-        embedding: the stock layer.
-        row_ids: ids of the tokens that train, without repeats.
+        embedding: Stock layer.
+        row_ids: Ids of the trainable tokens, without repeats.
         rows: [len(row_ids), H].
     """
 
@@ -39,7 +39,7 @@ class RowsEmbedding(nn.Embedding):
 
 
 def with_rows(weight: Tensor, row_ids: Sequence[int], rows: Tensor) -> Tensor:
-    """Return a vocabulary's weight [V, H] with some of its rows exchanged; gradients reach ``rows`` alone."""
+    """Return a vocabulary's weight [V, H] with some rows replaced by ``rows``, which receive their gradients."""
     index = torch.tensor(row_ids, device=weight.device)
     return weight.index_copy(0, index, rows.to(weight.dtype))
 
@@ -50,7 +50,7 @@ def is_row(name: str) -> bool:
 
 
 def row_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return names and layers that hold rows of their own; of tied layers the first."""
+    """Return (name, layer) of the layers that hold such rows; of tied layers only the first."""
     found, seen = [], set()
     for name, module in model.named_modules():
         rows = module._parameters.get(ROWS)

@@ -1,9 +1,8 @@
-"""How much memory a training step takes, counted without having it: the step runs on the meta device.
+"""Measure the memory of a training step without allocating it, by running the step on the meta device.
 
-Tensors on the meta device have shapes and types and no content, so that the step of any model runs anywhere in seconds.
-What is counted is what the step allocates and frees, temporary tensors and recomputation included, in the order in
-which the real step does. The attention is replaced by one that holds what flash attention holds; there is no GPU here
-to choose the kernel.
+Tensors on the meta device have shapes and types but no content, so that the step of any model runs anywhere in seconds.
+All allocations and frees of the step are counted in their real order, including temporary tensors and recomputation.
+The attention is replaced by one that keeps the same tensors as flash attention, since kernels are chosen on a GPU only.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from qwenvl.models.parts import output_head
 from qwenvl.tasks.objective import Objective, batch_loss
 
 NAME = "attention_shapes"
-"""Under which transformers knows the attention that allocates and does not compute."""
+"""Name in transformers' registry of an attention that allocates its tensors but does not compute."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """Most memory of one micro-batch, in bytes, besides weights, gradients and optimizer.
+    """Peak memory of one micro-batch, in bytes, without weights, gradients and optimizer.
 
     Args:
-        activations: of the whole model but for its vocabulary projection, temporary tensors included.
-        logits: what the vocabulary projection and its loss add at the peak, if that is where it is.
+        activations: Bytes of the model without its vocabulary projection, temporary tensors included.
+        logits: Bytes that the vocabulary projection and its loss add; 0 if the peak is elsewhere.
     """
 
     activations: int
@@ -43,7 +42,7 @@ class StepMemory:
 
 
 class _LiveMemory(TorchDispatchMode):
-    """Counts the bytes of storages that operators make, for as long as they live."""
+    """Counts the bytes of the storages that operators allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +51,7 @@ class _LiveMemory(TorchDispatchMode):
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator and count what it made."""
+        """Run an operator and count the storages of its results."""
         if func is torch.ops.aten._grouped_mm.default:
             result: Any = _grouped_product(*args, **(kwargs or {}))
         else:
@@ -63,7 +62,7 @@ class _LiveMemory(TorchDispatchMode):
         return result
 
     def add(self, storage: torch.UntypedStorage, *, counted: bool) -> None:
-        """Take note of a storage; one that is there before the step is known, but not counted."""
+        """Register a storage; storages that exist before the step are registered, but not counted."""
         key, size = id(storage), storage.nbytes() if counted else 0
         if key in self._known:
             return
@@ -78,22 +77,22 @@ class _LiveMemory(TorchDispatchMode):
 
 
 def _grouped_product(rows: Tensor, matrices: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Allocate the grouped matrix product of experts; on the meta device, torch may have it for 16 bits alone.
+    """Allocate the grouped matrix product of experts, which torch may support for 16 bits only on the meta device.
 
     Args:
-        rows: [S, K], sorted by expert; of the gradient of the matrices [K, S].
-        matrices: [experts, K, N]; of their gradient [S, N].
-        offs: [experts].
+        rows: [S, K], sorted by expert; in the product for the matrices' gradient, [K, S].
+        matrices: [experts, K, N]; in the product for their gradient, [S, N].
+        offs: [experts], end of each expert's rows.
 
     Returns:
-        [S, N]; of the gradient of the matrices [experts, K, N].
+        [S, N]; in the product for the matrices' gradient, [experts, K, N].
     """
     by_expert = offs.shape if matrices.dim() == 2 else ()
     return rows.new_empty(*by_expert, rows.shape[0], matrices.shape[-1])
 
 
 class _FlashShapes(torch.autograd.Function):
-    """Attention that keeps what flash attention keeps: inputs, output, and a float32 a row and head."""
+    """Attention that keeps the same tensors as flash attention: inputs, output, and one float32 per row and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -118,14 +117,15 @@ def measure_step(model: PreTrainedModel, batch: Mapping[str, Any], objective: Ob
     """Run forward and backward pass of one micro-batch on the meta device.
 
     Args:
-        model: on the meta device, ready for training (:func:`qwenvl.models.forward.install`); its attention is changed.
-        batch: prepared by the objective.
-        objective: what is learned; None for language modelling.
+        model: Model on the meta device, ready for training (:func:`qwenvl.models.forward.install`); its attention is
+            replaced.
+        batch: Batch prepared by the objective.
+        objective: Objective of the training; None for language modelling.
     """
     AttentionInterface.register(NAME, _attention)
     model.set_attn_implementation(NAME)
     moved = tree_map(lambda value: value.to("meta") if torch.is_tensor(value) else value, dict(batch))
-    moved.pop("attention_mask", None)  # stock linear attention asks whether it holds any padding; shapes do not tell
+    moved.pop("attention_mask", None)  # stock linear attention reads its values, which do not exist here
     memory = _LiveMemory()
     for value in (*model.parameters(), *model.buffers(), *filter(torch.is_tensor, tree_leaves(moved))):
         memory.add(value.untyped_storage(), counted=False)
@@ -142,7 +142,7 @@ def measure_step(model: PreTrainedModel, batch: Mapping[str, Any], objective: Ob
 
 @contextmanager
 def _peak_within(head: nn.Module, memory: _LiveMemory) -> Iterator[list[int]]:
-    """Give a list that will hold the live memory when the head is entered, and the peak when it is left."""
+    """Yield a list of two values: live memory when the head starts, and the peak when it ends."""
     found = [0, 0]
 
     def before(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""How fast a device can be at best, by its maker's data sheet: what the use made of it (MFU) is measured by."""
+"""Peak speeds of devices from data sheets, the reference of model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 
 import torch
 
-# Words of the name that the driver gives, and TFLOP/s of dense bfloat16 matrix products with float32 sums (data sheets
-# print twice as much where they assume sparsity). The first line whose words are all in the name counts. Sources:
-# NVIDIA's data sheets of the data centre GPUs; for RTX the appendices of its white papers on Blackwell, Ada and GA102;
-# AWS for the A10G; AMD's data sheets of Instinct, a MI250X being two devices. V100 and T4: float16.
+# Words of the driver's device name -> TFLOP/s of dense bfloat16 matrix products with float32 sums (data sheets print
+# twice as much if they assume sparsity). The first line whose words all occur in the name counts. Sources: NVIDIA's
+# data sheets of data centre GPUs; for RTX the appendices of its white papers on Blackwell, Ada and GA102; AWS for the
+# A10G; AMD's data sheets of Instinct, where a MI250X is two devices. V100 and T4: float16.
 _PEAKS: tuple[tuple[str, float], ...] = (
     ("GB300", 2500.0),
     ("GB200", 2500.0),
@@ -46,14 +46,14 @@ _PEAKS: tuple[tuple[str, float], ...] = (
     ("MI250X", 191.5),
 )
 _OTHER_KINDS = {"mig", "laptop", "ti", "d"}
-"""A slice of a GPU, or a smaller or larger one of the same number."""
+"""Words of a slice of a GPU, or of a smaller or larger GPU with the same number."""
 
 
 def known_peak(device_name: str) -> float | None:
-    """Return the peak of a device, in dense bfloat16 operations a second; None where it is not known.
+    """Return the peak of a device, in dense bfloat16 operations per second; None if it is not known.
 
     Args:
-        device_name: as ``torch.cuda.get_device_name`` gives it, such as ``NVIDIA A100-SXM4-80GB``.
+        device_name: Name from ``torch.cuda.get_device_name``, such as ``NVIDIA A100-SXM4-80GB``.
     """
     words = set(re.split(r"[\s-]+", device_name.lower()))
     if words & _OTHER_KINDS:
@@ -62,5 +62,5 @@ def known_peak(device_name: str) -> float | None:
 
 
 def name_device(device: torch.device) -> str:
-    """Return what a device is called: the driver's name of a GPU, and the kind of any other."""
+    """Return the driver's name of a GPU, or the type of any other device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

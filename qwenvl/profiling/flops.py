@@ -1,10 +1,10 @@
-"""Floating point operations of a sample, from the model's config and the sample's measures.
+"""Count floating point operations of a sample, from the model's config and the sample's measures.
 
 A matrix product of [m, k] with [k, n] is 2 m k n operations (Kaplan et al., 2020, "Scaling Laws for Neural Language
-Models", table 1); its backward pass is two products of the same size, one for the gradient of each side. Everything
-else (norms, activations, rotary positions) is left out, as torch's ``FlopCounterMode`` leaves it out, which is the
-oracle of the tests. All of it is linear in the measures of ``qwenvl.data.sample_stats``: tokens, squared tokens of each
-sample, patches, squared patches of each picture, trained tokens.
+Models", table 1); its backward pass is two products of the same size, one for the gradient of each factor. Everything
+else (norms, activations, rotary positions) is left out, as in torch's ``FlopCounterMode``, which is the reference of
+the tests. The count is linear in the measures of ``qwenvl.data.sample_stats``: tokens, squared tokens of each sample,
+patches, squared patches of each image, trained tokens.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from qwenvl.models.trainable.freezing import parameter_modules
 Part = Literal["vision", "merger", "language"]
 
 _CHUNK = 64
-"""Tokens that the kernels of linear attention work on at a time."""
+"""Number of tokens in a chunk of the linear attention kernels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Operations for one unit of each measure, by name of the measure.
+    """Operations per unit of each measure, by name of the measure.
 
     Args:
-        vision: of the vision tower with its mergers.
-        language: of the language model with its vocabulary projection.
+        vision: Operations of the vision tower with its mergers.
+        language: Operations of the language model with its vocabulary projection.
     """
 
     vision: Mapping[str, float]
@@ -41,7 +41,7 @@ class Flops:
         """Return the operations of (vision tower, language model): float64, each in the shape of ``measures``.
 
         Args:
-            measures: a structured array with a field for each measure; of samples, packs, or anything they add up to.
+            measures: Structured array with a field for each measure, of samples, packs or other sums of samples.
         """
         vision, language = (
             sum((each * measures[name] for name, each in part.items()), np.zeros(measures.shape))
@@ -58,13 +58,13 @@ class Flops:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What trains.
+    """Trainable parts of a model.
 
     Args:
-        vision: the vision tower without its mergers, whole.
-        merger: the mergers, whole.
-        language: the language model, whole.
-        adapters: elements of the adapters' matrices, by the part they are in; 0 where their number is not known yet.
+        vision: Whether the vision tower without its mergers is trained in full.
+        merger: Whether the mergers are trained in full.
+        language: Whether the language model is trained in full.
+        adapters: Number of elements of the adapters in each part; 0 if not known yet.
     """
 
     vision: bool = True
@@ -73,7 +73,7 @@ class Trained:
     adapters: Mapping[Part, int] = field(default_factory=dict)
 
     def any_of(self, part: Part) -> bool:
-        """Whether anything in a part trains."""
+        """Whether a part has trainable parameters."""
         return bool(getattr(self, part)) or part in self.adapters
 
 
@@ -82,11 +82,11 @@ class Product:
     """Matrix products of one part of a model.
 
     Args:
-        part: where they are.
-        measure: what their number grows with.
-        forward: operations of the forward pass for one unit of the measure.
-        kind: ``weights``: activations times weights; ``pixels``: the same, and nothing before it has a gradient;
-            ``adapters``: activations times weights of adapters; ``attention``: activations times activations.
+        part: Part of the model.
+        measure: Name of the measure that they are proportional to.
+        forward: Operations of the forward pass per unit of the measure.
+        kind: Kind of factors. ``weights``: activations and weights; ``pixels``: the same, but the input needs no
+            gradient; ``adapters``: activations and weights of adapters; ``attention``: activations and activations.
     """
 
     part: Part
@@ -96,17 +96,17 @@ class Product:
 
 
 def training_flops(config: Any, family: Family, trained: Trained, *, causal: bool = True) -> Flops:
-    """Return the operations of forward and backward pass, without any that checkpointing repeats.
+    """Return the operations of forward and backward pass, without recomputation by checkpointing.
 
-    Where nothing trains, these are those of the forward pass alone.
+    If nothing is trainable, only the forward pass counts.
 
     Args:
-        config: the model's.
-        family: its family.
-        trained: what has gradients. Weights that do not train have none, and no gradient passes through a part
-            below which nothing trains.
-        causal: count only the half of each sample's attention in the language model that is not masked, as
-            flash-attention computes it; otherwise the whole square.
+        config: Config of the model.
+        family: Family of the model.
+        trained: Trainable parts. Frozen weights need no gradient, and no gradient passes through a part if nothing
+            below it is trainable.
+        causal: Whether to count only the unmasked half of each sample's attention in the language model, like flash
+            attention, rather than the whole square.
     """
     computed = (*products(config, family, causal=causal), *_adapters(config.vision_config, trained))
     return _sum((product, 1 + _backward(product, trained)) for product in computed)
@@ -115,13 +115,13 @@ def training_flops(config: Any, family: Family, trained: Trained, *, causal: boo
 def products(config: Any, family: Family, *, causal: bool = True) -> tuple[Product, ...]:
     """Return the matrix products of a model's forward pass; see :func:`training_flops`."""
     share = 0.5 if causal else 1.0
-    own = getattr(config.vision_config, "products", None)  # of a tower that is none of transformers
+    own = getattr(config.vision_config, "products", None)  # a tower that is not from transformers
     vision = _vision(config.vision_config, family) if own is None else (Product(*product) for product in own())
     return (*vision, *_language(config.get_text_config(), family, share))
 
 
 def _adapters(config: Any, trained: Trained) -> Iterator[Product]:
-    """Products of adapters: each meets the tokens, patches or merged patches that the layer it adapts meets."""
+    """Yield the products of adapters, which get the same tokens, patches or merged patches as their layer."""
     tokens_of_patch = 1 / config.spatial_merge_size**2
     rates = {"vision": ("patches", 1.0), "merger": ("patches", tokens_of_patch), "language": ("tokens", 1.0)}
     for part, elements in trained.adapters.items():
@@ -139,9 +139,9 @@ def _sum(weighed: Iterator[tuple[Product, int]]) -> Flops:
 
 
 def _backward(product: Product, trained: Trained) -> int:
-    """Return how many products of the same size the backward pass takes: 0 to 2."""
+    """Return the number of products of the same size in the backward pass: 0 to 2."""
     parts: tuple[Part, ...] = ("vision", "merger", "language")
-    reached = any(trained.any_of(part) for part in parts[: parts.index(product.part) + 1])  # a gradient passes through
+    reached = any(trained.any_of(part) for part in parts[: parts.index(product.part) + 1])  # gradients pass through
     if product.kind == "attention":
         return 2 * reached
     weights = product.kind == "adapters" or getattr(trained, product.part)
@@ -149,11 +149,11 @@ def _backward(product: Product, trained: Trained) -> int:
 
 
 def _vision(config: Any, family: Family) -> Iterator[Product]:
-    """Products of the tower: each patch is embedded, and attends to the patches of its own picture or frames.
+    """Yield the products of the tower: each patch is embedded, and attends to the patches of its own image or frames.
 
     Sources: ``Qwen2VisionTransformerPretrainedModel``, ``Qwen2_5_VisionTransformerPretrainedModel`` and
     ``Qwen3VLVisionModel`` of transformers. The windows of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1) are counted as
-    full; those cut by the border of a picture are smaller.
+    full, although windows at the border of an image are smaller.
     """
     width = getattr(config, "embed_dim", None) or config.hidden_size
     inner = int(width * config.mlp_ratio) if hasattr(config, "mlp_ratio") else config.intermediate_size
@@ -175,12 +175,12 @@ def _vision(config: Any, family: Family) -> Iterator[Product]:
 
 
 def _language(config: Any, family: Family, share: float) -> Iterator[Product]:
-    """Products of the language model, whose vocabulary projection runs on trained tokens alone.
+    """Yield the products of the language model, whose vocabulary projection runs on trained tokens only.
 
     Args:
-        config: of the language model.
-        family: its family.
-        share: of the square of attention that is computed.
+        config: Config of the language model.
+        family: Family of the model.
+        share: Computed share of the square of attention, 0 to 1.
     """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
@@ -199,11 +199,11 @@ def _language(config: Any, family: Family, share: float) -> Iterator[Product]:
 
 
 def _linear_attention(config: Any, layers: int) -> Iterator[Product]:
-    """Products of the gated delta rule in chunks (Yang et al., 2024, arXiv 2412.06464, section 3.3).
+    """Yield the products of the gated delta rule in chunks (Yang et al., 2024, arXiv 2412.06464, section 3.3).
 
-    For a chunk of C tokens and a head with keys of k and values of v: keys with keys and with queries, 2 C C k; the
-    triangular system solved for values and keys, C C (v + k) / 2; new values against queries, C C v; the state read
-    twice and written once, 3 C k v.
+    For a chunk of C tokens and a head with keys of width k and values of width v: keys with keys and with queries,
+    2 C C k; the triangular system solved for values and keys, C C (v + k) / 2; new values with queries, C C v; the
+    state read twice and written once, 3 C k v.
     """
     key, value = config.linear_key_head_dim, config.linear_value_head_dim
     keys, values = config.linear_num_key_heads * key, config.linear_num_value_heads * value
@@ -215,9 +215,9 @@ def _linear_attention(config: Any, layers: int) -> Iterator[Product]:
 
 
 def _feed_forward(config: Any, family: Family, layer: int) -> float:
-    """Weights that one token meets in a layer: of a mixture, the router, the chosen experts and the shared one.
+    """Return the number of weights in a layer that a token uses; of a mixture: router, chosen and shared experts.
 
-    Which layers are mixtures: ``Qwen3VLMoeTextDecoderLayer`` of transformers.
+    The choice of mixture layers follows ``Qwen3VLMoeTextDecoderLayer`` of transformers.
     """
     hidden = config.hidden_size
     step = getattr(config, "decoder_sparse_step", 1)
@@ -229,7 +229,7 @@ def _feed_forward(config: Any, family: Family, layer: int) -> float:
 
 
 def flops_of(model: Any) -> Flops:
-    """Return what samples cost a model that is ready for training."""
+    """Return the operations per measure of a model that is ready for training."""
     adapters = adapter_sizes(model)
     groups = parameter_modules(model)
     whole = {groups[name] for name, value in model.named_parameters() if value.requires_grad and trains_whole(name)}

@@ -1,4 +1,4 @@
-"""The table of a profile: phases of a step, and the operators or kernels that take the most time."""
+"""Table of a profile: phases of a step, and the operators or kernels that take the most time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LEFT_OUT = "not a part of training"
-"""Name of the trace's ranges that no figure of the table counts."""
+"""Name of ranges in the trace that the table does not count."""
 
 _ROWS = 10
 _NAME = 64  # columns
@@ -17,12 +17,12 @@ _DEVICE_KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 @dataclass(frozen=True, slots=True)
 class Operators:
-    """What the profiler saw run.
+    """Times of operators or kernels.
 
     Args:
-        seconds: time of each operator on the CPU without what it calls, or of each kernel on the GPU, by name.
-        calls: how often it ran.
-        busy: seconds in which any of them ran.
+        seconds: Seconds by name: of each CPU operator without its children, or of each GPU kernel.
+        calls: Number of calls by name.
+        busy: Seconds in which at least one of them ran.
     """
 
     seconds: Mapping[str, float]
@@ -35,12 +35,12 @@ class Profile:
     """A profile of some steps.
 
     Args:
-        first: number of the first step.
-        last: number of the last one.
-        device: its name.
-        phases: seconds of each phase, over all steps.
-        operators: over all steps.
-        deepspeed: DeepSpeed takes the optimizer's steps.
+        first: Number of the first step.
+        last: Number of the last step.
+        device: Name of the device.
+        phases: Seconds of each phase, over all steps.
+        operators: Operators or kernels, over all steps.
+        deepspeed: Whether DeepSpeed takes the optimizer's steps.
     """
 
     first: int
@@ -52,15 +52,15 @@ class Profile:
 
 
 def measure_operators(trace: Mapping[str, Any], *, on_device: bool) -> Operators:
-    """Add up what ran.
+    """Sum up the times of operators or kernels.
 
-    Read from the trace: torch's own ``key_averages`` takes minutes for the events that this takes seconds for.
+    They are read from the trace, as torch's own ``key_averages`` takes minutes where this takes seconds.
 
     Args:
-        trace: in Chrome's format, as :meth:`torch.profiler.profile.export_chrome_trace` writes it.
-        on_device: kernels of the GPU count, rather than operators of the CPU.
+        trace: Trace in Chrome's format, from :meth:`torch.profiler.profile.export_chrome_trace`.
+        on_device: Whether to count GPU kernels rather than CPU operators.
     """
-    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]  # those with a beginning and an end
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]  # events with a duration
     left_out = [_span(event) for event in events if (event.get("cat"), event["name"]) == ("user_annotation", LEFT_OUT)]
     kinds = _DEVICE_KINDS if on_device else _HOST_KINDS
     seconds: dict[str, float] = {}
@@ -76,14 +76,14 @@ def measure_operators(trace: Mapping[str, Any], *, on_device: bool) -> Operators
 
 
 def own_times(events: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
-    """Return each event with its seconds, less those of the events that it encloses directly on its thread.
+    """Return each event with its seconds minus those of its direct children on the same thread.
 
     thread 1   |----------- linear: 10 - 6 -----------|
                     |------ addmm: 6 - 1 ------|
                          |- copy: 1 -|
     """
     found: list[Any] = []
-    stacks: dict[Any, list[list[Any]]] = {}  # of each thread, what encloses the event at hand: event, end, own time
+    stacks: dict[Any, list[list[Any]]] = {}  # per thread: enclosing [event, end, own time]
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
         start, end = _span(event)
         stack = stacks.setdefault((event.get("pid"), event.get("tid")), [])
@@ -98,12 +98,12 @@ def own_times(events: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, An
 
 
 def _span(event: Mapping[str, Any]) -> tuple[float, float]:
-    """Return beginning and end in seconds."""
+    """Return (start, end) in seconds."""
     return event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Return the length of what intervals cover together, where they overlap once."""
+    """Return the total length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -112,7 +112,7 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def format_profile(found: Profile) -> str:
-    """Return the table as text: phases, which make up the whole step, then operators or kernels."""
+    """Return the table as text: phases, which add up to the whole step, then operators or kernels."""
     steps, whole = found.last - found.first + 1, sum(found.phases.values())
     which = f"step {found.first}" if steps == 1 else f"steps {found.first} to {found.last}"
     on_device = found.device != "cpu"
@@ -124,18 +124,18 @@ def format_profile(found: Profile) -> str:
 
     operators = sorted(found.operators.seconds.items(), key=lambda pair: -pair[1])[:_ROWS]
     lines = [
-        f"Profile of {which} on {found.device}: means of a step, which the profiler itself makes longer.",
+        f"Profile of {which} on {found.device}: means per step, including the overhead of the profiler.",
         "",
         f"{'phase':<{_NAME}}{'':>10}{'ms':>12}{'share':>9}",
         *(line(phase.value, seconds) for phase, seconds in found.phases.items()),
         line("whole step", whole),
         *([line("time in which kernels ran", found.operators.busy)] if on_device else []),
         "",
-        f"{'kernel' if on_device else 'operator, without those it calls':<{_NAME}}{'calls':>10}{'ms':>12}{'share':>9}",
+        f"{'kernel' if on_device else 'operator, without its children':<{_NAME}}{'calls':>10}{'ms':>12}{'share':>9}",
         *(line(name, seconds, found.operators.calls[name]) for name, seconds in operators),
     ]
     if found.deepspeed:
-        lines += ["", "DeepSpeed clips and takes the optimizer's step within its backward call: they are in that row."]
+        lines += ["", "DeepSpeed clips and takes the optimizer's step within its backward call, in that row."]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""A profile of a few optimizer steps: where their time goes, phase by phase, and a trace to look at."""
+"""Profile a few optimizer steps: the time of each phase, and a trace."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from qwenvl.utils.distributed import from_main_process, is_main_process
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP = 2  # steps that are slower than those after them: kernels are chosen, memory is taken
+_WARM_UP = 2  # steps that are slower, as kernels are chosen and memory is allocated
 
 
 class Phase(str, Enum):
-    """What the time of a step is spent on; the value is its name in the table and the trace."""
+    """Phase of a step; the value is its name in the table and the trace."""
 
     DATA = "waiting for data"
     VISION = "vision tower, forward"
@@ -44,12 +44,12 @@ class Phase(str, Enum):
 class PhaseClock:
     """Measures phases that follow each other without a gap.
 
-    On a GPU the borders between them are events among its work, so that a phase has the time that the GPU takes for it,
-    with the time it has nothing to do, without ever being waited for.
+    On a GPU the boundaries are CUDA events, so that a phase has the GPU's time, including idle time, without any
+    synchronisation.
 
     Args:
-        device: that does the work.
-        clock: returns seconds since any moment; for other devices than a GPU.
+        device: Device that does the work.
+        clock: Function that returns seconds since an arbitrary moment, for other devices than a GPU.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -57,7 +57,7 @@ class PhaseClock:
         self._borders: list[tuple[Phase | None, Any]] = []
 
     def enter(self, phase: Phase | None) -> None:
-        """Begin a phase, which ends the one before; None for what is not to be measured."""
+        """Begin a phase, which ends the previous one; None for time that is not measured."""
         if self._device.type == "cuda":
             border: Any = torch.cuda.Event(enable_timing=True)
             border.record()
@@ -66,7 +66,7 @@ class PhaseClock:
         self._borders.append((phase, border))
 
     def read(self) -> dict[Phase, float]:
-        """Return the seconds of each phase, those that never came included; waits for the device."""
+        """Return the seconds of every phase, 0 for phases that did not occur; waits for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         seconds = dict.fromkeys(Phase, 0.0)
@@ -77,13 +77,13 @@ class PhaseClock:
 
 
 class StepProfile(TrainerCallback):
-    """Profiles steps of process 0, and writes ``trace.json.gz`` and ``table.txt``; costs nothing before and after.
+    """Profiles steps of process 0, and writes ``trace.json.gz`` and ``table.txt``; other steps have no overhead.
 
     Args:
-        steps: how many; 0 for none.
-        folder: where to write.
-        device: of this rank.
-        paused: leaves the time of what is done within out of other figures; for writing, which takes seconds.
+        steps: Number of steps; 0 for none.
+        folder: Output folder.
+        device: Device of this rank.
+        paused: Function that returns a context whose time other measurements exclude, for writing the files.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class StepProfile(TrainerCallback):
         self._handles: list[RemovableHandle] = []
 
     def enter(self, phase: Phase) -> None:
-        """Say what this process does from now on."""
+        """Set the current phase of this process."""
         if self._phases is not None:
             self._phases.enter(phase)
             self._name_range(None if phase is Phase.OTHER else phase.value)
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Leave out what is done within: it is no part of a step."""
+        """Exclude the time inside of the context, which is not part of a step."""
         phases, self._phases = self._phases, None
         if phases is not None:
             phases.enter(None)
@@ -116,7 +116,7 @@ class StepProfile(TrainerCallback):
             self.enter(Phase.OTHER)
 
     def _name_range(self, name: str | None) -> None:
-        """End the range of the trace that is open, and begin another one."""
+        """End the open range of the trace, and begin another one."""
         if self._range is not None:
             self._range.__exit__(None, None, None)
         self._range = None if name is None else record_function(name)
@@ -128,7 +128,7 @@ class StepProfile(TrainerCallback):
     ) -> None:
         """Choose the steps."""
         del args, control
-        self._stop()  # where training begins again with a smaller batch
+        self._stop()  # if training restarts with a smaller batch
         if not self._wanted:
             return
         remaining = state.max_steps - state.global_step
@@ -147,7 +147,7 @@ class StepProfile(TrainerCallback):
             self._begin(kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Begin or end the profile where its first or last step does."""
+        """Begin the profile before its first step, and end it after its last."""
         del control
         self.enter(Phase.OTHER)
         if state.global_step == self._last:
@@ -160,14 +160,14 @@ class StepProfile(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write what there is, if training ends before the last step of the profile."""
+        """Write the steps so far, if training ends before the last step of the profile."""
         del control, kwargs
         if self._first <= state.global_step < self._last:
             self._finish(state.global_step, deepspeed=bool(args.deepspeed))
         self._stop()
 
     def _begin(self, model: nn.Module) -> None:
-        """Watch the parts of the model from now on."""
+        """Start measuring the phases of the model."""
         self._phases = PhaseClock(self._device)
         parts = ((vision_tower(model), Phase.VISION, Phase.OTHER), (language_model(model), Phase.LANGUAGE, Phase.LOSS))
         for module, before, after in parts:
@@ -176,7 +176,7 @@ class StepProfile(TrainerCallback):
         self.enter(Phase.OTHER)
 
     def _stop(self) -> profile | None:
-        """Take everything away again; return the profiler, stopped, if there was one."""
+        """Remove all hooks; stop and return the profiler, if there was one."""
         self._name_range(None)
         for handle in self._handles:
             handle.remove()
@@ -187,7 +187,7 @@ class StepProfile(TrainerCallback):
         return profiler
 
     def _finish(self, last: int, *, deepspeed: bool) -> None:
-        """Let process 0 write, while the others wait, so that for none of them it is a time of training."""
+        """Write in process 0 while the others wait, so that no process counts this as training time."""
         self._last = 0
         with self._paused():
             from_main_process(lambda: self._write(last, deepspeed=deepspeed))
@@ -202,11 +202,11 @@ class StepProfile(TrainerCallback):
         found = Profile(self._first, last, name_device(self._device), seconds, operators, deepspeed=deepspeed)
         table = format_profile(found)
         (self._folder / "table.txt").write_text(table + "\n", encoding="utf-8")
-        logger.info("%s\n\nIt is in %s, with trace.json.gz for ui.perfetto.dev.", table, self._folder)
+        logger.info("%s\n\nSaved in %s, with trace.json.gz for ui.perfetto.dev.", table, self._folder)
 
 
 def _export(profiler: profile, folder: Path) -> bytes:
-    """Write a trace, compressed, and return its JSON; torch itself compresses line by line, which takes far longer."""
+    """Write a compressed trace, and return its JSON; torch itself compresses line by line, which takes far longer."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = folder / "trace.json"
     profiler.export_chrome_trace(str(plain))

@@ -1,4 +1,4 @@
-"""What weights, gradients and optimizer take on each device, by how the engine shares them out."""
+"""Memory of weights, gradients and optimizer on each device, depending on how the engine shards them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from qwenvl.models.lora.adapters import has_adapters
 _STATES = {"adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 2.0, "ademamix_8bit": 3.0}
 _STATES |= {"lion_32bit": 4.0, "paged_lion_32bit": 4.0, "lion_8bit": 1.0, "paged_lion_8bit": 1.0, "sgd": 0.0}
 _ADAM = 8.0
-"""Bytes of the optimizer for each trained weight: two float32 numbers for Adam and what is not named above."""
+"""Bytes of optimizer state per trained weight: two float32 numbers for Adam and all optimizers not listed above."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How an engine shares out a run.
+    """Sharding of a model's state by an engine.
 
     Args:
-        name: for people.
-        stage: of ZeRO; 0 for none, 3 for FSDP2 too.
-        ranks: devices.
-        masters: DeepSpeed keeps float32 weights beside those of the model.
-        offloads_optimizer: the optimizer is in the machine's memory.
-        offloads_weights: so are the weights.
+        name: Name of the engine, for display.
+        stage: ZeRO stage; 0 for none, 3 also for FSDP2.
+        ranks: Number of devices.
+        masters: Whether DeepSpeed keeps float32 master weights.
+        offloads_optimizer: Whether the optimizer's state is in host memory.
+        offloads_weights: Whether the weights are in host memory.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class StateMemory:
-    """Bytes on each device; and of a checkpoint on disk, all ranks together."""
+    """Bytes on each device, and bytes of a checkpoint on disk from all ranks together."""
 
     weights: int
     gradients: int
@@ -52,7 +52,7 @@ class StateMemory:
 
 
 def read_sharing(args: TrainingArguments, ranks: int) -> Sharing:
-    """Return how the flags share out a run over so many devices."""
+    """Return how the flags shard a run over a number of devices."""
     if args.fsdp:
         return Sharing("FSDP2", 3, ranks)
     if not args.deepspeed:
@@ -76,14 +76,14 @@ def _offloads(zero: Mapping[str, Any], name: str) -> bool:
 def estimate_states(
     model: PreTrainedModel, sharing: Sharing, optimizer: str, frozen: torch.dtype, trained: torch.dtype
 ) -> StateMemory:
-    """Return what a model's state takes.
+    """Return the memory of a model's state.
 
     Args:
-        model: with frozen and trained parts set, on any device.
-        sharing: over devices.
-        optimizer: ``--optim``.
-        frozen: type in which weights that do not train are kept.
-        trained: type of those that do, and of their gradients.
+        model: Model with frozen and trainable parts set, on any device.
+        sharing: Sharding over devices.
+        optimizer: Value of ``--optim``.
+        frozen: Data type of frozen weights.
+        trained: Data type of trainable weights and their gradients.
     """
     counts = {True: 0, False: 0}
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What training achieves between two log lines: rates, shares of padding and waiting, memory, use of the device."""
+"""Measure training between two log lines: rates, shares of padding and waiting, memory, MFU."""
 
 from __future__ import annotations
 
@@ -16,38 +16,37 @@ from qwenvl.profiling.flops import Flops
 
 
 def measure_batch(batch: Mapping[str, Any]) -> Measures:
-    """Return the measures of a batch's samples together, padding left out; nothing for one that holds no usable sample.
+    """Return the summed measures of a batch's samples, without padding; zeros for a batch without a usable sample.
 
     Args:
-        batch: of :func:`qwenvl.models.loss.causal_lm.tell_host`, on the host.
+        batch: Result of :func:`qwenvl.models.loss.causal_lm.prepare_inputs`, on the host.
     """
-    if not batch["num_samples"]:  # the filler of a rank that has none
+    if not batch["num_samples"]:  # a filler batch, for a rank without samples
         return NOTHING
     lengths = batch["cu_seq_lens_q"].diff() if "cu_seq_lens_q" in batch else batch["attention_mask"].sum(1)
-    tokens: list[int] = lengths.tolist()  # Python's numbers, since squares of the batch's own overflow
-    pictures = [(t, h * w) for _, t, h, w in batch.get("media", ())]
+    tokens: list[int] = lengths.tolist()  # Python numbers, as squares of int32 overflow
+    frames = [(t, h * w) for _, t, h, w in batch.get("media", ())]
     return Measures(
         samples=len(tokens),
         tokens=sum(tokens),
-        trained_tokens=len(batch.get("targets", ())),  # those that the vocabulary is projected for
-        patches=sum(t * patches for t, patches in pictures),
+        trained_tokens=len(batch.get("targets", ())),  # rows of the vocabulary projection
+        patches=sum(t * patches for t, patches in frames),
         tokens_squared=sum(length**2 for length in tokens),
-        patches_squared=sum(t * patches**2 for t, patches in pictures),
+        patches_squared=sum(t * patches**2 for t, patches in frames),
         rows=len(tokens),
     )
 
 
 class Throughput:
-    """Counts what this rank trains on, and the time that it takes.
+    """Counts the samples that this rank trains on, and the time that it takes.
 
-    The clock runs from the first batch that is asked for, and stands still during evaluation and saving
-    (:meth:`paused`).
+    The clock starts with the first request for a batch, and is stopped during evaluation and saving (:meth:`paused`).
 
     Args:
-        flops: operations of the model's training.
-        peak: operations a second that a device can do at best; None where that is not known.
-        device: of this rank.
-        clock: returns seconds since any moment.
+        flops: Operations of the model's training.
+        peak: Peak operations per second of a device; None if not known.
+        device: Device of this rank.
+        clock: Function that returns seconds since an arbitrary moment.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Throughput:
         self.start_over()
 
     def start_over(self) -> None:
-        """Forget everything, and stop the clock."""
+        """Reset all counts, and stop the clock."""
         self._running_since: float | None = None
         self._seconds = 0.0
         self._forget_counts()
@@ -73,16 +72,16 @@ class Throughput:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def run(self) -> None:
-        """Let the clock run, if it does not yet."""
+        """Start the clock, if it is not running."""
         if self._running_since is None:
             self._running_since = self.clock()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time of what is done within; the work of training that is under way still counts."""
+        """Exclude the time inside of the context; training work queued on the device before still counts."""
         running = self._running_since is not None
         if running and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # a GPU runs behind
+            torch.cuda.synchronize(self._device)  # a GPU works asynchronously
         self._read_clock()
         self._running_since = None
         try:
@@ -93,7 +92,7 @@ class Throughput:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time of what is done within as waiting for data, too."""
+        """Count the time inside of the context as waiting for data, too."""
         start = self.clock()
         try:
             yield
@@ -101,19 +100,19 @@ class Throughput:
             self._waited += self.clock() - start
 
     def count(self, batch: Mapping[str, Any]) -> None:
-        """Count a micro-batch that is trained on."""
+        """Count a micro-batch of training."""
         self._measures = self._measures.plus(measure_batch(batch))
         self._positions += batch["input_ids"].numel()
 
     def take(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the figures since the last call, over all ranks, and begin anew; every rank has to call it.
+        """Return the figures since the last call, over all ranks, and reset them; every rank must call it.
 
         Args:
-            gather: makes of a tensor [1, n] of each rank one of [ranks, n].
+            gather: Function that gathers a tensor [1, n] of each rank to [ranks, n].
 
         Returns:
-            What the README explains, under its names there; no ``peak_memory_gib`` on the CPU, no ``mfu`` where the
-            device's peak is not known, and ``data_wait_share_max`` with several ranks alone.
+            Figures by their names in the log; ``peak_memory_gib`` not on the CPU, ``mfu`` only if the device's peak is
+            known, and ``data_wait_share_max`` only with several ranks.
         """
         self._read_clock()
         memory = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
@@ -155,6 +154,6 @@ class Throughput:
         return figures
 
     def _utilization(self, measures: Measures, possible: float) -> dict[str, float]:
-        """Return which share of the possible operations training had to do, and the tower's and the model's part."""
+        """Return the needed share of the possible operations: in total, of the tower and of the language model."""
         vision, language = (float(part) / possible for part in self._flops.split(np.array(measures, MEASURES)))
         return {"mfu": vision + language, "mfu_vision": vision, "mfu_language": language}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwenvl.models.lora.files import start_anew
 from qwenvl.models.task_module import NAME, Readout, readout_of
-from qwenvl.models.trainable.sharded_params import gathered
+from qwenvl.models.trainable.sharded_params import full_tensor_cpu
 from qwenvl.utils.errors import UserError
 
 RECORD_FILE, WEIGHTS_FILE = "task.json", "task_head.safetensors"
@@ -23,7 +23,7 @@ RECORD_FILE, WEIGHTS_FILE = "task.json", "task_head.safetensors"
 def collect(model: Any) -> dict[str, Tensor]:
     """Return the tensors of a model's task, copied to the host; empty without a task. Every rank has to call it."""
     readout = readout_of(model)
-    return {} if readout is None else {name: gathered(value) for name, value in readout.named_parameters()}
+    return {} if readout is None else {name: full_tensor_cpu(value) for name, value in readout.named_parameters()}
 
 
 def save(model: Any, folder: str | Path, tensors: Mapping[str, Tensor]) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from qwenvl.data.encoding.targets import TargetReader
-from qwenvl.models.loss.causal_lm import Balance, count_targets, run_model, tell_host, total_weight, with_balance
+from qwenvl.models.loss.causal_lm import Balance, count_targets, prepare_inputs, run_model, total_weight, with_balance
 from qwenvl.models.task_module import Readout
 
 
@@ -61,12 +61,12 @@ class Objective:
         """Convert a batch of the collator to the inputs of :meth:`compute`, on the host.
 
         Returns:
-            The batch as from :func:`qwenvl.models.loss.causal_lm.tell_host`. An objective with a module returns
+            The batch as from :func:`qwenvl.models.loss.causal_lm.prepare_inputs`. An objective with a module returns
             ``readout_inputs`` (a dict; its tensors are moved to the device) instead of ``kept_positions`` and
             ``targets``. ``sample_targets`` may stay in the batch: the model does not get it. DeepSpeed may round
             floating-point tensors when it moves them: keep targets as numbers or arrays until the loss is computed.
         """
-        return tell_host(batch)
+        return prepare_inputs(batch)
 
     def count(self, batch: Mapping[str, Any]) -> int:
         """Return the number of units of a batch of the collator, on the host."""

@@ -1,4 +1,4 @@
-"""The part of the Trainer that saves and loads: a checkpoint is whole or absent, and every weight finds its place."""
+"""The saving and loading part of the Trainer: checkpoints are written atomically, and every weight is loaded."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Records:
-    """What is written beside the weights of every checkpoint.
+    """Records that are written next to the weights of every checkpoint.
 
     Args:
-        settings_yaml: recipe that reruns the job.
-        original_limits: pixel and frame limits of the checkpoint's processor before training.
-        source: the tensors of that checkpoint; None where they are not known.
-        serving: How a server has to be asked for what was trained; becomes ``serving.json``.
+        settings_yaml: Recipe that reruns the job.
+        original_limits: Pixel and frame limits of the starting checkpoint's processor.
+        source: Tensors of the starting checkpoint; None if not known.
+        serving: Template arguments of requests to a server, for ``serving.json``.
     """
 
     settings_yaml: str
@@ -59,13 +59,13 @@ class Records:
 
 
 class CheckpointingTrainer(transformers.Trainer):
-    """A Trainer that saves folders which load alone.
+    """A Trainer that saves self-contained folders.
 
-    The processor stays out of the stock Trainer's hands: it would write the tokenizer's special tokens over those that
-    the checkpoint's config and generation config declare.
+    The processor is not passed to the stock Trainer, which would overwrite the special tokens of config and generation
+    config by the tokenizer's.
 
     Args:
-        order: Order in which samples are trained on, whose position is saved with every checkpoint.
+        order: Order of the training samples; the position in it is saved with every checkpoint.
         processor: Processor that is saved with every checkpoint.
         records: Records that are saved with every checkpoint.
         options: Options of the stock Trainer.
@@ -82,13 +82,13 @@ class CheckpointingTrainer(transformers.Trainer):
         self.position = SamplerPosition(order, self.train_dataset.content, self.args)
         self._processor = processor
         self._records = records
-        self._drafts: str | None = None  # where a checkpoint is written, while one is
+        self._drafts: str | None = None  # folder of drafts while a checkpoint is written
         self.card: Card | None = None
-        self.forgets_best = False  # a resumed run: whether figures of the earlier one do not compare with its own
-        self._of_task: Mapping[str, Tensor] = {}  # gathered from all ranks, for the one that writes
+        self.forgets_best = False  # whether metrics of a resumed run are not comparable with earlier ones
+        self._of_task: Mapping[str, Tensor] = {}  # gathered from all ranks, for the rank that writes
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator, and have it shard the model on CPUs too where ``--fsdp`` asks for it."""
+        """Create the accelerator, and make ``--fsdp`` shard the model on CPUs too."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled:
             shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
@@ -96,17 +96,17 @@ class CheckpointingTrainer(transformers.Trainer):
 
     @property
     def sharding(self) -> Sharding:
-        """Part of the order that is this rank's."""
-        size = self._train_batch_size  # that of the flag, or a smaller one found by --auto_find_batch_size
+        """This rank's share of the order."""
+        size = self._train_batch_size  # the flag's, or a smaller one found by --auto_find_batch_size
         accumulation = self.args.gradient_accumulation_steps
         return Sharding(size, self.args.world_size, self.args.process_index, accumulation)
 
     def _init_training_state(
         self, max_steps: int, steps_of_epoch: int, epochs: int, checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
-        """Start or take up the state of the run, and return the epoch and its micro-batch to go on with.
+        """Start or restore the state of the run; return the epoch and the micro-batch in it to continue with.
 
-        The best checkpoint is found where the output folder is now.
+        The path of the best checkpoint is updated, in case the output folder was moved.
         """
         begin: tuple[int, int] = super()._init_training_state(max_steps, steps_of_epoch, epochs, checkpoint, trial)
         # a checkpoint's state holds the intervals and the batch size of the run that saved it
@@ -120,17 +120,17 @@ class CheckpointingTrainer(transformers.Trainer):
         )
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
-        """Train an epoch, unless a run is resumed at its end: inside an epoch, the Trainer would take one step more."""
+        """Train an epoch, unless all steps are done: resumed inside an epoch, the Trainer would take an extra step."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **options)
         else:
             self.control.should_training_stop = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the weights to resume with, every one of them.
+        """Load all weights of the checkpoint to resume from.
 
-        The Trainer matches the names in the files with those in memory, which differ in some families (and the
-        experts of Qwen3-VL-MoE are stored transposed), and goes on with what it could not match.
+        The stock Trainer matches names in the files with names in memory, which differ in some families (and the
+        experts of Qwen3-VL-MoE are stored transposed), and silently continues with unmatched weights.
         """
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -138,13 +138,13 @@ class CheckpointingTrainer(transformers.Trainer):
             self._load_trained(resume_from_checkpoint)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """Create the schedule; the optimizer has the settings of the flags now, and none of a checkpoint's."""
+        """Create the schedule, and record the optimizer's settings before a checkpoint is loaded."""
         schedule = super().create_scheduler(num_training_steps, optimizer)
         self._hyperparameters = Hyperparameters.read(self.optimizer)
         return schedule
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the optimizer's moments and where the schedule stands; rates and the like are those of the flags."""
+        """Load the optimizer's moments and the schedule's position; learning rates and the like come from the flags."""
         with refused_state_named(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
@@ -155,7 +155,7 @@ class CheckpointingTrainer(transformers.Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
-        """Load the weights of the best checkpoint, in the same way."""
+        """Load all weights of the best checkpoint."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
@@ -163,7 +163,7 @@ class CheckpointingTrainer(transformers.Trainer):
             self._load_trained(self.state.best_model_checkpoint)
 
     def _load_trained(self, folder: str) -> None:
-        """Load the weights of a checkpoint of this run, all of them or the adapters."""
+        """Load the weights of a checkpoint of this run: the whole model or the adapters."""
         if has_adapters(self.model):
             adapter_files.load(self.model, folder)
         else:
@@ -171,10 +171,10 @@ class CheckpointingTrainer(transformers.Trainer):
         task_files.load(readout_of(self.model), folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save weights, config and processor to a folder; every rank calls it.
+        """Save weights, config and processor to a folder; every rank must call it.
 
-        Under FSDP the stock Trainer would save no weights beside those of ``SHARDED_STATE_DICT``, which nothing but a
-        resumed run opens. Of adapters, only what is saved is gathered, never the frozen weights.
+        With FSDP and ``SHARDED_STATE_DICT`` the stock Trainer would only save weights that nothing but a resumed run
+        can open. With adapters, only saved weights are gathered, never the frozen ones.
         """
         self._of_task = task_files.collect(self.model)
         if has_adapters(self.model):
@@ -199,25 +199,25 @@ class CheckpointingTrainer(transformers.Trainer):
             self.push_to_hub(commit_message="Model save")
 
     def create_model_card(self, **options: Any) -> None:
-        """Write the README.md of the finished model, unless a person has put one there."""
+        """Write the README.md of the finished model, unless there is one by the user."""
         del options
         if self.card is not None and not self.card.write(Path(self.args.output_dir), self.state.log_history):
-            logger.info("%s/README.md is not this trainer's, and stays as it is.", self.args.output_dir)
+            logger.info("%s/README.md was not written by this trainer, and is kept.", self.args.output_dir)
 
     def push_to_hub(
         self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None, **_: Any
     ) -> Any:
-        """Upload the finished model, which is in the output folder, without checkpoints and curves."""
+        """Upload the finished model in the output folder, without checkpoints and curves."""
         if self.is_world_process_zero():
             message = commit_message or "End of training"
             return push_model(Path(self.args.output_dir), self.hub_model_id, self.args, message, token=token)
         return None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing yet: the stock Trainer pushes while it saves, when a checkpoint has not got its name."""
+        """Do nothing: the stock Trainer pushes while it saves, before the checkpoint is at its final path."""
 
     def save_position(self, folder: Path) -> None:
-        """Write what a checkpoint says of the data, for the run that resumes from it; every rank calls it.
+        """Write the position in the data into a checkpoint; every rank must call it.
 
         Args:
             folder: Folder in which the checkpoint is being written.
@@ -226,11 +226,11 @@ class CheckpointingTrainer(transformers.Trainer):
             self.position.write(folder, self.sharding, self.state.global_step)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where the Trainer looks for and writes checkpoints: during a save, the folder of drafts."""
+        """Return the folder in which the Trainer reads and writes checkpoints: the folder of drafts during a save."""
         return super()._get_output_dir(trial) if self._drafts is None else self._drafts
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint under another name, and give it its own when it is whole."""
+        """Save a checkpoint to a temporary folder, and move it to its final path when it is complete."""
         name = f"checkpoint-{self.state.global_step}"
         with published(self.args.output_dir, name, writes=self.args.should_save) as draft:
             self._drafts = str(draft.parent)
@@ -252,23 +252,23 @@ class CheckpointingTrainer(transformers.Trainer):
             )
 
     def _carry_over(self, folder: Path) -> None:
-        """Add what the starting checkpoint holds and transformers does not load to the weights in a folder."""
+        """Add the starting checkpoint's tensors that transformers does not load to the weights in a folder."""
         if not has_adapters(self.model):
             tensors = carried_tensors(self._records.source or {}, self.model)
             carry_over(folder, tensors, shard_bytes(self.args.max_shard_size))
 
     def _name_best(self, being_saved: int | None = None) -> None:
-        """Name the best checkpoint by its place in the output folder: the Trainer looks for it among the drafts.
+        """Set the best checkpoint to its final path: the Trainer sets a path among the drafts.
 
         Args:
-            being_saved: Step whose checkpoint is being written, and is not in its place yet.
+            being_saved: Step whose checkpoint is being written, and is not at its final path yet.
         """
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (best.exists() or self.state.best_global_step == being_saved):
             self.state.best_model_checkpoint = str(best)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save weights, config and processor, and the records that make the folder repeatable."""
+        """Save weights, config and processor, and the records of the run."""
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
             if has_adapters(self.model):
@@ -286,7 +286,7 @@ class CheckpointingTrainer(transformers.Trainer):
 
 
 def _restore(config: PretrainedConfig, name: str, value: Any) -> None:
-    """Undo what the Trainer did to a config for training: saved, it would make inference slow."""
+    """Restore a value that the Trainer changed in the config for training; saved, it would make inference slow."""
     if value is _ABSENT:
         vars(config).pop(name, None)
     else:

@@ -1,4 +1,4 @@
-"""Batches for one rank: worker processes, one thread each, in an order that any number of ranks agrees on."""
+"""DataLoader of one rank: its share of an order that does not depend on the number of ranks, and its workers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from qwenvl.utils.allocator import keep_freed_memory
 
 
 class ShardedDataLoader(DataLoader[Item]):
-    """A DataLoader over :class:`ShardedBatchSampler`; the Trainer tells it the epoch."""
+    """A DataLoader over :class:`ShardedBatchSampler`; the Trainer sets its epoch."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch."""
+        """Select the order of an epoch."""
         sampler = self.batch_sampler
         assert isinstance(sampler, ShardedBatchSampler)
         sampler.set_epoch(epoch)
@@ -34,11 +34,11 @@ def build_loader(
     """Return this rank's loader.
 
     Args:
-        dataset: the samples.
-        collator: makes batches of them.
-        args: the ``dataloader_*`` flags.
-        order: of the dataset's indices.
-        sharding: which of them are this rank's.
+        dataset: Dataset of samples.
+        collator: Collator of batches.
+        args: Arguments of the run, with the ``dataloader_*`` flags.
+        order: Order of the dataset's indices.
+        sharding: Share of this rank.
     """
     workers = args.dataloader_num_workers
     options: dict[str, Any] = {}
@@ -62,10 +62,10 @@ def build_loader(
 
 
 def prepare_worker(worker: int) -> None:
-    """Let a worker reuse its buffers, and outlive the signals that end a job. One thread is what torch gives it.
+    """Make a worker reuse freed memory, and ignore the signals that end a job. torch limits it to one thread.
 
-    Schedulers send SIGTERM to every process of a job; the rank still needs its workers for the step that it finishes,
-    and ends them itself.
+    Schedulers send SIGTERM to every process of a job, but the rank needs its workers until the end of the step, and
+    ends them itself.
     """
     del worker
     keep_freed_memory()
@@ -74,11 +74,11 @@ def prepare_worker(worker: int) -> None:
 
 
 def _end_workers() -> None:
-    """End the workers of a loader that nobody has closed, as after an error.
+    """Kill the workers of loaders that are still open, for instance after an error.
 
-    At its end, a process asks its workers to end by SIGTERM, which they ignore, and waits for them: for ever, and the
-    launcher and all other ranks with it.
+    At exit, multiprocessing sends SIGTERM to the workers, which ignore it, and would wait for them forever; so would
+    the launcher and all other ranks.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for an error
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their end as an error
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -1,4 +1,4 @@
-"""Samples of the evaluation data that are answered during training: the same ones at every evaluation."""
+"""Evaluation samples that the model answers during training, the same at every evaluation."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Round:
-    """What the ranks answer at one time; each gets prompts with the same kinds of media.
+    """Samples that the ranks answer together, all with the same kinds of media.
 
     Args:
-        asked: numbers of the samples that this rank asks; one of any rank where it has none left.
-        counted: how many of them are its own; the rest only keeps it in step.
+        asked: Numbers of the samples that this rank answers; an arbitrary one if it has none left.
+        counted: Number of samples in ``asked`` that belong to this rank; others only keep ranks in lockstep.
     """
 
     asked: tuple[int, ...]
@@ -38,29 +38,29 @@ class Round:
 
 
 class EvalPrompts:
-    """Samples that can be asked, chosen once; every rank chooses the same ones.
+    """Samples with a prompt and an expected answer, chosen once; every rank chooses the same ones.
 
-    All of them are opened here, so that a file that cannot be read leaves out its sample on every rank alike; what they
-    show is decoded anew for each evaluation.
+    All of them are opened here, so that a sample with an unreadable file is left out on every rank. Media are decoded
+    again for each evaluation.
 
     Args:
-        dataset: evaluation samples.
-        processor: of the checkpoint.
-        count: how many are wanted.
-        seed: of the choice.
+        dataset: Evaluation samples.
+        processor: Processor of the checkpoint.
+        count: Number of samples to choose.
+        seed: Seed of the choice.
     """
 
     def __init__(self, dataset: ConversationDataset, processor: Any, count: int, seed: int) -> None:
         self._dataset = dataset
         self._processor = processor
-        chosen, passed_over = dict[int, Prediction](), 0
+        chosen, unusable = dict[int, Prediction](), 0
         for index in np.random.default_rng([seed, 2]).permutation(len(dataset)).tolist():
             if len(chosen) >= count:
                 break
             try:
                 chosen[index] = self._describe(index)
             except SampleError:
-                passed_over += 1
+                unusable += 1
         self.lines = [chosen[index] for index in sorted(chosen)]
         self._kinds = [tuple(sorted({kind for kind, _ in line.media})) for line in self.lines]
         partners = find_partners(self.lines, seed)
@@ -68,13 +68,13 @@ class EvalPrompts:
         self._places = places
         self._partners = {places[key]: places[other] for key, other in partners.items()}
         logger.info(
-            "Evaluation asks %d samples%s.",
+            "Evaluations generate answers to %d samples%s.",
             len(self.lines),
-            f"; {passed_over} others cannot be asked" if passed_over else "",
+            f"; {unusable} others cannot be used" if unusable else "",
         )
 
     def _describe(self, index: int) -> Prediction:
-        """Return a line about the first sample of a row."""
+        """Return a prediction without an answer for the first sample of a row."""
         sample = self._dataset.samples(index)[0]
         example = open_example(sample, self._dataset.encoder)
         spec = self._dataset.tables[self._dataset.locate(index)[0]].table.spec
@@ -83,44 +83,44 @@ class EvalPrompts:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics that the expected answers call for."""
+        """Names of the metrics of the expected answers."""
         return sorted({scores.metric.name for scores in evaluate(self.lines)})
 
     @property
     def comparable(self) -> list[int]:
-        """Numbers of the samples whose media can be exchanged for those of another one."""
+        """Numbers of the samples whose media can be swapped with another sample's."""
         return sorted(self._partners)
 
     def answerer(self, model: Any) -> Answerer:
-        """Return a model with what renders prompts as in training."""
+        """Return an answerer, which renders prompts as in training."""
         return Answerer(model, self._processor, self._dataset.encoder.template.kwargs)
 
     def open(self, number: int) -> EvalExample:
         """Decode a sample.
 
         Raises:
-            SampleError: its files cannot be read any more.
+            SampleError: Its files can no longer be read.
         """
         return open_example(self._dataset.samples(self.lines[number].index)[0], self._dataset.encoder)
 
     def number_of(self, key: Key) -> int | None:
-        """Return the number of a sample; None of one that is not asked."""
+        """Return the number of a sample; None if it was not chosen."""
         return self._places.get(key)
 
     def media(self, number: int) -> list[Medium]:
-        """Return what a sample shows, as pictures for a page.
+        """Return the media of a sample as images, for a page.
 
         Raises:
-            SampleError: its files cannot be read any more.
+            SampleError: Its files can no longer be read.
         """
         frames = self.open(number).prompt.frames
         return [Medium(tuple(Image.fromarray(one) for one in of_medium.numpy())) for of_medium in frames]
 
     def rounds(self, batch_size: int, rank: int, ranks: int) -> Iterator[Round]:
-        """Yield what a rank asks, in as many rounds on every rank.
+        """Yield the rounds of a rank; every rank gets the same number of rounds.
 
-        In a round all ranks ask samples with the same kinds of media, because transformers runs the vision tower once
-        for pictures, once for videos and not for text: under ZeRO-3 and FSDP the ranks would wait for each other.
+        In a round all ranks have samples with the same kinds of media, because transformers runs the vision tower once
+        for images, once for videos and not for text: with ZeRO-3 or FSDP, the ranks would wait for each other.
         """
         for kinds in sorted(set(self._kinds)):
             group = [number for number, found in enumerate(self._kinds) if found == kinds]
@@ -129,7 +129,7 @@ class EvalPrompts:
                 yield Round(mine or (group[0],), len(mine))
 
     def view(self, number: int, view: View) -> EncodedSample:
-        """Return a sample that shows its own media, blank ones or those of its partner."""
+        """Return a sample with its own media, blank media or those of its partner."""
         example = self.open(number)
         if view == "blank":
             example = example.showing(map(blank, example.prompt.frames))
@@ -138,6 +138,10 @@ class EvalPrompts:
         return example.encoded
 
     def answered(self, answers: Sequence[tuple[int, Answer]]) -> list[Prediction]:
-        """Return the lines with their answers, in order: (number, answer) in any order."""
+        """Return the predictions with their answers, in order.
+
+        Args:
+            answers: Pairs (number of the sample, answer), in any order.
+        """
         ordered = sorted(answers, key=lambda pair: pair[0])
         return [with_answer(self.lines[number], answer) for number, answer in ordered]

@@ -1,9 +1,9 @@
-"""``torchrun`` without its own traceback when a process that it started fails: that process has said why.
+"""``torchrun`` without its own traceback if a process fails, because that process has already logged the reason.
 
     python qwenvl/train/launch.py --nproc_per_node 8 qwenvl/train/train_qwen.py recipe.yaml
 
-takes the arguments of ``torchrun``. SIGTERM and SIGUSR1 go on to the processes, which save a checkpoint and end;
-``torchrun`` itself gives them 30 seconds after a SIGTERM, and ends at once on SIGUSR1.
+takes the arguments of ``torchrun``. SIGTERM and SIGUSR1 are forwarded to the processes, which save a checkpoint and
+end. Plain ``torchrun`` would kill them 30 seconds after a SIGTERM, and would itself end immediately on SIGUSR1.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return failure.exitcode
         killer = signal.Signals(-failure.exitcode)
         setup_logging("info")
-        advice = "; often the machine had no memory left (dmesg says so)" if killer == signal.SIGKILL else ""
+        advice = "; often because the machine ran out of memory (see dmesg)" if killer == signal.SIGKILL else ""
         logger.error("Rank %d was killed by %s%s. The other ranks were ended.", rank, killer.name, advice)
         return 128 + killer
     return 0
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
-    """Send a signal on to the processes; without any yet, end."""
+    """Forward a signal to the processes; exit if there are none yet."""
     del frame
     children = psutil.Process().children()
     if not children:

@@ -1,4 +1,4 @@
-"""From parsed arguments to a finished run: every part is opened in the order in which mistakes are cheapest."""
+"""Run training from parsed arguments; the fastest checks come first."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ logger = logging.getLogger(__name__)
 
 
 def run(parsed: ParsedArguments) -> int:
-    """Train, evaluate and save as the arguments say; return the exit code: 0, or 75 if a signal stopped the run.
+    """Train, evaluate and save according to the arguments; return the exit code: 0, or 75 if a signal stopped the run.
 
     Raises:
-        UserError: something in the user's input must be changed.
+        UserError: Something in the user's input must be changed.
     """
     with collected_warnings() as warnings:
         return _run(parsed, warnings)
@@ -75,7 +75,7 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
         )
     config = open_config(parsed)
     if parsed.data.data_flatten:
-        _tell_slow_packing(family)
+        _warn_slow_packing(family)
     require_writable(args.output_dir)
     checkpoint, changes = (None, []) if args.dry_run else from_main_process(lambda: _find_checkpoint(parsed, engine))
     if checkpoint is not None:
@@ -106,7 +106,7 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
 
 
 def _find_checkpoint(parsed: ParsedArguments, engine: Engine) -> tuple[str | None, list[Change]]:
-    """Return the checkpoint to resume from, and the settings that change with it; None and none to start anew."""
+    """Return the checkpoint to resume from and the changed settings; (None, []) for a new run."""
     args = parsed.training
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, engine)
     if checkpoint is None:
@@ -117,13 +117,13 @@ def _find_checkpoint(parsed: ParsedArguments, engine: Engine) -> tuple[str | Non
 
 
 def _finish(parsed: ParsedArguments, trainer: Trainer, data: RunData, report: RunReport) -> int:
-    """Save and report what was trained; return the exit code."""
+    """Save the model and write the report; return the exit code."""
     if trainer.stop_request.stopped_at is not None:
         stopped = f"Stopped on request after step {trainer.stop_request.stopped_at} of {trainer.state.max_steps}"
         logger.info(
-            "%s, which is saved in %s. The same command goes on from there.", stopped, parsed.training.output_dir
+            "%s, which is saved in %s. Run the same command again to resume.", stopped, parsed.training.output_dir
         )
-        report.write(trainer.state, f"{stopped}. The same command goes on from there.")
+        report.write(trainer.state, f"{stopped}. Run the same command again to resume.")
         report.log_place()
         return interruption.EXIT_CODE
     if parsed.tasks.task is not None and data.evaluation is not None:
@@ -136,7 +136,7 @@ def _finish(parsed: ParsedArguments, trainer: Trainer, data: RunData, report: Ru
 
 
 def _evaluate_at_end(trainer: Trainer) -> None:
-    """Evaluate the finished model, unless the last step was evaluated; every rank has to call it."""
+    """Evaluate the finished model, unless the last step was evaluated; every rank must call it."""
     evaluated = [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
     if trainer.state.global_step not in evaluated:
         trainer.evaluate()
@@ -149,7 +149,7 @@ def _open_report(
     prompts: EvalPrompts | None,
     warnings: Sequence[str],
 ) -> RunReport:
-    """Have the run's page written at every evaluation."""
+    """Return the run's report, which the trainer will update at every evaluation."""
     sources = Sources(trainer.data_report, trainer.answers, prompts, warnings)
     rows = used_rows(data)
     report = RunReport(
@@ -160,7 +160,7 @@ def _open_report(
 
 
 def _take_up_records(trainer: Trainer, checkpoint: str | None) -> None:
-    """Go on with what a run has written beside its checkpoints, up to the one it resumes from; or start them anew."""
+    """Continue the records next to the checkpoints, up to the checkpoint to resume from; or start new ones."""
     if checkpoint is None:
         trainer.data_report.start_over()
         if is_main_process():
@@ -173,7 +173,7 @@ def _take_up_records(trainer: Trainer, checkpoint: str | None) -> None:
 
 
 def _save_and_verify(parsed: ParsedArguments, trainer: Trainer, data: RunData) -> None:
-    """Save the finished model, and see whether anybody else can use it."""
+    """Save the finished model, and verify that stock libraries can use it."""
     trainer.save_state()
     summary = trainer.data_report.summary()
     trainer.save_final(describe_run(parsed, used_rows(data), summary))
@@ -181,7 +181,7 @@ def _save_and_verify(parsed: ParsedArguments, trainer: Trainer, data: RunData) -
         if is_main_process():
             logger.warning("%s", line)
     verify_export(trainer, (data.evaluation, data.train), data.processor)
-    logger.info("Saved to %s; its README.md says how to open it.", parsed.training.output_dir)
+    logger.info("Saved to %s; its README.md shows how to load it.", parsed.training.output_dir)
 
 
 def build_trainer(
@@ -191,7 +191,7 @@ def build_trainer(
     records: Records,
     prompts: EvalPrompts | None = None,
 ) -> Trainer:
-    """Put model, data and settings together."""
+    """Build the trainer from model, data and settings."""
     tokenizer: Any = data.processor.tokenizer
     training_limits = parsed.data.save_processor_limits == "training"
     return Trainer(
@@ -209,25 +209,25 @@ def build_trainer(
 
 
 def _eval_prompts(parsed: ParsedArguments, data: RunData) -> EvalPrompts | None:
-    """Choose the samples that are asked at evaluations, where any are.
+    """Choose the samples that the model answers at evaluations; None without ``--eval_generate``.
 
     Raises:
-        UserError: ``--metric_for_best_model`` is a metric that their answers do not call for.
+        UserError: ``--metric_for_best_model`` is not among the metrics of their answers.
     """
     args = parsed.training
     if not args.eval_generate or data.evaluation is None:
         return None
     prompts = EvalPrompts(data.evaluation, data.processor, args.eval_generate, args.data_seed or 0)
-    advice = " The expected answers decide which metrics there are."
+    advice = " The expected answers determine the available metrics."
     _require_best_metric(parsed, prompts.metrics, advice)
     return prompts
 
 
 def _require_best_metric(parsed: ParsedArguments, answers: Iterable[str], advice: str = "") -> None:
-    """Check that ``--metric_for_best_model`` is one that evaluations give, where the model answers.
+    """Check that evaluations report ``--metric_for_best_model``, if they generate answers.
 
     Raises:
-        UserError: it is none of them, nor of the metrics of answers.
+        UserError: It is neither one of the task's metrics nor one of the answers'.
     """
     args = parsed.training
     if args.eval_generate and args.metric_for_best_model is not None:
@@ -243,7 +243,7 @@ def _family(parsed: ParsedArguments, engine: Engine) -> Family:
     """Return the family of the checkpoint.
 
     Raises:
-        UserError: its weights are quantized in a way that cannot be trained with these settings.
+        UserError: Its weights are quantized in a way that cannot be trained with these settings.
     """
     path, adapters = parsed.model.model_name_or_path, parsed.adapters
     own = read_trainable(path, cache_dir=parsed.training.cache_dir, adapted=adapters.lora_enable)
@@ -259,13 +259,13 @@ def _family(parsed: ParsedArguments, engine: Engine) -> Family:
 def _refuse_engine(engine: Engine, family: Family) -> None:
     if not family.layout.sharded:
         raise UserError(
-            f"--{engine} with {family.model_type}: its encoders run once for each size of picture, so that ranks which "
-            f"share weights out would wait for each other. Train it with DDP: leave --{engine} out."
+            f"--{engine} with {family.model_type}: its encoders run once per image size, so that ranks with sharded "
+            f"weights would wait for each other. Train it with DDP: leave --{engine} out."
         )
 
 
-def _tell_slow_packing(family: Family) -> None:
-    """Say once that packed rows are right and slow, where kernels of linear attention are missing."""
+def _warn_slow_packing(family: Family) -> None:
+    """Warn that packed rows are exact but slow if the kernels of linear attention are missing."""
     if family.linear_attention and (obstacle := missing_kernels()):
         logger.warning(
             "--data_flatten or --data_packing with %s: its linear attention runs one sample after the other, which is "
@@ -275,10 +275,10 @@ def _tell_slow_packing(family: Family) -> None:
 
 
 def _require_launcher(engine: Engine, dry_run: bool) -> None:
-    """FSDP needs a process group, and DeepSpeed asks for the rank even where there is one process.
+    """Check that a launcher set this process's rank, which FSDP and DeepSpeed need even for a single process.
 
     Raises:
-        UserError: nothing has told this process its rank.
+        UserError: It is not set.
     """
     if "RANK" not in os.environ and not dry_run:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The loss between two log lines, kept over an interruption."""
+"""Mean loss between two log lines, preserved when a run is resumed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FILE_NAME = "running_loss.json"
 class RunningLoss:
     """Sums the loss of this rank since the last log line, and since the start of the run.
 
-    The Trainer does so too, but forgets the sums in a resumed run, whose next line is then the mean of other steps; it
-    puts the mean of earlier steps in the place of a loss that is not finite, or lets it spoil the mean of the run; and
-    it keeps what was summed before ``--auto_find_batch_size`` began the run again.
+    The stock Trainer does so too, with three faults: it loses the sums of a resumed run, so that the next line averages
+    other steps; it replaces a non-finite loss by the mean of earlier steps, or the mean of the run becomes non-finite;
+    and it keeps sums from before ``--auto_find_batch_size`` restarted the run.
 
     Args:
         device: Device of the losses.
@@ -33,7 +33,7 @@ class RunningLoss:
         self.start_over()
 
     def start_over(self) -> None:
-        """Forget all steps but those of the checkpoint that the run goes on from."""
+        """Reset to the sums of the checkpoint that the run resumed from, or to zero."""
         state = self._beginning
         sums = state.get("sums", [0.0])
         self._step.zero_()
@@ -43,7 +43,7 @@ class RunningLoss:
 
     @property
     def of_step(self) -> Tensor:
-        """This rank's loss of the step that is under way: float32 []."""
+        """This rank's loss of the current step: float32 []."""
         return self._step
 
     def add(self, loss: Tensor) -> None:
@@ -51,7 +51,7 @@ class RunningLoss:
         self._step += loss.detach()
 
     def end_step(self, *, taken: bool) -> None:
-        """Add the loss of the step to the sum, or forget it if the step was skipped."""
+        """Add the loss of the step to the sum, or drop it if the step was skipped."""
         if taken:
             self._sum += self._step
             self._steps += 1
@@ -60,10 +60,10 @@ class RunningLoss:
         self._step.zero_()
 
     def take(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the figures since the last call, and begin anew; every rank has to call it.
+        """Return the figures since the last call, and reset them; every rank must call it.
 
         Returns:
-            ``loss``, the mean of the steps that were taken, NaN if none was; ``skipped_steps``, where there are any.
+            ``loss``, the mean over the steps taken, NaN if there were none; ``skipped_steps``, if there are any.
         """
         total = mean_over_ranks(self._sum).item()
         skipped = {"skipped_steps": self._skipped} if self._skipped else {}
@@ -75,15 +75,15 @@ class RunningLoss:
         return figures
 
     def of_run(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> float:
-        """Return the mean loss of all steps of the run that were taken, also of those before it was resumed.
+        """Return the mean loss over all steps of the run, including those before it was resumed.
 
-        NaN if none was; every rank has to call it.
+        NaN if no step was taken; every rank must call it.
         """
         total, steps = mean_over_ranks(self._sum).item() + self._logged_sum, self._steps + self._logged_steps
         return total / steps if steps else math.nan
 
     def save(self, folder: Path, *, writes: bool) -> None:
-        """Write it to a checkpoint; every rank has to call it, and those write whose ``writes`` is true."""
+        """Write the sums to a checkpoint; every rank must call it, and ranks with ``writes`` write."""
         sums = gather_objects(self._sum.item())
         if writes:
             state = {
@@ -96,7 +96,7 @@ class RunningLoss:
             (folder / FILE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def take_up(self, folder: str) -> None:
-        """Go on with what a checkpoint holds; one of the stock Trainer holds nothing."""
+        """Continue with the sums of a checkpoint; one of the stock Trainer has none."""
         path = Path(folder) / FILE_NAME
         if path.exists():
             self._beginning = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""How long a run is: its optimizer steps, counted before it starts."""
+"""Length of a run in optimizer steps, computed before it starts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from qwenvl.data.sampler import SampleOrder, Sharding, costs_of_ranks, imbalance
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long a run is.
+    """Length of a run.
 
     Args:
-        indices: rows or packs of an epoch.
-        ranks: devices.
-        step_size: rows or packs of an optimizer step, over all ranks.
-        steps_of_epoch: optimizer steps of an epoch.
-        steps: of the whole run.
+        indices: Number of rows or packs per epoch.
+        ranks: Number of devices.
+        step_size: Number of rows or packs per optimizer step, over all ranks.
+        steps_of_epoch: Number of optimizer steps per epoch.
+        steps: Number of optimizer steps of the whole run.
     """
 
     indices: int
@@ -31,21 +31,21 @@ class Schedule:
 
     @property
     def epochs(self) -> float:
-        """How often the data are used."""
+        """Number of passes over the data."""
         return self.steps / self.steps_of_epoch
 
     def steps_between(self, given: float) -> int:
-        """Return the steps of a distance that flags give in steps, or below 1 as a share of the run."""
+        """Return an interval in steps; flags give it in steps, or as a share of the run if below 1."""
         return math.ceil(self.steps * given) if given < 1 else int(given)
 
 
 def plan_schedule(indices: int, args: TrainingArguments, ranks: int) -> Schedule:
-    """Return how many steps there are; the Trainer counts as many.
+    """Return the schedule of a run, with the same number of steps as the Trainer.
 
     Args:
-        indices: rows or packs of an epoch.
-        args: of the run.
-        ranks: devices.
+        indices: Number of rows or packs per epoch.
+        args: Arguments of the run.
+        ranks: Number of devices.
     """
     step_size = args.train_batch_size * args.gradient_accumulation_steps * ranks
     of_epoch = -(-indices // step_size)
@@ -54,13 +54,13 @@ def plan_schedule(indices: int, args: TrainingArguments, ranks: int) -> Schedule
 
 
 def slowest_over_mean(order: SampleOrder, costs: np.ndarray, args: TrainingArguments, ranks: int) -> float:
-    """Return how long the slowest rank works in a step, over the mean of all; 1 for one rank.
+    """Return work of the slowest rank in a step / mean over ranks; 1 for one rank.
 
     Args:
-        order: of the indices.
-        costs: float64, what each of them costs.
-        args: of the run.
-        ranks: devices.
+        order: Order of the indices.
+        costs: float64 [indices], cost of each index.
+        args: Arguments of the run.
+        ranks: Number of devices.
     """
     if ranks == 1:
         return 1.0

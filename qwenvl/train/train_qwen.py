@@ -26,18 +26,18 @@ from qwenvl.utils.logging import held_back, setup_logging
 logger = logging.getLogger("qwenvl")
 
 _LOST_CONTACT = (
-    "Another rank is gone, and with it the run; its own log, or that of its machine, says why. Start the same command "
-    "again: it goes on from the newest checkpoint. What was noticed here: %s"
+    "Lost the connection to another rank; training stopped. See the log of that rank or of its machine for the reason. "
+    "Run the same command again to resume from the newest checkpoint. Error on this rank: %s"
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; return the exit code.
 
-    A user's mistake is one message without a traceback, anything else a traceback; of all ranks, the first one to fail
-    speaks, since the others fail of the same mistake or for want of the first: a rank that only misses another, on
-    another machine perhaps, says so in one message. With ``--debug`` all of them do. A run
-    that SIGTERM or SIGUSR1 stopped has saved a checkpoint and returns 75.
+    A user's mistake is logged as one message without a traceback, any other error with a traceback. Only the first
+    rank that fails logs it, since others fail for the same reason or because that rank is gone; a rank that only lost
+    the connection to another one logs one message. With ``--debug`` every rank logs its error with a traceback. A run
+    stopped by SIGTERM or SIGUSR1 has saved a checkpoint and returns 75.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes fork after the tokenizer was used
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = parsed.debug
         if parsed.training.use_cpu:  # or DeepSpeed, once imported, prints on every rank that it found no accelerator
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        from qwenvl.train.run import run  # takes seconds, which --help and mistakes in flags need not wait for
+        from qwenvl.train.run import run  # takes seconds; --help and mistakes in flags need not wait
 
-        setup_logging(*levels)  # after all imports: some libraries bring handlers of their own
+        setup_logging(*levels)  # after all imports, as some libraries add handlers of their own
         code = run(parsed)
     except UserError as error:
         if debug or is_first_to_say("error"):

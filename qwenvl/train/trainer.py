@@ -1,7 +1,7 @@
-"""The Hugging Face Trainer with our batches, our loss and our checkpoints. Subclassed; nothing of it is replaced.
+"""Subclass of the Hugging Face Trainer with our batches, loss and checkpoints.
 
-What is learned is up to an :class:`~qwenvl.tasks.objective.Objective`. Its loss is divided by its units of the whole
-optimizer step: trained tokens, where language is modelled, by their weights where answers have any.
+An :class:`~qwenvl.tasks.objective.Objective` defines the loss, which is divided by the number of units in the whole
+optimizer step. In language modelling the units are trained tokens, weighted if answers have weights.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(CheckpointingTrainer):
-    """Trains on conversations; the loss is per unit of its objective of the whole optimizer step.
+    """Trains on conversations; the loss is the mean over the objective's units in the whole optimizer step.
 
     Args:
-        order: Order in which samples are trained on.
+        order: Order of the training samples.
         collator: Collator of batches.
         processor: Processor that is saved with every checkpoint.
         records: Records that are saved with every checkpoint.
-        objective: What is learned; None for language modelling, where a unit is a trained token.
-        prompts: Samples that the model answers at evaluations; None for the loss alone.
+        objective: Objective of the training; None for language modelling, whose units are trained tokens.
+        prompts: Samples that the model answers at evaluations; None to evaluate the loss only.
         options: Options of the stock Trainer: the model, with frozen and trainable parts set and the vision call
             installed; training arguments; training samples, and evaluation samples or None.
     """
@@ -80,7 +80,7 @@ class Trainer(CheckpointingTrainer):
     ) -> None:
         super().__init__(order, processor, records, data_collator=collator, **options)
         self.objective = objective or Objective()
-        self.model_accepts_loss_kwargs = True  # the loss is divided by the units of all accumulation steps already
+        self.model_accepts_loss_kwargs = True  # our loss is already divided by the units of all accumulation steps
         args, output_dir = self.args, Path(self.args.output_dir)
         self.data_report = DataReport(args.output_dir)
         self.stop_request = StopRequest()
@@ -95,9 +95,9 @@ class Trainer(CheckpointingTrainer):
         self._learning_rates = LearningRates(args.learning_rate)
         self.running_loss = RunningLoss(args.device)
         self._step_guard = StepGuard(args.max_bad_steps)
-        self._samples: list[str] = []  # of the step that is under way
-        self._units = 0.0  # of it, that the loss is a mean of
-        self._tokens = 0.0  # of it, over all ranks
+        self._samples: list[str] = []  # origins of the current step's samples
+        self._units = 0.0  # units of the current step, which divide its loss
+        self._tokens = 0.0  # tokens of the current step, over all ranks
         self._first_step: FirstStep | None = FirstStep(self.model, self.objective.unit)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -112,29 +112,29 @@ class Trainer(CheckpointingTrainer):
         return build_loader(dataset, self.data_collator, self.args, order, sharding)
 
     def save_position(self, folder: Path) -> None:
-        """Write how far the data are used, what their order is made of, and the loss that is not logged yet."""
+        """Write the position in the data, the description of their order, and the loss that is not logged yet."""
         self.running_loss.save(folder, writes=self.args.should_save)
         super().save_position(folder)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Start or take up the state of the run, also where ``--auto_find_batch_size`` begins it again."""
+        """Start or restore the state of the run, also when ``--auto_find_batch_size`` restarts it."""
         self.running_loss.start_over()
         self.current_flos = 0
         return super()._init_training_state(*args)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, however long that takes; it is no time of training."""
+        """Save a checkpoint, without time limit; the time does not count as training."""
         self._watchdog.rest()
         with self.speed.paused():
             super()._save_checkpoint(model, trial)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, under the eyes of the watchdog."""
+        """Train, with the watchdog on."""
         with self._watchdog.on_duty():
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, under the eyes of the watchdog; it is no time of training."""
+        """Evaluate, with the watchdog on; the time does not count as training."""
         with self._watchdog.on_duty(), self.speed.paused():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
@@ -147,7 +147,7 @@ class Trainer(CheckpointingTrainer):
         With ``--average_tokens_across_devices False`` the count is this rank's own.
 
         Raises:
-            SampleError: one of them holds a sample that must stop the run.
+            SampleError: One of them holds a sample that must stop the run.
         """
         self._watchdog.watch(f"step {self.state.global_step + 1}, waiting for its samples")
         batches, here_units = super().get_batch_samples(self.speed.watch(epoch_iterator), num_batches, device)
@@ -157,16 +157,16 @@ class Trainer(CheckpointingTrainer):
             sum(count_tokens(batch) for batch in batches),
             here_units,
         )
-        pictures, stop, self._tokens, units = self._over_ranks(*here)
+        with_media, stop, self._tokens, units = self._over_ranks(*here)
         self._units = units if self.args.average_tokens_across_devices else here_units
-        self._unused_vision.begin_step(self.optimizer, pictures=pictures > 0)
+        self._unused_vision.begin_step(self.optimizer, has_media=with_media > 0)
         self.stop_request.begin_step(agreed=stop > 0)
         prepared = [self.objective.prepare(batch) for batch in batches]
         self.speed.count(prepared)
         return prepared, self._units
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """Look at the batches of a step, and count this rank's units; after that, it waits for the other ranks."""
+        """Check the batches of a step, and return this rank's units; the caller then waits for the other ranks."""
         del device
         self._samples = [sample for batch in batch_samples for sample in self._receive(batch)]
         shapes = [(tuple(batch["input_ids"].shape), batch.get("media", ())) for batch in batch_samples]
@@ -183,12 +183,12 @@ class Trainer(CheckpointingTrainer):
     ) -> Tensor:
         """Return this micro-batch's part of the loss of the optimizer step.
 
-        Sum of the loss over its units / units of the step over all ranks and accumulation steps, each unit times its
-        weight; times the number of ranks, because DDP, DeepSpeed and FSDP average gradients over them. With
-        ``--average_tokens_across_devices False`` the count is this rank's own, and ranks weigh alike.
+        That is the weighted sum of the loss over its units / total weight of the units in the step, over all ranks and
+        accumulation steps; times the number of ranks, because DDP, DeepSpeed and FSDP average gradients over ranks.
+        With ``--average_tokens_across_devices False`` each rank divides by its own units, and ranks have equal weight.
         """
         assert not return_outputs and num_items_in_batch is not None
-        # A step in which every sample was left out has no unit: its loss is zero, not NaN.
+        # A step in which every sample was skipped has no units: its loss is zero, not NaN.
         units = float(num_items_in_batch) or 1.0
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         loss, _ = batch_loss(self.objective, model, inputs, units=units, balance=self._balance(ranks))
@@ -196,19 +196,19 @@ class Trainer(CheckpointingTrainer):
         return loss * ranks
 
     def _balance(self, ranks: int) -> Balance | None:
-        """Return how the auxiliary loss of the experts counts in this step, where there is one."""
+        """Return the settings of the experts' auxiliary loss in this step; None without one."""
         coefficient = self.args.router_aux_loss_coef
         if not coefficient:
             return None
         top_k: int = self.model.config.get_text_config().num_experts_per_tok
-        # where each rank divides by its own units, the ranks' means weigh alike; so they do here
+        # if each rank divides by its own units, ranks have equal weight, also in this loss
         share = ranks / self.accelerator.num_processes
         return Balance(coefficient, top_k, max(self._tokens * share, 1.0))
 
     def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
-        """Compute in the run's precision, and keep activations where they are asked to be kept.
+        """Return a context that sets precision and activation offloading.
 
-        Evaluations compute in the type of ``--bf16_full_eval`` or ``--fp16_full_eval``; weights keep theirs.
+        Evaluations compute in the type of ``--bf16_full_eval`` or ``--fp16_full_eval``; weights are not converted.
         """
         contexts = ExitStack()
         contexts.enter_context(super().compute_loss_context_manager())
@@ -222,19 +222,20 @@ class Trainer(CheckpointingTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one micro-batch; after the last one of a step comes the optimizer."""
+        """Run one micro-batch; the optimizer follows after the last one of a step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.running_loss.add(loss)
         self.speed.profile.enter(Phase.OPTIMIZER if self.accelerator.sync_gradients else Phase.OTHER)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the norm of the step's gradient, and see to it that a step which is not finite changes nothing.
+        """Return the norm of the step's gradient, and prevent a non-finite gradient from changing weights.
 
-        The Trainer calls it right before the optimizer's step, which DeepSpeed has taken by then, or skipped itself.
+        The Trainer calls it right before the optimizer's step, which DeepSpeed has already taken, or skipped itself.
 
         Raises:
-            UserError: the first step is not sound; too many steps in a row are skipped; or DeepSpeed has taken one.
+            UserError: The first step fails its checks, too many consecutive steps are skipped, or DeepSpeed took a step
+                with a non-finite loss.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss, step = self.running_loss.of_step, self.state.global_step + 1
@@ -253,19 +254,21 @@ class Trainer(CheckpointingTrainer):
         else:
             taken = math.isfinite(value)
             if not taken:
-                model.zero_grad()  # an optimizer passes over parameters without a gradient
+                model.zero_grad()  # optimizers skip parameters without a gradient
         if taken:
             self._step_guard.taken()
-        elif not self.args.fp16 or self._over_ranks(not bool(loss.isfinite()))[0]:  # fp16 finds its scale by such steps
+        elif (
+            not self.args.fp16 or self._over_ranks(not bool(loss.isfinite()))[0]
+        ):  # fp16 adjusts its scale by such steps
             self._step_guard.skipped(step, loss.item(), value, self._samples)
         self.running_loss.end_step(taken=taken)
         return norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer with a learning rate for each part and no weight decay on biases and norms.
+        """Create the optimizer with a learning rate per module group, and no weight decay on biases and norms.
 
         Raises:
-            UserError: ``--optim`` needs a package that is missing.
+            UserError: The package for ``--optim`` is missing.
         """
         if self.optimizer is None:
             try:
@@ -290,11 +293,11 @@ class Trainer(CheckpointingTrainer):
         return self._learning_rates.read(self.optimizer)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return the operations of a micro-batch, which add up to ``total_flos``."""
+        """Return the operations of a micro-batch, which are summed up in ``total_flos``."""
         return int(self.speed.flops.count(np.array(measure_batch(inputs), MEASURES)))
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of usable samples for ``non_padding``, flattened or not; else as the stock Trainer does."""
+        """Count the tokens of usable samples for ``non_padding``, flattened or not; else like the stock Trainer."""
         if self.args.include_num_input_tokens_seen != "non_padding":
             super()._track_num_input_tokens(inputs)
             return
@@ -330,7 +333,7 @@ class Trainer(CheckpointingTrainer):
         if self.is_world_process_zero():
             self.objective.draw(records, Path(self.args.output_dir))
         found = {
-            "loss": loss_sum / weight if weight else math.nan,  # 0 would pass for the best loss
+            "loss": loss_sum / weight if weight else math.nan,  # 0 would count as the best loss
             self.objective.unit: int(units),
             **self.objective.metrics(records),
             **(self._generation_eval.run(self) if self._generation_eval else {}),
@@ -341,7 +344,7 @@ class Trainer(CheckpointingTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log figures, with the loss of the steps that were taken and the speed; all ranks take part."""
+        """Log figures, with the mean loss over the steps taken and the speed; every rank must call it."""
         mean = partial(self.accelerator.reduce, reduction="mean")
         if "loss" in logs:
             figures = self.speed.throughput.take(self.accelerator.gather)
@@ -351,17 +354,17 @@ class Trainer(CheckpointingTrainer):
         super().log(logs, start_time)
 
     def _over_ranks(self, *numbers: float) -> list[float]:
-        """Return sums over the ranks, of a statement the number of ranks where it holds; every rank has to call it."""
+        """Return the sums over the ranks; of a bool, the number of ranks with True. Every rank must call it."""
         sums = zeros_for_sums(len(numbers), self.args.device)
         sums += torch.tensor([float(number) for number in numbers], dtype=sums.dtype, device=sums.device)
         found: list[float] = self.accelerator.reduce(sums, reduction="sum").tolist()
         return found
 
     def _receive(self, batch: dict[str, Any]) -> list[str]:
-        """Take what is not for the model out of a batch; return where its samples stand.
+        """Remove the entries of a batch that are not for the model; return the origins of its samples.
 
         Raises:
-            SampleError: a sample of the batch must stop the run.
+            SampleError: A sample of the batch must stop the run.
         """
         self.data_report.add(batch.pop("events"))
         error = batch.pop("error")

@@ -1,4 +1,4 @@
-"""The finished folder, held against the trainer: stock transformers computes the same with it, in a fresh process."""
+"""Verify the finished folder: stock transformers must compute the same as the trainer, in a fresh process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qwenvl.inference.positions import needs_positions
 from qwenvl.models.fingerprints import adapter_scales, trained_fingerprints
 from qwenvl.models.lora.adapters import has_adapters
 from qwenvl.models.lora.files import CONFIG_FILE, WEIGHTS_FILE
-from qwenvl.models.loss.causal_lm import run_model, tell_host
+from qwenvl.models.loss.causal_lm import prepare_inputs, run_model
 from qwenvl.models.moe_checkpoint import weight_files
 from qwenvl.models.vision.patchify import Patchify
 from qwenvl.train.checkpoint.validate import BLAME
@@ -41,38 +41,36 @@ from qwenvl.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 FLOAT32 = 1e-3
-"""Difference of logits that float32 explains, in standard deviations: 600 times what is measured at 2B on a CPU, and
-room for the kernels of other devices."""
+"""Largest accepted difference of logits in float32, in standard deviations: 600 times the difference measured for a 2B
+model on a CPU, which leaves room for the kernels of other devices."""
 
 MULTIPLE = 3.0
-"""How many times as far as rounding is measured to lead the logits of training may be. Once is what is expected, since
-both are rounded by the same type; 0.6 to 1.2 times was measured over all families, 0.99 at 2B."""
+"""Largest accepted difference of logits in a reduced type, as a multiple of the measured effect of rounding. The
+expected value is 1, since both use the same type; measured are 0.6 to 1.2 over all families, 0.99 for a 2B model."""
 
-_ROWS = 32  # positions whose logits are compared
+_ROWS = 32  # number of positions whose logits are compared
 _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def verify_export(trainer: Trainer, datasets: Sequence[ConversationDataset | None], processor: Any) -> None:
-    """Have a fresh process open the finished folder, and compare its logits with the trainer's; every rank calls it.
+    """Open the finished folder in a fresh process, and compare it with the trainer's model; every rank must call it.
 
     The head of a task is opened there too, and its scores of the same samples are compared.
 
     Args:
-        trainer: that has saved it.
-        datasets: whose first samples are compared with; None for those there are not.
-        processor: of the checkpoint, which says how patches are cut.
+        trainer: Trainer that saved the folder.
+        datasets: Datasets to take samples from, None entries are skipped.
+        processor: Processor of the checkpoint, with the settings of patches.
 
     Raises:
-        UserError: it cannot be opened, or computes something else.
+        UserError: The folder cannot be opened, or its model computes something else.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
     obstacle = from_main_process(lambda: _obstacle(folder) if args.verify_export == "auto" else "")
     if getattr(trainer.model, "is_quantized", False):
-        obstacle = "its base had 4 bits in training and has all of them now, which moves the logits"
+        obstacle = "its base was quantized to 4 bits in training and is not now, which changes the logits"
     if args.verify_export is False or obstacle:
-        logger.info(
-            "The finished folder is not opened again to compare logits: %s.", obstacle or "--verify_export false"
-        )
+        logger.info("The finished folder is not verified: %s.", obstacle or "--verify_export false")
         return
     logger.info("Opening %s in a fresh process with stock transformers, to compare weights and logits.", folder)
     cases = [case for dataset in datasets if dataset is not None for case in short_cases(dataset)][:2]
@@ -97,14 +95,14 @@ def verify_export(trainer: Trainer, datasets: Sequence[ConversationDataset | Non
 
 
 def trainer_logits(trainer: CheckpointingTrainer, case: Case) -> tuple[Tensor, Tensor]:
-    """Return which positions of a sample are compared, and what the model in training computes there.
+    """Return the compared positions of a sample, and the logits of the model in training there.
 
     Returns:
         int64 [n], and float32 [n, V], both on the host.
     """
     assert trainer.data_collator is not None
     batch = for_model(trainer.data_collator([Item((case.encoded,))]))
-    inputs = tell_host(batch)
+    inputs = prepare_inputs(batch)
     length = batch["input_ids"].shape[1]
     rows = torch.linspace(0, length - 1, min(_ROWS, length)).round().long()
     inputs = trainer._prepare_inputs(inputs | {"kept_positions": rows, "targets": None})
@@ -116,7 +114,7 @@ def trainer_logits(trainer: CheckpointingTrainer, case: Case) -> tuple[Tensor, T
 
 
 def trainer_scores(trainer: Trainer, case: Case) -> dict[str, Tensor]:
-    """Return ``scores`` float32 [units, outputs], what a task says of a sample; nothing where it compares none."""
+    """Return ``scores`` float32 [units, outputs] of a task for a sample; empty if the task has no scores."""
     assert trainer.data_collator is not None
     batch = for_model(trainer.data_collator([Item((case.encoded,))]))
     inputs = trainer._prepare_inputs(trainer.objective.prepare(batch))
@@ -127,17 +125,17 @@ def trainer_scores(trainer: Trainer, case: Case) -> dict[str, Tensor]:
 
 
 def _obstacle(folder: Path) -> str:
-    """Return why the model does not fit once more into memory; empty where it does."""
+    """Return why another copy of the model does not fit into memory; empty if it does."""
     needed, free = _bytes_of(folder) * 1.3 + 2**30, psutil.virtual_memory().available
     if needed <= free:
         return ""
     return (
-        f"it takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free (--verify_export true insists)"
+        f"it takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free (--verify_export true forces it)"
     )
 
 
 def _bytes_of(folder: Path) -> int:
-    """Return the size of the weights, those of an adapter with its base model's."""
+    """Return the size of the weights in bytes, for an adapter including the base model."""
     files = [file for file in folder.glob("*model*.safetensors") if (file.name == WEIGHTS_FILE) == _is_adapter(folder)]
     if _is_adapter(folder):
         base = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -152,10 +150,10 @@ def _is_adapter(folder: Path) -> bool:
 def _compare(
     folder: Path, tensors: Mapping[str, Tensor], known: Mapping[str, Any], trainer: CheckpointingTrainer
 ) -> None:
-    """Run the fresh process and judge what it says.
+    """Run the fresh process and check its results.
 
     Raises:
-        UserError: the folder cannot be opened, or its weights or logits are not those of the trainer.
+        UserError: The folder cannot be opened, or its weights or logits differ from the trainer's.
     """
     dtype, reduced = str(trainer.model.dtype).removeprefix("torch."), _reduced_type(trainer)
     with tempfile.TemporaryDirectory() as scratch:
@@ -165,7 +163,7 @@ def _compare(
         arguments = [str(folder), str(cases), str(weights), "--dtype", dtype, "--device", _device(folder)]
         said = _run_fresh([*arguments, *(("--reduced", reduced) if reduced else ())])
     if said is None:
-        _tell_unverified(folder, insisted=trainer.args.verify_export is True)
+        _report_unverified(folder, insisted=trainer.args.verify_export is True)
         return
     require_same(folder, said, reduced)
     worst = max(said["differences"], key=lambda one: one["error"], default={"error": 0.0, "noise": 0.0})
@@ -177,15 +175,15 @@ def _compare(
 
 
 def require_same(folder: Path, said: Mapping[str, Any], reduced: str | None) -> None:
-    """Judge what :mod:`qwenvl.train.export.verify_process` says of a folder.
+    """Check the results of :mod:`qwenvl.train.export.verify_process`.
 
     Args:
-        folder: That was opened.
-        said: ``problems`` and ``differences``.
-        reduced: Type of half precision that training computed in; None for float32.
+        folder: Folder that was opened.
+        said: Results: ``problems`` and ``differences``.
+        reduced: Half-precision type that training computed in; None for float32.
 
     Raises:
-        UserError: its weights or logits are not those of the trainer.
+        UserError: The folder's weights or logits differ from the trainer's.
     """
     if said["problems"]:
         raise UserError(f"{folder} was saved, but stock transformers finds: {'; '.join(said['problems'])}. {BLAME}")
@@ -194,29 +192,29 @@ def require_same(folder: Path, said: Mapping[str, Any], reduced: str | None) -> 
         if not one["error"] <= allowed:
             raise UserError(
                 f"{folder} was saved, but stock transformers computes something else with it: its logits differ by "
-                f"{one['error']:.2g} standard deviations, where {reduced or 'float32'} explains {allowed:.2g}. {BLAME}"
+                f"{one['error']:.2g} standard deviations; {reduced or 'float32'} explains {allowed:.2g}. {BLAME}"
             )
 
 
 def _reduced_type(trainer: CheckpointingTrainer) -> str | None:
-    """Return the type of half precision that training or the files have; None where both are float32."""
+    """Return the half-precision type of training or of the files; None if both are float32."""
     args = trainer.args
     types = {str(trainer.model.dtype).removeprefix("torch."), args.save_dtype}
     if args.fp16 or "float16" in types:
         return "float16"
-    tensor_cores = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32  # digits between the two types
+    tensor_cores = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32  # fewer digits than float32
     return "bfloat16" if args.bf16 or "bfloat16" in types or tensor_cores else None
 
 
-def _tell_unverified(folder: Path, *, insisted: bool) -> None:
-    """Say that the check did not take place: nothing is wrong with the folder for want of memory.
+def _report_unverified(folder: Path, *, insisted: bool) -> None:
+    """Warn that there was not enough memory for the check, which does not mean that the folder is wrong.
 
     Raises:
-        UserError: the check was asked for.
+        UserError: The check was requested.
     """
     message = f"{folder} was saved, but not verified: there is not enough memory to open it beside the trainer's model."
     if insisted:
-        raise UserError(f"{message} --verify_export auto goes on without.")
+        raise UserError(f"{message} --verify_export auto accepts that.")
     logger.warning("%s", message)
 
 
@@ -224,7 +222,7 @@ def _run_fresh(arguments: Sequence[str]) -> dict[str, Any] | None:
     """Run :mod:`qwenvl.train.export.verify_process` outside of the job's process group.
 
     Returns:
-        What it says; None where it ran out of memory.
+        Its results; None if it ran out of memory.
     """
     root = str(Path(__file__).resolve().parents[2])
     launched = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_")
@@ -232,11 +230,11 @@ def _run_fresh(arguments: Sequence[str]) -> dict[str, Any] | None:
         name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS and not name.startswith(launched)
     }
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun leaves each of its processes one thread; the others now wait
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun gives each process one thread; here only one works
         environment["OMP_NUM_THREADS"] = str(available_cores())
     command = [sys.executable, "-m", "qwenvl.train.export.verify_process", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode in (OUT_OF_MEMORY, -signal.SIGKILL):  # by itself, or by the system
+    if done.returncode in (OUT_OF_MEMORY, -signal.SIGKILL):  # reported by itself, or killed by the system
         return None
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
@@ -247,9 +245,9 @@ def _run_fresh(arguments: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _device(folder: Path) -> str:
-    """Return the trainer's own device where there is room beside the trainer, else the CPU."""
+    """Return the trainer's device if it has room for another model, else the CPU."""
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what training gave up still counts as taken
+        torch.cuda.empty_cache()  # torch's cache counts as used memory
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.5 * _bytes_of(folder) + 2**31:
         return f"cuda:{torch.cuda.current_device()}"
     return "cpu"

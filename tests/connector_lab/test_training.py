@@ -21,7 +21,7 @@ from qwenvl.data.types import Sample
 from qwenvl.inference.generate import Answerer, encode_prompts
 from qwenvl.inference.prompts import open_example
 from qwenvl.models.forward import install
-from qwenvl.models.loss.causal_lm import causal_loss, tell_host
+from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
 from qwenvl.models.vision.patchify import Patchify
 from qwenvl.train.run import run
 from qwenvl.utils.errors import Origin, UserError
@@ -104,7 +104,7 @@ def test_one_row_gives_the_loss_of_the_stock_forward_pass(
     install(model, Patchify.from_processor(processor))
     batch = Collator(0, flatten=True)([Item((example.encoded,)) for example in examples])
     with torch.no_grad():
-        found = causal_loss(model, tell_host(for_model(batch)), num_trained_tokens=1.0)
+        found = causal_loss(model, prepare_inputs(for_model(batch)), num_trained_tokens=1.0)
     assert float(found) == pytest.approx(total, rel=1e-5)
 
 

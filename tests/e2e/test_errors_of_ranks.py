@@ -106,4 +106,4 @@ def test_a_rank_that_misses_another_says_so_in_one_message(
     text = logs[0].read_text()
     assert "Traceback" not in text
     (message,) = ERROR.findall(text)
-    assert message.startswith("Another rank is gone") and "Start the same command again" in message
+    assert message.startswith("Lost the connection to another rank") and "Run the same command again" in message

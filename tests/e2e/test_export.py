@@ -155,7 +155,7 @@ def test_what_is_missing_or_wrong_is_named(
     require_whole(str(whole), source)
     shutil.copytree(whole, tmp_path / "run")
     damage(tmp_path / "run")
-    with pytest.raises(UserError, match=f"was saved, but is not whole:\n  .*{message}"):
+    with pytest.raises(UserError, match=f"was saved, but is not complete:\n  .*{message}"):
         require_whole(str(tmp_path / "run"), source)
 
 
@@ -184,7 +184,7 @@ def test_a_checkpoint_that_lacks_something_ends_the_run_and_stays(
     monkeypatch.setattr(setup, "Trainer", _Forgetful)
     steps = {"save_strategy": "steps", "save_steps": 1}
     message = fail(flags(tiny_checkpoint("qwen3_vl"), tmp_path, registry, **CHECK, **steps))
-    assert "checkpoint-1 was saved, but is not whole" in message
+    assert "checkpoint-1 was saved, but is not complete" in message
     assert (tmp_path / "checkpoint-1" / "model.safetensors").exists()
 
 

@@ -67,7 +67,7 @@ def test_resumed_run_ends_bitwise_like_the_run_that_was_never_stopped(
     shutil.copytree(full / name, tmp_path / "resumed" / name)
     caplog.clear()
     resumed = train(tiny_checkpoint(family), tmp_path / "resumed", registry, **settings)
-    assert f"goes on from  {tmp_path / 'resumed' / name}\n" in caplog.text
+    assert f"resumes from  {tmp_path / 'resumed' / name}\n" in caplog.text
     assert history(resumed) == history(full)  # the same samples in the same steps
     assert equal_bits(resumed, full)
 
@@ -110,7 +110,7 @@ def test_false_starts_anew(
 ) -> None:
     settings = {"resume_from_checkpoint": "false", "learning_rate": 1e-4, "save_strategy": "no"}
     again = _again(stopped, tmp_path, tiny_checkpoint, registry, **settings)
-    assert "goes on from" not in caplog.text
+    assert "resumes from" not in caplog.text
     assert len(history(again)) == 4 and history(again)[0] == history(stopped)[0]
     assert history(again)[-1] != history(stopped)[-1]
 
@@ -131,7 +131,7 @@ def test_incomplete_checkpoint_is_passed_over_with_a_warning(
     again = _again(stopped, tmp_path, tiny_checkpoint, registry)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert any(str(broken) in message and "not complete" in message for message in warnings)
-    assert f"goes on from  {folder / 'checkpoint-2'}\n" in caplog.text
+    assert f"resumes from  {folder / 'checkpoint-2'}\n" in caplog.text
     assert equal_bits(again, stopped)
 
 
@@ -145,7 +145,7 @@ def test_checkpoint_can_be_named(
     settings = {"resume_from_checkpoint": stopped / "checkpoint-2", "output_dir": tmp_path / "elsewhere"}
     again = train(tiny_checkpoint("qwen3_vl"), tmp_path / "unused", registry, **{**FOUR_STEPS, **settings})
     del again
-    assert f"goes on from  {stopped / 'checkpoint-2'}\n" in caplog.text
+    assert f"resumes from  {stopped / 'checkpoint-2'}\n" in caplog.text
     assert equal_bits(tmp_path / "elsewhere", stopped)
 
 

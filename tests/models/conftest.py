@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from qwenvl.families import FAMILIES
-from qwenvl.models.loss.causal_lm import tell_host
+from qwenvl.models.loss.causal_lm import prepare_inputs
 from qwenvl.models.vision.patchify import MediumShape
 from tests.patches import frames_of
 
@@ -199,7 +199,7 @@ def layout(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def make_batch() -> Callable[[str, Sequence[StockSample]], dict[str, Any]]:
     """Function of layout and samples that makes a batch."""
-    return lambda layout, samples: tell_host(BATCHES[layout](samples))
+    return lambda layout, samples: prepare_inputs(BATCHES[layout](samples))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from qwenvl.data.types import ImageItem
 from qwenvl.families import FAMILIES, get_family
 from qwenvl.models.forward import install
 from qwenvl.models.lora.adapters import AdapterSettings, adapter_sizes, add_adapters
-from qwenvl.models.loss.causal_lm import causal_loss, tell_host
+from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
 from qwenvl.models.trainable.freezing import set_model
 from qwenvl.profiling.flops import Trained, training_flops
 from tests.patches import patchify_of
@@ -96,7 +96,7 @@ def one_batch(model: PreTrainedModel) -> tuple[dict[str, Any], np.ndarray]:
         "media": media,
     }
     plans = [ImagePlan(ImageItem(""), (0, 0), grid, (0, 0)) for grid in GRIDS]
-    return tell_host(batch), np.array(measure_row(length, ANSWER, plans), MEASURES)
+    return prepare_inputs(batch), np.array(measure_row(length, ANSWER, plans), MEASURES)
 
 
 def count_products(counter: FlopCounterMode) -> int:

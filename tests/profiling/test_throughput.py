@@ -24,7 +24,7 @@ from qwenvl.data.encoding.tokenization import IGNORE_INDEX, Tokens
 from qwenvl.data.sample_stats import MEASURES, NOTHING, Measures, measure_row
 from qwenvl.data.sampler import ShardedBatchSampler, Sharding
 from qwenvl.families import get_family
-from qwenvl.models.loss.causal_lm import tell_host
+from qwenvl.models.loss.causal_lm import prepare_inputs
 from qwenvl.profiling.flops import Flops, Trained, training_flops
 from qwenvl.profiling.throughput import Throughput, measure_batch
 from qwenvl.train.build.data import open_data
@@ -68,7 +68,7 @@ def add(measures: Iterable[Measures]) -> Measures:
 
 
 def collate(samples: list[EncodedSample], *, flatten: bool) -> dict[str, Any]:
-    return tell_host(Collator(0, flatten)([Item((one,)) for one in samples]))
+    return prepare_inputs(Collator(0, flatten)([Item((one,)) for one in samples]))
 
 
 def alone(own: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def test_a_batch_measures_what_its_samples_do(samples: list[EncodedSample], flat
 
 @pytest.mark.parametrize("flatten", [True, False])
 def test_a_batch_without_a_usable_sample_counts_as_padding(flatten: bool) -> None:
-    batch = tell_host(Collator(0, flatten)([Item(), Item()]))
+    batch = prepare_inputs(Collator(0, flatten)([Item(), Item()]))
     assert measure_batch(batch) == NOTHING
     throughput, clock = Throughput(FLOPS, None, CPU), Clock()
     throughput.count(batch)

@@ -145,7 +145,7 @@ def test_job_goes_on_by_itself(
     assert "Stopped on request after step" in job.log()
     assert not list(job.output.glob("*.safetensors"))
     job.finish()
-    assert "goes on from" in job.log()
+    assert "resumes from" in job.log()
     assert history(job.output) == history(whole)
     assert equal_bits(job.output, whole)
 
@@ -165,7 +165,7 @@ def test_job_of_two_nodes_goes_on_by_itself_on_others_after_one_failed(
         job.wait_until(lambda: cluster.job(job.number)["Restarts"] == "1", seconds=120)
         job.finish()
         assert node not in cluster.nodes_of(job.number)
-    assert "goes on from" in job.log()
+    assert "resumes from" in job.log()
     assert history(job.output) == history(whole)
     assert equal_bits(job.output, whole)
 

@@ -20,7 +20,7 @@ from qwenvl.data.encoding.encoded import EncodedSample, Item, Plan
 from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.encoding.tokenization import Tokens
 from qwenvl.data.types import Conversation, Sample
-from qwenvl.models.loss.causal_lm import run_model, tell_host
+from qwenvl.models.loss.causal_lm import prepare_inputs, run_model
 from qwenvl.tasks.objective import Objective, Task
 from qwenvl.tasks.registry import TaskKind
 from qwenvl.utils.errors import SampleError
@@ -66,7 +66,7 @@ class PairLoss(Objective):
         rejected = [Item((EncodedSample(tokens),)) for tokens in batch["sample_targets"]]
         other = for_model(Collator(0, flatten="cu_seq_lens_q" in batch)(rejected or [Item()]))
         shown = {name: batch[name] for name in ("pixels", "media") if name in batch}
-        return tell_host(batch) | {"rejected": tell_host(other | shown)}
+        return prepare_inputs(batch) | {"rejected": prepare_inputs(other | shown)}
 
     def count(self, batch: Mapping[str, Any]) -> int:
         return len(batch["sample_targets"])

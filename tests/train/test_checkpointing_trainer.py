@@ -179,7 +179,7 @@ def test_a_folder_that_lacks_a_tensor_is_said(
     first = next(iter(source.values()))
     trainer._records = replace(trainer._records, source={**source, "model.more.weight": first})
     for save in (trainer.save_final, lambda: saved(trainer, 1)):
-        with pytest.raises(UserError, match=r"was saved, but is not whole:\n.*model\.more\.weight"):
+        with pytest.raises(UserError, match=r"was saved, but is not complete:\n.*model\.more\.weight"):
             save()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qwenvl.models.loss.causal_lm import causal_loss, run_model, tell_host
+from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs, run_model
 from qwenvl.models.loss.moe_aux_loss import sample_of_tokens, summed_balance
 from qwenvl.tasks.objective import Objective
 from qwenvl.train.trainer import Trainer
@@ -41,7 +41,7 @@ def own_loss(trainer: Trainer, loader: Any) -> tuple[float, int]:
         for batch in loader:
             tokens += int((batch["labels"][:, 1:] != -100).sum())
             kept = {name: value for name, value in batch.items() if name not in ("events", "error", "origins")}
-            total += causal_loss(trainer.model, tell_host(kept), num_trained_tokens=1.0).item()
+            total += causal_loss(trainer.model, prepare_inputs(kept), num_trained_tokens=1.0).item()
     return total, tokens
 
 

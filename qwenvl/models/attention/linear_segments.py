@@ -1,15 +1,15 @@
-"""Linear attention of packed samples, one sample at a time, where the kernels that keep them apart are not installed.
+"""Linear attention of packed samples, one sample at a time, for when the varlen kernels are not installed.
 
 Linear attention carries a state along the row: a convolution over the last few tokens, and the sum of the gated delta
-rule (Yang et al., arXiv 2412.06464). In a packed row both have to start anew with each sample. The kernels of
-flash-linear-attention and causal-conv1d are told the borders; the torch functions of transformers refuse them. Here the
-projections run over the whole row, and convolution and delta rule over each sample on its own:
+rule (Yang et al., arXiv 2412.06464). In a packed row both must restart with each sample. The kernels of
+flash-linear-attention and causal-conv1d take the boundaries as arguments; the torch functions of transformers do not.
+Here the projections run over the whole row, and convolution and delta rule over each sample separately:
 
     in_proj_*   [1, T, ...]          one matrix product for the row
       split     [1, T_i, ...] each   convolution, delta rule: transformers' own functions
-    norm, out_proj                   of all of them, joined again
+    norm, out_proj                   over the whole row again
 
-Exact, and without a padded copy of the row, though slower than the kernels.
+This is exact and needs no padded copy of the row, but is slower than the kernels.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ PACKAGES = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 
 
 class SegmentedLinearAttention(nn.Module):
-    """A linear attention layer of transformers that heeds the borders of packed samples.
+    """A linear attention layer of transformers that respects the boundaries of packed samples.
 
-    It holds the parameters of the stock layer under the same names, in the same dictionaries, so that engines and
-    adapters that exchange parameters or submodules of one exchange them for both.
+    It shares the stock layer's dictionaries of parameters and submodules, so that engines and adapters that replace
+    entries in one layer replace them in both.
 
     Args:
-        layer: Stock layer (``Qwen3_5GatedDeltaNet``); computes what is not packed.
+        layer: Stock layer (``Qwen3_5GatedDeltaNet``), which still computes rows that are not packed.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -49,15 +49,15 @@ class SegmentedLinearAttention(nn.Module):
 
         Args:
             hidden_states: [B, T, H]; B is 1 for a packed row.
-            segments: Lengths of the packed samples; None in calls that are not the trainer's, such as ``generate``.
-            options: Other arguments of the stock layer; ``cu_seq_lens_q`` says that the row is packed.
+            segments: Lengths of the packed samples; None outside training, such as in ``generate``.
+            options: Other arguments of the stock layer; ``cu_seq_lens_q`` marks a packed row.
         """
         if segments is None or options.get("cu_seq_lens_q") is None:
             output: Tensor = self._stock[0].forward(hidden_states, **options)
             return output
         return self._each(hidden_states, segments.lengths)
 
-    @torch.compiler.disable  # compiled, it would be compiled anew for each number of samples
+    @torch.compiler.disable  # it would be compiled again for each number of samples
     def _each(self, hidden_states: Tensor, lengths: tuple[int, ...]) -> Tensor:
         layer = self._stock[0]
         decay = -layer.A_log.float().exp() * functional.softplus(layer.in_proj_a(hidden_states).float() + layer.dt_bias)
@@ -74,8 +74,8 @@ class SegmentedLinearAttention(nn.Module):
 
         Args:
             projected: [1, T_i, 2 x key width + value width], queries, keys and values before the convolution.
-            beta: [1, T_i, value heads], how much of the state is written anew.
-            decay: [1, T_i, value heads], logarithm of what is left of the state.
+            beta: [1, T_i, value heads], write strength of the delta rule, 0 to 1.
+            decay: [1, T_i, value heads], logarithm of the state's decay factor.
 
         Returns:
             [1, T_i, value heads, value head width].
@@ -97,7 +97,7 @@ class SegmentedLinearAttention(nn.Module):
 
 
 def missing_kernels() -> str:
-    """Return why the kernels that keep packed samples apart cannot run here; empty where they can."""
+    """Return why the varlen kernels cannot run here; empty if they can."""
     obstacles = [obstacle for module in PACKAGES if (obstacle := import_obstacle(module))]
     if not obstacles and not torch.cuda.is_available():
         return "there is no CUDA device"
@@ -105,7 +105,7 @@ def missing_kernels() -> str:
 
 
 def import_obstacle(module: str) -> str:
-    """Return why a module cannot be used; empty where it can. Imports it: a build for another torch fails then."""
+    """Return why a module cannot be imported; empty if it can. A build for another torch fails on import."""
     try:
         importlib.import_module(module)
     except ImportError as error:

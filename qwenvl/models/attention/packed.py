@@ -1,10 +1,10 @@
 """Attention of the language model one sample at a time: exact for packed rows, without a mask of the whole row.
 
-Stock transformers keeps the samples of a row apart under SDPA by a mask of [T, T], whose memory and time grow with the
-square of the row. Each sample on its own needs no mask, only "causal": its cost grows with the square of the sample.
-Padded rows need none either, because padding stands at the end, where no token looks.
+Under SDPA, stock transformers separates the samples of a row by a mask of [T, T], whose memory and time grow with the
+square of the row's length. A sample on its own needs no mask, only ``is_causal``; the cost then grows with the square
+of the sample's length. Padded rows need no mask either: padding is at the end, and causal attention never reaches it.
 
-Flash attention does the same in its kernel, by ``cu_seq_lens``; this is for where it is not installed.
+Flash attention does the same in its kernel, by ``cu_seq_lens``; this module is for when it is not installed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from qwenvl.models.attention.segments import Segments
 from qwenvl.utils.errors import UserError
 
 NAME = "sdpa_segments"
-"""Under which transformers knows it. It has no function that makes masks: that is how transformers learns that none is
-wanted."""
+"""Name of the attention in transformers' registry. No mask function is registered under it, so that transformers makes
+no mask."""
 
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention"}
@@ -32,7 +32,7 @@ _UNKNOWN_SWITCHES = (
 )
 
 
-@torch.compiler.disable  # compiled, it would be compiled anew for each number of samples
+@torch.compiler.disable  # it would be compiled again for each number of samples
 def segmented_attention(
     module: nn.Module,
     query: Tensor,
@@ -48,24 +48,24 @@ def segmented_attention(
     """Attend within each segment of the rows, causally; an attention function of transformers.
 
     Args:
-        module: the attention layer.
+        module: Attention layer.
         query: [B, heads, T, D].
-        key: [B, key heads, T, D]; query heads are a multiple of its heads.
-        value: like ``key``.
-        attention_mask: not used.
-        segments: whose lengths add up to T.
-        scaling: of the products; default 1 / sqrt(D).
-        dropout: of the attention weights.
-        kwargs: ``sliding_window``, the tokens that a token sees, itself included, None for all before it;
-            ``attention_probe``, which is shown the queries and keys; the rest is of other attention functions.
+        key: [B, key heads, T, D]; heads are a multiple of key heads.
+        value: [B, key heads, T, D].
+        attention_mask: Ignored.
+        segments: Segments of the rows; their lengths add up to T.
+        scaling: Factor of the products of queries and keys; default 1 / sqrt(D).
+        dropout: Dropout probability of the attention weights.
+        kwargs: Options of attention functions. ``sliding_window``: number of tokens that a token sees, including
+            itself, None for no limit; ``attention_probe``: probe that receives queries and keys; others are ignored.
 
     Returns:
         ([B, T, heads, D], None).
 
     Raises:
-        ValueError: ``segments`` is missing, as in a call that is not the trainer's: without it, samples would
-            see each other, and tokens would see padding.
-        UserError: The layer asks for what is not computed here, and no switch of its config said so.
+        ValueError: ``segments`` is missing, as in calls outside training: samples would see each other, and tokens
+            would see padding.
+        UserError: The layer requests a feature that is not computed here, although its config has no switch for it.
     """
     del attention_mask
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
@@ -75,7 +75,7 @@ def segmented_attention(
         )
     if segments is None:
         raise ValueError(
-            f"The attention {NAME!r} is for training and has to be told where samples end. Before other calls, such as "
+            f"The attention {NAME!r} is for training and needs the lengths of the samples. Before other calls, such as "
             "generate, choose another one: model.set_attn_implementation('sdpa')."
         )
     show(module, query, key, {**kwargs, "segments": segments, "scaling": scaling})
@@ -92,7 +92,7 @@ def segmented_attention(
 
 
 def _visible(query: Tensor, sliding_window: int | None) -> dict[str, Any]:
-    """Return how to say which tokens of a segment [..., T, D] see which: by a mask only where the window is shorter."""
+    """Return SDPA's arguments for causal attention in a segment [..., T, D]; a mask only if it exceeds the window."""
     length = query.shape[-2]
     if sliding_window is None or length <= sliding_window:
         return {"is_causal": True}
@@ -101,16 +101,16 @@ def _visible(query: Tensor, sliding_window: int | None) -> dict[str, Any]:
 
 
 def refuse_unknown_switches(config: Any, *, shows_maps: bool = False) -> None:
-    """Refuse a language model that is computed otherwise than the attention and the head here compute it.
+    """Refuse a language model with features that the attention and the head of this trainer do not compute.
 
-    Call it where the model attends by segments: they know causal attention, also within a sliding window.
+    Call it for models that attend by segments, which implement causal attention, with or without a sliding window.
 
     Args:
         config: Config of the checkpoint.
-        shows_maps: Whether a probe is to be shown the attention; it knows no windows.
+        shows_maps: Whether an attention probe is used, which does not support sliding windows.
 
     Raises:
-        UserError: The config has a switch that would be passed over.
+        UserError: The config has a switch that would be ignored.
     """
     text = config.get_text_config()
     switches = {name: getattr(text, name, None) for name in _UNKNOWN_SWITCHES}
@@ -127,10 +127,10 @@ def refuse_unknown_switches(config: Any, *, shows_maps: bool = False) -> None:
 
 
 def attend_by_segments(model: PreTrainedModel) -> None:
-    """Let the language model of a stock model attend one sample at a time; the vision tower stays as it is.
+    """Make the language model of a stock model attend one sample at a time; the vision tower is not changed.
 
     Args:
-        model: loaded with SDPA. Its config says so in memory alone: saved files do not hold the attention.
+        model: Model loaded with SDPA; its config changes in memory only, as saved files do not name the attention.
     """
     AttentionInterface.register(NAME, segmented_attention)
     model.set_attn_implementation({"text_config": NAME})

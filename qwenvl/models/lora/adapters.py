@@ -1,7 +1,7 @@
-"""LoRA through PEFT: which layers get adapters, and what else trains beside them.
+"""LoRA by PEFT: choose the layers that get adapters, and add them.
 
-Adapters are put into the stock model in place; it keeps its class, its hooks and the names of its parts. What trains
-whole beside them (``--tune_mm_mlp``) trains in place too. Only files have PEFT's form: see
+Adapters are injected into the stock model in place; it keeps its class, its hooks and the names of its submodules.
+Modules trained in full beside them (``--tune_mm_mlp``) stay in place too. Only saved files have PEFT's format: see
 :mod:`qwenvl.models.lora.files`.
 
 Hu et al., 2021, "LoRA" (arXiv 2106.09685); DoRA: arXiv 2402.09353; rsLoRA: arXiv 2312.03732.
@@ -27,16 +27,16 @@ from qwenvl.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class AdapterSettings:
-    """What kind of adapters, and where.
+    """Kind and place of adapters.
 
     Args:
-        target: ``language``, ``vision``, ``merger``, several of them with commas, ``all``, or a regular expression
-            that the whole names of linear layers match.
-        r: rank.
-        alpha: scale; adapters count alpha / r, with rsLoRA alpha / sqrt(r).
-        dropout: before the adapters, 0 to below 1.
-        use_dora: train magnitude and direction of each weight apart.
-        use_rslora: scale by the square root of the rank.
+        target: One of ``language``, ``vision`` and ``merger``, several of them with commas, ``all``, or a regular
+            expression that matches whole names of linear layers.
+        r: Rank.
+        alpha: Scale; the factor of an adapter is alpha / r, with rsLoRA alpha / sqrt(r).
+        dropout: Dropout probability of the adapters' input, at least 0 and below 1.
+        use_dora: Whether to train magnitude and direction of each weight separately (DoRA).
+        use_rslora: Whether to scale by the square root of the rank (rsLoRA).
     """
 
     target: str
@@ -48,17 +48,17 @@ class AdapterSettings:
 
 
 def add_adapters(model: PreTrainedModel, settings: AdapterSettings) -> list[str]:
-    """Give linear layers adapters; parameters that train already go on training.
+    """Add adapters to linear layers; parameters that are trainable already stay trainable.
 
     Args:
-        model: a stock model after :func:`qwenvl.models.trainable.freezing.set_model`.
-        settings: kind and place.
+        model: Stock model after :func:`qwenvl.models.trainable.freezing.set_model`.
+        settings: Kind and place of the adapters.
 
     Returns:
         Names of the adapted layers.
 
     Raises:
-        UserError: the target matches no layer, or one that cannot have an adapter, or one that trains whole already.
+        UserError: The target matches no layer, a layer that cannot have an adapter, or one that is trained in full.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -74,8 +74,8 @@ def add_adapters(model: PreTrainedModel, settings: AdapterSettings) -> list[str]
         target_modules=name_pattern(layers, [name for name, _ in model.named_modules()]),
     )
     inject_adapter_in_model(config, model)  # freezes everything else
-    # `model.add_adapter` does no more, but refuses a PEFT that is older than the one transformers names, and 5.24 names
-    # one that is not published. The mark lets a quantized base train.
+    # `model.add_adapter` does the same, but refuses a PEFT older than the version that transformers requires, and 5.24
+    # requires one that is not published. The attribute lets a quantized base train.
     model._hf_peft_config_loaded = True
     for parameter in whole:
         parameter.requires_grad_(True)
@@ -83,14 +83,14 @@ def add_adapters(model: PreTrainedModel, settings: AdapterSettings) -> list[str]
 
 
 def targeted_layers(model: PreTrainedModel, target: str) -> list[str]:
-    """Return the names of the linear layers that ``--lora_target`` means, in the model's order.
+    """Return the names of the linear layers that ``--lora_target`` selects, in the model's order.
 
     ``language``: linear layers of the language model's blocks; ``vision``: of the tower's blocks; ``merger``: of the
-    mergers. Experts of a mixture are one tensor each, not linear layers, and get none. Neither do embeddings and the
-    output projection, nor a gate with one output, of which an adapter would be larger than the weight.
+    mergers. Stacked experts of a mixture are one tensor, not linear layers, and get no adapters. Neither do embeddings,
+    the output projection, and gates with one output, for which an adapter would be larger than the weight.
 
     Raises:
-        UserError: nothing is meant, or something that cannot have an adapter.
+        UserError: It selects nothing, or a module that cannot have an adapter.
     """
     groups = target_parts(target)
     linear = dict(_linear_layers(model))
@@ -123,13 +123,13 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, ModuleGroup]]:
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    """Whether a module is one of stacked experts: [experts, out, in], or partitioned by ZeRO-3."""
+    """Whether a module holds stacked experts [experts, out, in], partitioned by ZeRO-3 or not."""
     shapes = (getattr(parameter, "ds_shape", parameter.shape) for parameter in module.parameters(recurse=False))
     return any(len(shape) == 3 for shape in shapes)
 
 
 def count_experts(model: PreTrainedModel) -> int:
-    """Return how many weights the stacked experts of a mixture hold; 0 for other models."""
+    """Return the number of weights in the stacked experts of a mixture; 0 for other models."""
     modules = decoder_layers(model).modules()
     stacked = [parameter for module in modules if _holds_experts(module) for parameter in module.parameters()]
     return sum(full_size(parameter) for parameter in stacked)
@@ -144,11 +144,11 @@ def _refuse_trained_layers(model: PreTrainedModel, layers: Sequence[str], target
 
 
 def name_pattern(wanted: Sequence[str], names: Sequence[str]) -> str | list[str]:
-    r"""Return what PEFT's ``target_modules`` has to be: a short pattern where one means just these, else the list.
+    r"""Return PEFT's ``target_modules``: a short pattern if one matches exactly the wanted layers, else the list.
 
     Args:
-        wanted: names of layers.
-        names: of all modules.
+        wanted: Names of layers.
+        names: Names of all modules.
 
     Example:
         layers.0.q_proj, layers.0.k_proj, layers.1.q_proj, layers.1.k_proj become
@@ -165,22 +165,22 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter: PEFT names all of LoRA's so."""
+    """Whether a parameter of this name belongs to a LoRA adapter of PEFT."""
     return ".lora_" in name
 
 
 def trains_whole(name: str) -> bool:
-    """Whether a parameter of this name, if it trains, is one of the checkpoint's own."""
+    """Whether a parameter of this name is one of the checkpoint's own, not of adapters, added rows or a task."""
     return not is_adapter(name) and not is_row(name) and not is_readout(name)
 
 
 def count_adapted_layers(model: PreTrainedModel) -> int:
-    """Return how many linear layers have an adapter."""
+    """Return the number of linear layers with an adapter."""
     return sum(name.endswith(".lora_A") for name, _ in model.named_modules())
 
 
 def adapter_sizes(model: PreTrainedModel) -> dict[Part, int]:
-    """Return the elements of the adapters' matrices of each module group; groups without adapters are left out."""
+    """Return the number of elements of the adapters in each module group; groups without adapters are left out."""
     sizes: dict[Part, int] = {}
     groups = parameter_modules(model)
     for name, parameter in model.named_parameters():
@@ -192,7 +192,7 @@ def adapter_sizes(model: PreTrainedModel) -> dict[Part, int]:
 
 
 def trained_in_float32(model: nn.Module) -> None:
-    """Keep what trains in float32: steps of bfloat16 weights are lost where they are smaller than its last digit."""
+    """Convert trainable parameters to float32: bfloat16 weights would lose updates smaller than their last digit."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

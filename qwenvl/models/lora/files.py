@@ -1,7 +1,7 @@
-"""Folders of adapters in PEFT's form: written, and read again.
+"""Write and read folders of adapters in PEFT's format.
 
-``PeftModel`` opens them: what trained whole beside the adapters stands in ``modules_to_save``, rows of added tokens in
-``trainable_token_indices``.
+``PeftModel`` opens them: ``modules_to_save`` lists the modules that were trained in full beside the adapters, and
+``trainable_token_indices`` the rows of added tokens.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from qwenvl.models.loading import read_model_type
 from qwenvl.models.lora.adapters import is_adapter, trains_whole
 from qwenvl.models.task_module import is_readout
 from qwenvl.models.token_rows import is_row, row_layers
-from qwenvl.models.trainable.sharded_params import gathered
+from qwenvl.models.trainable.sharded_params import full_tensor_cpu
 from qwenvl.utils.errors import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """Names that PEFT gives a folder's files."""
 
 TRAINED_CONFIG = "trained_config.json"
-"""The model's config in training, whose context may be extended.
+"""File of the model's config in training, whose context may be extended.
 
-Under its usual name, transformers would take the folder for one of a whole model.
+With a ``config.json``, transformers would take the folder for that of a whole model.
 """
 
 _PREFIX = "base_model.model."
@@ -41,7 +41,7 @@ _LISTED = 6
 
 
 def start_anew(checkpoint: str | Path) -> str:
-    """Return how to train on from a checkpoint's weights where no run can resume from it; a part of a sentence."""
+    """Return, for a message, how to train on from a checkpoint's weights if its run cannot be resumed."""
     if (Path(checkpoint) / CONFIG_FILE).is_file():
         return (
             "start anew from its weights, with a new optimizer: merge the adapters (python tools/merge_lora.py "
@@ -53,9 +53,9 @@ def start_anew(checkpoint: str | Path) -> str:
 
 
 def saved_names(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return every trained parameter by the name that PEFT's files give it, in the model's order.
+    """Return every trainable parameter by its name in PEFT's files, in the model's order.
 
-    Those of a task's module are in files of their own (:mod:`qwenvl.tasks.files`).
+    Parameters of a task's module are left out; they are in files of their own (:mod:`qwenvl.tasks.files`).
     """
     names: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
@@ -71,19 +71,18 @@ def saved_names(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 def collect(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return copies of the trained tensors on the host, under the names of :func:`saved_names`.
 
-    Every rank has to call it: what ZeRO-3 or FSDP have shared out is gathered, a tensor at a time, so that the frozen
-    weights are never in one place.
+    Every rank must call it. Tensors sharded by ZeRO-3 or FSDP are gathered one at a time; frozen weights never are.
     """
-    return {name: gathered(parameter) for name, parameter in saved_names(model).items()}
+    return {name: full_tensor_cpu(parameter) for name, parameter in saved_names(model).items()}
 
 
 def save(model: PreTrainedModel, folder: str | Path, weights: Mapping[str, Tensor]) -> None:
     """Write a folder that PEFT opens.
 
     Args:
-        model: with adapters.
-        folder: to write to; made where it does not exist.
-        weights: from :func:`collect`.
+        model: Model with adapters.
+        folder: Output folder; created if it does not exist.
+        weights: Result of :func:`collect`.
     """
     config = model.peft_config["default"]
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -93,16 +92,16 @@ def save(model: PreTrainedModel, folder: str | Path, weights: Mapping[str, Tenso
     config.inference_mode = False
     described = copy.deepcopy(model.config)
     if hasattr(described, "quantization_config"):
-        del described.quantization_config  # of the frozen weights during training; merging is into whole ones
+        del described.quantization_config  # frozen weights are quantized in training only, not for merging
     described.to_json_file(Path(folder) / TRAINED_CONFIG)
 
 
 def describe_base(model: PreTrainedModel, base: str) -> None:
-    """Note in the adapters' config what else they need: the base's place, whole modules and rows of added tokens.
+    """Complete the adapters' config: path of the base, modules trained in full, and rows of added tokens.
 
     Args:
-        model: with adapters, and with everything else that trains set.
-        base: the checkpoint they were trained on; a folder becomes its absolute path.
+        model: Model with adapters, with ``requires_grad`` of all other parameters set.
+        base: Checkpoint that the adapters were trained on; a folder becomes its absolute path.
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
@@ -112,7 +111,7 @@ def describe_base(model: PreTrainedModel, base: str) -> None:
 
 
 def _whole_modules(module: nn.Module, name: str) -> Iterator[str]:
-    """Yield the largest modules that train whole; containers without a ``forward`` of their own are gone into."""
+    """Yield the largest modules trained in full; descend into containers without a ``forward`` of their own."""
     own = {key: value for key, value in module.named_parameters() if trains_whole(key)}
     if not any(value.requires_grad for value in own.values()):
         return
@@ -125,14 +124,14 @@ def _whole_modules(module: nn.Module, name: str) -> Iterator[str]:
 
 
 def load(model: PreTrainedModel, folder: str | Path) -> None:
-    """Give a model the trained weights of a folder that :func:`save` wrote of it.
+    """Load the trained weights from a folder that :func:`save` wrote into the same kind of model.
 
     Args:
-        model: with adapters; changed in place; not sharded.
-        folder: a checkpoint.
+        model: Model with adapters, not sharded; changed in place.
+        folder: Folder of a checkpoint.
 
     Raises:
-        UserError: names or shapes are not those of this model.
+        UserError: Names or shapes differ from the model's.
     """
     path, wanted = Path(folder) / WEIGHTS_FILE, saved_names(model)
     with safe_open(path, "pt") as file, torch.no_grad():
@@ -146,7 +145,7 @@ def load(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def newer_name(name: str) -> str:
-    """Return the present name of a tensor of adapters that may be named as in older transformers."""
+    """Return the current name of an adapter tensor, which may have a name from older versions of transformers."""
     own = name.removeprefix(_PREFIX)
     for pattern, replacement in OLDER_NAMES.items():
         own = re.sub(pattern, replacement, own)
@@ -154,10 +153,10 @@ def newer_name(name: str) -> str:
 
 
 def require_same_names(path: Path, saved: Set[str], wanted: Set[str]) -> None:
-    """Refuse a file of adapters that are not those of the model.
+    """Refuse a file of adapters that does not fit the model.
 
     Raises:
-        UserError: names are missing or left over.
+        UserError: Names are missing or unknown.
     """
     missing, unknown = sorted(wanted - saved), sorted(saved - wanted)
     if missing or unknown:
@@ -170,12 +169,12 @@ def require_same_names(path: Path, saved: Set[str], wanted: Set[str]) -> None:
 
 
 def read_config(folder: str | Path, base: str, **origin: Any) -> PretrainedConfig:
-    """Return the config of the model that adapters were trained on; of folders of PEFT alone, that of the base.
+    """Return the config of the model that adapters were trained on; the base's, if PEFT alone wrote the folder.
 
     Args:
-        folder: of adapters.
-        base: its checkpoint.
-        origin: options of ``from_pretrained``.
+        folder: Folder of adapters.
+        base: Checkpoint of the base model.
+        origin: Keyword arguments of ``from_pretrained`` (``cache_dir``, ...).
     """
     if (Path(folder) / TRAINED_CONFIG).is_file():
         return AutoConfig.from_pretrained(folder, _configuration_file=TRAINED_CONFIG, **origin)
@@ -183,15 +182,15 @@ def read_config(folder: str | Path, base: str, **origin: Any) -> PretrainedConfi
 
 
 def find_base(folder: str | Path, base: str | None = None, cache_dir: str | None = None) -> str:
-    """Return the checkpoint below a folder of adapters, which is there.
+    """Return the base checkpoint of a folder of adapters, after a check that it exists.
 
     Args:
         folder: Folder of adapters.
-        base: Where the checkpoint is, from ``--base``; None where the folder says it.
-        cache_dir: Where downloads are kept.
+        base: Path of the checkpoint, from ``--base``; None for the one that the folder names.
+        cache_dir: Folder of downloads.
 
     Raises:
-        UserError: The folder holds no adapters or does not name their checkpoint, or it is not there.
+        UserError: The folder holds no adapters or does not name their checkpoint, or the checkpoint does not exist.
     """
     named = base or read_base(folder)
     try:
@@ -211,7 +210,7 @@ def read_base(folder: str | Path) -> str:
     """Return the checkpoint that a folder of adapters belongs to.
 
     Raises:
-        UserError: the folder holds no adapters, or does not say.
+        UserError: The folder holds no adapters, or does not name their checkpoint.
     """
     path = Path(folder) / CONFIG_FILE
     try:

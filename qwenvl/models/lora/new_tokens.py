@@ -1,4 +1,4 @@
-"""Tokens that the checkpoint did not have: room for them, a sensible start, and training of just their rows."""
+"""Added tokens: enlarge the vocabulary if needed, initialise their rows, and train only those rows."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from transformers import PreTrainedModel
 from qwenvl.models.loss.fused_lm_head import LossHead
 from qwenvl.models.parts import output_head
 from qwenvl.models.token_rows import RowsEmbedding
-from qwenvl.models.trainable.sharded_params import whole
+from qwenvl.models.trainable.sharded_params import gather_params
 from qwenvl.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _MULTIPLE = 128
-"""A vocabulary that grows stays a multiple of this, as far as it was one: matrix products are faster so."""
+"""An enlarged vocabulary stays a multiple of this, if it was one, because matrix products are faster then."""
 
 
 def make_room(model: PreTrainedModel, new_ids: Sequence[int], *, may_grow: bool) -> None:
-    """See to it that tokens have rows in embeddings and output projection, which start as the mean of all others.
+    """Give added tokens rows in embeddings and output projection, initialised to the mean of all earlier tokens.
 
     Checkpoints have more rows than tokens, so the vocabulary rarely grows. Tied matrices stay tied.
 
     Args:
-        model: before :func:`qwenvl.models.forward.install`; changed in place.
-        new_ids: ids of the added tokens, in a row; those below are of the tokens that were there before.
-        may_grow: whether the matrices may get more rows.
+        model: Model before :func:`qwenvl.models.forward.install`; changed in place.
+        new_ids: Ids of the added tokens, consecutive; all lower ids belong to earlier tokens.
+        may_grow: Whether the matrices may get more rows.
 
     Raises:
-        UserError: they would have to grow, and may not.
+        UserError: They would have to grow, and may not.
     """
     if not new_ids:
         return
@@ -49,16 +49,16 @@ def make_room(model: PreTrainedModel, new_ids: Sequence[int], *, may_grow: bool)
         model.resize_token_embeddings(max(new_ids) + 1, pad_to_multiple_of=multiple, mean_resizing=False)
         logger.info("The vocabulary grows from %d to %d rows.", size, _num_rows(model.get_input_embeddings()))
     for matrix in _matrices(model):
-        with whole(matrix, changed=True), torch.no_grad():
+        with gather_params(matrix, changed=True), torch.no_grad():
             matrix[list(new_ids)] = matrix[: min(new_ids)].mean(0)  # summed in float32
 
 
 def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Let the rows of some tokens train while the rest of the vocabulary is frozen.
+    """Make the rows of some tokens trainable while the rest of the vocabulary is frozen.
 
     Args:
-        model: after :func:`qwenvl.models.forward.install`; changed in place.
-        ids: of the tokens.
+        model: Model after :func:`qwenvl.models.forward.install`; changed in place.
+        ids: Ids of the tokens.
     """
     embedding, head = model.get_input_embeddings(), output_head(model)
     assert isinstance(head, LossHead)
@@ -69,12 +69,12 @@ def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
 
 
 def _copy_rows(weight: Tensor, ids: Sequence[int]) -> nn.Parameter:
-    with whole(weight):
+    with gather_params(weight):
         return nn.Parameter(weight.detach()[list(ids)].clone())
 
 
 def _matrices(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Return the embeddings and, where it is another tensor, the output projection."""
+    """Return the embeddings and, if it is not tied, the output projection."""
     embeddings, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return [embeddings] if embeddings is output else [embeddings, output]
 

@@ -1,1 +1,1 @@
-"""Losses of language models over the rows that are trained."""
+"""Losses of language models over the trained tokens."""

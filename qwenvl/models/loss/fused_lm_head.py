@@ -1,10 +1,10 @@
-"""The vocabulary projection with its cross entropy, without a tensor of all logits.
+"""Vocabulary projection fused with cross entropy, without a tensor of all logits.
 
-A row of logits has as many columns as the vocabulary has entries: 151,936 or 248,320. For 8,000 trained tokens that is
-5 to 8 GB in float32, and backward needs it twice. Here rows are taken a chunk at a time: logits, their cross entropy
-and their gradients are computed and given up before the next chunk. Gradients are computed in the forward pass, since
-the logits are there; a loss that is only a sum needs no more than a factor in the backward pass. (The idea of Liger
-Kernel's fused linear cross entropy, Hsu et al., 2024, arXiv 2410.10989, section 3.2; here in plain torch.)
+A row of logits has one column per entry of the vocabulary: 151,936 or 248,320. For 8,000 trained tokens that is 5 to
+8 GB in float32, and backward needs it twice. Here rows are processed in chunks: logits, cross entropy and gradients of
+one chunk are computed, and the logits freed, before the next chunk. Gradients are computed in the forward pass, while
+the logits exist; as the loss is a plain sum, the backward pass only multiplies them by a factor. This is the idea of
+Liger Kernel's fused linear cross entropy (Hsu et al., 2024, arXiv 2410.10989, section 3.2), here in plain torch.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch.nn import functional
 from qwenvl.models.token_rows import ROWS, with_rows
 
 CHUNK_ELEMENTS = 1 << 27
-"""Logits held at a time: 883 rows of 151,936 columns, 0.5 GB in float32."""
+"""Number of logits in memory at a time: 883 rows of 151,936 columns, 0.5 GB in float32."""
 
 SummedLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(hidden states [n, H], weight [V, H], targets int64 [n], factors float32 [n] or None for 1) to the sum of factor x
-cross entropy, float32, in nats."""
+"""(hidden states [n, H], weight [V, H], targets int64 [n], factors float32 [n] or None for 1) -> sum of factor x cross
+entropy, float32, in nats."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropy of ``hidden @ weight.T``; both gradients are ready when forward ends."""
+    """Sum of cross entropy of ``hidden @ weight.T``; the forward pass computes both gradients."""
 
     @staticmethod
     def forward(
@@ -69,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
-    """Return the type for sums over the vocabulary: float32, or float64 for a model in it."""
+    """Return the type for sums over the vocabulary: float32, or float64 for a float64 model."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -90,7 +90,7 @@ def _gradient_of_logits(logits: Tensor, targets: Tensor, factors: Tensor | None)
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left @ right`` to a gradient in its own type: under autocast that is float32, the product is not."""
+    """Add ``left @ right`` to a gradient in its own type, which is float32 under autocast while the product is not."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
@@ -110,14 +110,14 @@ def linear_cross_entropy(
     Computes in the type of autocast where it is on, as a linear layer does; cross entropy and softmax are float32.
 
     Args:
-        hidden: [n, H] hidden states.
-        weight: [V, H], of the projection.
+        hidden: [n, H], hidden states.
+        weight: [V, H], weight of the projection.
         targets: int64 [n], the token that each row predicts, 0 to V - 1.
-        factors: float32 [n], of each row's cross entropy; None where all are 1.
-        chunk_elements: logits held at a time.
+        factors: float32 [n], factor of each row's cross entropy; None if all are 1.
+        chunk_elements: Number of logits in memory at a time.
 
     Returns:
-        Scalar, float32 (float64 for hidden states of it), in nats. Its gradient may be taken once.
+        Scalar, float32 (float64 for float64 hidden states), in nats. Its gradient can be computed once.
     """
     kind = hidden.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -128,14 +128,14 @@ def linear_cross_entropy(
 
 
 class LossHead(nn.Linear):
-    """The output projection of a language model, which returns a loss instead of logits where targets are set.
+    """The output projection of a language model, which returns a loss instead of logits if targets are set.
 
-    A layer of its own and no function beside the model, because ZeRO-3 and FSDP gather a weight while the layer that
-    holds it runs. Its parameters are those of the layer it stands for, under the same names.
+    A layer rather than a function beside the model, because ZeRO-3 and FSDP gather a weight while the layer that holds
+    it runs. It has the stock layer's parameters under the same names.
 
     Args:
-        linear: the stock layer.
-        summed_loss: computes the loss.
+        linear: Stock layer.
+        summed_loss: Loss function.
     """
 
     def __init__(self, linear: nn.Linear, summed_loss: SummedLoss = linear_cross_entropy) -> None:
@@ -143,9 +143,9 @@ class LossHead(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         self.summed_loss = summed_loss
-        self.targets: Tensor | None = None  # for the next call, and for that alone; so are the next ones
+        self.targets: Tensor | None = None  # this and the two below are for the next call only
         self.target_weights: Tensor | None = None
-        self.passed: Tensor | None = None  # what the call returns, where a task has a module of its own
+        self.passed: Tensor | None = None  # output of the call, if a task has a module of its own
         self.row_ids: list[int] = []
         self.rows: nn.Parameter | None
         self.register_parameter(ROWS, None)
@@ -154,7 +154,7 @@ class LossHead(nn.Linear):
         """Take some rows of the weight from a parameter of their own.
 
         Args:
-            row_ids: ids of the tokens that train, without repeats.
+            row_ids: Ids of the trainable tokens, without repeats.
             rows: [len(row_ids), H].
         """
         self.row_ids = list(row_ids)
@@ -163,7 +163,7 @@ class LossHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V]; or, with ``targets`` set, the summed cross entropy of all rows, float32 scalar.
 
-        ``target_weights`` are factors of the rows, in the bits of float32: int32 [n].
+        ``target_weights`` are float32 factors of the rows, reinterpreted as int32 [n].
         """
         targets, self.targets = self.targets, None
         weights, self.target_weights = self.target_weights, None

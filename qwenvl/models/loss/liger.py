@@ -1,4 +1,4 @@
-"""Liger Kernel's fused vocabulary projection and cross entropy, where it is installed and can run."""
+"""Liger Kernel's fused vocabulary projection and cross entropy, an optional dependency."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qwenvl.utils.errors import UserError
 def open_liger_loss() -> SummedLoss:
     """Return Liger Kernel's loss in the form of :func:`qwenvl.models.loss.fused_lm_head.linear_cross_entropy`.
 
-    Its kernel has no factors of rows: of a batch in which answers have weights, that function computes the loss.
+    Its kernel does not support factors of rows: for a batch with loss weights, that function computes the loss.
 
     Raises:
-        UserError: there is no CUDA device, or the package is missing or too old.
+        UserError: There is no CUDA device, or the package is missing or too old.
     """
     if not torch.cuda.is_available():
         raise UserError(
@@ -29,7 +29,7 @@ def open_liger_loss() -> SummedLoss:
 
 
 def load_liger_loss() -> SummedLoss:
-    """Import the package and return its loss; see :func:`open_liger_loss`, which asks for a device first."""
+    """Import the package and return its loss; :func:`open_liger_loss` also checks for a device."""
     try:
         module: Any = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
     except ImportError as error:

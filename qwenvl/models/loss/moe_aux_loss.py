@@ -1,10 +1,10 @@
-"""The auxiliary loss of mixtures of experts: every sample's tokens spread over the experts.
+"""Load-balancing loss of mixtures of experts, computed per sample.
 
 Switch Transformer (Fedus et al., 2021, arXiv 2101.03961, equations 4 to 6): with E experts, f_e the share of tokens
-sent to expert e and p_e its mean probability, the loss is E x sum over e of f_e p_e. transformers takes the tokens of a
-micro-batch, of all layers together. That sum is not linear in the tokens, so it would change with the micro-batch: with
-packing, accumulation and ranks. Here it is taken of each sample alone, and samples weigh by their tokens; of one sample
-it equals transformers' own.
+sent to expert e and p_e its mean probability, the loss is E x sum over e of f_e p_e. transformers computes it over all
+tokens of a micro-batch, of all layers together. As the loss is not linear in the tokens, it would change with packing,
+accumulation and the number of ranks. Here it is computed for each sample, and samples are weighted by their tokens. For
+a single sample it equals transformers' loss.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def sample_of_tokens(batch: Mapping[str, Any]) -> tuple[Tensor, int]:
     """Number the tokens of a batch by their sample.
 
     Args:
-        batch: of the collator: flattened with ``cu_seq_lens_q``, or padded with ``attention_mask``.
+        batch: Batch of the collator, flattened with ``cu_seq_lens_q`` or padded with ``attention_mask``.
 
     Returns:
         (int64 [B x T], number of samples n): 0 to n - 1, and n for padding.
@@ -39,10 +39,10 @@ def summed_balance(router_logits: Sequence[Tensor], top_k: int, samples: Tensor,
     """Return the auxiliary loss of each sample times its tokens, summed over samples.
 
     Args:
-        router_logits: [tokens, experts] of each layer that has a router.
-        top_k: experts that a token is sent to.
-        samples: int64 [tokens], from :func:`sample_of_tokens`.
-        count: number of samples.
+        router_logits: [tokens, experts] of each layer with a router.
+        top_k: Number of experts per token.
+        samples: int64 [tokens], sample of each token, from :func:`sample_of_tokens`.
+        count: Number of samples.
 
     Returns:
         float32 scalar; its gradient reaches the routers through the probabilities.
@@ -57,5 +57,5 @@ def summed_balance(router_logits: Sequence[Tensor], top_k: int, samples: Tensor,
         likely = likely.index_add(0, samples, probabilities)
     tokens = torch.zeros(count + 1, device=samples.device).index_add(0, samples, torch.ones_like(samples).float())
     seen = (tokens * len(router_logits)).clamp(min=1).unsqueeze(1)
-    of_samples = experts * ((sent / seen) * (likely / seen)).sum(1)
-    return (of_samples * tokens)[:count].sum()
+    per_sample = experts * ((sent / seen) * (likely / seen)).sum(1)
+    return (per_sample * tokens)[:count].sum()

@@ -1,4 +1,4 @@
-"""Which parts of the model train: the freeze switches, their table, and gradient checkpointing to match."""
+"""Freeze parts of the model (``--tune_mm_*``), count parameters, and set gradient checkpointing to match."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ GROUPS: tuple[ModuleGroup, ...] = ("vision", "merger", "language", "head")
 
 @dataclass(frozen=True, slots=True)
 class ModuleSummary:
-    """What trains of a module group.
+    """Sizes and learning rate of a module group.
 
     Args:
-        module: module group.
-        trainable: trainable parameters (numbers, not tensors).
-        total: all parameters; a tensor shared by two modules counts once.
-        learning_rate: peak learning rate of its parameters, where known.
+        module: Module group.
+        trainable: Number of trainable elements.
+        total: Number of all elements; a tensor shared by two modules counts once.
+        learning_rate: Peak learning rate of its parameters, if known.
     """
 
     module: ModuleGroup
@@ -38,11 +38,11 @@ class ModuleSummary:
 def parameter_modules(model: PreTrainedModel) -> dict[str, ModuleGroup]:
     """Return the module group of every parameter, by its name.
 
-    ``merger``: the mergers, DeepStack's too. ``vision``: the rest of the tower. ``head``: the module of a task
+    ``merger``: the mergers, including DeepStack's. ``vision``: the rest of the tower. ``head``: the module of a task
     (:mod:`qwenvl.models.task_module`). ``language``: everything else: language model, embeddings, ``lm_head`` (tied or
     not).
 
-    Decided by the modules that hold a parameter, not by letters in a name; a tied tensor appears once.
+    The group depends on the module that holds a parameter, not on its name; a tied tensor appears once.
     """
     merger = {id(parameter) for module in mergers(model) for parameter in module.parameters()}
     vision = {id(parameter) for parameter in vision_tower(model).parameters()} - merger
@@ -60,17 +60,17 @@ def set_model(
     """Set ``requires_grad`` of every parameter by the three switches.
 
     Args:
-        model: a stock model.
-        tune_mm_vision: train the vision tower except its mergers.
-        tune_mm_mlp: train the mergers (deepstack ones too).
-        tune_mm_llm: train the language model, its embeddings and ``lm_head``, tied or not.
-        adapted: adapters or the module of a task will train, so that the switches may all be off.
+        model: Stock model.
+        tune_mm_vision: Whether to train the vision tower except its mergers.
+        tune_mm_mlp: Whether to train the mergers, including DeepStack's.
+        tune_mm_llm: Whether to train the language model, its embeddings and ``lm_head``, tied or not.
+        adapted: Whether adapters or the module of a task will train, so that the switches may all be off.
 
     Returns:
-        A row for each module group.
+        A summary of each module group.
 
     Raises:
-        UserError: nothing would train.
+        UserError: No parameter is trainable.
     """
     switches: dict[ModuleGroup, bool] = {"vision": tune_mm_vision, "merger": tune_mm_mlp, "language": tune_mm_llm}
     switches["head"] = True
@@ -87,10 +87,10 @@ def set_model(
 
 
 def freeze_unused(model: PreTrainedModel, readout: Readout) -> None:
-    """Freeze what the module of a task does not depend on, and what would so have no gradient.
+    """Freeze the layers that get no gradient because the module of a task does not depend on them.
 
-    The vocabulary projection, which does not run (one that is tied trains as the embeddings), and layers above the
-    hidden states that are read.
+    These are the vocabulary projection, which does not run (a tied one trains as the embeddings), and the layers above
+    the hidden states that the module reads.
     """
     head = output_head(model)
     if head.weight is not model.get_input_embeddings().weight:
@@ -100,10 +100,10 @@ def freeze_unused(model: PreTrainedModel, readout: Readout) -> None:
 
 
 def refuse_unused(model: PreTrainedModel) -> None:
-    """Refuse adapters that would have no gradient.
+    """Refuse adapters that would get no gradient.
 
     Raises:
-        UserError: some are in layers that the module of a task does not depend on.
+        UserError: Some are in layers that the module of a task does not depend on.
     """
     readout = readout_of(model)
     for module in () if readout is None else readout.unused(language_model(model)):
@@ -118,8 +118,8 @@ def summarize(model: PreTrainedModel, learning_rates: Mapping[ModuleGroup, float
     """Count the parameters of each module group.
 
     Args:
-        model: a stock model, whole or partitioned by ZeRO-3.
-        learning_rates: peak learning rate of each module group that trains.
+        model: Stock model, whole or partitioned by ZeRO-3.
+        learning_rates: Peak learning rate of each trainable module group.
     """
     trainable = dict.fromkeys(GROUPS, 0)
     total = dict.fromkeys(GROUPS, 0)
@@ -137,7 +137,7 @@ def summarize(model: PreTrainedModel, learning_rates: Mapping[ModuleGroup, float
 
 
 def checkpointed_parts(model: PreTrainedModel) -> list[ModuleGroup]:
-    """Return the parts whose layers keep their inputs alone, after :func:`configure_checkpointing`."""
+    """Return the parts with gradient checkpointing, after :func:`configure_checkpointing`."""
     parts: dict[ModuleGroup, nn.Module] = {"language": language_model(model), "vision": vision_tower(model)}
     return [
         name
@@ -150,18 +150,18 @@ CheckpointedParts = Literal["language", "vision", "both"]
 
 
 def configure_checkpointing(model: PreTrainedModel, parts: CheckpointedParts | None) -> None:
-    """Turn gradient checkpointing on where it is wanted and saves memory, and off elsewhere.
+    """Turn gradient checkpointing on in the requested parts if it saves memory there, and off elsewhere.
 
-    Vision blocks: only if something in the tower other than its mergers trains; frozen blocks keep no activations, so
-    recomputing them would be lost work. Non-reentrant, which needs no input that requires a gradient and keeps every
-    gradient with any combination of switches.
+    Vision blocks are checkpointed only if the tower without its mergers has trainable parameters: frozen blocks keep no
+    activations, so recomputing them would be wasted work. Checkpointing is non-reentrant, which needs no input that
+    requires a gradient and keeps all gradients with any combination of switches.
 
     Call after :func:`set_model`, and keep ``TrainingArguments.gradient_checkpointing`` off: the Trainer would turn it
-    on for the whole model, the frozen tower with it.
+    on for the whole model, including a frozen tower.
 
     Args:
-        model: a stock model.
-        parts: whose layers keep their inputs alone; None for no part.
+        model: Stock model.
+        parts: Parts to checkpoint; None for none.
     """
     groups = parameter_modules(model)
     tower_trains = any(
@@ -185,8 +185,8 @@ def _enable_checkpointing(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-    # Enabling also makes the embeddings' output require a gradient, which only the reentrant kind needs. It would
-    # build a graph through layers that have none.
+    # Enabling also makes the embeddings' output require a gradient, which only reentrant checkpointing needs. It would
+    # build a graph through frozen layers.
     model.disable_input_require_grads()
 
 

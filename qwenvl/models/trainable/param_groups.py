@@ -1,4 +1,4 @@
-"""Parameter groups for the optimizer: a learning rate a module, weight decay where it belongs."""
+"""Parameter groups for the optimizer: a learning rate per module group, weight decay for matrices only."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def module_learning_rates(
     """Return each module group's peak learning rate; None means ``learning_rate``, and 0 means 0.
 
     Args:
-        learning_rate: of the language model.
-        mm_projector_lr: of the mergers.
-        vision_tower_lr: of the vision tower without its mergers.
-        head_lr: of the module of a task.
+        learning_rate: Learning rate of the language model.
+        mm_projector_lr: Learning rate of the mergers.
+        vision_tower_lr: Learning rate of the vision tower without its mergers.
+        head_lr: Learning rate of a task's module.
     """
     return {
         "vision": learning_rate if vision_tower_lr is None else vision_tower_lr,
@@ -46,11 +46,11 @@ def parameter_groups(
     """Divide the trainable parameters into groups for ``torch.optim``.
 
     Args:
-        model: a stock model after :func:`qwenvl.models.trainable.freezing.set_model`.
-        learning_rate: of the language model, and of what has none of its own.
-        weight_decay: of matrices; biases, norms and other vectors have none.
-        mm_projector_lr: of the mergers.
-        vision_tower_lr: of the vision tower without its mergers.
+        model: Stock model after :func:`qwenvl.models.trainable.freezing.set_model`.
+        learning_rate: Learning rate of the language model, and of groups without their own.
+        weight_decay: Weight decay of matrices; biases, norms and other vectors have none.
+        mm_projector_lr: Learning rate of the mergers; None for ``learning_rate``.
+        vision_tower_lr: Learning rate of the vision tower without its mergers; None for ``learning_rate``.
 
     Returns:
         Dicts with ``params``, ``lr``, ``weight_decay`` and ``name`` (``vision/decay``, ``vision/no_decay``, ...);
@@ -85,12 +85,11 @@ def parameter_groups(
 def has_weight_decay(parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: to tensors of two or more dimensions, as in GPT-2 and nanoGPT.
 
-    In these families every bias, every norm's weight and the linear attention's ``A_log`` and ``dt_bias`` are vectors,
-    and nothing else is; embeddings (the vision tower's position embedding too) and convolutions decay, as in the
-    Hugging Face Trainer. The Trainer goes by names, and decays ``A_log`` and Qwen2.5-VL's vision norms.
+    In these families the vectors are exactly the biases, the weights of norms, and the linear attention's ``A_log`` and
+    ``dt_bias``. Embeddings (including the vision tower's position embedding) and convolutions decay, as in the Hugging
+    Face Trainer. The Trainer selects by name, and also decays ``A_log`` and Qwen2.5-VL's vision norms.
 
-    The whole parameter's shape decides. ZeRO-3 leaves each rank a flat empty tensor, which would take decay from
-    everything; it keeps the shape in ``ds_shape``.
+    ZeRO-3 leaves each rank a flat empty tensor and keeps the whole parameter's shape in ``ds_shape``, which counts.
     """
     shape: Sequence[int] = getattr(parameter, "ds_shape", None) or parameter.shape
     return len(shape) > 1

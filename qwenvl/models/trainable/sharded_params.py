@@ -1,4 +1,4 @@
-"""Parameters that ZeRO-3 or FSDP have shared out over the ranks, looked at as a whole."""
+"""Whole parameters, where ZeRO-3 or FSDP has sharded them across ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def full_size(parameter: nn.Parameter) -> int:
-    """Number of elements of the whole parameter.
+    """Return the number of elements of the whole parameter.
 
     ZeRO-3 leaves an empty tensor and the size in ``ds_numel``; bitsandbytes packs two weights of 4 bits into a byte.
     """
@@ -21,30 +21,30 @@ def full_size(parameter: nn.Parameter) -> int:
     return size
 
 
-def is_shared_out(parameter: Tensor) -> bool:
-    """Whether ranks hold parts of the parameter, so that all of them have to take part where it is gathered."""
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether each rank holds only a part of the parameter. Gathering it is a collective: every rank must take part."""
     return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")
 
 
-def gathered(parameter: nn.Parameter) -> Tensor:
-    """Return a copy of the whole parameter on the host; every rank has to call it."""
+def full_tensor_cpu(parameter: nn.Parameter) -> Tensor:
+    """Return a copy of the whole parameter on the host; every rank must call it."""
     if hasattr(parameter, "full_tensor"):  # FSDP2
         copy: Tensor = parameter.full_tensor().detach().cpu()
         return copy
-    with whole(parameter):
+    with gather_params(parameter):
         return parameter.detach().to("cpu", copy=True).contiguous()
 
 
-def whole(parameter: Tensor, *, changed: bool = False) -> AbstractContextManager[Any]:
-    """Hold a parameter that ZeRO-3 has shared out together for a while; every rank has to call it.
+def gather_params(parameter: Tensor, *, changed: bool = False) -> AbstractContextManager[Any]:
+    """Gather a parameter that ZeRO-3 has sharded, while the context is open; every rank must call it.
 
     Args:
-        parameter: shared out or not.
-        changed: every rank changes it meanwhile in the same way, and the change is to stay.
+        parameter: Parameter, sharded or not.
+        changed: Whether to keep what is written to the parameter meanwhile; every rank must write the same.
     """
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     from deepspeed import zero
 
-    together: AbstractContextManager[Any] = zero.GatheredParameters([parameter], modifier_rank=0 if changed else None)
-    return together
+    context: AbstractContextManager[Any] = zero.GatheredParameters([parameter], modifier_rank=0 if changed else None)
+    return context

@@ -1,8 +1,9 @@
-"""What the vision tower computes from sizes alone, computed on the host, and its first layer as a matrix product.
+"""Compute on the host the vision tower's inputs that depend only on image sizes, and its first layer as a matmul.
 
-The stock towers read the sizes of the pictures from a tensor: on a GPU, each reading waits for all work before it, and
-with SDPA every block reads them anew. transformers takes everything that follows from sizes ready-made
-(``transformers.vision_utils``); made on the host, where the sizes are known, it is copied to the device without a wait.
+The stock towers read the sizes of the images from a tensor. On a GPU each read waits for all work queued before it, and
+with SDPA every block reads them again. transformers accepts everything that follows from the sizes as precomputed
+arguments (``transformers.vision_utils``). Computed on the host, where the sizes are known, they are copied to the
+device without a wait.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from transformers.vision_utils import (
 
 
 def describe_grids(visual: PreTrainedModel, grids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:
-    """Return the arguments of a stock vision tower that depend on the pictures' sizes alone.
+    """Return the arguments of a stock vision tower that depend on the images' sizes alone.
 
     Args:
-        visual: the tower.
-        grids: (temporal, height, width) in patches of each picture or video, Python numbers.
-        device: where the tower is.
+        visual: Vision tower.
+        grids: (temporal, height, width) in patches of each image or video, Python numbers.
+        device: Device of the tower.
 
     Returns:
-        ``grid_thw`` and, as the tower has use for them, ``position_ids``, ``interp_indices``, ``interp_weights``,
-        ``window_index``, ``cu_seqlens`` and ``cu_window_seqlens`` with their maxima. On the device; but the borders
-        ``cu_*`` stay on the host where the attention splits tensors by them. A tower with a method ``describe_grids``
-        says itself what it has use for.
+        ``grid_thw`` and, as far as the tower uses them, ``position_ids``, ``interp_indices``, ``interp_weights``,
+        ``window_index``, ``cu_seqlens`` and ``cu_window_seqlens`` with their maxima. All are on the device, except that
+        the boundaries ``cu_*`` stay on the host if the attention splits tensors by them. A tower with a method
+        ``describe_grids`` chooses its own arguments.
     """
     if hasattr(visual, "describe_grids"):
         own: dict[str, Any] = visual.describe_grids(grids, device)
@@ -65,19 +66,19 @@ def describe_grids(visual: PreTrainedModel, grids: Sequence[Sequence[int]], devi
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy from pinned memory, as an ordinary copy waits for all earlier work."""
+    """Copy to the device from pinned memory; an ordinary copy would wait for all earlier work."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class PatchProjection(nn.Conv3d):
-    """The tower's first layer, a convolution whose patches do not overlap, as the matrix product that it is.
+    """The tower's first layer, a convolution without overlap between patches, computed as a matrix product.
 
     With some versions of torch and cuDNN the convolution is 10 times slower in bfloat16 or takes gigabytes more
-    (github.com/pytorch/pytorch: 174051, 166122, 166643); the product is quick with all. Parameters are those of the
-    layer it stands for, under the same names.
+    (github.com/pytorch/pytorch: 174051, 166122, 166643); the product is fast with all versions. It has the stock
+    layer's parameters under the same names.
 
     Args:
-        convolution: the stock layer.
+        convolution: Stock layer.
     """
 
     def __init__(self, convolution: nn.Conv3d) -> None:

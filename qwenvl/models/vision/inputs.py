@@ -15,11 +15,11 @@ class VisionInputs:
     """All images and videos of a micro-batch.
 
     Args:
-        pixels: uint8 [values], the frames of all media in the order of their tokens, as
-            :class:`qwenvl.models.vision.patchify.Patchify` takes them; None for text alone.
-        media: the shape of each medium, Python numbers; empty for text alone.
+        pixels: uint8 [values], the frames of all media in the order of their tokens, in the layout of
+            :class:`qwenvl.models.vision.patchify.Patchify`; None for text alone.
+        media: Shape of each medium, Python numbers; empty for text alone.
         mask: bool [B, T], True at each image or video token.
-        num_tokens: how many of them there are, a Python number.
+        num_tokens: Number of image and video tokens, a Python number.
     """
 
     pixels: Tensor | None

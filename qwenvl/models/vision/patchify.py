@@ -1,8 +1,8 @@
-"""Frames of eight bits to the patches that a vision tower takes, on the training device.
+"""Convert uint8 frames to the patches that a vision tower takes, on the training device.
 
-Data loading sends resized frames as they are. What the checkpoint's own processors do after resizing is done here, in
-front of the tower: rescale and normalise in float32, show a still picture (or the last frame of an odd number) for
-the whole duration of a patch, and cut patches in the order in which the tower merges them.
+Data loading sends resized uint8 frames. This module does what the checkpoint's own processors do after resizing:
+rescale and normalise in float32, repeat an image (or the last frame of an odd number) to fill a temporal patch, and
+cut patches in the order in which the tower merges them.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from qwenvl.utils.errors import UserError
 
 MediumShape = Sequence[int]
-"""(frames, temporal, height, width): frames of a picture or video, and its grid in patches. Python numbers: shapes
-that are known on the host need no wait for the device."""
+"""(frames, temporal, height, width): frames of an image or video, and its grid in patches. Python numbers, so that
+reading a shape does not wait for the device."""
 
 
 class Patchify(nn.Module):
-    """Makes patches of frames. It has no parameters, and is no part of the model that is trained and saved.
+    """Cuts frames into patches. It has no parameters, and is not part of the model that is trained and saved.
 
     Args:
-        patch_size: pixels a side of one patch.
-        merge_size: patches a side that become one token; they lie together.
-        temporal_patch_size: frames in one patch.
-        mean: of each colour, in units of 8-bit values.
-        std: of each colour, in units of 8-bit values.
+        patch_size: Side of a patch, in pixels.
+        merge_size: Side of the square of patches that become one token; they are adjacent in the output.
+        temporal_patch_size: Frames in one patch.
+        mean: Mean of each colour channel, in units of 8-bit values.
+        std: Standard deviation of each colour channel, in units of 8-bit values.
     """
 
     mean: Tensor
@@ -49,7 +49,7 @@ class Patchify(nn.Module):
         """Read sizes, mean and standard deviation from a checkpoint's processor.
 
         Raises:
-            UserError: its image and video processors normalise differently.
+            UserError: The image and video processors normalise differently.
         """
         images, videos = processor.image_processor, processor.video_processor
         found = [_normalisation(part) for part in (images, videos)]
@@ -62,15 +62,15 @@ class Patchify(nn.Module):
         return cls(images.patch_size, images.merge_size, images.temporal_patch_size, *found[0])
 
     def forward(self, pixels: Tensor, media: Sequence[MediumShape]) -> Tensor:
-        """Cut and normalise.
+        """Cut frames into patches and normalise them.
 
         Args:
             pixels: uint8 [sum of frames x height x width x 3] in pixels, the frames of all media one after another,
                 RGB interleaved.
-            media: the shape of each medium.
+            media: Shape of each medium.
 
         Returns:
-            float32 [sum of patches, 3 x temporal x patch x patch], what the stock processors return.
+            float32 [sum of patches, 3 x temporal x patch x patch], equal to the stock processors' output.
         """
         side = self.patch_size
         patches = pixels.new_empty(self.count_patches(media), 3, self.temporal_patch_size, side, side)
@@ -92,7 +92,7 @@ class Patchify(nn.Module):
         return sum(frames * height * width for frames, _, height, width in media) * 3 * self.patch_size**2
 
     def _cut(self, pixels: Tensor, patches: Tensor, shape: MediumShape) -> None:
-        """Write the patches of neighbours of one shape: uint8 [n x values] to uint8 [n x patches, 3, t, side, side]."""
+        """Write the patches of consecutive media of one shape: [n x values] to [n x patches, 3, t, side, side]."""
         frames, temporal, height, width = shape
         side, merge, step = self.patch_size, self.merge_size, self.temporal_patch_size
         assert temporal == math.ceil(frames / step), shape

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from qwenvl.config import ParsedArguments, TaskArguments
 from qwenvl.data.dataset import SampledTable
 from qwenvl.data.encoding.encoder import SampleEncoder
-from qwenvl.models.loss.causal_lm import run_model, tell_host
+from qwenvl.models.loss.causal_lm import prepare_inputs, run_model
 from qwenvl.tasks.grounding.metrics import MaskRecord, compare_masks, mask_metrics
 from qwenvl.tasks.grounding.module import GroundingReadout, GroundingSettings
 from qwenvl.tasks.grounding.phrases import MaskReader, Region
@@ -57,7 +57,7 @@ class Grounding(Objective):
         places = [[region.place for region in of_sample] for of_sample in regions]
         sizes = [[target.shape for target in region.targets] for of_sample in regions for region in of_sample]
         inputs = readout_inputs(batch, places, sizes, with_images=self.sam is not None)
-        prepared = tell_host(batch)
+        prepared = prepare_inputs(batch)
         for name in ("kept_positions", "targets"):
             prepared.pop(name)
         return prepared | {"readout_inputs": inputs}

@@ -22,7 +22,7 @@ from qwenvl.inference.prompts import Prompt
 from qwenvl.models.attention.packed import attend_by_segments
 from qwenvl.models.attention.probe import AttentionProbe, Look
 from qwenvl.models.forward import install
-from qwenvl.models.loss.causal_lm import run_model, tell_host
+from qwenvl.models.loss.causal_lm import prepare_inputs, run_model
 from qwenvl.models.vision.patchify import Patchify
 from qwenvl.tasks import files as task_files
 from qwenvl.tasks.grounding.module import GroundingReadout, mapped_layers
@@ -78,7 +78,7 @@ class Grounder:
         """Return the attention of phrases to their images: float32 [layers, heads, height, width] each."""
         batch = self._batch(sample)
         probe = AttentionProbe(looks_of(batch, [places]))
-        self._run(tell_host(batch) | {"attention_probe": probe, "kept_positions": torch.zeros(0).long()})
+        self._run(prepare_inputs(batch) | {"attention_probe": probe, "kept_positions": torch.zeros(0).long()})
         return [maps.unflatten(0, (len(self.layers), -1)).cpu() for maps in probe.maps()]
 
     def masks(
@@ -100,7 +100,7 @@ class Grounder:
         working = [[working_size(place.grid, one) for one in longest] for place in places]
         batch = self._batch(sample)
         inputs = readout_inputs(batch, [places], working, with_images=has_sam)
-        prepared = tell_host(batch)
+        prepared = prepare_inputs(batch)
         for name in ("kept_positions", "targets"):
             prepared.pop(name)
         found = split_masks(self._run(prepared | {"readout_inputs": inputs}).logits, working)

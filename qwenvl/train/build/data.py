@@ -39,12 +39,12 @@ class RunData:
     """The data of a run.
 
     Args:
-        processor: the checkpoint's, as it was.
-        encoder: record to model inputs.
-        arranged: training samples, in packs where asked for, and their order.
-        evaluation: evaluation samples, or None.
-        added_tokens: of ``--additional_tokens``.
-        objective: what is learned of them.
+        processor: Processor of the checkpoint, with its own pixel and frame limits.
+        encoder: Encoder of samples to model inputs.
+        arranged: Training samples, packed if requested, and their order.
+        evaluation: Evaluation samples, or None.
+        added_tokens: Tokens of ``--additional_tokens``.
+        objective: Objective of the training.
     """
 
     processor: ProcessorMixin
@@ -61,15 +61,15 @@ class RunData:
 
     @property
     def order(self) -> SampleOrder:
-        """In which they are trained on."""
+        """Order of the training samples."""
         return self.arranged.order
 
 
 def open_config(parsed: ParsedArguments) -> PretrainedConfig:
-    """Read the checkpoint's config, with the context that the arguments ask for.
+    """Read the checkpoint's config, with its context extended if the arguments request it.
 
     Raises:
-        UserError: its context cannot be extended.
+        UserError: Its context cannot be extended.
     """
     arguments = parsed.model
     config = AutoConfig.from_pretrained(arguments.model_name_or_path, **origin_options(parsed))
@@ -83,7 +83,7 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
     """Open processor and datasets.
 
     Raises:
-        UserError: registry, annotations or processor cannot be used, or no sample fits.
+        UserError: Registry, annotations or processor cannot be used, or no sample fits.
     """
     arguments, args = parsed.data, parsed.training
     processor = open_processor(parsed.model.model_name_or_path, args.cache_dir, parsed.model.trust_remote_code)
@@ -98,7 +98,7 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
         )
     encoder = build_encoder(processor, config, family, arguments, args.model_max_length, context)
     prepare_backend()
-    seed = 0 if args.data_seed is None else args.data_seed  # not --seed: another one must not move held-out rows
+    seed = 0 if args.data_seed is None else args.data_seed  # not --seed, which must not change the held-out rows
     registry = load_registry(arguments.dataset_registry)
     plan = Path(arguments.packing_plan or "")
     names = arguments.dataset_use or from_main_process(lambda: planned_datasets(plan))
@@ -129,7 +129,7 @@ def open_data(parsed: ParsedArguments, family: Family, config: PretrainedConfig)
 
 
 def _open_tables(specs: list[DatasetSpec], seed: int, cache_dir: str | None) -> list[SampledTable]:
-    """Open datasets in process 0 first: what it leaves in the cache, the others find."""
+    """Open datasets, in process 0 first, so that the others find them in the cache."""
     opened: list[SampledTable] = []
     from_main_process(lambda: opened.extend(open_tables(specs, seed, cache_dir)))
     return opened or open_tables(specs, seed, cache_dir)

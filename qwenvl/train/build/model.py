@@ -1,4 +1,4 @@
-"""The model of a run: loaded, frozen where it does not train, with adapters, and ready for the trainer."""
+"""Build the model of a run: load it, freeze what does not train, add adapters, and prepare it for the trainer."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def open_model(
 ) -> PreTrainedModel:
     """Load the checkpoint, freeze what is not trained, install the vision call and a task's module, and add adapters.
 
-    On the meta device only shapes are read: all weights then have the type that is computed in.
+    On the meta device only shapes are read, and all weights have the compute type.
 
     Raises:
-        UserError: the checkpoint is incomplete, its processor normalises in a way that is not known, or nothing trains.
+        UserError: The checkpoint is incomplete, its processor normalises in an unsupported way, or nothing trains.
     """
     arguments, args = parsed.model, parsed.training
     patchify = Patchify.from_processor(processor)
@@ -71,7 +71,7 @@ def open_model(
     make_room(model, tokens.new, may_grow=not parsed.adapters.lora_enable)
     _choose_trained_parts(model, parsed, readout)
     install(model, patchify, open_liger_loss() if args.use_liger_kernel else linear_cross_entropy, readout)
-    args.use_liger_kernel = False  # the Trainer would exchange parts of the model for Liger's own
+    args.use_liger_kernel = False  # or the Trainer would replace parts of the model by Liger's own
     if parsed.adapters.lora_enable:
         _adapt(model, parsed, tokens.ids)
         refuse_unused(model)
@@ -96,7 +96,7 @@ def _choose_trained_parts(model: PreTrainedModel, parsed: ParsedArguments, reado
 
 
 def weight_types(parsed: ParsedArguments) -> tuple[torch.dtype, torch.dtype]:
-    """Return the types in which weights are kept: those that are frozen, and those that train."""
+    """Return the data types of frozen weights and of trainable weights."""
     args, model = parsed.training, parsed.model
     head_alone = parsed.tasks.task is not None and not (model.tune_mm_llm or model.tune_mm_mlp or model.tune_mm_vision)
     adapted = parsed.adapters.lora_enable or head_alone
@@ -106,13 +106,13 @@ def weight_types(parsed: ParsedArguments) -> tuple[torch.dtype, torch.dtype]:
 
 
 def compute_type(parsed: ParsedArguments) -> torch.dtype:
-    """Return the type of matrix products and of what they leave."""
+    """Return the data type of matrix products and activations."""
     args = parsed.training
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weight_types(parsed)[0]
 
 
 def _adapt(model: PreTrainedModel, parsed: ParsedArguments, token_ids: Sequence[int]) -> None:
-    """Add adapters, beside what trains whole, and let the rows of added tokens train."""
+    """Add adapters, and make the rows of added tokens trainable."""
     chosen = parsed.adapters
     settings = AdapterSettings(
         chosen.lora_target, chosen.lora_r, chosen.lora_alpha, chosen.lora_dropout, chosen.use_dora, chosen.use_rslora
@@ -126,10 +126,10 @@ def _adapt(model: PreTrainedModel, parsed: ParsedArguments, token_ids: Sequence[
 
 
 def _compile_layers(model: PreTrainedModel, args: TrainingArguments) -> None:
-    """Compile the language model, each layer for itself: what is not the same for any pictures and samples stays out.
+    """Compile each layer of the language model in place.
 
-    The blocks of the tower split tensors by pictures, and would be compiled anew for each number of them. In place, so
-    that saved names stay; the Trainer's own way wraps the whole model.
+    Blocks of the tower are not compiled: they split tensors by image, and would be compiled again for each number of
+    images. The Trainer would wrap the whole model, which changes the names of saved weights.
     """
     if args.torch_compile:
         for layer in decoder_layers(model):
@@ -138,7 +138,7 @@ def _compile_layers(model: PreTrainedModel, args: TrainingArguments) -> None:
 
 
 def _checkpoint_trained_parts(model: PreTrainedModel, args: TrainingArguments) -> None:
-    """Turn gradient checkpointing on here and off in the arguments: the Trainer would checkpoint frozen parts too."""
+    """Set gradient checkpointing, and unset it in the arguments: the Trainer would checkpoint frozen parts too."""
     configure_checkpointing(model, args.checkpointed_parts)
     args.gradient_checkpointing = False
     if hasattr(args, "activation_checkpointing"):  # its newer name
@@ -146,7 +146,7 @@ def _checkpoint_trained_parts(model: PreTrainedModel, args: TrainingArguments) -
 
 
 def _start_deepspeed() -> None:
-    """Start DeepSpeed's process group before the weights load: it would otherwise believe there is one rank."""
+    """Start DeepSpeed's process group before the weights load, or it would assume a single rank."""
     import deepspeed
 
     deepspeed.init_distributed()

@@ -1,4 +1,4 @@
-"""Rows to what a run trains on: packs where asked for, in an order whose steps keep all ranks equally busy."""
+"""Pack the training rows if requested, and order them so that all ranks have about equal work in each step."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _NOT_OF_A_PLAN = ("data_flatten", "data_packing", "packing_plan", "group_by_cost
 
 @dataclass(frozen=True)
 class PackFigures:
-    """How well rows went into packs.
+    """Figures of a packing.
 
     Args:
-        count: packs.
-        limit: tokens that a pack may hold.
-        fill: share of that which they do hold.
-        fewest: number of packs below which these rows cannot go.
-        source: file that the plan was read from; None where it was made now.
+        count: Number of packs.
+        limit: Largest number of tokens in a pack.
+        fill: Share of that capacity in use, 0 to 1.
+        fewest: Lower bound of the number of packs for these rows.
+        source: File that the plan was read from; None if it was made now.
     """
 
     count: int
@@ -50,14 +50,14 @@ class PackFigures:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """What a run trains on.
+    """Training data of a run, packed or not, and their order.
 
     Args:
-        dataset: rows or packs.
-        order: of its indices.
-        events: what there is to report of the rows.
-        measures: :data:`~qwenvl.data.sample_stats.MEASURES` of every row; None where they were not needed.
-        packs: None without.
+        dataset: Dataset of rows or packs.
+        order: Order of its indices.
+        events: Events of the rows, for the report.
+        measures: Array of :data:`~qwenvl.data.sample_stats.MEASURES`, one element per row; None if not needed.
+        packs: Figures of the packing; None without packing.
     """
 
     dataset: ConversationDataset
@@ -70,10 +70,10 @@ class Arrangement:
 def arrange(
     rows: ConversationDataset, parsed: ParsedArguments, config: PretrainedConfig, family: Family
 ) -> Arrangement:
-    """Pack rows and balance steps, as far as the arguments ask for it. Every rank has to call it.
+    """Pack rows and balance steps, if the arguments request it. Every rank must call it.
 
     Raises:
-        UserError: a row must stop the run, or a plan is not one of these rows.
+        UserError: A row must stop the run, or a plan was made for other rows.
     """
     arguments, args = parsed.data, parsed.training
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -95,7 +95,7 @@ def arrange(
 
 
 def _plan(rows: ConversationDataset, parsed: ParsedArguments, flops: Flops) -> tuple[PackPlan, Path | None]:
-    """Return the packs, of the plan that is named, of the one kept from an earlier run, or made now; and their file."""
+    """Return (plan, its file): the named plan, one kept from an earlier run, or a new one, which has no file."""
     cache = cache_folder(parsed.data.data_cache_dir)
     seed = 0 if parsed.training.data_seed is None else parsed.training.data_seed
     kept = cached_plan_path(cache, rows, seed)
@@ -103,7 +103,7 @@ def _plan(rows: ConversationDataset, parsed: ParsedArguments, flops: Flops) -> t
     source = None if plan is None else Path(parsed.data.packing_plan or kept)
     if plan is None:
         plan = make_plan(rows, measure_lengths(rows, cache), seed)
-        # Where samples cannot be used, the next run is to look again whether they can.
+        # A plan with unusable samples is not kept, so that the next run tries them again.
         if is_main_process() and not any(event.kind == "bad" for event in plan.events):
             _keep(kept, plan, rows, flops.count(plan.measures), seed)
     if not len(plan.packs):

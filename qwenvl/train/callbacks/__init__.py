@@ -1,1 +1,1 @@
-"""What watches a run: watchdog, preemption, guards, progress, run report."""
+"""Callbacks of a run: watchdog, preemption, guards, progress, run report."""

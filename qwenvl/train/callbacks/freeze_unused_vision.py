@@ -1,4 +1,4 @@
-"""Keeping parameters where they are in a step whose samples do not reach them."""
+"""Freeze the vision parameters in optimizer steps without images and videos."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ _VISUAL = ("vision/", "merger/")
 
 
 class UnusedVision(TrainerCallback):
-    """Holds the vision tower and its mergers still in steps without any picture.
+    """Freezes the vision tower and its mergers in steps without images and videos.
 
-    The blank picture that every text-only batch carries gives them gradients of exactly zero, not none, so that weight
-    decay and momentum would move them. A learning rate of zero for the step keeps them in place, under DeepSpeed as
-    well, whose optimizer works on flat partitions of all parameters.
+    The blank image of a text-only batch gives them gradients of exactly zero, not None, so that weight decay and
+    momentum would still change them. A learning rate of zero for the step prevents that, also under DeepSpeed, whose
+    optimizer works on flat partitions of all parameters.
     """
 
     def __init__(self) -> None:
         self._rates: list[tuple[dict[str, Any], float]] = []
 
-    def begin_step(self, optimizer: torch.optim.Optimizer, *, pictures: bool) -> None:
-        """Prepare the optimizer for a step; every rank has to say the same.
+    def begin_step(self, optimizer: torch.optim.Optimizer, *, has_media: bool) -> None:
+        """Prepare the optimizer for a step; every rank must pass the same value.
 
         Args:
-            optimizer: with groups named as in :func:`qwenvl.models.trainable.param_groups.parameter_groups`.
-            pictures: some rank has a picture or video in the step.
+            optimizer: Optimizer with the group names of :func:`qwenvl.models.trainable.param_groups.parameter_groups`.
+            has_media: Whether any rank has an image or video in the step.
         """
         self._restore()
-        if not pictures:
+        if not has_media:
             groups = [group for group in optimizer.param_groups if group["name"].startswith(_VISUAL)]
             self._rates = [(group, group["lr"]) for group in groups]
             for group in groups:
@@ -38,7 +38,7 @@ class UnusedVision(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the groups their learning rates back, before the schedule computes the next ones."""
+        """Restore the learning rates of the groups, before the schedule computes the next ones."""
         del args, state, control, kwargs
         self._restore()
 

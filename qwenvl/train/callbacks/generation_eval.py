@@ -1,4 +1,4 @@
-"""Evaluation by generation: prompts of held-out samples are answered, and the loss is measured with other images."""
+"""Evaluation by generation: answer prompts of held-out samples, and measure the loss with other images."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from qwenvl.inference.generate import Answer, Decoding, generate
 from qwenvl.inference.other_images import VIEWS, View
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.models.attention import packed as attention
-from qwenvl.models.loss.causal_lm import causal_loss, tell_host, total_weight
+from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs, total_weight
 from qwenvl.train.callbacks.watchdog import Watchdog
 from qwenvl.train.eval_prompts import EvalPrompts
 from qwenvl.utils.distributed import gather_objects, zeros_for_sums
 
 
 class GenerationEval:
-    """Lets the model of a trainer answer; weights and random numbers stay as they are.
+    """Generates answers with a trainer's model, without changes to weights or random number generators.
 
     Args:
-        prompts: Samples that are asked at every evaluation.
-        answers: File in which the answers are kept.
+        prompts: Samples to answer at every evaluation.
+        answers: Log file of the answers.
         watchdog: Watchdog of the run.
     """
 
@@ -41,7 +41,7 @@ class GenerationEval:
         self._watchdog = watchdog
 
     def run(self, trainer: Trainer) -> dict[str, float]:
-        """Return metrics by name; every rank has to call it."""
+        """Return metrics by name; every rank must call it."""
         lines = self._answer(trainer)
         if trainer.is_world_process_zero():
             self._answers.add(trainer.state.global_step, lines)
@@ -52,7 +52,7 @@ class GenerationEval:
         return found
 
     def _answer(self, trainer: Trainer) -> list[Prediction]:
-        """Let the model answer; each rank its share, and all in step."""
+        """Generate answers; each rank generates its share, all ranks in lockstep."""
         args = trainer.args
         answerer = self.prompts.answerer(trainer.model)
         decoding = Decoding(args.eval_generate_tokens)
@@ -68,16 +68,16 @@ class GenerationEval:
         return self.prompts.answered(list(itertools.chain(*gather_objects(mine))))
 
     def _loss_sums(self, trainer: Trainer, view: View) -> list[float]:
-        """Return the summed loss and the trained tokens with a view of the same samples, teacher forced."""
+        """Return [summed loss, trained tokens] of one view of the samples, with teacher forcing."""
         batch, ranks = trainer.args.eval_batch_size, trainer.args.world_size
         numbers, totals = self.prompts.comparable, zeros_for_sums(2, trainer.args.device)
         for start in range(0, len(numbers), batch * ranks):
-            self._watchdog.watch(f"evaluation after step {trainer.state.global_step}, pictures {view}")
+            self._watchdog.watch(f"evaluation after step {trainer.state.global_step}, images {view}")
             mine = numbers[start : start + batch * ranks][trainer.args.process_index :: ranks]
             items = [Item((self.prompts.view(number, view),)) for number in mine]
-            collated = for_model(trainer.data_collator(items or [Item()]))  # without a sample, it keeps in step
+            collated = for_model(trainer.data_collator(items or [Item()]))  # an empty batch keeps ranks in lockstep
             totals[1] += total_weight(collated)
-            inputs = trainer._prepare_inputs(tell_host(collated))
+            inputs = trainer._prepare_inputs(prepare_inputs(collated))
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 totals[0] += causal_loss(trainer.model, inputs, num_trained_tokens=1.0)
         sums: list[float] = trainer.accelerator.reduce(totals, reduction="sum").tolist()
@@ -90,7 +90,7 @@ def _is_zero3(trainer: Trainer) -> bool:
 
 @contextmanager
 def _stock_attention(model: Any) -> Iterator[None]:
-    """Let a model attend as ``generate`` needs it where it attends by the segments of training's rows."""
+    """Switch a model from the segmented attention of training to SDPA, which ``generate`` needs."""
     by_segments = model.config.get_text_config()._attn_implementation == attention.NAME
     if by_segments:
         model.set_attn_implementation({"text_config": "sdpa"})
@@ -102,7 +102,7 @@ def _stock_attention(model: Any) -> Iterator[None]:
 
 
 def _metrics(lines: Sequence[Prediction]) -> dict[str, float]:
-    """Return the score of each metric over the samples of all datasets that call for it, their number, and the cut."""
+    """Return each metric over the samples that have it, the number of answers, and the number of truncated ones."""
     groups: dict[str, list[Any]] = {}
     for scores in evaluate(lines):
         groups.setdefault(scores.metric.name, []).append(scores)

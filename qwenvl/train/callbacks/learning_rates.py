@@ -1,4 +1,4 @@
-"""The learning rates on a log line: that of the run, and those of the parts that have their own."""
+"""Learning rates for the log: that of the run, and those of module groups with their own rate."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from qwenvl.models.trainable.param_groups import learning_rates_of
 class LearningRates:
     """Reads the learning rates of an optimizer.
 
-    Engines return the states of groups without their names, which are therefore kept from the beginning.
+    Engines drop the names of parameter groups, which are therefore recorded at the start.
 
     Args:
-        learning_rate: Rate of the parts that have none of their own (``--learning_rate``).
+        learning_rate: Rate of module groups without their own (``--learning_rate``).
 
     Attributes:
-        of_parts: ``learning_rate_PART`` of each part at the last reading, where they differ.
+        of_parts: Rates at the last reading as ``learning_rate_PART``; empty if all groups have the same rate.
     """
 
     def __init__(self, learning_rate: float) -> None:
@@ -27,18 +27,18 @@ class LearningRates:
         self.of_parts: dict[str, float] = {}
 
     def begin(self, optimizer: Optimizer) -> None:
-        """Note the groups of a new optimizer, which are named."""
+        """Record the names of a new optimizer's parameter groups."""
         self._names = [group["name"] for group in optimizer.param_groups]
-        # a schedule that began already, as with --auto_find_batch_size, has noted the rates it began with
+        # a schedule that already started, as with --auto_find_batch_size, has recorded the initial rates
         rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         self._main_group = rates.index(self._learning_rate) if self._learning_rate in rates else 0
         self._differ = len(set(rates)) > 1
 
     def read(self, optimizer: Optimizer) -> float:
-        """Return the rate of the parts that have none of their own, and note those of all parts.
+        """Return the rate of the module groups without their own, and record the rates of all groups.
 
-        The stock Trainer logs that of the first group, which is the vision tower's wherever it trains. Where every part
-        has its own, there is no other to log.
+        The stock Trainer logs the rate of the first group, which is the vision tower's if it trains. That rate is
+        returned here only if every group has its own.
         """
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         if self._differ:

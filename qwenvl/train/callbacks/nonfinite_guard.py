@@ -1,4 +1,4 @@
-"""What a step must be: finite, and in the beginning above zero with a gradient everywhere."""
+"""Check optimizer steps: finite loss and gradient; in the first step, a positive loss and a gradient everywhere."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _CAUSES = (
 
 
 class StepGuard:
-    """Counts the optimizer steps in a row whose loss or gradient is not finite.
+    """Counts consecutive optimizer steps with a loss or gradient that is not finite.
 
     Args:
-        limit: so many of them end the run (``--max_bad_steps``).
+        limit: Number of such steps that ends the run (``--max_bad_steps``).
     """
 
     def __init__(self, limit: int) -> None:
@@ -32,16 +32,16 @@ class StepGuard:
         self._in_a_row = 0
 
     def skipped(self, step: int, loss: float, norm: float, samples: Sequence[str]) -> None:
-        """Report a step that is not taken; every rank has to call it.
+        """Report a skipped step; every rank must call it.
 
         Args:
-            step: its number, from 1.
-            loss: of this rank.
-            norm: of the gradient over all ranks.
-            samples: where the samples of this rank's batches stand.
+            step: Number of the step, from 1.
+            loss: Loss of this rank.
+            norm: Norm of the gradient over all ranks.
+            samples: Origins of the samples in this rank's batches.
 
         Raises:
-            UserError: it is the last that is allowed.
+            UserError: The limit is reached.
         """
         self._in_a_row += 1
         logger.warning("%s", describe_skip(step, norm, gather_objects((loss, list(samples)))))
@@ -52,12 +52,12 @@ class StepGuard:
             )
 
     def taken(self) -> None:
-        """Note a step that was as it should be."""
+        """Record a step that was taken."""
         self._in_a_row = 0
 
 
 def describe_skip(step: int, norm: float, ranks: Sequence[tuple[float, Sequence[str]]]) -> str:
-    """Return what there is to say of a step that is not taken: its samples, those of finite losses left out.
+    """Return a message about a skipped step, with the samples of the ranks whose loss is not finite, or of all ranks.
 
     Args:
         step: Number of the step, from 1.
@@ -72,11 +72,11 @@ def describe_skip(step: int, norm: float, ranks: Sequence[tuple[float, Sequence[
 
 
 class FirstStep:
-    """Checks of the first optimizer step of a run, which no later step can fail on its own.
+    """Checks the first optimizer step of a run for faults that would show in every step.
 
     Args:
-        model: with frozen and trainable parts set, not wrapped.
-        unit: what the loss is a mean of.
+        model: Model with frozen and trainable parts set, not wrapped.
+        unit: Name of the units that the loss is averaged over.
     """
 
     def __init__(self, model: PreTrainedModel, unit: str = "trained_tokens") -> None:
@@ -87,11 +87,11 @@ class FirstStep:
         """Check the step after its backward pass, before gradients are cleared.
 
         Args:
-            loss: mean over the units of all ranks.
-            units: of the step, over all ranks.
+            loss: Mean loss over the units of all ranks.
+            units: Number of units in the step, over all ranks.
 
         Raises:
-            UserError: the loss is not finite, or zero although something is trained; or a trainable tensor had no
+            UserError: The loss is not finite, or zero although the step has units; or a trainable tensor got no
                 gradient.
         """
         missing = self._watch.missing()
@@ -100,8 +100,8 @@ class FirstStep:
             raise UserError(f"The loss of the first step is {loss}. {_CAUSES}")
         if loss == 0 and units > 0:
             raise UserError(
-                f"The loss of the first step is 0 for {units:g} {self._unit}: no model is that sure. Look at "
-                " the labels with tools/show_sample.py, and at the checkpoint's weights."
+                f"The loss of the first step is 0 for {units:g} {self._unit}, which means broken labels or weights. "
+                "Inspect the labels with tools/show_sample.py, and check the checkpoint's weights."
             )
         if missing:
             raise UserError(

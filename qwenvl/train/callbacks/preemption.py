@@ -1,4 +1,4 @@
-"""Being asked to stop: before the time limit of a job, or to make room for another one."""
+"""Preemption: save a checkpoint and stop on a signal, before a job's time limit or to make room for another job."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 logger = logging.getLogger(__name__)
 
-# SIGTERM: what schedulers and `docker stop` send. SIGUSR1: what SLURM sends before the time limit (--signal=USR1@120).
+# Schedulers and `docker stop` send SIGTERM; SLURM sends SIGUSR1 before the time limit (--signal=USR1@120).
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 75
 """Exit code of a run that stopped on request: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 
 class StopRequest(TrainerCallback):
-    """Ends the run after a step in which a process got one of :data:`SIGNALS`, with a checkpoint of that step.
+    """Saves a checkpoint and ends the run after a step in which a process received one of :data:`SIGNALS`.
 
-    Processes get a signal at different times, or only one of them gets it: they agree at the beginning of each step.
+    Processes receive a signal at different times, or only one of them receives it; they agree at the start of each
+    step.
 
     Attributes:
-        received: this process got a signal.
-        stopped_at: the step that the run ended after; None while it has not.
+        received: Whether this process received a signal.
+        stopped_at: Last step of the run; None while it has not stopped.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class StopRequest(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Receive the signals meanwhile. Further ones change nothing: a job's processes often get several."""
+        """Handle the signals while the context is open; repeated ones, which are common, have no further effect."""
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
@@ -45,13 +46,13 @@ class StopRequest(TrainerCallback):
                 signal.signal(number, handler)
 
     def begin_step(self, *, agreed: bool) -> None:
-        """Say whether any process has received a signal; every rank has to say the same."""
+        """Set whether any process has received a signal; every rank must pass the same value."""
         if agreed and not self._agreed:
             logger.warning("Asked to stop by a signal: a checkpoint follows after this step.")
         self._agreed = agreed
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop. An evaluation that is due is left out: the time that is left may not be enough for both."""
+        """Save and stop. Skip an evaluation that is due, as the remaining time may not suffice for both."""
         del args, kwargs
         if self._agreed and state.global_step < state.max_steps:
             self.stopped_at = state.global_step
@@ -63,11 +64,11 @@ class StopRequest(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The Trainer ends the epoch when it stops: no epoch is over."""
+        """Suppress the actions of an epoch's end: the Trainer calls this when it stops in the middle of an epoch."""
         del args, state, kwargs
         if self.stopped_at is not None:
             control.should_evaluate = control.should_save = control.should_log = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        self.received = True  # nothing more: the signal may have come in the middle of a line that is logged
+        self.received = True  # nothing more, as the signal may interrupt a log call

@@ -1,4 +1,4 @@
-"""How a run gets on, for people: a bar on a terminal, and a line of the log for each set of figures."""
+"""Progress of a run: a bar on a terminal, and a log line for each set of figures."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ logger = logging.getLogger(__name__)
 
 
 class Progress(ProgressCallback):
-    """The Trainer's bars where bars are shown; its figures go through the log, with the step they belong to."""
+    """Shows the Trainer's bars if bars are enabled; logs its figures with their step."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar of the run."""
+        """Open the progress bar of the run."""
         if _shows_bars(args):
             super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move it on."""
+        """Advance the bar."""
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
@@ -37,7 +37,7 @@ class Progress(ProgressCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Move the bar of an evaluation on."""
+        """Advance the bar of an evaluation."""
         if _shows_bars(args):
             super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
@@ -49,7 +49,7 @@ class Progress(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Say the figures."""
+        """Log the figures."""
         if state.is_world_process_zero and logs:
             logger.info("step %d of %d: %s", state.global_step, state.max_steps, describe(logs))
 
@@ -72,7 +72,7 @@ def describe(logs: dict[str, Any]) -> str:
 
 
 def follow(trainer: Trainer) -> None:
-    """Let a trainer show its progress in this way, in the place of its own."""
+    """Replace a trainer's own progress callbacks by this one."""
     for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress())

@@ -1,4 +1,4 @@
-"""``report.html`` of a run: written at every evaluation and at the end, whatever the run resumed from."""
+"""``report.html`` of a run, written at every evaluation and at the end."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ FILE_NAME = "report.html"
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the report finds what changes while a run goes on.
+    """Sources of the report's contents that change during a run.
 
     Args:
-        data: what happened to samples.
-        answers: at the evaluations so far.
+        data: Counts of skipped and cut samples.
+        answers: Answers of the evaluations so far.
         prompts: Samples that are answered; None for none.
-        warnings: that were given so far.
+        warnings: Warnings logged so far.
     """
 
     data: DataReport
@@ -52,13 +52,13 @@ class Sources:
 
 
 class RunReport(TrainerCallback):
-    """Writes the report; process 0 alone does, from what all of them know. A failure to write it ends no run.
+    """Writes the report, in process 0, from the data of all ranks. A failure to write it does not end the run.
 
     Args:
-        output_dir: of the run.
-        setup: how it was made.
-        rows: of the datasets in use.
-        sources: of what is not known yet.
+        output_dir: Output folder of the run.
+        setup: Setup of the run.
+        rows: Used rows of each dataset.
+        sources: Sources of contents that change during the run.
     """
 
     def __init__(self, output_dir: str, setup: Setup, rows: Sequence[UsedRows], sources: Sources) -> None:
@@ -70,16 +70,16 @@ class RunReport(TrainerCallback):
         self._failed = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write what is known after an evaluation."""
+        """Write the report after an evaluation."""
         del args, control, kwargs
         self.write(state, f"Training goes on: step {state.global_step:,} of {state.max_steps:,} is evaluated.")
 
     def write(self, state: TrainerState, status: str) -> None:
-        """Write the report; every rank has to call it.
+        """Write the report; every rank must call it.
 
         Args:
-            state: of the Trainer.
-            status: how far the run is, a sentence.
+            state: State of the Trainer.
+            status: Progress of the run, a sentence.
         """
         events = self._sources.data.gather()
         if not is_main_process():
@@ -88,16 +88,16 @@ class RunReport(TrainerCallback):
             page = build_run_page(self._run(state.log_history, status, events))
             with replacing(self.path) as path:
                 path.write_text(page, encoding="utf-8", errors="replace")
-        except Exception as error:  # noqa: BLE001  whatever it is, training goes on
+        except Exception as error:  # noqa: BLE001  no failure may stop training
             self._say_failure(error)
 
     def log_place(self) -> None:
-        """Say where the report is, if it could be written."""
+        """Log the path of the report, if it could be written."""
         if is_main_process() and not self._failed:
             logger.info("Report: %s", self.path)
 
     def _say_failure(self, error: Exception) -> None:
-        """Say once that there is no report: a page is not worth a run."""
+        """Warn once that the report could not be written."""
         if not self._failed:
             logger.warning("The report %s could not be written; the run goes on: %s", self.path, error)
             logger.debug("What happened to the report:", exc_info=error)
@@ -116,7 +116,7 @@ class RunReport(TrainerCallback):
         )
 
     def _open_media(self, line: Prediction) -> Sequence[Medium] | str:
-        """Return what a sample shows, decoded once."""
+        """Return the media of a sample, decoded once; or why they cannot be shown."""
         key = key_of(line)
         if key not in self._media:
             self._media[key] = self._decode(key)
@@ -145,12 +145,12 @@ def _data(rows: Sequence[UsedRows], events: Sequence[Event]) -> Data:
 
 
 def describe_setup(parsed: ParsedArguments, model: Any, unit: str) -> Setup:
-    """Return how a run is made; before the Trainer touches its arguments and an engine its model.
+    """Return the setup of a run; call it before the Trainer changes the arguments and an engine wraps the model.
 
     Args:
-        parsed: its settings.
-        model: that is about to be trained.
-        unit: what the loss is a mean of, in the plural.
+        parsed: Settings of the run.
+        model: Model, ready for training.
+        unit: Name of the units that the loss is averaged over, in the plural.
     """
     args = parsed.training
     owners = (parsed.model, parsed.adapters, parsed.tasks, parsed.data, args)

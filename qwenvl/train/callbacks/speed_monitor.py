@@ -1,4 +1,4 @@
-"""How fast a run is: figures of throughput on every log line, and a profile of a few steps."""
+"""Speed of a run: throughput on every log line, and a profile of a few steps."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 class SpeedMonitor(TrainerCallback):
-    """Measures what a trainer does; the trainer tells it what comes next.
+    """Measures a trainer's speed; the trainer reports the phases of its steps.
 
     Args:
         model: Model that is ready for training.
         args: Settings of the run.
 
     Attributes:
-        profile: Profile of a few steps, a callback of its own.
+        profile: Profiler of a few steps, a callback of its own.
     """
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments) -> None:
@@ -38,12 +38,12 @@ class SpeedMonitor(TrainerCallback):
         self.profile = StepProfile(args.profile_steps, folder, args.device, self.throughput.paused)
 
     def on_train_begin(self, args: StockArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count from here on, also where ``--auto_find_batch_size`` begins again with a smaller batch."""
+        """Start counting, also when ``--auto_find_batch_size`` restarts with a smaller batch."""
         del args, state, control, kwargs
         self.throughput.start_over()
 
     def watch(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield the batches of an optimizer step, and count the time of waiting for them."""
+        """Yield the batches of an optimizer step, and measure the time spent waiting for them."""
         self.throughput.run()
         while True:
             self.profile.enter(Phase.DATA)
@@ -61,13 +61,13 @@ class SpeedMonitor(TrainerCallback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what is done within: it is no time of training."""
+        """Exclude the time inside of the context from the measurements."""
         with self.throughput.paused(), self.profile.left_out():
             yield
 
 
 def _peak(args: TrainingArguments) -> float | None:
-    """Return the operations per second that a device can do at best, as given or known."""
+    """Return the peak operations per second of the device: the given value, else the known one."""
     if args.device_peak_tflops is not None:
         return 1e12 * args.device_peak_tflops
     name = name_device(args.device)

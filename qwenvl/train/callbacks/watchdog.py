@@ -1,4 +1,4 @@
-"""Ends a run in which nothing moves any more, and says where each rank stood."""
+"""End a run that hangs, and log the stack of each rank."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 3
-_SECONDS_FOR_THE_OTHERS = 3.0  # the launcher ends all ranks when the first one ends: let them write their part
+_SECONDS_FOR_THE_OTHERS = 3.0  # the launcher ends all ranks after the first one; this lets them log theirs
 
 
 class Watchdog(TrainerCallback):
     """Ends this process when a step takes too long.
 
-    The clock runs from the moment a step asks for its batches until its figures are logged, for which ranks wait for
-    each other, and during each batch of an evaluation. It stands still while a checkpoint is saved, and outside of
-    training and evaluation: whatever ended them, the process may go on with something else.
+    The clock runs from a step's request for its batches until its figures are logged, for which ranks wait for each
+    other, and during each batch of an evaluation. It is stopped while a checkpoint is saved, and outside of training
+    and evaluation, even if an error ended them.
 
     Args:
-        seconds: what a step may take (``--step_timeout``); 0 for any time.
+        seconds: Time limit of a step (``--step_timeout``), in seconds; 0 for none.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -40,7 +40,7 @@ class Watchdog(TrainerCallback):
 
     @contextmanager
     def on_duty(self) -> Iterator[None]:
-        """Let the clock run inside of this context alone, however it is left; contexts may hold others."""
+        """Let the clock run only while the context is open, however it is left; contexts may be nested."""
         before, self._on_duty = self._on_duty, True
         try:
             yield
@@ -48,7 +48,7 @@ class Watchdog(TrainerCallback):
             self._on_duty = before
             if not before:
                 self.rest()
-                self._thread = None  # it ends by itself
+                self._thread = None  # the thread ends by itself
 
     def watch(self, about: str) -> None:
         """Start the clock, or start it again.
@@ -69,7 +69,7 @@ class Watchdog(TrainerCallback):
         self._deadline = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start the clock again: what comes next is the step's log line."""
+        """Restart the clock: the step's log line comes next."""
         del args, state, control, kwargs
         self.watch(self._about)
 
@@ -88,7 +88,7 @@ class Watchdog(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock again."""
+        """Restart the clock."""
         del args, control, kwargs
         self.watch(f"evaluation after step {state.global_step}")
 
@@ -106,10 +106,10 @@ class Watchdog(TrainerCallback):
                     "Nothing moved for %g s (--step_timeout): %s.\n%s", self._seconds, self._about, _main_stack()
                 )
                 time.sleep(_SECONDS_FOR_THE_OTHERS)
-                os._exit(EXIT_CODE)  # the main thread hangs, and so would an orderly end
+                os._exit(EXIT_CODE)  # the main thread hangs, and a regular exit would hang too
 
 
 def _main_stack() -> str:
-    """Return where the main thread stands."""
+    """Return the stack trace of the main thread."""
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     return "".join(traceback.format_stack(frame)).rstrip()

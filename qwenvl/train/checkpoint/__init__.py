@@ -1,1 +1,1 @@
-"""Checkpoints: the trainer that writes them, their folders, manifests and weight files."""
+"""Checkpoints: their folders, manifests and weight files."""

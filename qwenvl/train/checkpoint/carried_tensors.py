@@ -1,8 +1,8 @@
-"""Tensors that a checkpoint holds and transformers does not load, carried over into what is saved from it.
+"""Copy tensors that transformers does not load from the starting checkpoint to saved folders.
 
 Qwen3.5 and newer checkpoints hold a layer for multi-token prediction (``mtp.*``), which vLLM and SGLang use as a draft
-model. transformers builds no module for it, so ``save_pretrained`` leaves it out, and a server that is started with
-speculative decoding does not find it.
+model. transformers builds no module for it, so ``save_pretrained`` leaves it out, and a server with speculative
+decoding would not find it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MTP_LAYERS = "mtp_num_hidden_layers"
 
 
 def carried_tensors(source: Mapping[str, Header], model: Any) -> dict[str, Header]:
-    """Return the tensors of a checkpoint that transformers leaves out when it loads the model.
+    """Return the tensors of a checkpoint that transformers ignores when it loads the model.
 
-    Those of an FP8 checkpoint are none: the model was dequantized, and FP8 tensors beside it would be misread.
+    An FP8 checkpoint gives none: the model was dequantized, and FP8 tensors next to it would be misread.
 
     Args:
         source: Tensors of the checkpoint.
-        model: Stock model that was loaded from it; names them by patterns.
+        model: Stock model loaded from it, whose class lists the ignored names as patterns.
     """
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     found = {name: header for name, header in source.items() if any(pattern.search(name) for pattern in patterns)}
@@ -38,11 +38,11 @@ def carried_tensors(source: Mapping[str, Header], model: Any) -> dict[str, Heade
 
 
 def carry_over(folder: Path, tensors: Mapping[str, Header], max_bytes: int) -> None:
-    """Copy tensors into a folder of weights that was just saved, bit for bit, and make its config true to them.
+    """Copy tensors bit for bit into a saved folder of weights, and set the number of MTP layers in its config.
 
     Args:
         folder: Folder with ``config.json`` and ``model*.safetensors``.
-        tensors: From :func:`carried_tensors`.
+        tensors: Result of :func:`carried_tensors`.
         max_bytes: Largest size of one new file in bytes.
 
     Raises:
@@ -60,11 +60,11 @@ def carry_over(folder: Path, tensors: Mapping[str, Header], max_bytes: int) -> N
 
 
 def log_carried(tensors: Mapping[str, Header], config: Any) -> None:
-    """Say once, at the start of a run, what saved folders hold beside what is trained.
+    """Log, at the start of a run, the tensors that saved folders will hold in addition to the trained model.
 
     Args:
-        tensors: From :func:`carried_tensors`.
-        config: Config of the model; its text config may name a number of layers for multi-token prediction.
+        tensors: Result of :func:`carried_tensors`.
+        config: Config of the model; its text config may give a number of layers for multi-token prediction.
     """
     if tensors:
         prefixes = ", ".join(sorted({f"{name.partition('.')[0]}.*" for name in tensors}))

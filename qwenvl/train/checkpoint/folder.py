@@ -1,4 +1,4 @@
-"""Checkpoints: finding the newest complete one, and the files that let a folder stand alone."""
+"""Find the newest complete checkpoint, write folders atomically, and add the records of the run to them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from qwenvl.utils.permissions import follow_umask
 logger = logging.getLogger(__name__)
 
 DRAFTS = ".saving"
-"""Folder inside the output folder in which checkpoints are written until they are whole."""
+"""Folder inside the output folder in which checkpoints are written until they are complete."""
 
 Engine = Literal["plain", "deepspeed", "fsdp"]
-"""What trains: torch alone or with DDP, DeepSpeed, or FSDP."""
+"""Training engine: torch alone or with DDP (``plain``), DeepSpeed, or FSDP."""
 
 _OPTIMIZER_FILES = {"plain": ["optimizer.pt"], "deepspeed": ["global_step*"], "fsdp": ["optimizer.bin", "optimizer_*"]}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -41,19 +41,19 @@ def find_checkpoint(output_dir: str, wanted: str | None, engine: Engine = "plain
     """Return the checkpoint to resume from, or None to start anew.
 
     Args:
-        output_dir: of the run.
-        wanted: ``--resume_from_checkpoint``: a folder; ``true`` for the newest one, which must exist; ``false`` for
-            none; None for the newest one if there is any, as the official recipe does.
-        engine: what trains: each keeps the optimizer's state in files of its own.
+        output_dir: Output folder of the run.
+        wanted: Value of ``--resume_from_checkpoint``: a folder; ``true`` for the newest one, which must exist;
+            ``false`` for none; None for the newest one if there is any, like the official recipe.
+        engine: Engine of the run; each engine has its own files for the optimizer's state.
 
     Raises:
-        UserError: there is no such checkpoint, or it holds no state of this kind of optimizer.
+        UserError: The checkpoint does not exist, or it holds no optimizer state for this engine.
     """
     if wanted is not None and wanted.lower() in ("false", "no", "0"):
         if any(map(_matches, Path(output_dir).glob("checkpoint-*"))):
             logger.warning(
-                "%s holds checkpoints of an earlier run. Started again, a run resumes from the highest number, "
-                "whichever run it is of: remove them, or choose another --output_dir.",
+                "%s holds checkpoints of an earlier run. A later start would resume from the highest number, "
+                "whichever run saved it: remove them, or choose another --output_dir.",
                 output_dir,
             )
         return None
@@ -69,7 +69,7 @@ def find_checkpoint(output_dir: str, wanted: str | None, engine: Engine = "plain
 
 
 def _with_optimizer(path: Path, engine: Engine) -> str:
-    """Refuse a checkpoint from which the Trainer would go on with a new optimizer and schedule, without a word."""
+    """Refuse a checkpoint with which the Trainer would silently start a new optimizer and schedule."""
     found = [name for name, files in _OPTIMIZER_FILES.items() if any(any(path.glob(pattern)) for pattern in files)]
     if engine in found:
         return str(path)
@@ -86,14 +86,14 @@ def _with_optimizer(path: Path, engine: Engine) -> str:
 
 
 def require_state_dict(checkpoint: str, kind: str) -> None:
-    """Refuse a checkpoint of FSDP whose optimizer's state is not in files of the kind that this run reads.
+    """Refuse an FSDP checkpoint whose optimizer state was saved with another ``state_dict_type``.
 
     Args:
         checkpoint: Folder that an FSDP run saved.
-        kind: ``state_dict_type`` of ``--fsdp_config``.
+        kind: Value of ``state_dict_type`` in ``--fsdp_config``.
 
     Raises:
-        UserError: it was saved with the other kind.
+        UserError: It was saved with the other type.
     """
     saved = "FULL_STATE_DICT" if (Path(checkpoint) / "optimizer.bin").is_file() else "SHARDED_STATE_DICT"
     if saved != kind:
@@ -118,7 +118,7 @@ def _matches(path: Path) -> re.Match[str] | None:
 
 
 def read_step(path: str) -> int:
-    """Return the optimizer steps that a complete checkpoint was saved after."""
+    """Return the number of optimizer steps after which a complete checkpoint was saved."""
     step: int = json.loads((Path(path) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     return step
 
@@ -126,8 +126,8 @@ def read_step(path: str) -> int:
 def problem_of(path: Path) -> str | None:
     """Return why a checkpoint cannot be resumed from, or None.
 
-    It is held against its manifest: every file, its size and its content. Checkpoints of the stock Trainer have none;
-    they count as whole if the Trainer's state, which is written last, can be read.
+    Every file is compared with the manifest, in size and content. Checkpoints of the stock Trainer have no manifest;
+    they count as complete if the Trainer's state, which is written last, can be read.
     """
     try:
         if "global_step" not in json.loads((path / "trainer_state.json").read_text(encoding="utf-8")):
@@ -141,23 +141,23 @@ def problem_of(path: Path) -> str | None:
 
 @contextmanager
 def published(output_dir: str, name: str | None, *, writes: bool) -> Iterator[Path]:
-    """Give a folder to save to, and move what is in it to its place once all of it is there.
+    """Yield a temporary folder to save to, and move its files to their final place once they are complete.
 
-    Whatever stops the run before that (a full disk, ``kill -9``, the machine), the place holds what it held before.
-    Every process has to call it, and they wait for each other.
+    If the run stops before that (full disk, ``kill -9``, power loss), the final place is unchanged. Every process must
+    call it, and they wait for each other.
 
     Args:
-        output_dir: of the run.
-        name: of the checkpoint, which gets a manifest; None for the files of the run's own folder.
-        writes: this process is the one that writes (of a machine, with ``--save_on_each_node``).
+        output_dir: Output folder of the run.
+        name: Name of the checkpoint, which gets a manifest; None for the final model in the output folder itself.
+        writes: Whether this process writes; one per run, or one per machine with ``--save_on_each_node``.
 
     Raises:
-        UserError: the files cannot be written.
+        UserError: The files cannot be written.
     """
     place = Path(output_dir) if name is None else Path(output_dir) / name
     draft = Path(output_dir) / DRAFTS / (name or "final")
     if writes:
-        shutil.rmtree(draft.parent, ignore_errors=True)  # of a run that stopped while saving
+        shutil.rmtree(draft.parent, ignore_errors=True)  # left by a run that stopped while saving
         draft.parent.mkdir(parents=True, exist_ok=True)
     wait_for_all()
     try:
@@ -166,12 +166,12 @@ def published(output_dir: str, name: str | None, *, writes: bool) -> Iterator[Pa
         if writes:
             follow_umask(draft)
             _move(draft, place, whole=name is not None)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # full disks raise various types
         free = shutil.disk_usage(output_dir).free
         shutil.rmtree(draft.parent, ignore_errors=True)
         raise UserError(
-            f"{place} could not be saved: {error}. Nothing of it is left; earlier checkpoints are as they were, and "
-            f"the run resumes from the newest one. The disk has {free / 1e9:.1f} GB free: if that is too little, free "
+            f"{place} could not be saved: {error}. No part of it was kept; earlier checkpoints are unchanged, and the "
+            f"run resumes from the newest one. The disk has {free / 1e9:.1f} GB free: if that is too little, free "
             "some, or keep fewer checkpoints (--save_total_limit)."
         ) from error
     wait_for_all()
@@ -179,12 +179,12 @@ def published(output_dir: str, name: str | None, *, writes: bool) -> Iterator[Pa
 
 @contextmanager
 def refused_state_named(checkpoint: str | None) -> Iterator[None]:
-    """Turn what torch refuses of a checkpoint's state (optimizer, schedule, random numbers) into a UserError.
+    """Turn torch's errors on loading a checkpoint's state (optimizer, schedule, random numbers) into a UserError.
 
-    It reads tensors and numbers only: a file with code in it is refused, and none of the code runs.
+    torch reads tensors and numbers only: a file with code in it is refused, and none of the code runs.
 
     Args:
-        checkpoint: the folder, which what runs inside reads; None for none.
+        checkpoint: Folder that is read while the context is open; None for none.
     """
     try:
         yield
@@ -196,7 +196,7 @@ def refused_state_named(checkpoint: str | None) -> Iterator[None]:
                     f"{file} is damaged, or holds more than the state of a run: {reason} None of it was used. Resume "
                     f"from another checkpoint (--resume_from_checkpoint); or {start_anew(file.parent)}."
                 ) from error
-        if checkpoint and isinstance(error, ValueError):  # torch's: groups of parameters that do not match
+        if checkpoint and isinstance(error, ValueError):  # raised by torch if parameter groups do not match
             raise UserError(
                 f"{checkpoint} holds the optimizer's state of other trained parts or of another optimizer: {error}. "
                 f"Resume with the settings that it was saved with; or {start_anew(checkpoint)}."
@@ -205,7 +205,7 @@ def refused_state_named(checkpoint: str | None) -> Iterator[None]:
 
 
 def _refusal(file: Path) -> str | None:
-    """Return the first sentence of what torch has against a file; None if it reads it."""
+    """Return the first sentence of torch's error for a file; None if it can be read."""
     try:
         with safe_globals():  # as the Trainer reads them
             torch.load(file, map_location="cpu", weights_only=True)
@@ -217,11 +217,11 @@ def _refusal(file: Path) -> str | None:
 def _move(draft: Path, place: Path, *, whole: bool) -> None:
     if whole:
         manifest.write(draft)
-        shutil.rmtree(place, ignore_errors=True)  # a broken one of the same step
+        shutil.rmtree(place, ignore_errors=True)  # an incomplete checkpoint of the same step
         draft.replace(place)
     else:
         names = [file.name for file in draft.iterdir()]
-        # Weights first and what names them last: a reader finds the old set or the new one.
+        # Weights first and their index last, so that a reader finds the old set or the new one.
         for file in sorted(draft.iterdir(), key=lambda file: (not file.name.endswith(".safetensors"), file.name)):
             file.replace(place / file.name)
         remove_older_weights(place, names)
@@ -233,9 +233,9 @@ def require_writable(output_dir: str) -> None:
     """Create the output folder and check that files can be written to it, before anything slow starts.
 
     Raises:
-        UserError: it cannot be created or written to.
+        UserError: It cannot be created or written to.
     """
-    probe = Path(output_dir) / f".write_test_{rank()}"  # one a rank: ranks on one disk check at the same time
+    probe = Path(output_dir) / f".write_test_{rank()}"  # one per rank, as ranks on one disk check at the same time
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("", encoding="utf-8")
@@ -249,13 +249,13 @@ def require_writable(output_dir: str) -> None:
 def write_records(
     folder: str, settings_yaml: str, original_limits: Mapping[str, Any], serving: Mapping[str, Any]
 ) -> None:
-    """Write what a folder needs to be understood and repeated.
+    """Write the records of a run into a folder: its settings, limits, serving arguments and versions.
 
     Args:
-        folder: a checkpoint.
-        settings_yaml: becomes ``training_args.yaml``, a recipe that reruns the job.
-        original_limits: limits of the processor before training; becomes ``original_processor_limits.json``.
-        serving: How requests have to be made; becomes ``serving.json``.
+        folder: Folder of a checkpoint or model.
+        settings_yaml: Recipe that reruns the job, for ``training_args.yaml``.
+        original_limits: Limits of the processor before training, for ``original_processor_limits.json``.
+        serving: Template arguments of requests, for ``serving.json``.
     """
     path = Path(folder)
     (path / "training_args.yaml").write_text(settings_yaml, encoding="utf-8")

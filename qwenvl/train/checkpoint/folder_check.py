@@ -1,4 +1,4 @@
-"""What a saved folder has to hold, seen from its small files and the headers of its weights; nothing is loaded."""
+"""Check the contents of a saved folder from its small files and the headers of its weights, without loading them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qwenvl.utils.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-"""Names of floating-point types in headers and in configs."""
+"""Names of floating-point types in safetensors headers -> their names in configs."""
 
 _PROCESSOR = (
     ("image processor", ("processor_config.json", "preprocessor_config.json")),
@@ -28,12 +28,12 @@ _LISTED = 6
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a safetensors file says of a tensor.
+    """Entry of a tensor in the header of a safetensors file.
 
     Args:
-        file: that holds it.
-        dtype: as headers write it.
-        shape: of the tensor.
+        file: Path of the file.
+        dtype: Data type in safetensors' notation, such as ``BF16``.
+        shape: Shape of the tensor.
     """
 
     file: Path
@@ -45,7 +45,7 @@ def read_headers(files: Collection[Path]) -> dict[str, Header]:
     """Return the tensors of safetensors files by name.
 
     Raises:
-        OSError, SafetensorError: a file cannot be read.
+        OSError, SafetensorError: A file cannot be read.
     """
     found: dict[str, Header] = {}
     for file in sorted(files):
@@ -57,11 +57,11 @@ def read_headers(files: Collection[Path]) -> dict[str, Header]:
 
 
 def problems_of(folder: Path, source: Mapping[str, Header] | None = None) -> list[str]:
-    """Return what is wrong with a saved folder, a sentence each; nothing where it is whole.
+    """Return the problems of a saved folder, a sentence each; an empty list if it is complete.
 
     Args:
-        folder: of a model, or of an adapter.
-        source: tensors of the checkpoint that training started from; None where that is not known.
+        folder: Folder of a model or of an adapter.
+        source: Tensors of the checkpoint that training started from; None if not known.
     """
     problems = [*_processor_problems(folder)]
     if (folder / CONFIG_FILE).is_file():
@@ -105,7 +105,7 @@ def _tokenizer_has_template(folder: Path) -> bool:
 
 
 def _open_weights(folder: Path) -> tuple[dict[str, Header], list[str]]:
-    """Return the tensors that transformers would load, and what is wrong with the files that hold them."""
+    """Return the tensors that transformers would load, and the problems of their files."""
     if (folder / WEIGHTS).is_file():
         return read_headers([folder / WEIGHTS]), []
     if not (folder / INDEX).is_file():
@@ -129,7 +129,7 @@ def _is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def _tying_problems(config: Mapping[str, Any], headers: Mapping[str, Header], layout: ModelLayout) -> list[str]:
-    """Compare what the config says of tied embeddings with the tensors that there are."""
+    """Compare the config's setting of tied embeddings with the tensors in the files."""
     wanted, projection = f"{layout.embeddings}.weight", f"{layout.head}.weight"
     older = wanted.removeprefix(f"{layout.language}.")
     embeddings = [name for name in headers if name == wanted] or [name for name in headers if name.endswith(older)]
@@ -154,7 +154,7 @@ def _tensor(headers: Mapping[str, Header], name: str) -> torch.Tensor:
 def _dtype_problems(
     config: Mapping[str, Any], headers: Mapping[str, Header], source: Mapping[str, Header]
 ) -> list[str]:
-    """Name tensors whose precision neither the config says nor the checkpoint that training started from had."""
+    """Report tensors whose data type is neither the config's nor that of the starting checkpoint."""
     said = config.get("dtype", config.get("torch_dtype"))
     other = [
         f"{name} ({DTYPES[header.dtype]})"
@@ -167,12 +167,12 @@ def _dtype_problems(
 
 
 def _naming_problems(headers: Mapping[str, Header], source: Mapping[str, Header], *, tied: str) -> list[str]:
-    """Name the tensors that the checkpoint has and the folder does not, and the other way round.
+    """Report tensors that only the checkpoint or only the folder has.
 
     Args:
         headers: Tensors of the folder.
         source: Tensors of the checkpoint.
-        tied: Projection to the vocabulary that may be left out, as it is the embeddings; empty where it is not.
+        tied: Name of the vocabulary projection, which may be absent if it is tied to the embeddings; else empty.
     """
     gone, new = (
         sorted(name for name in one.keys() - other.keys() if not (tied and name.endswith(tied)))

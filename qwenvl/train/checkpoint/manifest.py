@@ -1,4 +1,4 @@
-"""What files a checkpoint consists of, so that a cut or changed one is noticed before it is trained on."""
+"""Manifest of a checkpoint's files, which detects truncated or changed files before training resumes from them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from qwenvl.utils.cache import new_hash
 NAME = "manifest.json"
 
 _CHUNK = 1 << 24
-_THREADS = 8  # hashlib lets other threads run; one alone hashes more slowly than disks read
+_THREADS = 8  # hashlib releases the GIL; a single thread hashes more slowly than disks read
 
 
 def write(folder: Path) -> None:
-    """Write the size in bytes and the BLAKE2b hash of every file of ``folder``, of its subfolders too."""
+    """Write the size in bytes and the BLAKE2b hash of every file in ``folder`` and its subfolders."""
     names = _names(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
         hashes = list(pool.map(_hash, [folder / name for name in names]))
@@ -29,7 +29,7 @@ def write(folder: Path) -> None:
 def problem_of(folder: Path) -> str | None:
     """Return the first difference between a folder and its manifest; None if there is none, or no manifest.
 
-    Files that were added do not count.
+    Additional files are ignored.
     """
     try:
         files = json.loads((folder / NAME).read_text(encoding="utf-8"))["files"]

@@ -1,4 +1,4 @@
-"""Sharded models, where accelerate and transformers leave something out: FSDP2 on CPUs, and weights that are tied."""
+"""Sharded models in cases that accelerate and transformers do not cover: FSDP2 on CPUs, and tied weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 
 
 def shard_on_cpu(accelerator: Accelerator, options: dict[str, Any]) -> None:
-    """Have an accelerator of CPU ranks shard the model.
+    """Make an accelerator of CPU ranks shard the model.
 
-    accelerate looks at the plugin on devices of other kinds only: with ``--fsdp`` on CPUs it would train with DDP, and
-    not say so. What it would set there is set here.
+    accelerate ignores the plugin on CPUs: with ``--fsdp`` it would silently train with DDP. This function makes the
+    settings that accelerate makes on other devices.
 
     Args:
-        accelerator: of ranks on CPUs, before it has prepared anything.
-        options: of the plugin: ``TrainingArguments.fsdp_plugin_args``.
+        accelerator: Accelerator of CPU ranks, before it has prepared anything.
+        options: Options of the plugin, from ``TrainingArguments.fsdp_plugin_args``.
     """
     plugin = FullyShardedDataParallelPlugin(**options)
     if accelerator.mixed_precision != "no":
@@ -28,14 +28,14 @@ def shard_on_cpu(accelerator: Accelerator, options: dict[str, Any]) -> None:
 
 
 def tie_gathered(model: nn.Module, state_dict: dict[str, Any]) -> None:
-    """Let gathered weights share their memory where the model's do.
+    """Make gathered weights share memory if they are tied in the model.
 
-    accelerate gathers (FSDP2) or clones (ZeRO-1 and -2) every name by itself: a head that is tied to the embeddings
-    becomes a copy of them, which ``save_pretrained`` would write as a weight of its own.
+    accelerate gathers (FSDP2) or clones (ZeRO-1 and -2) every name separately: a head that is tied to the embeddings
+    becomes a copy, which ``save_pretrained`` would write as a weight of its own.
 
     Args:
-        model: sharded or not.
-        state_dict: whole tensors by name, changed in place.
+        model: Model, sharded or not.
+        state_dict: Whole tensors by name, changed in place.
     """
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""Whether a folder that was saved holds all that it needs, said when it is saved rather than when it is served."""
+"""Validate a folder right after it was saved, rather than when it is served."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from qwenvl.train.checkpoint.folder_check import Header, problems_of, read_heade
 from qwenvl.utils.errors import UserError
 
 BLAME = (
-    "The folder is there and nothing of it was removed, but do not use it before you know why. versions.json says "
-    "which transformers saved it: try another one, or report it."
+    "The folder was kept, but do not use it before the cause is known. versions.json says which transformers saved it: "
+    "try another version, or report it."
 )
-"""What there is to do about a folder that is not as it should be."""
+"""Advice about a folder with problems, for messages."""
 
 
 def read_source(model_name_or_path: str, **origin: Any) -> dict[str, Header]:
@@ -23,16 +23,16 @@ def read_source(model_name_or_path: str, **origin: Any) -> dict[str, Header]:
 
 
 def require_whole(folder: str, source: Mapping[str, Header] | None) -> None:
-    """Check that a saved folder holds all that it needs to be used alone; only small files and headers are read.
+    """Check that a saved folder is self-contained; only small files and headers are read.
 
     Args:
-        folder: that was saved.
-        source: from :func:`read_source`.
+        folder: Saved folder.
+        source: Result of :func:`read_source`; None if not known.
 
     Raises:
-        UserError: it does not.
+        UserError: Something is missing or wrong.
     """
     problems = problems_of(Path(folder), source)
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
-        raise UserError(f"{folder} was saved, but is not whole:{lines}\n{BLAME}")
+        raise UserError(f"{folder} was saved, but is not complete:{lines}\n{BLAME}")

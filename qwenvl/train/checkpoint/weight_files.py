@@ -1,4 +1,4 @@
-"""The weight files of a finished model: their precision and size, as asked for."""
+"""Rewrite the weight files of a finished model: data type (``--save_dtype``) and size (``--max_shard_size``)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 def rewrite_weights(folder: Path, dtype: str, max_bytes: int) -> None:
-    """Give the weights in a folder another precision, and split files that are too large.
+    """Convert the weights in a folder to another data type, and split files that are too large.
 
-    One file is in memory at a time. An adapter keeps its one file, which is what PEFT opens.
+    One file is in memory at a time. An adapter stays a single file, which PEFT requires.
 
     Args:
-        folder: of a model or an adapter that was just saved.
-        dtype: ``float32`` or ``bfloat16``; ``auto`` for the one they have.
-        max_bytes: of one file; a tensor is never split.
+        folder: Folder of a model or an adapter that was just saved.
+        dtype: Data type of the files: ``float32`` or ``bfloat16``; ``auto`` for no conversion.
+        max_bytes: Largest size of one file in bytes; a tensor is never split.
     """
     adapter = folder / WEIGHTS_FILE
     files = [adapter] if adapter.is_file() else sorted(folder.glob("model*.safetensors"))
@@ -51,11 +51,11 @@ def rewrite_weights(folder: Path, dtype: str, max_bytes: int) -> None:
 
 
 def add_tensors(folder: Path, tensors: Mapping[str, Header], max_bytes: int) -> None:
-    """Add tensors of other files to the weights in a folder, bit for bit, in files of their own behind the others.
+    """Add tensors of other files to the weights in a folder, bit for bit, in additional files after the existing ones.
 
     Args:
         folder: Folder of a model that was just saved.
-        tensors: Tensors to copy, by the names that they get.
+        tensors: Tensors to copy, by their new names.
         max_bytes: Largest size of one new file in bytes; a tensor is never split.
     """
     old = sorted(folder.glob("model*.safetensors"))
@@ -69,11 +69,11 @@ def add_tensors(folder: Path, tensors: Mapping[str, Header], max_bytes: int) -> 
 
 
 def remove_older_weights(folder: Path, written: Sequence[str]) -> None:
-    """Remove the files of an earlier model's weights, which transformers would take for those of the new one.
+    """Remove weight files of an earlier model, which transformers would read as part of the new one.
 
     Args:
-        folder: of the model.
-        written: names of the files that were written now. Where none of them holds weights, nothing is removed.
+        folder: Folder of the model.
+        written: Names of the files that were just written. If none of them holds weights, nothing is removed.
     """
     if not any(_OF_A_MODEL.fullmatch(name) for name in written):
         return
@@ -83,7 +83,7 @@ def remove_older_weights(folder: Path, written: Sequence[str]) -> None:
 
 
 def _shards(headers: Mapping[str, Header], dtype: str, max_bytes: int) -> Iterator[list[str]]:
-    """Yield the names of tensors that make a file, in order."""
+    """Yield the names of the tensors of each file, in order."""
     names: list[str] = []
     used = 0
     for name, header in headers.items():
@@ -118,7 +118,7 @@ def _read(headers: Mapping[str, Header], names: Sequence[str], dtype: str) -> It
 
 
 def _describe(folder: Path, dtype: str, files: Sequence[str]) -> None:
-    """Write the index of the files, where there are several, and the precision into the config."""
+    """Write the index if there are several files, and the data type into the config."""
     headers = read_headers([folder / name for name in files])
     (folder / INDEX).unlink(missing_ok=True)
     if len(files) > 1:
@@ -142,5 +142,5 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file of JSON as transformers lays it out."""
+    """Write a JSON file in transformers' layout."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

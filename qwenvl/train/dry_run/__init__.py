@@ -1,1 +1,1 @@
-"""The dry run: what a run would do, its steps, tokens, hours and memory, without training."""
+"""Dry run: compute steps, tokens, hours and memory of a run without training."""

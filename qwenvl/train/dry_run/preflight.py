@@ -1,8 +1,7 @@
-"""``--dry_run``: everything that can fail later is tried now, and what the run will be is computed. No GPU is needed.
+"""``--dry_run``: try everything that can fail later, and compute the size of the run. No GPU is needed.
 
 Tokens, packs, steps and operations are exact. Memory is counted by running the step of the heaviest micro-batch on the
-meta device (:mod:`qwenvl.profiling.activation_memory`). Hours are operations / (devices x peak x an MFU that is
-assumed).
+meta device (:mod:`qwenvl.profiling.activation_memory`). Hours are operations / (devices x peak x assumed MFU).
 """
 
 from __future__ import annotations
@@ -44,16 +43,16 @@ from qwenvl.utils.tables import as_text
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 20
-"""Rows of a dataset of which one has to be decodable."""
+"""Number of rows at the start of a dataset, of which at least one must be decodable."""
 _ROWS_A_TASK = 256
-"""Rows of which one process looks at the keys at a time."""
+"""Number of rows per task of the processes that check keys."""
 
 
 def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) -> None:
-    """Try, compute and report; in one process, whatever their number.
+    """Try, compute and report, in a single process.
 
     Raises:
-        UserError: something would stop the run.
+        UserError: Something would stop the run.
     """
     args = parsed.training
     ranks = args.dry_run_devices or world_size()
@@ -65,7 +64,7 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
     for dataset in filter(None, (rows, data.evaluation)):
         decode_one_of_each(dataset)
         name_unread_keys(dataset)
-    unset_hf_deepspeed_config()  # or the weights would be shared out over ranks that are not there
+    unset_hf_deepspeed_config()  # or the weights would be sharded across ranks that do not exist
     model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective, on_meta=True)
     flops, sharing = flops_of(model), read_sharing(args, ranks)
     schedule = plan_schedule(len(data.train), args, ranks)
@@ -87,7 +86,7 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
 
 
 def histories(rows: ConversationDataset, measures: np.ndarray, parsed: ParsedArguments) -> Iterator[Table]:
-    """Yield what each ``--history`` would train, where a conversation has several contexts."""
+    """Yield a table of what each ``--history`` would train, if a conversation has several contexts."""
     others = [one for one in get_args(History) if one != rows.encoder.history]
     if rows.encoder.prompts or measures["rows"].sum() == measures["samples"].sum():
         return
@@ -102,7 +101,7 @@ def decode_one_of_each(dataset: ConversationDataset) -> None:
     """Decode a sample of each dataset, as a worker would.
 
     Raises:
-        UserError: a sample must stop the run, or none of the first rows of a dataset can be decoded.
+        UserError: A sample must stop the run, or none of the first rows of a dataset can be decoded.
     """
     for table in dataset.tables:
         single = ConversationDataset([table], dataset.encoder, dataset.skips_bad_samples)
@@ -121,7 +120,7 @@ def decode_one_of_each(dataset: ConversationDataset) -> None:
 
 
 class _KeysOfRows(Dataset[list[str]]):
-    """Keys of the records of a table that nothing reads, as messages; some rows an index, usable or not."""
+    """Messages about unread keys in a table's records; each index covers several rows, usable or not."""
 
     def __init__(self, table: SampledTable, encoder: SampleEncoder) -> None:
         self._table, self._encoder = table.table, encoder
@@ -135,14 +134,14 @@ class _KeysOfRows(Dataset[list[str]]):
         for row in self._rows[index * _ROWS_A_TASK : (index + 1) * _ROWS_A_TASK].tolist():
             try:
                 samples = self._table[row]
-            except SampleError:  # which training leaves out, or which has stopped the run before
+            except SampleError:  # training skips it, or it has stopped the run before
                 continue
             messages |= dict.fromkeys(event.message for one in samples for event in self._encoder.unread_keys(one))
         return list(messages)
 
 
 def name_unread_keys(dataset: ConversationDataset) -> None:
-    """Say which keys of the records nothing reads; of all rows, which takes a part of what counting them takes."""
+    """Warn about keys that nothing reads, in all rows; this takes less time than counting their tokens."""
     for table in dataset.tables:
         tasks = _KeysOfRows(table, dataset.encoder)
         found = in_processes(tasks, len(tasks), available_cores())
@@ -151,10 +150,10 @@ def name_unread_keys(dataset: ConversationDataset) -> None:
 
 
 def require_room_on_disk(args: TrainingArguments, states: StateMemory) -> None:
-    """Check that a checkpoint fits on the disk, and say so where not all fit that are kept.
+    """Check that a checkpoint fits on the disk, and warn if ``--save_total_limit`` checkpoints do not.
 
     Raises:
-        UserError: none fits.
+        UserError: A single checkpoint does not fit.
     """
     assert args.output_dir is not None
     free = shutil.disk_usage(args.output_dir).free
@@ -175,10 +174,10 @@ def require_room_on_disk(args: TrainingArguments, states: StateMemory) -> None:
 def measure_heaviest(
     model: PreTrainedModel, data: RunData, measures: np.ndarray, parsed: ParsedArguments
 ) -> StepMemory:
-    """Return the memory of the micro-batch with most tokens, or of that with most patches: whichever takes more.
+    """Return the memory of the micro-batch with most tokens or of that with most patches, whichever needs more.
 
     Raises:
-        UserError: one of their samples must stop the run.
+        UserError: One of their samples must stop the run.
     """
     tokenizer: Any = data.processor.tokenizer
     collate = Collator(tokenizer.pad_token_id, parsed.data.data_flatten)

@@ -1,4 +1,4 @@
-"""What ``--dry_run`` says beside what every run does: its work, and the memory of each device."""
+"""Tables of ``--dry_run`` in addition to those of every run: work, and memory of each device."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _ASSUMED_PEAK = 989.5e12
 def describe_work(
     flops: Flops, measures: np.ndarray, schedule: Schedule, args: TrainingArguments, imbalance: float
 ) -> Table:
-    """Return operations, hours and balance.
+    """Return a table of operations, hours and balance.
 
     Args:
-        flops: what samples cost.
-        measures: of every index of an epoch.
-        schedule: of the run.
-        args: of the run.
-        imbalance: how long the slowest rank works in a step, over the mean.
+        flops: Costs of samples.
+        measures: Measures of every index of an epoch.
+        schedule: Schedule of the run.
+        args: Arguments of the run.
+        imbalance: Work of the slowest rank in a step / mean over ranks.
     """
     ranks = schedule.ranks
     vision, language = (float(part.sum()) * schedule.epochs for part in flops.split(measures))
@@ -49,10 +49,10 @@ def describe_work(
 
 
 def describe_histories(measures: Mapping[str, np.ndarray]) -> Table:
-    """Return the training rows and tokens of each way to train the turns of conversations.
+    """Return a table of training rows and tokens for each value of ``--history``.
 
     Args:
-        measures: Of the samples of an epoch, by the value of ``--history``.
+        measures: Measures of the samples of an epoch, by the value of ``--history``.
     """
     rows = []
     for history, part in measures.items():
@@ -62,7 +62,7 @@ def describe_histories(measures: Mapping[str, np.ndarray]) -> Table:
 
 
 def describe_memory(sharing: Sharing, states: StateMemory, step: StepMemory) -> Table:
-    """Return the parts of a device's memory and their sum, and what a checkpoint takes."""
+    """Return a table of a device's memory by part, their sum, and the size of a checkpoint."""
     parts = {
         "weights": states.weights,
         "gradients": states.gradients,
@@ -75,9 +75,9 @@ def describe_memory(sharing: Sharing, states: StateMemory, step: StepMemory) -> 
     return table(f"Memory of each device with {sharing.name}", ["what", "takes"], rows)
 
 
-NOT_COUNTED = "The libraries, buffers of the engine and fragments come on top, often 2 to 5 GiB a device."
+NOT_COUNTED = "Not included: libraries, buffers of the engine and fragmentation, often 2 to 5 GiB per device."
 
 
 def gib(size: int) -> str:
-    """Return a number of bytes for people."""
+    """Format a number of bytes, in GiB or MiB."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 // 10 else f"{size / 2**20:,.1f} MiB"

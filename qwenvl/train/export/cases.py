@@ -1,4 +1,4 @@
-"""Samples that a finished model is compared with, as a stock model takes them."""
+"""Samples for the comparison of a finished model with training, as inputs of a stock model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LONGEST = 2048  # tokens of a sample to compare with
 
 @dataclass(frozen=True)
 class Case:
-    """A sample to compare with.
+    """A sample of the comparison.
 
     Args:
-        plan: of the sample.
-        encoded: its tokens and pixels.
+        plan: Plan of the sample.
+        encoded: Tokens and pixels of the sample.
     """
 
     plan: Plan
@@ -33,7 +33,7 @@ class Case:
 
 
 def short_cases(dataset: ConversationDataset) -> Iterator[Case]:
-    """Yield the shortest of the first samples with media, and of those without; as much of that as there is."""
+    """Yield the shortest sample with media and the shortest without, of the first rows, as far as there are any."""
     shortest: dict[bool, tuple[Plan, Sample]] = {}
     for index in range(min(_LOOKED_AT, len(dataset))):
         for sample, plan in _plans(dataset, index):
@@ -59,15 +59,15 @@ def _plans(dataset: ConversationDataset, index: int) -> Iterator[tuple[Sample, P
 
 
 def stock_inputs(case: Case, patchify: Patchify, *, one_span: bool) -> dict[str, Tensor]:
-    """Return what a stock model's ``forward`` takes of a sample.
+    """Return a stock model's inputs for a sample.
 
-    Positions are left to the model, but for clips in one span, whose text transformers from 5.3 on puts elsewhere
-    (:mod:`qwenvl.data.encoding.mrope`).
+    The model computes positions itself, except for videos in one span, whose text transformers from 5.3 on places
+    differently (:mod:`qwenvl.data.encoding.mrope`).
 
     Args:
         case: Sample.
-        patchify: Cuts its patches.
-        one_span: All tokens of a video stand in one span.
+        patchify: Module that cuts frames into patches.
+        one_span: Whether all tokens of a video are in one span.
     """
     inputs = {"input_ids": case.plan.tokens.input_ids[None]}
     for kind, suffix in (("image", ""), ("video", "_videos")):

@@ -1,4 +1,4 @@
-"""What goes to the Hugging Face hub: the model's own files, not checkpoints, curves or lists of samples."""
+"""Upload to the Hugging Face hub: the model's own files, without checkpoints, curves and lists of samples."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _OTHER = ["*/*", ".*", "manifest.json", "position.json", "trainer_state.json"]
 def push_model(
     folder: Path, repository: str, args: TrainingArguments, message: str, *, token: str | None = None
 ) -> Any:
-    """Upload the model that lies in a folder, without its subfolders, and wait for it.
+    """Upload the model in a folder, without its subfolders, and wait for the upload.
 
     Args:
-        folder: with the model.
-        repository: on the hub, which exists.
-        args: with token and revision.
-        message: of the commit.
-        token: instead of the arguments' own.
+        folder: Folder of the model.
+        repository: Existing repository on the hub.
+        args: Arguments of the run, with token and revision.
+        message: Commit message.
+        token: Token to use instead of the arguments' one.
     """
     return HfApi(token=token or args.hub_token).upload_folder(
         repo_id=repository,
@@ -36,10 +36,10 @@ def push_model(
 
 
 def push_checkpoint(folder: Path, repository: str, args: TrainingArguments) -> None:
-    """Upload a whole checkpoint as ``--hub_strategy`` asks for it, and wait for it.
+    """Upload a complete checkpoint according to ``--hub_strategy``, and wait for the upload.
 
-    ``end``: nothing before the end; ``every_save``: the model in it; ``checkpoint``: besides, all of it as
-    ``last-checkpoint``; ``all_checkpoints``: under its own name.
+    ``end``: nothing before the end; ``every_save``: its model; ``checkpoint``: its model, and the whole checkpoint as
+    ``last-checkpoint``; ``all_checkpoints``: its model, and the whole checkpoint under its own name.
     """
     if args.hub_strategy == HubStrategy.END:
         return

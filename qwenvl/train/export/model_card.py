@@ -1,4 +1,4 @@
-"""The README.md of a finished model: what it was trained on and how, how well, and how to use it."""
+"""The README.md of a finished model: training data and settings, results, and how to use it."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ processor = AutoProcessor.from_pretrained("{name}")"""
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says.
+    """Contents of a model card.
 
     Args:
-        name: of the model: its folder, or its repository on the hub.
-        base: folder or name of the checkpoint that it was trained from.
-        given: the settings that the user gave.
-        rows: of each dataset that are used.
-        left_out: what happened to samples, a sentence each.
+        name: Folder of the model, or its repository on the hub.
+        base: Folder or name of the checkpoint that it was trained from.
+        given: Settings that the user gave.
+        rows: Used rows of each dataset.
+        left_out: Sentences about skipped and cut samples.
     """
 
     name: str
@@ -61,11 +61,11 @@ class Card:
     left_out: Sequence[str] = ()
 
     def write(self, folder: Path, history: Sequence[Mapping[str, float]]) -> bool:
-        """Write ``README.md``, unless a person has put one there; return whether it was written.
+        """Write ``README.md``, unless there is one by the user; return whether it was written.
 
         Args:
-            folder: of the model.
-            history: log lines of the training.
+            folder: Folder of the model.
+            history: Log lines of the training.
         """
         path = folder / "README.md"
         if path.exists() and MARKER not in path.read_text(encoding="utf-8"):
@@ -111,16 +111,16 @@ def describe_run(parsed: ParsedArguments, rows: Sequence[UsedRows], left_out: Se
     """Return the card of a run.
 
     Args:
-        parsed: its settings.
-        rows: of each dataset that are used.
-        left_out: what happened to samples, a sentence each.
+        parsed: Settings of the run.
+        rows: Used rows of each dataset.
+        left_out: Sentences about skipped and cut samples.
     """
     name = parsed.training.hub_model_id or parsed.training.output_dir
     return Card(name, parsed.model.model_name_or_path, parsed.given, rows, left_out)
 
 
 def _limits(folder: Path) -> str:
-    """Return what the saved processor does to images and videos, in a sentence or two."""
+    """Return the image and video limits of the saved processor, in a sentence or two."""
     path = folder / "processor_config.json"
     if not path.is_file():
         return ""
@@ -138,7 +138,7 @@ def _limits(folder: Path) -> str:
 
 
 def _requests(folder: Path) -> str:
-    """Return how to ask for what was trained, from ``serving.json``; nothing where no template argument matters."""
+    """Return the template arguments that requests need, from ``serving.json``; empty if none are needed."""
     path = folder / SERVING
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     of_datasets = [json.dumps(given) for given in record.get("datasets", {}).values()]
@@ -153,7 +153,7 @@ def _requests(folder: Path) -> str:
 
 
 def _metrics(history: Sequence[Mapping[str, float]]) -> list[tuple[str, ...]]:
-    """Return the last loss of training and all that the last evaluation found."""
+    """Return the last training loss and all results of the last evaluation."""
     train = next((line for line in reversed(history) if "loss" in line), {})
     evaluated = next((line for line in reversed(history) if "eval_loss" in line), {})
     lines: list[tuple[str, ...]] = [("optimizer steps", f"{int(train['step']):,}")] if "step" in train else []

@@ -1,20 +1,19 @@
-"""Opens a saved folder in a process of its own, as anybody would, and compares it with what training knows of it.
+"""Open a saved folder in a fresh process with stock transformers, and compare it with the model in training.
 
     python -m qwenvl.train.export.verify_process FOLDER CASES.safetensors WEIGHTS.json [--device cpu] [--dtype auto]
                                            [--reduced bfloat16]
 
 The model is stock: ``AutoModelForImageTextToText``, ``AutoProcessor`` and, for an adapter, PEFT, on its base with the
-context that it was trained with; of this trainer come the classes of its own families, which transformers does not
-have, the head of a task, and one type for an FP8 base.
-CASES holds, for each sample numbered from 0, ``N.input_ids`` int64 [1, T], ``N.rows`` int64 [n], ``N.logits`` float32
-[n, V]; what the model's ``forward`` takes of its media; and ``N.scores`` where a task has a head. Positions are left to
-the model. WEIGHTS holds ``tensors``, checksums as of :mod:`qwenvl.models.fingerprints`, and
-``scales`` of adapters.
+context of training. Only the classes of families that transformers does not have, the head of a task, and the
+dequantization of an FP8 base are this trainer's.
+CASES holds, for each sample N from 0, ``N.input_ids`` int64 [1, T], ``N.rows`` int64 [n], ``N.logits`` float32 [n, V],
+the model's inputs for its media, and ``N.scores`` if a task has a head. The model computes positions that CASES does
+not hold. WEIGHTS holds ``tensors``, checksums from :mod:`qwenvl.models.fingerprints`, and ``scales`` of adapters.
 
-Tensors have to be equal, byte for byte. Logits are computed in float32, as exactly as can be, and those of training may
-be as far from them as its type of numbers explains: ``--reduced`` has the same model compute in that type too, which
-measures how far that is. The last line printed is JSON: ``problems``, a list of sentences, and ``differences``, one
-record a sample, of scores first.
+Tensors must be equal, byte for byte. The logits of training may differ from float32 logits by as much as rounding to
+training's data type explains: with ``--reduced``, the same model also runs in that type, which measures this
+difference. The last line printed is JSON: ``problems``, a list of sentences, and ``differences``, one record per
+sample, those of scores first.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ from qwenvl.models.task_module import NAME
 from qwenvl.tasks import files as task_files
 
 OUT_OF_MEMORY = 3
-"""Exit code where there is not enough memory: nothing is known of the folder then."""
+"""Exit code if there is not enough memory, which says nothing about the folder."""
 
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Open, compare and print; return the exit code: 0 if the comparison was made, whatever came of it."""
+    """Open, compare and print; return the exit code: 0 if the comparison was made, whatever its result."""
     parser = argparse.ArgumentParser(description="Compare a saved folder with what training knows of it.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("cases", type=Path)
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def open_model(folder: Path, dtype: str) -> tuple[Any, list[str]]:
-    """Return the model, and what is wrong with its weights."""
+    """Return the model and the problems of its weights."""
     path = folder / "adapter_config.json"
     adapted = path.is_file()
     base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapted else str(folder)
@@ -99,7 +98,7 @@ def open_model(folder: Path, dtype: str) -> tuple[Any, list[str]]:
 
 
 def check_weights(folder: Path, model: Any, known: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the weights: every tensor has to be that of training, to the bit."""
+    """Return the problems of the weights: every tensor must be bit-identical to that of training."""
     task = load_file(folder / task_files.WEIGHTS_FILE) if task_files.is_task_folder(folder) else {}
     found = opened_tensors(model) | {f"{NAME}.{name}": tensor for name, tensor in task.items()}
     wrong = differing(known["tensors"], found)
@@ -110,7 +109,7 @@ def check_weights(folder: Path, model: Any, known: Mapping[str, Any]) -> list[st
 
 
 def check_processor(folder: Path) -> list[str]:
-    """Return what is wrong with the processor."""
+    """Return the problems of the processor."""
     processor = AutoProcessor.from_pretrained(folder)
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     text = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
@@ -118,7 +117,7 @@ def check_processor(folder: Path) -> list[str]:
 
 
 def split_cases(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Return the tensors of each sample, by their names without its number."""
+    """Return the tensors of each sample, under their names without the sample's number."""
     cases: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
@@ -127,11 +126,11 @@ def split_cases(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor
 
 
 class Found(NamedTuple):
-    """What a model computes for a sample.
+    """Outputs of a model for a sample.
 
     Args:
-        logits: float32 [n, V], of the rows that are compared.
-        scores: float32 [units, outputs], of a task's head; None without one.
+        logits: float32 [n, V], logits of the compared rows.
+        scores: float32 [units, outputs], output of a task's head; None without one.
     """
 
     logits: Tensor
@@ -141,16 +140,17 @@ class Found(NamedTuple):
 def compare(
     folder: Path, model: Any, cases: Sequence[Mapping[str, Tensor]], reduced: str | None
 ) -> list[dict[str, float]]:
-    """Return how far what training computed is from what the folder computes exactly, and how far rounding leads.
+    """Return the distance of training's outputs from the folder's in float32, and that of rounding alone.
 
     Args:
-        folder: That the model was opened from.
-        model: On its device; changed to the reduced type.
-        cases: Of :func:`split_cases`.
-        reduced: Type that training computed in; None for float32.
+        folder: Folder that the model was opened from.
+        model: Opened model, on its device; converted to the reduced type.
+        cases: Result of :func:`split_cases`.
+        reduced: Data type that training computed in; None for float32.
 
     Returns:
-        ``error`` and ``noise`` of each sample as of :func:`distance`, of scores first; the noise of exact types is 0.
+        ``error`` and ``noise`` of each sample as defined by :func:`distance`, scores first; without a reduced type the
+        noise is 0.
     """
     with computing_in_float32(model):
         exact = [compute(folder, model, case) for case in cases]
@@ -172,9 +172,10 @@ def compare(
 
 
 def distance(found: Tensor, exact: Tensor) -> float:
-    """Return the mean difference of a row of logits, in standard deviations of all exact ones; of rows the median.
+    """Return the median over rows of a row's mean difference, in standard deviations of all exact logits.
 
-    Not their mean: where rounding sends a token to other experts, its row alone is far off.
+    The median rather than the mean, because rounding can send single tokens to other experts, which changes their rows
+    a lot.
     """
     if not torch.isfinite(found).all():
         return float("inf")
@@ -182,13 +183,13 @@ def distance(found: Tensor, exact: Tensor) -> float:
 
 
 def _share(found: Tensor, exact: Tensor) -> float:
-    """Return the mean difference of scores as a share of their mean size."""
+    """Return mean absolute difference of scores / mean absolute score."""
     apart = float((found - exact).abs().mean() / exact.abs().mean().clamp(min=1e-9))
     return apart if math.isfinite(apart) else float("inf")
 
 
 def compute(folder: Path, model: Any, case: Mapping[str, Tensor]) -> Found:
-    """Return what a model has to say of a sample, by its stock ``forward``."""
+    """Return a model's outputs for a sample, by its stock ``forward``."""
     ids, config = case["input_ids"], model.config
     inputs = {name: tensor for name, tensor in case.items() if name not in ("rows", "logits", "scores")}
     inputs["attention_mask"] = torch.ones_like(ids)

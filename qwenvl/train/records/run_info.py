@@ -1,4 +1,4 @@
-"""What the model card and the report of a run both say of it: its command, its data, what it ran with."""
+"""Facts about a run for both model card and report: its command, data and versions."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class UsedRows:
     """Rows of a dataset that a run uses.
 
     Args:
-        dataset: its name.
-        use: ``training`` or ``evaluation``.
-        rows: that are used; a row counts as often as it is.
-        available: rows of its annotations.
-        samples: in the used rows, those that are left out not; None where they were not counted.
+        dataset: Name of the dataset.
+        use: Use of the rows: ``training`` or ``evaluation``.
+        rows: Number of used rows; a repeated row counts each time.
+        available: Number of rows in its annotations.
+        samples: Number of samples in the used rows without skipped ones; None if they were not counted.
     """
 
     dataset: str
@@ -37,7 +37,7 @@ class UsedRows:
 
 
 def used_rows(data: RunData) -> list[UsedRows]:
-    """Return the rows of each dataset: those to train on, then those that are held out."""
+    """Return the used rows of each dataset, first for training, then for evaluation."""
     held_out = data.evaluation.tables if data.evaluation is not None else []
     measures, first = data.arranged.measures, 0
     found = []
@@ -60,12 +60,12 @@ def rerun_command(given: Mapping[str, Any]) -> str:
 
 
 def setting_text(value: Any) -> str:
-    """Return the value of a setting as a command line takes it."""
+    """Return the value of a setting in command line form."""
     return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
 def find_versions() -> dict[str, str]:
-    """Return the versions of this package, Python, and the packages that results depend on, where installed."""
+    """Return the versions of this package, Python, and the installed packages that affect results."""
     versions = {"qwenvl": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""How a server has to be asked for what was trained: the template arguments of requests."""
+"""Template arguments that requests to a server need to match training (``serving.json``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.types import DatasetSpec
 
 SERVING = "serving.json"
-"""File of a saved folder that says how requests to a server have to be made."""
+"""File of a saved folder with the template arguments for requests to a server."""
 
 
 def describe_serving(encoder: SampleEncoder, specs: Sequence[DatasetSpec]) -> dict[str, Any]:
@@ -21,9 +21,9 @@ def describe_serving(encoder: SampleEncoder, specs: Sequence[DatasetSpec]) -> di
         specs: Training datasets.
 
     Returns:
-        ``chat_template_kwargs``: Template arguments of every request. ``datasets``: those of single datasets, over
-        them. ``enable_thinking``: ``auto`` where it was on for answers with a thought and off for those without, the
-        value that was given, or None for a template without the switch. ``history``: Contexts that were trained.
+        ``chat_template_kwargs``: template arguments of every request. ``datasets``: template arguments of single
+        datasets, which override them. ``enable_thinking``: ``auto`` if it was on for answers with a thought and off for
+        those without, the given value, or None for a template without the switch. ``history``: trained contexts.
     """
     kwargs = {key: value for key, value in encoder.template.kwargs.items() if (key, value) != (SWITCH, "auto")}
     own = {spec.name: dict(spec.options.get("chat_template_kwargs") or {}) for spec in specs}

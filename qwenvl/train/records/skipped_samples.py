@@ -1,4 +1,4 @@
-"""What happened to the data: samples left out, cut or unusual, counted by dataset over all ranks."""
+"""Count skipped, cut and unusual samples by dataset, over all ranks."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ MEANING = {
     **REMARKS,
 }
 SAID_ONCE = "unread_key"
-"""Kind of the events that count no samples: their message says all, once."""
+"""Kind of events that are not counted per sample; their message is logged once."""
 _THINKING_ADVICE = (
     "The answer of %s does not fit the checkpoint's chat template: it has a <think> block where the template opens "
-    "none, or none where it opens one. It is trained as the template renders it; this is said once a dataset, and "
+    "none, or none where it opens one. It is trained as the template renders it. This is logged once per dataset, and "
     "counted."
 )
 
 
 class DataReport:
-    """Counts events, each sample once however many epochs and ranks meet it.
+    """Counts events; each sample counts once, however many epochs and ranks read it.
 
     Args:
-        output_dir: ``bad_samples.jsonl`` is written there, a line for each sample left out.
+        output_dir: Folder for ``bad_samples.jsonl``, which gets a line for each skipped sample.
     """
 
     def __init__(self, output_dir: str) -> None:
         self._file = Path(output_dir) / BAD_SAMPLES
         self._events: dict[tuple[str, str], Event] = {}
-        self._news: dict[tuple[str, str], Event] = {}  # those of them that other ranks may not know yet
+        self._news: dict[tuple[str, str], Event] = {}  # events that other ranks may not know yet
         self._said: set[tuple[str, str]] = set()
         self._gathered: dict[tuple[str, str], Event] = {}
 
     def start_over(self) -> None:
-        """Remove what an earlier run left in the folder; not to be called by a run that continues it."""
+        """Remove the file of an earlier run in the folder; do not call it in a resumed run."""
         if is_main_process():
             self._file.unlink(missing_ok=True)
 
     def take_up(self) -> None:
-        """Count what the run that is resumed has left out; for a run that continues it."""
+        """Count the samples that a resumed run had skipped before."""
         if not self._file.exists():
             return
         for line in self._file.read_text(encoding="utf-8").splitlines():
@@ -62,11 +62,11 @@ class DataReport:
             self._events[kind, message] = self._news[kind, message] = Event(kind, origin.dataset, message, record)
 
     def add(self, events: Iterable[Event], *, common: bool = False) -> None:
-        """Take note of the events of a batch; the first of each kind is said at once.
+        """Record the events of a batch; the first of each kind is logged immediately.
 
         Args:
-            events: what there is to report.
-            common: every rank has these, so that process 0 alone says and writes them.
+            events: Events to record.
+            common: Whether every rank has these events, so that only process 0 logs and writes them.
         """
         speaks = is_main_process() or not common
         for event in events:
@@ -80,17 +80,17 @@ class DataReport:
             self._events[key] = event
             (self._gathered if common else self._news)[key] = event
             if speaks and event.record:
-                self._write([_as_line(event)], "a")  # at once, for the sake of runs that are stopped
+                self._write([_as_line(event)], "a")  # immediately, as the run may be stopped
 
     def gather(self) -> list[Event]:
-        """Return the events of all ranks, each once. Every rank has to call it."""
+        """Return the events of all ranks, each once. Every rank must call it."""
         for of_rank in gather_objects(self._news):
             self._gathered |= of_rank
         self._news = {}
         return list(self._gathered.values())
 
     def summary(self) -> list[str]:
-        """Return a line for each dataset and kind, over all ranks, and complete the file. Every rank has to call it."""
+        """Return a line for each dataset and kind, over all ranks, and complete the file. Every rank must call it."""
         events = self.gather()
         if is_main_process():
             self._complete_file(events)
@@ -109,7 +109,7 @@ class DataReport:
             logger.warning(_THINKING_ADVICE, event.message)
 
     def _complete_file(self, events: Iterable[Event]) -> None:
-        """Add what ranks on other disks wrote, and leave a single line of what several ranks met."""
+        """Add the lines of ranks on other disks, and remove lines that several ranks wrote."""
         lines = [_as_line(event) for event in events if event.record]
         if not lines:
             return
@@ -117,14 +117,14 @@ class DataReport:
         self._write(dict.fromkeys([*written, *lines]), "w")
 
     def _write(self, lines: Iterable[str], mode: str) -> None:
-        # Half of a surrogate pair, which is not UTF-8, becomes its escape, which is JSON. A line is one write, so that
-        # ranks do not mix them.
+        # Half of a surrogate pair is not valid UTF-8; it becomes its escape, which is valid JSON. A line is one write,
+        # so that lines of several ranks do not mix.
         with self._file.open(mode, encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(lines)
 
 
 def count_events(events: Iterable[Event]) -> Counter[tuple[str, str]]:
-    """Return how many samples of each (dataset, kind) there are."""
+    """Return the number of samples of each (dataset, kind)."""
     return Counter((event.dataset, event.kind) for event in events if event.kind != SAID_ONCE)
 
 

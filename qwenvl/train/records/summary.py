@@ -1,4 +1,4 @@
-"""What a run is, as tables: its model, what trains of it, its data and its budget. Said once, before the first step."""
+"""Tables that summarise a run before its first step: model, trainable parts, data and budget."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def log_start(parsed: ParsedArguments, model: PreTrainedModel, data: RunData, checkpoint: str | None) -> None:
-    """Say what starts; nothing is computed where nobody is told."""
+    """Log the tables at the start of a run; compute nothing if they are not logged."""
     if not logger.isEnabledFor(logging.INFO):
         return
     schedule = plan_schedule(len(data.train), parsed.training, world_size())
@@ -48,11 +48,11 @@ def log_start(parsed: ParsedArguments, model: PreTrainedModel, data: RunData, ch
 
 
 def describe_model(parsed: ParsedArguments, model: PreTrainedModel) -> Iterator[Table]:
-    """Yield the model and what trains of it.
+    """Yield tables of the model and its trainable parts.
 
     Args:
-        parsed: arguments.
-        model: ready for training, on any device.
+        parsed: Arguments of the run.
+        model: Model that is ready for training, on any device.
     """
     parts = summarize_parts(model, parsed.training)
     experts = count_experts(model) if parsed.adapters.lora_enable else 0
@@ -74,7 +74,7 @@ def describe_model(parsed: ParsedArguments, model: PreTrainedModel) -> Iterator[
 
 
 def summarize_parts(model: PreTrainedModel, args: TrainingArguments) -> list[ModuleSummary]:
-    """Return what trains of each part of a model that is ready for training, and its highest learning rate."""
+    """Return the trainable parameters and the peak learning rate of each part of a model that is ready for training."""
     groups = parameter_groups(
         model,
         learning_rate=args.learning_rate,
@@ -86,7 +86,7 @@ def summarize_parts(model: PreTrainedModel, args: TrainingArguments) -> list[Mod
 
 
 def _part_table(parts: Sequence[ModuleSummary], adapters: dict[Part, int]) -> Table:
-    """Return a table of the parts of a model and of their sum; where there are adapters, with their weights."""
+    """Return a table of the parts of a model and their sum, with the sizes of adapters if there are any."""
     total = ModuleSummary("language", sum(part.trainable for part in parts), sum(part.total for part in parts))
     sizes = {"all": sum(adapters.values())} | {str(name): size for name, size in adapters.items()}
     rows = []
@@ -111,10 +111,10 @@ def _name(kind: torch.dtype) -> str:
 
 
 def _describe_attention(parsed: ParsedArguments) -> str:
-    """Return what attends, and why that is not flash attention where nobody asked for anything."""
+    """Return the attention implementation and, with ``auto``, why it is not flash attention."""
     half_precision = compute_type(parsed) != torch.float32
     chosen = choose_attention(parsed.model.attn_implementation, half_precision=half_precision)
-    text = "sdpa, a sample at a time" if chosen == "sdpa" else chosen
+    text = "sdpa, one sample at a time" if chosen == "sdpa" else chosen
     if parsed.model.attn_implementation != "auto":
         return text
     obstacles = flash_obstacles(half_precision=half_precision)
@@ -136,7 +136,7 @@ def _describe_adapters(parsed: ParsedArguments, model: PreTrainedModel) -> str:
 
 
 def describe_data(data: RunData, schedule: Schedule, args: TrainingArguments) -> Iterator[Table]:
-    """Yield the datasets, what is known of their samples, and how they are used."""
+    """Yield tables of the datasets, their samples if counted, and their use."""
     yield _dataset_table(data)
     if data.arranged.measures is not None:
         thinking = data.encoder.template.has_switch
@@ -153,7 +153,7 @@ def describe_data(data: RunData, schedule: Schedule, args: TrainingArguments) ->
 
 
 def _dataset_table(data: RunData) -> Table:
-    """Return the datasets: their rows, the share that is taken, and how many train and are held out."""
+    """Return a table of the datasets: rows, share taken, and numbers of rows for training and evaluation."""
     uses = ([*data.train.tables], [*data.evaluation.tables] if data.evaluation else [])
     rows: dict[str, list[str]] = {}
     for column, tables in enumerate(uses):
@@ -171,12 +171,12 @@ def _dataset_table(data: RunData) -> Table:
 def _measured_table(
     tables: Sequence[SampledTable], measures: np.ndarray, events: Sequence[Event], thinking: bool
 ) -> Table:
-    """Return what there is to train on, exactly, and what is left out and why.
+    """Return a table of exact counts of training samples, and of skipped samples by reason.
 
     Args:
-        tables: the datasets.
-        measures: of every row, in their order.
-        events: what there is to report of them.
+        tables: Datasets.
+        measures: Measures of every row, in the order of the datasets.
+        events: Events of the rows.
         thinking: Whether the chat template can turn thinking on and off.
     """
     borders = np.cumsum([0, *(len(one.rows) for one in tables)])
@@ -207,17 +207,17 @@ def _measured_table(
 
 
 def _contexts(part: np.ndarray) -> list[str]:
-    """Return the training rows of some samples, how many answers have a thought, and how many a weight other than 1."""
+    """Return training rows, and numbers of answers with a thought and of answers with a weight other than 1."""
     rows, answers, *some = (int(part[field].sum()) for field in ("rows", "answers", "thoughts", "weighted"))
     return [f"{rows:,}", *(f"{count:,} of {answers:,} answers" for count in some)]
 
 
 def describe_remarks(tables: Sequence[SampledTable], measures: np.ndarray) -> Iterator[str]:
-    """Yield what is to be said of samples that are trained as they are, each counted once.
+    """Yield remarks about unusual samples that are trained without changes, each counted once.
 
     Args:
-        tables: the datasets.
-        measures: of every row, in their order.
+        tables: Datasets.
+        measures: Measures of every row, in the order of the datasets.
     """
     borders = np.cumsum([0, *(len(one.rows) for one in tables)])
     for number, one in enumerate(tables):
@@ -226,7 +226,7 @@ def describe_remarks(tables: Sequence[SampledTable], measures: np.ndarray) -> It
 
 
 def _sums(part: np.ndarray) -> list[int]:
-    """Return samples, tokens, trained tokens and patches of some rows, and the tokens of the longest."""
+    """Return the numbers of samples, tokens, trained tokens and patches, and the tokens of the longest row."""
     fields = ("samples", "tokens", "trained_tokens", "patches")
     return [*(int(part[field].sum()) for field in fields), int(part["tokens"].max(initial=0))]
 
@@ -237,17 +237,17 @@ def _describe_balance(data: RunData, schedule: Schedule, args: TrainingArguments
         return ""
     random = replace(order, costs=None, lengths=None)
     ours, other = (slowest_over_mean(one, order.costs, args, schedule.ranks) for one in (order, random))
-    return f"the slowest rank has {ours:.3f} times the work of the mean; {other:.3f} in random order"
+    return f"the slowest rank has {ours:.3f} times the mean work; {other:.3f} in random order"
 
 
 def describe_budget(args: TrainingArguments, data: RunData, schedule: Schedule, checkpoint: str | None) -> Table:
-    """Return how long the run is, what it runs on and what it leaves behind.
+    """Return a table of steps, devices, evaluations, checkpoints and outputs.
 
     Args:
-        args: of the run.
-        data: of the run.
-        schedule: of the run.
-        checkpoint: from which it goes on, or None.
+        args: Arguments of the run.
+        data: Data of the run.
+        schedule: Schedule of the run.
+        checkpoint: Checkpoint to resume from, or None.
     """
     unit = "packs" if data.arranged.packs else "rows"
     share = f"batches of {args.train_batch_size} x {args.gradient_accumulation_steps}"
@@ -255,15 +255,15 @@ def describe_budget(args: TrainingArguments, data: RunData, schedule: Schedule, 
     return pairs(
         "Budget",
         {
-            "steps": f"{schedule.steps:,} in all, {schedule.steps_of_epoch:,} an epoch: {schedule.epochs:.2f} epochs",
-            "a step": f"{schedule.step_size:,} {unit}: {_devices(args, schedule.ranks)} x {share} accumulated",
+            "steps": f"{schedule.steps:,} in all, {schedule.steps_of_epoch:,} per epoch: {schedule.epochs:.2f} epochs",
+            "per step": f"{schedule.step_size:,} {unit}: {_devices(args, schedule.ranks)} x {share} accumulated",
             "tokens": _tokens_of_step(data, schedule),
             "optimizer": f"{optimizer}, warmup of {warmup:,}, then {args.lr_scheduler_type.value}",
             "evaluation": _describe_evaluation(args, data, schedule),
             "checkpoints": _describe_saving(args, schedule),
             "engine": read_sharing(args, schedule.ranks).name,
             "output": str(args.output_dir),
-            "goes on from": checkpoint or "",
+            "resumes from": checkpoint or "",
         },
     )
 
@@ -277,7 +277,7 @@ def _tokens_of_step(data: RunData, schedule: Schedule) -> str:
     if measures is None:
         return ""
     each = [int(measures[field].sum()) / schedule.steps_of_epoch for field in ("tokens", "trained_tokens")]
-    return f"{each[0]:,.0f} a step in the mean, {each[1]:,.0f} of them trained"
+    return f"{each[0]:,.0f} per step on average, {each[1]:,.0f} of them trained"
 
 
 def _describe_evaluation(args: TrainingArguments, data: RunData, schedule: Schedule) -> str:
@@ -290,7 +290,7 @@ def _describe_saving(args: TrainingArguments, schedule: Schedule) -> str:
     if args.save_strategy == "no":
         return "none"
     if args.save_strategy == "best":
-        return "where an evaluation is the best so far"
+        return "whenever an evaluation is the best so far"
     kept = f", the last {args.save_total_limit} kept" if args.save_total_limit else ""
     return f"every {_interval(args.save_strategy, args.save_steps, schedule)}{kept}"
 

@@ -1,1 +1,1 @@
-"""Resuming: settings that changed, the sampler's position, other numbers of ranks."""
+"""Resuming: changed settings, the sampler's position, another number of ranks."""

@@ -1,4 +1,4 @@
-"""Settings of the optimizer: a resumed run has them from its flags; only moments and counts are the checkpoint's."""
+"""Optimizer settings of a resumed run: they come from its flags; only moments and step counts from the checkpoint."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-"""Schedules whose learning rates follow from what happened in the run: they are in the checkpoint alone.
+"""Schedules whose learning rates depend on the course of the run, and exist only in the checkpoint.
 
-All others of transformers are functions of the step (``LambdaLR``).
+All others in transformers are functions of the step (``LambdaLR``).
 """
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What flags say of an optimizer, read before a checkpoint is loaded into it.
+    """Settings of an optimizer from the flags, read before a checkpoint is loaded into it.
 
-    ``load_state_dict`` takes learning rates, weight decay and all other settings of the parameter groups from the file;
-    DeepSpeed does so too, and takes the gradient clipping threshold as well. DeepSpeed's universal checkpoints give all
-    groups the settings of the first one (ZeRO-3).
+    ``load_state_dict`` overwrites learning rates, weight decay and all other settings of the parameter groups with the
+    file's; DeepSpeed also overwrites the gradient clipping threshold. DeepSpeed's universal checkpoints give all groups
+    the settings of the first one (ZeRO-3).
 
     Args:
         groups: Settings of each parameter group, with its peak learning rate as ``initial_lr``.
@@ -34,10 +34,10 @@ class Hyperparameters:
 
     @classmethod
     def read(cls, optimizer: Optimizer) -> Hyperparameters:
-        """Return the settings of an optimizer that has a schedule, and no checkpoint loaded.
+        """Return the settings of an optimizer with a schedule, before a checkpoint is loaded.
 
         Args:
-            optimizer: Optimizer as accelerate prepared it.
+            optimizer: Optimizer prepared by accelerate.
         """
         groups = tuple(
             {name: value for name, value in group.items() if name not in ("params", "lr")}
@@ -46,9 +46,9 @@ class Hyperparameters:
         return cls(groups, getattr(_engine(optimizer), "clip_grad", None))
 
     def restore(self, optimizer: Optimizer, schedule: LRScheduler) -> None:
-        """Set an optimizer to these after a checkpoint was loaded, at the step where its schedule stands.
+        """Apply these settings to an optimizer after a checkpoint was loaded, at the current step of its schedule.
 
-        With the settings of the run that saved it, nothing changes, not even a bit.
+        With the settings of the run that saved the checkpoint, the result is bit-identical.
         """
         rates = schedule.get_last_lr()
         if isinstance(schedule, LambdaLR):
@@ -63,5 +63,5 @@ class Hyperparameters:
 
 
 def _engine(optimizer: Any) -> Any:
-    """Return what accelerate has wrapped."""
+    """Return the optimizer inside of accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)

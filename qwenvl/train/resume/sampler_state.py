@@ -1,4 +1,4 @@
-"""Where in its data a run stands: written into every checkpoint, and held against the data of the run that resumes."""
+"""Position of a run in its data: saved with every checkpoint, and checked against the data of the resumed run."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _CAUSES = {
 
 
 def describe_order(order: SampleOrder, step_size: int, content: Mapping[str, str | None]) -> dict[str, Any]:
-    """Return everything that decides which samples come at which step, in a form that JSON holds.
+    """Return everything that determines which samples come at which step, in JSON values.
 
-    The ranks are not part of it, nor is batch size or accumulation: only their product with the ranks is.
+    Of ranks, batch size and accumulation only the product counts.
 
     Args:
-        order: of the indices.
-        step_size: indices of one optimizer step.
-        content: hashes of what stands at the indices, by name: ``ConversationDataset.content``.
+        order: Order of the indices.
+        step_size: Number of indices in one optimizer step.
+        content: Hashes of the data behind the indices, by name, from ``ConversationDataset.content``.
     """
     known = [one for one in (order.costs, order.lengths) if one is not None]
     return {
@@ -52,10 +52,10 @@ def describe_order(order: SampleOrder, step_size: int, content: Mapping[str, str
 
 @dataclass(frozen=True, slots=True)
 class Repeats:
-    """How often a run has begun an epoch again (``--ignore_data_skip``), so that steps are not all progress.
+    """Steps that a run has repeated because it restarted an epoch (``--ignore_data_skip``).
 
     Args:
-        steps: Optimizer steps that are repeated: with the others, they make up the steps taken.
+        steps: Number of repeated optimizer steps, included in the steps taken.
         asked: Whether the run was started with ``--ignore_data_skip``.
     """
 
@@ -66,15 +66,15 @@ class Repeats:
 def write_position(
     folder: Path, described: Mapping[str, Any], sharding: Sharding, step: int, repeats: Repeats | None = None
 ) -> None:
-    """Write ``sampler_state.json``: what the order is made of, and the place in it after ``step`` optimizer steps.
+    """Write ``sampler_state.json``: a description of the order, and the position after ``step`` optimizer steps.
 
     ``position`` counts the indices (samples, or packs) of the ``epoch`` that have been trained on.
 
     Args:
-        folder: a checkpoint.
-        described: from :func:`describe_order`.
-        sharding: of this run, for the reader's information.
-        step: optimizer steps taken.
+        folder: Folder of a checkpoint.
+        described: Result of :func:`describe_order`.
+        sharding: Sharding of this run, recorded for information.
+        step: Number of optimizer steps taken.
         repeats: Repeated part of these steps; None for none.
     """
     repeats = repeats or Repeats()
@@ -99,13 +99,13 @@ def read_batch_size(folder: str) -> int | None:
 
 
 def count_repeats(folder: str, step: int, steps_of_epoch: int, *, again: bool) -> int:
-    """Return how many of a checkpoint's steps are not progress in the data of the run that resumes from it.
+    """Return how many of a checkpoint's steps do not advance the position in the data of the resumed run.
 
     Args:
-        folder: Checkpoint.
-        step: Optimizer steps taken.
-        steps_of_epoch: Optimizer steps of an epoch of the run that resumes.
-        again: Whether that run begins the epoch again, with its own order.
+        folder: Folder of the checkpoint.
+        step: Number of optimizer steps taken.
+        steps_of_epoch: Number of optimizer steps per epoch in the resumed run.
+        again: Whether the resumed run restarts the epoch, with its own order.
     """
     state = _read(folder)
     saved = int(state.get("repeated_steps", 0)) if state else 0
@@ -117,9 +117,10 @@ def count_repeats(folder: str, step: int, steps_of_epoch: int, *, again: bool) -
 
 
 def begins_again(folder: str, described: Mapping[str, Any]) -> bool:
-    """Whether a run with ``--ignore_data_skip`` begins the checkpoint's epoch again; says so if it does.
+    """Whether a run with ``--ignore_data_skip`` restarts the checkpoint's epoch; logs a warning if it does.
 
-    A checkpoint of the same command, started again after a requeue, is gone on from: or no epoch would ever end.
+    A checkpoint of the same command, requeued, resumes at its position: otherwise a job that is requeued often would
+    never finish an epoch.
     """
     state = _read(folder)
     changed = [] if state is None else _changed(state["order"], described)
@@ -145,18 +146,18 @@ def _changed(saved: Mapping[str, Any], described: Mapping[str, Any]) -> list[str
 
 
 def _causes(saved: Mapping[str, Any], described: Mapping[str, Any]) -> str:
-    """Return what makes another order of two descriptions, in words."""
+    """Return the differences between two descriptions of an order, in words."""
     names = _changed(saved, described)
     return "; ".join(f"{_CAUSES[name]}{_values(saved.get(name), described[name])}" for name in names)
 
 
 def require_same_order(folder: str, described: Mapping[str, Any]) -> None:
-    """Check that the samples after a checkpoint's position are those that the saved run would have seen.
+    """Check that the resumed run continues with the same samples as the saved run would have.
 
-    A checkpoint without ``sampler_state.json``, of the stock Trainer, is taken as it is.
+    A checkpoint without ``sampler_state.json``, from the stock Trainer, is accepted.
 
     Raises:
-        UserError: data or settings give another order; names what differs.
+        UserError: Data or settings give another order; the message names the differences.
     """
     state = _read(folder)
     changed = [] if state is None else _changed(state["order"], described)
@@ -183,7 +184,7 @@ def _product(state: Mapping[str, Any]) -> str:
 
 
 def _advice(state: Mapping[str, Any], ranks: int) -> str:
-    """Say which flags give the steps of a saved run on another number of ranks, preferably with its batch size."""
+    """Return the flags that give a saved run's steps on another number of ranks, with its batch size if possible."""
     samples = state["order"]["indices_per_step"]
     if samples % ranks:
         return f"No setting gives steps of {samples} on {ranks} ranks: resume on a number of ranks that divides it"
@@ -193,16 +194,16 @@ def _advice(state: Mapping[str, Any], ranks: int) -> str:
 
 
 def _values(saved: Any, now: Any) -> str:
-    """Numbers are worth showing, hashes are not."""
+    """Return both values for a message if they are numbers; empty for hashes."""
     return f" ({saved}, now {now})" if isinstance(saved, int) and isinstance(now, int) else ""
 
 
 class SamplerPosition:
-    """Where a run stands in the order of its samples; written to checkpoints, and read by the run that resumes.
+    """Position of a run in the order of its samples, saved with checkpoints and read by a resumed run.
 
     Args:
         order: Order of the dataset's indices.
-        content: Hashes of what stands at the indices, by name: ``ConversationDataset.content``.
+        content: Hashes of the data behind the indices, by name, from ``ConversationDataset.content``.
         args: Settings of the run. Its ``ignore_data_skip`` may change before the run begins.
     """
 
@@ -214,14 +215,14 @@ class SamplerPosition:
         return describe_order(self._order, sharding.step_size, self._content)
 
     def begins_again(self, checkpoint: str, sharding: Sharding) -> bool:
-        """Whether the epoch of a checkpoint begins again, as ``--ignore_data_skip`` asks for.
+        """Whether the epoch of a checkpoint is restarted (``--ignore_data_skip``).
 
-        Otherwise its next sample has to be the one that comes next here.
+        Otherwise the next sample of the checkpoint and of this run must be the same.
 
         Raises:
-            UserError: it was saved with other data or other settings of the order.
+            UserError: It was saved with other data or other settings of the order.
         """
-        if self._args.auto_find_batch_size:  # the Trainer goes on with the size it had found
+        if self._args.auto_find_batch_size:  # the Trainer continues with the size that it had found
             sharding = replace(sharding, batch_size=read_batch_size(checkpoint) or sharding.batch_size)
         described = self._describe(sharding)
         if self._args.ignore_data_skip:
@@ -230,9 +231,9 @@ class SamplerPosition:
         return False
 
     def take_up(self, checkpoint: str, step: int, steps_of_epoch: int) -> tuple[int, int]:
-        """Return the epoch and its micro-batch that a resumed run goes on with, after ``step`` optimizer steps.
+        """Return the epoch and the micro-batch in it with which a resumed run continues after ``step`` optimizer steps.
 
-        The Trainer computes both from the steps taken, some of which may be repeated ones.
+        The Trainer would compute both from all steps taken, including repeated ones.
         """
         repeated = count_repeats(checkpoint, step, steps_of_epoch, again=self._args.ignore_data_skip)
         self._repeats = replace(self._repeats, steps=repeated)
@@ -240,5 +241,5 @@ class SamplerPosition:
         return epoch, steps * self._args.gradient_accumulation_steps
 
     def write(self, folder: Path, sharding: Sharding, step: int) -> None:
-        """Write how far the data are used after ``step`` optimizer steps, and what their order is made of."""
+        """Write the position after ``step`` optimizer steps, and the description of the order."""
         write_position(folder, self._describe(sharding), sharding, step, self._repeats)

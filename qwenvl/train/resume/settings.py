@@ -1,4 +1,4 @@
-"""Settings of a run against those of the run that saved the checkpoint it resumes from."""
+"""Compare the settings of a resumed run with those of the run that saved its checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qwenvl.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "training_args.yaml"
-"""Record of the settings in every checkpoint: those that the user gave."""
+"""File in every checkpoint with the settings that the user gave."""
 
 _OF_BEST = ("metric_for_best_model", "greater_is_better", "eval_dataset_use")
 _OF_SCHEDULE = ("learning rates", "schedule")
@@ -33,12 +33,12 @@ _OF_SCHEDULE = ("learning rates", "schedule")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A setting that is another one than in the run that saved a checkpoint.
+    """A setting that differs from the run that saved a checkpoint.
 
     Args:
-        name: Its name.
-        row: Its row of the table; None for a setting that is on none.
-        before: Value that the checkpoint was saved with.
+        name: Name of the setting.
+        row: Row of the table for this setting; None if it has none.
+        before: Value in the run that saved the checkpoint.
         now: Value in this run.
     """
 
@@ -52,17 +52,17 @@ class Change:
 
 
 def compare_settings(checkpoint: str, given: Mapping[str, Any]) -> list[Change]:
-    """Compare the settings of a checkpoint with those of the run that resumes from it, and say what takes effect.
+    """Compare the settings of a checkpoint with those of the resumed run, and log the changes that take effect.
 
     Args:
         checkpoint: Folder to resume from.
         given: Settings that the user gave, by name; everything else is a default.
 
     Returns:
-        Settings that take effect; none where the checkpoint has no record of settings, as those of the stock Trainer.
+        Changes that take effect; none if the checkpoint has no record of settings, like those of the stock Trainer.
 
     Raises:
-        UserError: some of the settings cannot change.
+        UserError: Some of the settings cannot change.
     """
     saved = _read_saved(checkpoint)
     if saved is None:
@@ -70,7 +70,7 @@ def compare_settings(checkpoint: str, given: Mapping[str, Any]) -> list[Change]:
         return []
     before, now = in_force(saved), in_force(given)
     if not (Path(checkpoint) / SERVING).is_file() and "history" not in saved:
-        before["history"] = "as_rendered"  # all that there was when such checkpoints were written
+        before["history"] = "as_rendered"  # the only behaviour when such checkpoints were written
     changes = [
         Change(name, row_of(name), before[name], value)
         for name, value in now.items()
@@ -81,7 +81,7 @@ def compare_settings(checkpoint: str, given: Mapping[str, Any]) -> list[Change]:
     if refused:
         lines = "".join(f"\n  {change} ({change.row.subject}: {change.row.reason})" for change in refused if change.row)
         raise UserError(
-            f"{checkpoint} was saved with other settings, and no run can go on from it with these:{lines}\n"
+            f"{checkpoint} was saved with other settings, and cannot be resumed with these:{lines}\n"
             f"Resume with the settings of {Path(checkpoint) / SETTINGS_FILE}; or {start_anew(checkpoint)}."
         )
     effective = [change for change in changes if change.row is None or change.row.outcome == "takes effect"]
@@ -91,14 +91,14 @@ def compare_settings(checkpoint: str, given: Mapping[str, Any]) -> list[Change]:
 
 
 def forgets_best(changes: list[Change]) -> bool:
-    """Whether the best figure of the earlier run does not compare with those of this one."""
+    """Whether the best metric of the earlier run is not comparable with those of this one."""
     return any(change.name in _OF_BEST for change in changes)
 
 
 def in_force(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every setting as it works: defaults filled in, two names of one thing made one, and idle ones left out.
+    """Return the effective settings: with defaults, aliases merged, and settings without effect left out.
 
-    What only the position in the data decides about (``ignore_data_skip``) is left out too.
+    ``ignore_data_skip``, which only concerns the position in the data, is left out too.
 
     Args:
         given: Settings that a user gave, by name.
@@ -125,10 +125,10 @@ def _is_refused(change: Change, *, stateful: bool) -> bool:
 
 
 def _read_saved(checkpoint: str) -> dict[str, Any] | None:
-    """Return the settings that a checkpoint was saved with, without those that are not known any more.
+    """Return the settings that a checkpoint was saved with, without settings that no longer exist.
 
     Raises:
-        UserError: the record is damaged.
+        UserError: The record is damaged.
     """
     path = Path(checkpoint) / SETTINGS_FILE
     if not path.is_file():
@@ -146,7 +146,7 @@ def _converted(saved: Mapping[str, Any], settings: Mapping[str, Setting]) -> Ite
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as it compares: the text of an enumeration's member; None for an empty list or mapping."""
+    """Return a value for comparison: the text of an enumeration's member; None for an empty list or mapping."""
     if isinstance(value, enum.Enum):
         return value.value
     return None if value in ({}, []) else value

@@ -1,6 +1,6 @@
-"""What becomes of each setting that a resumed run has otherwise than the run that saved its checkpoint.
+"""Table of the effects of each setting that differs between a resumed run and the run that saved its checkpoint.
 
-One table: :mod:`qwenvl.train.resume.settings` acts by it, and docs/resume.md shows it.
+:mod:`qwenvl.train.resume.settings` applies the table, and docs/resume.md shows it.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 Outcome = Literal["takes effect", "refused", "content decides", "no influence"]
-"""What a changed setting does.
+"""Effect of a changed setting.
 
-``takes effect``: from the checkpoint's step on, and is said. ``refused``: the run stops before anything is loaded.
-``content decides``: not the setting is compared but what came of it, which is in the checkpoint. ``no influence``: the
-new value holds, and the weights that are trained do not depend on it, but for rounding.
+``takes effect``: from the checkpoint's step on, with a log message. ``refused``: the run stops before anything is
+loaded. ``content decides``: its result, which is in the checkpoint, is compared instead of the setting. ``no
+influence``: the new value applies, and trained weights do not depend on it, except for rounding.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Settings with one fate.
+    """Settings with the same effect.
 
     Args:
-        subject: What they have in common.
-        outcome: What a changed one does.
-        settings: Their names.
-        reason: Why, or how; a sentence part for people.
+        subject: Common subject of the settings, for messages.
+        outcome: Effect of a change.
+        settings: Names of the settings.
+        reason: Reason or details; part of a sentence, for messages.
     """
 
     subject: str
@@ -43,21 +43,21 @@ TABLE = (
     _row(
         "learning rates",
         "takes effect",
-        "the schedule goes on at its step with these peaks; refused with reduce_lr_on_plateau and greedy, whose rates "
-        "follow from the run so far",
+        "the schedule continues at its step with these peaks; refused with reduce_lr_on_plateau and greedy, whose "
+        "rates depend on the run so far",
         "learning_rate vision_tower_lr mm_projector_lr head_lr",
     ),
     _row(
         "schedule",
         "takes effect",
-        "the rates from the next step on are those that this schedule has there; refused where the old or the new one "
-        "is reduce_lr_on_plateau or greedy",
+        "from the next step on, the rates follow this schedule; refused if the old or the new one is "
+        "reduce_lr_on_plateau or greedy",
         "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio",
     ),
     _row(
         "length",
         "takes effect",
-        "the schedule is stretched to it, so that the rate may jump; a run that has so many steps already ends",
+        "the schedule is stretched to it, so that the rate may jump; a run that already has this many steps ends",
         "max_steps num_train_epochs",
     ),
     _row(
@@ -76,7 +76,7 @@ TABLE = (
     _row(
         "how samples are presented",
         "takes effect",
-        "where rows are packed or grouped by cost, other lengths make another order, which is refused",
+        "if rows are packed or grouped by cost, other lengths give another order, which is refused",
         "max_pixels min_pixels video_max_frames video_min_frames video_max_pixels video_min_pixels",
         "video_max_frame_pixels video_min_frame_pixels video_fps add_vision_id chat_template_kwargs",
         "history loss_on",
@@ -90,85 +90,85 @@ TABLE = (
     _row(
         "what the best checkpoint is",
         "takes effect",
-        "the best one so far is forgotten, since other figures do not compare",
+        "the best one so far is forgotten, since its metric is not comparable",
         "metric_for_best_model greater_is_better eval_dataset_use load_best_model_at_end",
     ),
     _row(
         "starting checkpoint",
         "takes effect",
-        "the processor and, beside adapters, the frozen weights are read from it: it has to be the same checkpoint, in "
-        "another place",
+        "the processor and, with adapters, the frozen weights are read from it: it must be the same checkpoint at "
+        "another path",
         "model_name_or_path",
     ),
     _row(
         "position in the data",
         "takes effect",
-        "the epoch begins again, with the order of the new settings; once: started again, the same command resumes at "
-        "the position of its own checkpoints",
+        "the epoch restarts, with the order of the new settings, but only once: started again, the same command "
+        "resumes at the position of its own checkpoints",
         "ignore_data_skip",
     ),
     _row(
         "trained parts",
         "refused",
-        "the optimizer's state is of the parts that trained",
+        "the optimizer's state belongs to the parts that were trained",
         "tune_mm_llm tune_mm_mlp tune_mm_vision",
     ),
     _row(
         "adapters",
         "refused",
-        "their weights mean something with these alone",
+        "their weights are valid with these settings only",
         "lora_enable lora_r lora_alpha lora_target use_dora use_rslora quantization_bit",
     ),
     _row(
         "added tokens",
         "refused",
-        "their rows are in this order",
+        "their rows are saved in this order",
         "additional_tokens",
     ),
     _row(
         "optimizer",
         "refused",
-        "each has a state of its own",
+        "each optimizer has its own kind of state",
         "optim optim_args optim_target_modules",
     ),
     _row(
         "precision",
         "refused",
-        "weights and optimizer's state are saved as they were kept",
+        "weights and the optimizer's state are saved in the precision of training",
         "model_dtype bf16 fp16",
     ),
     _row(
         "seed",
         "refused",
-        "random numbers go on from the checkpoint's; for another order: data_seed, with ignore_data_skip",
+        "random number generators continue from the checkpoint; for another order, use data_seed with ignore_data_skip",
         "seed",
     ),
     _row(
         "order of the samples",
         "content decides",
-        "refused if samples would come otherwise in the rest of the epoch (their content, or batch size x ranks x "
-        "accumulation); with ignore_data_skip they take effect",
+        "refused if the rest of the epoch would differ (in samples, or in batch size x ranks x accumulation); with "
+        "ignore_data_skip they take effect",
         "dataset_use dataset_registry eval_ratio data_flatten data_packing packing_plan group_by_cost data_seed",
         "per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size",
     ),
     _row(
         "context",
         "content decides",
-        "refused if positions would be others than those of the checkpoint's config",
+        "refused if positions would differ from the checkpoint's config",
         "rope_scaling rope_factor rope_native_length",
     ),
     _row(
         "task",
         "content decides",
-        "refused if the module would be another one than the checkpoint's task.json describes",
+        "refused if the module would differ from the checkpoint's task.json",
         "task hidden_layer pooling head class_names keep_answer",
         "mask_resolution mask_channels attention_merge sam_model_name_or_path",
     ),
     _row(
         "engine",
         "content decides",
-        "refused if it could not read the files of the one that saved: DeepSpeed, FSDP or neither; the kind of ZeRO "
-        "stage (1 or 2, 3); the kind of FSDP's state dict",
+        "refused if it cannot read the checkpoint's files: DeepSpeed, FSDP or neither; the kind of ZeRO stage (1 or 2, "
+        "or 3); the kind of FSDP's state dict",
         "deepspeed fsdp fsdp_config",
     ),
     _row(
@@ -226,12 +226,12 @@ TABLE = (
 
 
 def row_of(setting: str) -> Row | None:
-    """Return the row of a setting; None for one of a newer transformers that is on none."""
+    """Return the row of a setting; None for a setting of a newer transformers that the table does not have."""
     return next((row for row in TABLE if setting in row.settings), None)
 
 
 def as_markdown() -> Iterator[str]:
-    """Yield the lines of the table as docs/resume.md shows it."""
+    """Yield the lines of the table for docs/resume.md."""
     yield "| what | settings | changed on resuming |"
     yield "|---|---|---|"
     for row in TABLE:

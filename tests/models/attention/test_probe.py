@@ -161,5 +161,5 @@ def test_memory_does_not_grow_with_the_length_of_a_phrase():
 @pytest.mark.parametrize("look", [Look(0, (4, 9), 6, (1, 2)), Look(0, (9,), 4, (1, 2)), Look(0, (13,), 6, (1, 2))])
 def test_an_image_after_the_tokens_or_in_another_sample_is_refused(look):
     query = torch.randn(1, 2, 14, 8)
-    with pytest.raises(ValueError, match="the image must stand before the tokens"):
+    with pytest.raises(ValueError, match="the image must precede the tokens"):
         AttentionProbe([look]).see(0, query, query, (5, 7, 2), None)

@@ -14,7 +14,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from qwenvl.models.attention.packed import attend_by_segments
-from qwenvl.models.loss.causal_lm import GradientWatch, causal_loss, count_tokens, run_model, tell_host, total_weight
+from qwenvl.models.loss.causal_lm import (
+    GradientWatch,
+    causal_loss,
+    count_tokens,
+    prepare_inputs,
+    run_model,
+    total_weight,
+)
 from qwenvl.models.trainable.freezing import parameter_modules
 from tests.models.conftest import BATCHES
 from tests.patches import install
@@ -118,7 +125,7 @@ def test_weights_equal_a_weighted_mean_of_stock_losses(family_name, layout, dtyp
     rows = pad_sequence([one[0] for one in weights], True) if layout == "padded" else torch.cat(weights, dim=1)
     batch = BATCHES[layout](samples) | {"loss_weights": rows}
     divisor = total_weight(batch)
-    loss = causal_loss(model, tell_host(batch), num_trained_tokens=divisor)
+    loss = causal_loss(model, prepare_inputs(batch), num_trained_tokens=divisor)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=PRECISIONS[dtype])
     errors = gradient_errors(model, stock)
@@ -204,28 +211,28 @@ def test_a_batch_without_a_trained_token_gives_zero_everywhere(family_name, layo
 
 def test_trained_positions_are_those_before_trained_tokens():
     labels = torch.tensor([[-100, -100, 7, 8, -100], [-100, 5, -100, -100, 6]])
-    told = tell_host({"labels": labels})
-    assert told["kept_positions"].tolist() == [1, 2, 5, 8]
-    assert told["targets"].tolist() == [7, 8, 5, 6]
-    assert told["segments"].lengths == (5,)
+    prepared = prepare_inputs({"labels": labels})
+    assert prepared["kept_positions"].tolist() == [1, 2, 5, 8]
+    assert prepared["targets"].tolist() == [7, 8, 5, 6]
+    assert prepared["segments"].lengths == (5,)
 
 
 def test_the_last_token_of_a_flattened_sample_predicts_nothing():
     labels = torch.tensor([[-100, 4, 5, -100, 6, 7]])  # two samples of three tokens
-    told = tell_host({"labels": labels, "cu_seq_lens_q": torch.tensor([0, 3, 6], dtype=torch.int32)})
-    assert told["kept_positions"].tolist() == [0, 1, 3, 4]
-    assert told["targets"].tolist() == [4, 5, 6, 7]
-    assert told["segments"].lengths == (3, 3)
-    assert all(type(length) is int for length in told["segments"].lengths), "a tensor would be read from the device"
+    prepared = prepare_inputs({"labels": labels, "cu_seq_lens_q": torch.tensor([0, 3, 6], dtype=torch.int32)})
+    assert prepared["kept_positions"].tolist() == [0, 1, 3, 4]
+    assert prepared["targets"].tolist() == [4, 5, 6, 7]
+    assert prepared["segments"].lengths == (3, 3)
+    assert all(type(length) is int for length in prepared["segments"].lengths), "a tensor would be read from the device"
 
 
 def test_weights_travel_as_bits():
     """DeepSpeed and FSDP2 round the numbers that a model is given to the type that it computes in."""
     labels = torch.tensor([[-100, 4, 5, -100, 6, 7]])
     weights = torch.rand(1, 6).where(labels != -100, 0.0)
-    assert "target_weights" not in tell_host({"labels": labels})
+    assert "target_weights" not in prepare_inputs({"labels": labels})
     batch = {"labels": labels, "loss_weights": weights}
-    bits = tell_host(batch)["target_weights"]
+    bits = prepare_inputs(batch)["target_weights"]
     assert bits.dtype == torch.int32
     assert torch.equal(bits.view(torch.float32), weights[0, [1, 2, 4, 5]])
     assert total_weight(batch) == pytest.approx(float(weights[0, [1, 2, 4, 5]].sum()))

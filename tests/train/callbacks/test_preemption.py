@@ -198,7 +198,7 @@ def test_signal_saves_and_the_next_start_goes_on(
 
 ENDS = {
     signal.SIGSTOP: ["Nothing moved for 40 s (--step_timeout): step ", "dataset 'mixed'", "in _inner_training_loop"],
-    signal.SIGKILL: ["Rank 1 was killed by SIGKILL; often the machine had no memory left"],
+    signal.SIGKILL: ["Rank 1 was killed by SIGKILL; often because the machine ran out of memory"],
 }
 
 

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from qwenvl.config import parse_arguments
 from qwenvl.data.collator import for_model
 from qwenvl.families import FAMILIES, get_family
-from qwenvl.models.loss.causal_lm import causal_loss, tell_host
+from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
 from qwenvl.profiling.activation_memory import measure_step
 from qwenvl.profiling.state_memory import Sharing, estimate_states
 from qwenvl.train.build.data import open_config, open_data
@@ -44,7 +44,7 @@ def test_says_what_the_run_will_be_and_trains_nothing(
     assert re.search(r"^mixed +11 +100% +11 +-$", text, re.MULTILINE)
     assert re.search(r"^mixed +11 +\d[\d,]+ .* 0$", text, re.MULTILINE)
     assert re.search(r"^all +14 +\d[\d,]+ .* 0$", text, re.MULTILINE)
-    assert "20 in all, 5 an epoch: 4.00 epochs" in text
+    assert "20 in all, 5 per epoch: 4.00 epochs" in text
     assert "3 rows: 1 device (cpu) x batches of 3 x 1 accumulated" in text
     assert not list((tmp_path / "out").iterdir())
     state = json.loads(
@@ -98,7 +98,7 @@ def test_memory_is_what_a_real_step_takes(
         parsed, open_model(parsed, data.processor, config, data.added_tokens), data, Records("", {})
     )
     batch = next(iter(trainer.get_train_dataloader()))
-    batch, model = tell_host(for_model(batch)), trainer.model
+    batch, model = prepare_inputs(for_model(batch)), trainer.model
     on_meta = open_model(parsed, data.processor, config, data.added_tokens, on_meta=True)
     step = measure_step(on_meta, batch)
     for parameter in model.parameters():

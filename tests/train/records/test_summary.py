@@ -54,7 +54,7 @@ def test_a_run_says_what_it_is_before_its_first_step(start: Callable[..., str], 
     model = rows(text, "Model")
     assert model["family"] == ["qwen3_vl"]
     assert model["precision"] == ["weights float32; computed in float32"]
-    assert model["attention"] == ["sdpa, a sample at a time"]
+    assert model["attention"] == ["sdpa, one sample at a time"]
     parts = rows(text, "Trained parts")
     assert [parts[name][-1] for name in ("vision", "merger", "language", "all")] == ["1e-05", "0.001", "0.001", "-"]
     assert parts["all"][1] == model["parameters"][0]
@@ -63,8 +63,8 @@ def test_a_run_says_what_it_is_before_its_first_step(start: Callable[..., str], 
     assert data["text"] == ["3", "100%", "3", "-"]
     assert data["held_out"] == ["4", "100%", "-", "4"]
     budget = rows(text, "Budget")
-    assert budget["steps"] == ["4 in all, 2 an epoch: 2.00 epochs"]
-    assert budget["a step"] == ["6 rows: 1 device (cpu) x batches of 2 x 3 accumulated"]
+    assert budget["steps"] == ["4 in all, 2 per epoch: 2.00 epochs"]
+    assert budget["per step"] == ["6 rows: 1 device (cpu) x batches of 2 x 3 accumulated"]
     assert budget["optimizer"] == ["adamw_torch, warmup of 1, then constant_with_warmup"]
     assert budget["evaluation"] == ["4 rows, every 2 steps"]
     assert (budget["checkpoints"], budget["engine"]) == (["none"], ["one process"])
@@ -82,7 +82,7 @@ def test_packs_and_what_is_left_out_are_counted(start: Callable[..., str]) -> No
     assert float(found[2]) == pytest.approx(100 * int(tokens) / (packs * 90), abs=0.01)
     assert fewest <= packs and int(longest) <= 90 and int(trained) < int(tokens)
     mean = int(tokens) / -(-packs // 2)
-    assert rows(text, "Budget")["tokens"][0].startswith(f"{mean:,.0f} a step in the mean")
+    assert rows(text, "Budget")["tokens"][0].startswith(f"{mean:,.0f} per step on average")
 
 
 def test_adapters_are_told_apart(start: Callable[..., str], tmp_path: Path) -> None:
