@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import io
 import json
 import re
 import subprocess
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,6 +148,50 @@ def test_public_parts_are_documented() -> None:
         if not has_docstring(node)
     ]
     assert not missing, "\n".join(missing)
+
+
+ENTRY_OPENERS = re.compile(
+    r"(?i)(of|that|whose|as|how|what|which|where|from|for|in|by|with|to|when|called|is|are|on|at)\b"
+)
+BANNED = re.compile(
+    r"(?i)\bpictures?\b(?! 1)|shared? out|\ba second\b|what trains|longest gradient|to the bit\b|whole or absent"
+    r"|\bby the clock\b|\bat once\b|\botherwise than\b|\bthose that\b|\bwhat becomes of\b"
+)
+TEXTS_OF_DATA = (
+    *("qwenvl/cli/make_demo_data", "qwenvl/cli/make_tiny_checkpoint", "qwenvl/cli/show_attention/command.py"),
+    "qwenvl/data/sources/registry.py",
+)
+"""Where models are asked or trained with such words, or a column of a dataset has them."""
+
+
+def docstring_entries(path: Path) -> Iterator[str]:
+    """Yield ``name: text`` of the entries of every ``Args:`` and ``Attributes:`` section."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            for section in re.findall(r"(?m)^(?:Args|Attributes):\n((?:[ ]+.*\n?|\n)+)", ast.get_docstring(node) or ""):
+                yield from (f"{name}: {text}" for name, text in re.findall(r"(?m)^    (\*{0,2}\w+): (.*)", section))
+
+
+def test_entries_of_docstrings_are_noun_phrases() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {entry}"
+        for path in PACKAGE
+        for entry in docstring_entries(path)
+        if ENTRY_OPENERS.match(entry.partition(": ")[2])
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_words_are_those_of_the_field() -> None:
+    """In comments, docstrings and messages. CONTRIBUTING.md says what to write instead."""
+    checked = [path for path in PACKAGE if not path.relative_to(ROOT).as_posix().startswith(TEXTS_OF_DATA)]
+    found = [
+        f"{path.relative_to(ROOT)}:{token.start[0]}: {BANNED.findall(token.string)}"
+        for path in checked
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+        if token.type in (tokenize.COMMENT, tokenize.STRING) and BANNED.search(token.string)
+    ]
+    assert not found, "\n".join(found)
 
 
 def test_failures_are_not_swallowed() -> None:

@@ -5,7 +5,7 @@
 
 For some samples of a dataset, what training feeds (token ids, positions, grids, pixels, frames) is compared with what
 the folder's own processor makes of them by ``apply_chat_template``, and with what qwen-vl-utils does. Settings of
-training, and the checkpoint it started from, are those that a saved folder records, and the flags. Exit code 1 if
+training, and the checkpoint it started from, come from the saved folder's records and the flags. Exit code 1 if
 anything differs without a known reason.
 """
 
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_arguments(argv: Sequence[str]) -> ServingArguments:
-    """Read the flags; those that a saved folder records of its training count where they are not given.
+    """Read the flags; flags that are not given come from the saved folder's records of its training.
 
     Raises:
         UserError: something is wrong with them.

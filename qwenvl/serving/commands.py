@@ -27,7 +27,7 @@ VLLM_POSITIONS_FACTOR = 4
 """``positions_factor`` of ``MRotaryEmbedding`` of Qwen2-VL and Qwen2.5-VL."""
 
 SGLANG_MAX_PIXELS = 16384 * 28 * 28
-"""Above it SGLang shrinks pictures itself, unless ``SGLANG_IMAGE_MAX_PIXELS`` says otherwise."""
+"""Above it SGLang shrinks images itself, unless ``SGLANG_IMAGE_MAX_PIXELS`` says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Adapter:
         base: folder or name of the base model.
         rank: the largest one of its matrices.
         obstacle: why servers cannot load it as it is; empty where nothing speaks against it.
-        extension: what its text config has that the base does not, as of
+        extension: Entries of its text config that the base does not have, from
             :func:`qwenvl.models.rope_scaling.read_extension`.
     """
 
@@ -54,7 +54,8 @@ class Served:
 
     Args:
         folder: the model, or the adapter.
-        limits: that the processor has to have, as :func:`qwenvl.data.encoding.processor.processor_limits` returns them.
+        limits: Limits that the processor has to have, from
+            :func:`qwenvl.data.encoding.processor.processor_limits`.
         carried: the folder's own processor has them.
         clips: the family's videos are limited by the frame, and sampled without their metadata.
         max_length: most tokens of a prompt and its answer.
@@ -181,8 +182,8 @@ def notes(served: Served) -> list[str]:
             )
         if video["max_frames"] > VLLM_MAX_FRAMES or video["fps"] > VLLM_MAX_FPS:
             found.append(
-                f"vLLM takes at most {VLLM_MAX_FRAMES} frames of a video, at most {VLLM_MAX_FPS} a second: send longer "
-                "or faster ones as frames."
+                f"vLLM takes at most {VLLM_MAX_FRAMES} frames of a video, at most {VLLM_MAX_FPS} per second: send "
+                "longer or faster ones as frames."
             )
     found += [
         f'Ask with "chat_template_kwargs": {arguments} for {count} of the answers looked at.'

@@ -47,9 +47,9 @@ class Finding:
     """One kind of input, compared.
 
     Args:
-        item: what was compared.
+        item: Name of the compared input.
         state: ``known``: different, for a reason that ``detail`` gives; ``not compared``: for a reason of this machine.
-        detail: where and how much it differs, or the size of what is equal; for a person.
+        detail: Place and size of the difference, or size of what is equal, for people.
     """
 
     item: str
@@ -63,11 +63,11 @@ class Comparison:
 
     Args:
         serving: the folder.
-        plan: of the sample.
-        training: what training feeds.
-        served: what serving feeds.
-        way: how it is served.
-        causes: of differences of images and of videos, where a fact of the sample explains them.
+        plan: Plan of the sample.
+        training: Inputs that training feeds the model.
+        served: Inputs that serving feeds the model.
+        way: Name of the way of serving.
+        causes: Known causes of differences of images and of videos, where a fact of the sample explains them.
     """
 
     serving: Serving
@@ -157,13 +157,13 @@ class Comparison:
         if ours is None or theirs is None or ours.shape != theirs.shape:
             return Finding(item, grids.state, "other sizes, so other pixels")
         if torch.equal(ours, theirs):
-            return Finding(item, "equal", f"{ours.numel()} values, to the bit")
+            return Finding(item, "equal", f"{ours.numel()} values, bit for bit")
         levels = self._levels(ours, theirs)
         share = float((ours != theirs).float().mean())
         detail = f"{share:.1%} of the values, by {levels:.1f} of 255 levels at most"
         resized = any(isinstance(medium, ImagePlan) and medium.resized != medium.size for medium in self.plan.media)
         if kind == "image" and self.way == "qwen-vl-utils" and resized and levels <= MAX_LEVELS:
-            reason = "qwen-vl-utils resizes pictures by PIL, training as the processor does, by torchvision"
+            reason = "qwen-vl-utils resizes images by PIL, training as the processor does, by torchvision"
             return Finding(item, "known", f"{detail}: {reason}")
         return self._caused(item, kind, detail)
 
@@ -224,7 +224,7 @@ def _transformers_reads(image: ImageFacts) -> str:
 
 def _utils_reads(image: ImageFacts) -> str:
     if image.turned:
-        return "qwen-vl-utils does not turn pictures as their EXIF orientation says"
+        return "qwen-vl-utils does not turn images as their EXIF orientation says"
     if image.transparent and image.mode != "RGBA":
         return f"of transparent images, qwen-vl-utils lays those of mode RGBA alone on white, and this has {image.mode}"
     return _CLIPPED if image.mode.startswith("I;16") else ""

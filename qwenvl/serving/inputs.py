@@ -50,7 +50,7 @@ class ModelInputs:
         grids: (temporal, height, width) in patches, of the images and of the videos.
         patches: float32 [patches, values] of each, None where there are none.
         frames: source frames of each video.
-        seconds: of the source, at each of these frames.
+        seconds: Time in the source of each of these frames.
     """
 
     input_ids: Tensor
@@ -66,9 +66,9 @@ class Serving:
     """A folder that is to be served, and the training whose inputs it has to repeat.
 
     Args:
-        processor: of the folder.
-        config: of the model.
-        encoder: of the training.
+        processor: Processor of the folder.
+        config: Config of the model.
+        encoder: Encoder of training.
         trained: processor that the encoder was built from.
         template_kwargs: arguments of the chat template in training.
     """
@@ -231,7 +231,7 @@ class ImageFacts:
 
     Args:
         from_file: it is given to processors as a path, not opened.
-        turned: it is to be shown otherwise than its pixels lie in the file (EXIF orientation).
+        turned: Its EXIF orientation turns it.
         transparent: it has transparency.
         mode: Pillow's mode.
         sixteen_bits: it has 16 bits a value.
@@ -327,7 +327,7 @@ def _utils_element(medium: Any, sources: MediaSources, encoder: SampleEncoder) -
 
 
 def _opened(located: Source) -> Any:
-    """Return a path as it is, and the bytes of a file as the picture they hold."""
+    """Return a path as it is, and the bytes of a file as the image they hold."""
     return located if isinstance(located, str) else Image.open(BytesIO(located))
 
 

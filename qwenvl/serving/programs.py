@@ -30,7 +30,7 @@ def program_lines(served: Served, model: Model) -> dict[str, str]:
     """Return a line for each program by its name; of adapters, those of the merged folder.
 
     Args:
-        served: What is served.
+        served: Model or adapters to serve.
         model: Facts of the model.
     """
     folder = "MERGED" if served.adapter else served.folder

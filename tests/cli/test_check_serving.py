@@ -130,7 +130,7 @@ def test_a_saved_folder_gives_what_training_fed(saved: Path, check: Check) -> No
     assert _states(printed, "apply_chat_template", "input ids")[:2] == ["equal", "equal"]
     assert _states(printed, "apply_chat_template", "positions")[:2] == ["equal", "equal"]
     assert _states(printed, "qwen-vl-utils", "image pixels") == ["known"]
-    assert "resizes pictures by PIL" in printed
+    assert "resizes images by PIL" in printed
 
 
 def test_a_second_pair_of_markers_is_known_where_it_is(saved: Path, check: Check) -> None:
@@ -220,7 +220,7 @@ def test_another_normalisation_is_noticed(saved: Path, check: Check, tmp_path: P
     ("dataset", "way", "reason"),
     [
         ("own", "apply_chat_template", "the sample has max_pixels of its own, which apply_chat_template does not read"),
-        ("turned", "qwen-vl-utils", "does not turn pictures as their EXIF orientation says"),
+        ("turned", "qwen-vl-utils", "does not turn images as their EXIF orientation says"),
     ],
 )
 def test_known_differences_are_named(saved: Path, check: Check, dataset: str, way: str, reason: str) -> None:

@@ -105,7 +105,7 @@ def _config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return damage
 
 
-LOST, COUNT, OTHER = "not those of training: .*", "count otherwise than in training: .*", "computes something else"
+LOST, COUNT, OTHER = "not those of training: .*", "have another scale than in training: .*", "computes something else"
 BROKEN: dict[str, dict[str, tuple[Callable[[Path], None], str]]] = {
     "whole": {
         "transposed": (_weights(lambda t: _change(t, "language_model.layers.2.self_attn.q_proj", Tensor.t)), LOST),

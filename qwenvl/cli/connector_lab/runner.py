@@ -189,8 +189,8 @@ def _ask(lab: Lab, run: Run) -> Result:
     blindness = evaluate_views(scores, views)
     write(arguments, scores, blindness, views)
     job = open_job(arguments)
-    exercise = next((one for index in range(job.num_rows) for _, one in open_row(job, index) if one is not None), None)
-    tokens = int(exercise.encoded.tokens.vision_mask.sum()) if exercise is not None else 0
+    example = next((one for index in range(job.num_rows) for _, one in open_row(job, index) if one is not None), None)
+    tokens = int(example.encoded.tokens.vision_mask.sum()) if example is not None else 0
     config: Any = config_of(str(lab.trained(run)))
     return {
         "tokens": tokens,

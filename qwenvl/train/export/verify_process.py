@@ -105,7 +105,7 @@ def check_weights(folder: Path, model: Any, known: Mapping[str, Any]) -> list[st
     problems = [f"{len(wrong)} tensors are not those of training: {listed(wrong)}"] if wrong else []
     scales = adapter_scales(model)
     wrong = [name for name, scale in known["scales"].items() if scales.get(name) != scale]
-    return problems + ([f"{len(wrong)} adapters count otherwise than in training: {listed(wrong)}"] if wrong else [])
+    return problems + ([f"{len(wrong)} adapters have another scale than in training: {listed(wrong)}"] if wrong else [])
 
 
 def check_processor(folder: Path) -> list[str]:
@@ -113,7 +113,7 @@ def check_processor(folder: Path) -> list[str]:
     processor = AutoProcessor.from_pretrained(folder)
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     text = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    return [] if processor.image_token in text else ["the chat template does not render pictures"]
+    return [] if processor.image_token in text else ["the chat template does not render images"]
 
 
 def split_cases(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
