@@ -96,8 +96,12 @@ def test_a_folder_that_computes_something_else_ends_the_run(
     assert (tmp_path / "model.safetensors").exists()
 
 
-def _without(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
+def _without(*names: str) -> Callable[[Path], None]:
+    def remove(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return remove
 
 
 def _renamed(folder: Path) -> None:
@@ -134,7 +138,7 @@ def whole(tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path_facto
     ("damage", "message"),
     [
         (_without("chat_template.jinja"), "the chat template is missing"),
-        (_without("processor_config.json"), "the image processor is missing"),
+        (_without("processor_config.json", "preprocessor_config.json"), "the image processor is missing"),
         (_without("tokenizer.json"), "the tokenizer is missing"),
         (_without("generation_config.json"), "generation_config.json is missing"),
         (_without("model.safetensors"), "there are no weights"),

@@ -35,6 +35,6 @@ def test_a_budget_that_vllm_cannot_be_told_is_noted(frame: int, shared: bool) ->
 @pytest.mark.parametrize(("given", "noted"), [({}, False), ({"max_frames": 900}, True), ({"fps": 60.0}, True)])
 def test_limits_beyond_those_of_vllm_are_noted(given: dict[str, Any], noted: bool) -> None:
     assert (
-        any("at most 768 frames of a video, at most 30 a second" in note for note in notes(served(64, **given)))
+        any("at most 768 frames of a video, at most 30 per second" in note for note in notes(served(64, **given)))
         == noted
     )
