@@ -15,6 +15,7 @@ import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
 from qwenvl.config import arguments_to_yaml, parse_arguments
 from qwenvl.data.encoding.processor import processor_limits
@@ -191,6 +192,12 @@ def largest_difference(one: Path, other: Path) -> float:
     left, right = weights(one), weights(other)
     assert left.keys() == right.keys()
     return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config as transformers reads it, without the folder's name."""
+    config: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
+    return {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
 
 
 def equal_bits(one: Path, other: Path) -> bool:

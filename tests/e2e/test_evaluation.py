@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from qwenvl.families import get_family
 from qwenvl.models.loss.fused_lm_head import LossHead
 from qwenvl.models.trainable.freezing import parameter_modules
 from qwenvl.train.build.data import open_data
-from tests.e2e.runs import equal_bits, flags, history, largest_difference, train, weights
+from tests.e2e.runs import equal_bits, flags, history, largest_difference, read_config, train, weights
 from tests.patches import grids_of, patches_of
 
 FAMILY = "qwen3_vl"
@@ -226,4 +225,4 @@ def test_gradient_checkpointing_changes_nothing(
         for on, offload in ((True, {}), (False, {}), ("vision", {}), ("language", {"activation_offload": True}))
     ]
     assert all(largest_difference(run, runs[1]) < 1e-6 for run in runs)
-    assert json.loads((runs[0] / "config.json").read_text()) == json.loads((checkpoint / "config.json").read_text())
+    assert read_config(runs[0]) == read_config(checkpoint)

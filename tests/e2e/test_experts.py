@@ -133,7 +133,8 @@ def test_experts_train_under_zero3_from_every_layout_and_with_any_routing(
         assert largest_difference(tmp_path / name, alone) < 1e-5, name
         before, after = weights(model), weights(tmp_path / name)
         assert {key: tensor.shape for key, tensor in before.items()} == {k: t.shape for k, t in after.items()}, name
-        assert all((before[key] - after[key]).abs().max() > 1e-4 for key in before if ".experts." in key), name
+        experts = [key for key in before if ".experts." in key and not key.startswith("mtp.")]
+        assert all((before[key] - after[key]).abs().max() > 1e-4 for key in experts), name
     for one, other in (("official", "resaved"), ("listed", "fused")):
         states = [AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in (one, other)]
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), "stock transformers reads both"
