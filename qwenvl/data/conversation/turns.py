@@ -24,6 +24,7 @@ FLAG_KEYS = ("loss", "train", "loss_mask")
 """Keys of ms-swift, axolotl and UI-TARS for whether an answer is trained."""
 WEIGHT_KEYS = ("weight", "loss_scale", "loss_weight")
 """Keys of OpenAI, ms-swift and LLaMA-Factory for the factor of the loss of an answer's tokens."""
+_KEYS_OF_WEIGHTS = {*FLAG_KEYS, *WEIGHT_KEYS}
 _LEAST, _MOST = 0.001, 1000.0
 """Range of a weight other than 0: numbers outside of it are something else, or a mistake."""
 AUDIO_FIELDS = ("audio", "audios")
@@ -80,6 +81,8 @@ def read_weight(turn: Mapping[str, Any], role: Role, number: int) -> float:
         SampleError: a value is not a flag or weight, two contradict each other, or a turn other than an answer is to be
             trained (``bad_record``).
     """
+    if _KEYS_OF_WEIGHTS.isdisjoint(turn):
+        return 1.0
     flags = {key: _flag(key, turn[key], number) for key in FLAG_KEYS if turn.get(key) is not None}
     weights = {key: _weight(key, turn[key], number) for key in WEIGHT_KEYS if turn.get(key) is not None}
     given = flags | weights
