@@ -22,7 +22,9 @@ _mend_torchvision() {
     cat >>"$file" <<'PYTHON'
 
 if not _has_ops():
-    _absent = torch.library.Library("torchvision", "DEF")
+    from torch import library as _operators
+
+    _absent = _operators.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _absent.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 PYTHON

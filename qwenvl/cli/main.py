@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand named by the first argument; return its exit code."""
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if name in ("-h", "--help", "help"):
-        print(help_page())
+        sys.stdout.write(help_page() + "\n")
         return 0
     if name == "--version":
-        print(f"qwenvl {__version__}")
+        sys.stdout.write(f"qwenvl {__version__}\n")
         return 0
     if name not in COMMANDS:
-        print(f"qwenvl: no command {name!r}.{nearest(name, COMMANDS)} qwenvl --help lists them.", file=sys.stderr)
+        sys.stderr.write(f"qwenvl: no command {name!r}.{nearest(name, COMMANDS)} qwenvl --help lists them.\n")
         return 2
     sys.argv[0] = f"qwenvl {name}"  # name of the program on its help page
     command: Callable[[Sequence[str]], int] = importlib.import_module(COMMANDS[name].module).main

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,5 +62,5 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     for split, count in (("train", arguments.train), ("heldout", arguments.heldout)):
         make_masks(arguments.output, split, count, arguments.seed)
-    print(f"{arguments.output}: {arguments.train} training scenes, {arguments.heldout} held-out scenes")
+    sys.stdout.write(f"{arguments.output}: {arguments.train} training scenes, {arguments.heldout} held-out scenes\n")
     return 0

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=False)
     with console.status("Running the checks, and two training steps on a tiny model ..."):
         findings = [*examine(train=not arguments.skip_training), *findings]
-    print(as_text(as_table(findings), stream=sys.stdout))
+    sys.stdout.write(as_text(as_table(findings), stream=sys.stdout) + "\n")
     console.print(verdict(findings), markup=False, soft_wrap=True)
     return int(any(finding.level == "bad" for finding in findings))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,5 +247,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="most samples of a task and split; default: all")
     arguments = parser.parse_args(argv)
     written = make_demo_data(arguments.output, kind=arguments.kind, seed=arguments.seed, limit=arguments.limit)
-    print(f"{arguments.output} {'written' if written else 'is already complete'}")
+    sys.stdout.write(f"{arguments.output} {'written' if written else 'is already complete'}\n")
     return 0

@@ -11,6 +11,7 @@ template, image and video processor), written by the real classes, so that stock
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -139,5 +140,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         template=arguments.template,
         dtype=getattr(torch, arguments.dtype),
     )
-    print(f"{arguments.family} ({arguments.size}) written to {arguments.output}")
+    sys.stdout.write(f"{arguments.family} ({arguments.size}) written to {arguments.output}\n")
     return 0

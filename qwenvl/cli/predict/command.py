@@ -124,7 +124,8 @@ def run(arguments: PredictArguments) -> int:
     turn = Message("user", (*images, *videos, TextPart(arguments.prompt)))
     prompt = open_prompt([turn], reader, encoder.settings)  # before opening the model, which takes long
     if encoder.targets is not None:
-        print(json.dumps(open_predictor(arguments, encoder).predict_prompts([prompt])[0], ensure_ascii=False))
+        found = open_predictor(arguments, encoder).predict_prompts([prompt])[0]
+        sys.stdout.write(json.dumps(found, ensure_ascii=False) + "\n")
         return 0
     answer_aloud(open_model(arguments, encoder), prompt, arguments.decoding)
     return 0
@@ -133,14 +134,15 @@ def run(arguments: PredictArguments) -> int:
 def summarize(lines: list[Prediction], output: str) -> int:
     """Print the numbers of answers and of samples that could not be asked; return the exit code."""
     for name, value in label_metrics(lines).items():
-        print(f"{name.replace('_', ' ')}: {value:.4g}")
+        sys.stdout.write(f"{name.replace('_', ' ')}: {value:.4g}\n")
     bad = [line for line in lines if line.error is not None]
     cut = sum(line.finish_reason == "length" for line in lines)
     told = f' ({cut:,} of them cut at --max_new_tokens: "finish_reason": "length")' if cut else ""
-    print(f"{output}: {len(lines) - len(bad):,} answers{told}, {len(bad):,} samples that could not be asked.")
+    answered = f"{len(lines) - len(bad):,} answers{told}"
+    sys.stdout.write(f"{output}: {answered}, {len(bad):,} samples that could not be asked.\n")
     for reason, count in Counter((line.error or "").partition(":")[0] for line in bad).most_common():
         first = next(line for line in bad if (line.error or "").startswith(reason))
-        print(f"  {count:,} x {reason}, first: {first.file}:{first.line}: {first.error}")
+        sys.stdout.write(f"  {count:,} x {reason}, first: {first.file}:{first.line}: {first.error}\n")
     return int(bool(bad))
 
 
