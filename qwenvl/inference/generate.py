@@ -23,7 +23,7 @@ from qwenvl.data.media.resize import MediaPlan, VideoPlan
 from qwenvl.data.types import Conversation
 from qwenvl.inference.positions import clip_positions, needs_positions
 from qwenvl.inference.prompts import Prompt
-from qwenvl.models.loading import load_model
+from qwenvl.models.loading import keep_float32, load_model
 from qwenvl.models.lora.files import CONFIG_FILE, find_base, read_config
 from qwenvl.models.merging import open_adapted
 from qwenvl.models.precision import read_dtype
@@ -167,7 +167,9 @@ def _open_whole(folder: str, device: str, dtype: torch.dtype | None) -> Any:
             f"{folder}: its weights are quantized ({method}), which needs a GPU. Use the unquantized checkpoint, or a "
             "server such as vLLM."
         )
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
+    keep_float32(model, folder, {})
+    return model
 
 
 def generate(

@@ -97,15 +97,20 @@ def load_model(
     if is_fp8(own):
         _finish_fp8(model_name_or_path, model, dtype)
     elif not on_meta and not is_deepspeed_zero3_enabled():
-        _keep_float32(model, model_name_or_path, origin)
+        keep_float32(model, model_name_or_path, origin)
     return model
 
 
-def _keep_float32(model: PreTrainedModel, path: str, origin: Mapping[str, Any]) -> None:
+def keep_float32(model: PreTrainedModel, path: str, origin: Mapping[str, Any]) -> None:
     """Restore the tensors that a half-precision checkpoint stores in float32.
 
     Qwen3.5 stores ``A_log`` and the norms of linear attention in float32, and servers compute with them in float32;
     ``from_pretrained`` rounds them to the type of the other weights. DeepSpeed gives all parameters one type anyway.
+
+    Args:
+        model: Stock model loaded from the checkpoint; changed in place.
+        path: Folder or repository of the checkpoint.
+        origin: Keyword arguments of ``from_pretrained`` for downloads.
     """
     if model.dtype == torch.float32 or read_dtype(path, **origin) == torch.float32:
         return
