@@ -42,7 +42,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 PAGES = {path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 TOOL_FLAGS = (
-    *("all", "base", "bind", "blind", "decode", "format", "help", "image", "json"),
+    *("all", "base", "bind", "blind", "decode", "duplicates", "format", "help", "image", "json"),
     *("metric", "nproc_per_node", "prompt", "server", "write_clean"),
 )
 DATA = PAGES["docs/data.md"]

@@ -2,6 +2,7 @@ r"""Find every problem of every sample before training: files, texts, tags, boxe
 
     python tools/check_image.py --dataset_use "a,b" [--decode] [--model_name_or_path MODEL] [--write_clean]
     python tools/check_image.py --annotation_path FILE --data_path DIR
+    python tools/check_image.py --dataset_use "a,b" --duplicates [--eval_dataset_use c]
 
 Without ``--decode`` only the headers of media are read; with it they are decoded as in training. With a model, samples
 are also rendered and their tokens counted, under the data flags of training (``--max_pixels``,
@@ -21,15 +22,17 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from qwenvl.cli.check_image.near_duplicates import find_near_duplicates
 from qwenvl.cli.check_image.report import Summary, show, write_clean, write_problem
 from qwenvl.cli.check_image.samples import RESERVED_TOKENS, SampleChecker, default_settings
-from qwenvl.cli.check_image.tables import check_table, find_duplicates
+from qwenvl.cli.check_image.tables import Problem, check_table, find_duplicates
 from qwenvl.cli.data_args import ToolArguments, chosen_datasets, open_encoder
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
@@ -38,9 +41,10 @@ from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.encoding.targets import TargetReader
 from qwenvl.data.media.video.decode import prepare_backend
 from qwenvl.data.sample_stats import describe_remark
+from qwenvl.data.sources.registry import load_registry, parse_dataset_use
 from qwenvl.data.sources.table import AnnotationTable, open_annotations
 from qwenvl.tasks.registry import TASKS
-from qwenvl.utils.cache import replacing
+from qwenvl.utils.cache import cache_folder, replacing
 from qwenvl.utils.cores import available_cores
 from qwenvl.utils.errors import UserError
 from qwenvl.utils.logging import setup_logging
@@ -50,7 +54,8 @@ logger = logging.getLogger("qwenvl.check_image")
 PAGE = HelpPage(
     "check_image.py --dataset_use NAMES [--decode] [--write_clean] [--flag VALUE ...]",
     "Find every problem of every sample: missing and damaged files, tags, roles, boxes, lengths, duplicates. Writes "
-    "NAME_problems.jsonl for each dataset. Exit code 1 if there are problems, 2 if nothing could be checked.",
+    "NAME_problems.jsonl for each dataset. --duplicates finds near duplicates and leaks of evaluation data too. Exit "
+    "code 1 if there are problems, 2 if nothing could be checked.",
 )
 
 
@@ -62,6 +67,14 @@ class CheckArguments(ToolArguments):
     write_clean: bool = field(
         default=False,
         metadata={"help": "Write NAME_valid.jsonl: the samples without a problem, with all their fields."},
+    )
+    duplicates: bool = field(
+        default=False,
+        metadata={
+            "help": "Find near duplicates too, within and across the datasets, by perceptual hashes of images (as they "
+            "are, mirrored, or turned by 90, 180 or 270 degrees) and MinHash of texts; and, with --eval_dataset_use, "
+            "training samples whose images evaluation shows. Images are decoded once; their hashes are cached."
+        },
     )
     output: str = field(default=".", metadata={"help": "Folder for the output files."})
     model_max_length: int = field(default=8192, metadata={"help": "Most tokens of a sample; needs a model."})
@@ -102,6 +115,8 @@ def check(arguments: CheckArguments) -> int:
     Raises:
         UserError: A flag is wrong, or a dataset cannot be opened.
     """
+    if arguments.eval_dataset_use and not arguments.duplicates:
+        raise UserError("--eval_dataset_use is compared with the training data: add --duplicates True.")
     specs = chosen_datasets(arguments)
     checker = _checker(arguments)
     tables = [open_annotations(spec, arguments.data_cache_dir, check_ends=False) for spec in specs]
@@ -109,8 +124,11 @@ def check(arguments: CheckArguments) -> int:
         _path(table, arguments, what)
     prepare_backend()
     started = time.monotonic()
+    near = _near_duplicates(tables, checker, arguments) if arguments.duplicates else {}
     try:
-        summaries = [_check_dataset(table, checker, arguments) for table in tables]
+        summaries = [
+            _check_dataset(table, checker, arguments, near.get(number, ())) for number, table in enumerate(tables)
+        ]
         seconds = time.monotonic() - started
         written = [_write_clean(summary, arguments) for summary in summaries if arguments.write_clean]
     except OSError as error:
@@ -134,9 +152,29 @@ def _checker(arguments: CheckArguments) -> SampleChecker:
     )
 
 
-def _check_dataset(table: AnnotationTable, checker: SampleChecker, arguments: CheckArguments) -> Summary:
-    """Check a dataset and write its problems."""
-    workers = available_cores() if arguments.workers is None else arguments.workers
+def _near_duplicates(
+    tables: list[AnnotationTable], checker: SampleChecker, arguments: CheckArguments
+) -> dict[int, list[Problem]]:
+    """Return the near duplicates and leaks of each table, by its number."""
+    names = arguments.eval_dataset_use
+    specs = parse_dataset_use(names, load_registry(arguments.dataset_registry)) if names else []
+    evaluation = [open_annotations(spec, arguments.data_cache_dir, check_ends=False) for spec in specs]
+    return find_near_duplicates(
+        *(tables, evaluation, tuple(checker.reserved_tokens), checker.allow_remote),
+        cache=cache_folder(arguments.data_cache_dir),
+        workers=_workers(arguments),
+    )
+
+
+def _workers(arguments: CheckArguments) -> int:
+    return available_cores() if arguments.workers is None else arguments.workers
+
+
+def _check_dataset(
+    table: AnnotationTable, checker: SampleChecker, arguments: CheckArguments, near: Sequence[Problem]
+) -> Summary:
+    """Check a dataset and write its problems; near duplicates and leaks come last."""
+    workers = _workers(arguments)
     summary = Summary(table)
     with (
         replacing(_path(table, arguments, "problems")) as path,
@@ -149,7 +187,10 @@ def _check_dataset(table: AnnotationTable, checker: SampleChecker, arguments: Ch
                 summary.note(problem)
                 write_problem(file, problem)
             progress.update(len(checked.samples))
-        for problem in find_duplicates(table, np.concatenate(summary.samples), b"".join(summary.digests)):
+        exact = list(find_duplicates(table, np.concatenate(summary.samples), b"".join(summary.digests)))
+        named = {problem[:2] for problem in exact}
+        others = [one for one in near if one.category != "near_duplicate" or one[:2] not in named]
+        for problem in (*exact, *others):
             summary.note(problem)
             write_problem(file, problem)
     return summary

@@ -69,6 +69,17 @@ def read_pixels(located: Source) -> torch.Tensor:
         return torch.from_numpy(np.array(_upright_rgb(image))).permute(2, 0, 1) if pixels is None else pixels
 
 
+def read_small_grey(located: Source, side: int) -> Image.Image:
+    """Decode an image, squeezed to ``side`` x ``side`` grey pixels, EXIF orientation applied, transparency on white.
+
+    A JPEG is decoded at about the size that is needed, which takes a fraction of the time.
+    """
+    with opened_image(located) as image:
+        image.draft("L", (2 * side, 2 * side))
+        upright = _upright_rgb(image).convert("L")
+        return upright.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
 def _decode_jpeg(content: bytes, size: tuple[int, int]) -> torch.Tensor | None:
     """Decode an ordinary JPEG with torchvision: the same pixels as Pillow's in half the time.
 

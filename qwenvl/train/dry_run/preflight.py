@@ -30,6 +30,7 @@ from qwenvl.profiling.flops import flops_of
 from qwenvl.profiling.state_memory import StateMemory, estimate_states, read_sharing
 from qwenvl.train.build.data import RunData
 from qwenvl.train.build.model import open_model, weight_types
+from qwenvl.train.dry_run.duplicates import warn_of_duplicates
 from qwenvl.train.dry_run.report import NOT_COUNTED, describe_histories, describe_memory, describe_work, gib
 from qwenvl.train.records.summary import describe_budget, describe_data, describe_model, describe_remarks
 from qwenvl.train.schedule import plan_schedule, slowest_over_mean
@@ -64,6 +65,8 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
     for dataset in filter(None, (rows, data.evaluation)):
         decode_one_of_each(dataset)
         name_unread_keys(dataset)
+    evaluated = () if data.evaluation is None else data.evaluation.tables
+    warn_of_duplicates(rows.tables, evaluated, data.encoder, cache_folder(parsed.data.data_cache_dir))
     unset_hf_deepspeed_config()  # or the weights would be sharded across ranks that do not exist
     model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective, on_meta=True)
     flops, sharing = flops_of(model), read_sharing(args, ranks)
