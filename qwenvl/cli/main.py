@@ -41,6 +41,7 @@ COMMANDS = {
     "predict": Command("qwenvl.cli.predict.command", "ask a model: the samples of datasets, one question, or a chat"),
     "evaluate": Command("qwenvl.cli.evaluate.command", "score answers by dataset; find out whether the images matter"),
     "evaluate-masks": Command("qwenvl.cli.evaluate_masks", "score the masks of a model trained by --task grounding"),
+    "compare": Command("qwenvl.cli.compare_runs.command", "put training runs side by side: settings, scores, curves"),
     "attention": Command("qwenvl.cli.show_attention.command", "draw the attention of an answer's words over the image"),
     "merge": Command("qwenvl.cli.merge_lora", "merge adapters into their checkpoint, and check the result"),
     "serve-check": Command("qwenvl.cli.check_serving", "check that serving feeds the model as training did"),

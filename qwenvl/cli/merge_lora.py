@@ -43,7 +43,8 @@ PAGE = HelpPage(
 )
 
 RECORDS = (
-    *("training_args.yaml", "original_processor_limits.json", "versions.json", "trainer_state.json", "serving.json"),
+    *("training_args.yaml", "original_processor_limits.json", "versions.json", "data.json", "trainer_state.json"),
+    "serving.json",
 )
 """Files of the adapters' folder that are copied to the merged folder."""
 

@@ -111,6 +111,14 @@ def evaluation_charts(history: History, unit: str = TRAINED_TOKENS) -> list[Char
     return [chart for chart in (*charts, _chart(history, _BLIND)) if _has_values(chart)]
 
 
+def drawn_keys(history: History) -> list[str]:
+    """Return the keys of all values that a report draws, in the order of its charts."""
+    known = [key for plan in _TRAINING for key in plan.names]
+    rates = [RATE, *dict.fromkeys(key for line in history for key in line if key.startswith(PART_RATE))]
+    others = [*_others(history, eval_too=False), *_others(history, eval_too=True)]
+    return list(dict.fromkeys([*known[:2], *rates, *known[2:], *others]))
+
+
 def _rates(history: History) -> Chart:
     parts = list(dict.fromkeys(key for line in history for key in line if key.startswith(PART_RATE)))
     lines = [Line(key.removeprefix(PART_RATE), series(history, key)) for key in parts]

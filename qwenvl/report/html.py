@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from qwenvl.report.chart import Chart, draw
+
 
 def style() -> str:
     """Return the style sheet of all pages, light and dark."""
@@ -22,6 +24,18 @@ def build_page(title: str, *parts: str) -> str:
     """
     template = string.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     return template.substitute(title=escape(title), style=style(), body="\n".join(part for part in parts if part))
+
+
+def figures(charts: Sequence[Chart]) -> str:
+    """Return charts beside and below each other; a sentence if there is none."""
+    if not charts:
+        return '<p class="note">Nothing has been logged yet (--logging_steps).</p>'
+    drawn = (
+        f'<figure class="panel"><figcaption>{escape(chart.title)} <span class="note">{escape(chart.unit)}</span>'
+        f"</figcaption>{draw(chart)}</figure>"
+        for chart in charts
+    )
+    return f'<div class="figures">{"".join(drawn)}</div>'
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

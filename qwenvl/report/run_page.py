@@ -10,9 +10,8 @@ from typing import Any
 from qwenvl.evaluate.answer_log import Answered
 from qwenvl.models.trainable.freezing import ModuleSummary
 from qwenvl.report.answers import OpenMedia, answers_section
-from qwenvl.report.chart import Chart, draw
 from qwenvl.report.curves import TRAINED_TOKENS, History, evaluation_charts, series, training_charts
-from qwenvl.report.html import build_page, table
+from qwenvl.report.html import build_page, figures, table
 from qwenvl.report.scales import short
 
 LISTED = 30
@@ -99,7 +98,7 @@ def build_run_page(run: Run) -> str:
         run.title,
         f"<p>{escape(run.status)}</p>{_tiles(run.history)}",
         _warnings(run),
-        f"<section><h2>Curves</h2>{_curves(charts)}</section>",
+        f"<section><h2>Curves</h2>{figures(charts)}</section>",
         answers_section(run.answers, run.open_media),
         _data(run.data),
         _modules(run.setup),
@@ -141,17 +140,6 @@ def _warnings(run: Run) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
-
-
-def _curves(charts: Sequence[Chart]) -> str:
-    if not charts:
-        return '<p class="note">Nothing has been logged yet (--logging_steps).</p>'
-    figures = (
-        f'<figure class="panel"><figcaption>{escape(chart.title)} <span class="note">{escape(chart.unit)}</span>'
-        f"</figcaption>{draw(chart)}</figure>"
-        for chart in charts
-    )
-    return f'<div class="figures">{"".join(figures)}</div>'
 
 
 def _data(data: Data) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,14 @@ class Records:
         original_limits: Pixel and frame limits of the starting checkpoint's processor.
         source: Tensors of the starting checkpoint; None if not known.
         serving: Template arguments of requests to a server, for ``serving.json``.
+        data: Used rows of each dataset, for ``data.json``.
     """
 
     settings_yaml: str
     original_limits: Mapping[str, Any]
     source: Mapping[str, Header] | None = None
     serving: Mapping[str, Any] = field(default_factory=dict)
+    data: Sequence[Mapping[str, Any]] = ()
 
 
 class CheckpointingTrainer(transformers.Trainer):
@@ -282,7 +284,8 @@ class CheckpointingTrainer(transformers.Trainer):
             task_files.save(self.model, folder, self._of_task)
             self._processor.save_pretrained(folder)
             write_client_forms(Path(folder))
-            write_records(folder, self._records.settings_yaml, self._records.original_limits, self._records.serving)
+            records = self._records
+            write_records(folder, records.settings_yaml, records.original_limits, records.serving, records.data)
 
 
 def _restore(config: PretrainedConfig, name: str, value: Any) -> None:

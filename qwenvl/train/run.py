@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -90,7 +91,8 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     if not parsed.adapters.lora_enable:
         log_carried(carried_tensors(source, model), config)
     serving = describe_serving(data.encoder, [table.table.spec for table in data.train.tables])
-    records = Records(settings_yaml, processor_limits(data.processor), source, serving)
+    used = [asdict(rows) for rows in used_rows(data)]
+    records = Records(settings_yaml, processor_limits(data.processor), source, serving, used)
     trainer = build_trainer(parsed, model, data, records, prompts)
     report = _open_report(parsed, trainer, data, prompts, warnings)
     if checkpoint is not None:

@@ -33,7 +33,7 @@ def saved(trainer: Trainer, step: int) -> Path:
     return Path(trainer.args.output_dir) / f"checkpoint-{step}"
 
 
-RECORDS = {"training_args.yaml", "versions.json", "original_processor_limits.json"}
+RECORDS = {"training_args.yaml", "versions.json", "data.json", "original_processor_limits.json"}
 OF_THE_RUN = {"trainer_state.json", "sampler_state.json", "running_loss.json", "manifest.json", "optimizer.pt"}
 
 

@@ -7,7 +7,7 @@ import logging
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import safe_globals
 from qwenvl.models.lora.files import start_anew
 from qwenvl.train.checkpoint import manifest
 from qwenvl.train.checkpoint.weight_files import remove_older_weights
-from qwenvl.train.records.run_info import find_versions
+from qwenvl.train.records.run_info import DATA_FILE, VERSIONS_FILE, find_versions
 from qwenvl.train.records.serving import SERVING
 from qwenvl.utils.distributed import rank, wait_for_all
 from qwenvl.utils.errors import UserError
@@ -247,21 +247,27 @@ def require_writable(output_dir: str) -> None:
 
 
 def write_records(
-    folder: str, settings_yaml: str, original_limits: Mapping[str, Any], serving: Mapping[str, Any]
+    folder: str,
+    settings_yaml: str,
+    original_limits: Mapping[str, Any],
+    serving: Mapping[str, Any],
+    data: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write the records of a run into a folder: its settings, limits, serving arguments and versions.
+    """Write the records of a run into a folder: its settings, limits, serving arguments, data and versions.
 
     Args:
         folder: Folder of a checkpoint or model.
         settings_yaml: Recipe that reruns the job, for ``training_args.yaml``.
         original_limits: Limits of the processor before training, for ``original_processor_limits.json``.
         serving: Template arguments of requests, for ``serving.json``.
+        data: Used rows of each dataset, for :data:`DATA_FILE`.
     """
     path = Path(folder)
     (path / "training_args.yaml").write_text(settings_yaml, encoding="utf-8")
     _write_json(path / "original_processor_limits.json", original_limits)
     _write_json(path / SERVING, serving)
-    _write_json(path / "versions.json", find_versions())
+    _write_json(path / DATA_FILE, list(data))
+    _write_json(path / VERSIONS_FILE, find_versions())
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -14,6 +14,8 @@ from qwenvl import __version__
 from qwenvl.config import without_secrets
 from qwenvl.train.build.data import RunData
 
+VERSIONS_FILE, DATA_FILE = "versions.json", "data.json"
+
 _PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers")
 
 
@@ -27,6 +29,7 @@ class UsedRows:
         rows: Number of used rows; a repeated row counts each time.
         available: Number of rows in its annotations.
         samples: Number of samples in the used rows without skipped ones; None if they were not counted.
+        fingerprint: Hash of the content of its annotations.
     """
 
     dataset: str
@@ -34,6 +37,7 @@ class UsedRows:
     rows: int
     available: int
     samples: int | None = None
+    fingerprint: str = ""
 
 
 def used_rows(data: RunData) -> list[UsedRows]:
@@ -43,7 +47,7 @@ def used_rows(data: RunData) -> list[UsedRows]:
     found = []
     for use, tables in (("training", data.train.tables), ("evaluation", held_out)):
         for one in tables:
-            rows = UsedRows(one.table.spec.name, use, len(one.rows), len(one.table))
+            rows = UsedRows(one.table.spec.name, use, len(one.rows), len(one.table), None, one.table.fingerprint)
             if use == "training" and measures is not None:
                 rows = replace(rows, samples=int(measures["samples"][first : first + len(one.rows)].sum()))
                 first += len(one.rows)

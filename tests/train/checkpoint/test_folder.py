@@ -224,7 +224,10 @@ def test_the_output_folder_is_made_and_tried(tmp_path: Path) -> None:
 
 
 def test_records_say_how_the_folder_was_made(tmp_path: Path) -> None:
-    write_records(str(tmp_path), "learning_rate: 1\n", {"size": {"longest_edge": 5}}, {"history": "exact"})
+    write_records(
+        str(tmp_path), "learning_rate: 1\n", {"size": {"longest_edge": 5}}, {"history": "exact"}, [{"rows": 3}]
+    )
+    assert json.loads((tmp_path / "data.json").read_text()) == [{"rows": 3}]
     assert (tmp_path / "training_args.yaml").read_text() == "learning_rate: 1\n"
     assert json.loads((tmp_path / "original_processor_limits.json").read_text()) == {"size": {"longest_edge": 5}}
     assert json.loads((tmp_path / "versions.json").read_text())["torch"] in torch.__version__
