@@ -97,7 +97,9 @@ def stock_batches(
     for start in range(0, len(samples), size):
         batch = Collator(0, flatten=False)([Item((sample,)) for sample in samples[start : start + size]])
         stock = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
-        stock["mm_token_type_ids"] = batch["vision_mask"].int()
+        types = torch.zeros_like(batch["input_ids"], dtype=torch.int)
+        types.view(-1)[batch["vision_rows"]] = 1
+        stock["mm_token_type_ids"] = types
         if "media" in batch:
             stock["pixel_values"] = patchify(batch["pixels"], batch["media"])
             stock["image_grid_thw"] = torch.tensor([shape[1:] for shape in batch["media"]])

@@ -17,9 +17,9 @@ from qwenvl.data.encoding.tokenization import IGNORE_INDEX, Tokens
 class Collator:
     """Collates items to a batch.
 
-    Keys of the batch: ``input_ids``, ``labels`` int64 [B, T]; ``position_ids`` int64 [4, B, T]; ``vision_mask`` bool
-    [B, T] and ``num_vision_tokens``, an int, the number of True in it; ``num_samples``, an int, its usable samples;
-    where it holds media, in token order, ``pixels`` uint8, the values of all their frames one after another, and
+    Keys of the batch: ``input_ids``, ``labels`` int64 [B, T]; ``position_ids`` int64 [4, B, T]; ``vision_rows`` int64
+    [n], the index of each image and video token in the flattened rows [B x T]; ``num_samples``, an int, its usable
+    samples; where it holds media, in token order, ``pixels`` uint8, the values of all their frames one after another, and
     ``media``, (frames, temporal, height, width) of each in frames and patches, ints that stay on the host;
     ``sample_targets``, those of its usable samples, where there is a task; ``loss_weights`` float32 [B, T], factors of
     the tokens' loss, where one of its answers has a weight other than 1;
@@ -45,7 +45,6 @@ class Collator:
             weights = [_weights(one) for one in tokens]
             batch["loss_weights"] = torch.cat(weights)[None] if self.flatten else pad_sequence(weights, True, 0.0)
         batch["num_samples"] = len(usable)
-        batch["num_vision_tokens"] = int(batch["vision_mask"].sum())
         media = [medium for sample in samples for medium in sample.media]
         if media:
             pixels = [medium.frames.flatten() for medium in media]
@@ -65,7 +64,7 @@ class Collator:
             "input_ids": pad_sequence([t.input_ids for t in tokens], True, self.pad_token_id),
             "labels": pad_sequence([t.labels for t in tokens], True, IGNORE_INDEX),
             "position_ids": pad_sequence(positions, True, 0).permute(2, 0, 1).contiguous(),
-            "vision_mask": pad_sequence([t.vision_mask for t in tokens], True, False),
+            "vision_rows": _true_places(pad_sequence([t.vision_mask for t in tokens], True, False)),
             "attention_mask": (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long(),
         }
 
@@ -77,7 +76,7 @@ class Collator:
             "input_ids": torch.cat([t.input_ids for t in tokens])[None],
             "labels": torch.cat([t.labels for t in tokens])[None],
             "position_ids": torch.cat([t.position_ids for t in tokens], dim=1)[:, None],
-            "vision_mask": torch.cat([t.vision_mask for t in tokens])[None],
+            "vision_rows": _true_places(torch.cat([t.vision_mask for t in tokens])),
             "cu_seq_lens_q": borders,
             "cu_seq_lens_k": borders,
             "max_length_q": longest,
@@ -88,6 +87,10 @@ class Collator:
         ids = torch.full((2,), self.pad_token_id)
         positions = torch.arange(2).expand(4, 2).clone()
         return EncodedSample(Tokens(ids, torch.full_like(ids, IGNORE_INDEX), positions, torch.zeros(2).bool()))
+
+
+def _true_places(mask: torch.Tensor) -> torch.Tensor:
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def _weights(tokens: Tokens) -> torch.Tensor:

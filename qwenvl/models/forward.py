@@ -73,7 +73,7 @@ def encode(visual: PreTrainedModel, patchify: Patchify, inputs: VisionInputs) ->
         ValueError: Tokens, shapes and pixels do not match.
     """
     _check_counts(visual, patchify, inputs)
-    device = inputs.mask.device
+    device = inputs.rows.device
     if inputs.pixels is None:
         patches, grids = _blank_image(visual.config, device)
     else:
@@ -99,9 +99,9 @@ def _check_counts(visual: Any, patchify: Patchify, inputs: VisionInputs) -> None
     if values != expected:
         raise ValueError(f"The batch's media have {expected} values, but pixels holds {values}.")
     features = _count_features(visual.config, patchify, inputs.media)
-    if inputs.num_tokens != features:
+    if len(inputs.rows) != features:
         raise ValueError(
-            f"The batch holds {inputs.num_tokens} image and video tokens, but its media give {features} features. "
+            f"The batch holds {len(inputs.rows)} image and video tokens, but its media give {features} features. "
             "Tokens were cut or added after the media's sizes were fixed."
         )
 
@@ -127,27 +127,37 @@ def _graph_if_trained(visual: nn.Module) -> AbstractContextManager[None]:
     return torch.set_grad_enabled(torch.is_grad_enabled() and trains)
 
 
-def place(inputs_embeds: Tensor, mask: Tensor, features: VisionFeatures) -> dict[str, Any]:
+def place(inputs_embeds: Tensor, rows: Tensor, features: VisionFeatures) -> dict[str, Any]:
     """Put visual features at the positions of their tokens.
+
+    By row numbers rather than by a mask: the backward pass of ``masked_scatter`` waits for the device to count the mask,
+    and needs 24 bytes of indices per element.
 
     Args:
         inputs_embeds: [B, T, H] token embeddings.
-        mask: bool [B, T], True at each visual token, of which there are as many as rows of features.
+        rows: int64 [visual tokens], index of each in the flattened rows [B x T]; as many as rows of features.
         features: Result of :func:`encode`.
 
     Returns:
         The language model's arguments that change: ``inputs_embeds``, and ``visual_pos_masks`` (indices of the rows)
         with ``deepstack_visual_embeds`` ([B, T, H] each) where the family has deepstack.
     """
-    embeddings = features.embeddings.to(inputs_embeds.device, inputs_embeds.dtype)
-    # masked_scatter also keeps features of zero rows in the graph, so that text-only batches give zero gradients
-    changed: dict[str, Any] = {"inputs_embeds": inputs_embeds.masked_scatter(mask.unsqueeze(-1), embeddings)}
+    changed: dict[str, Any] = {"inputs_embeds": _with_rows(inputs_embeds, rows, features.embeddings)}
     if features.deepstack:
-        changed |= _deepstack(inputs_embeds, mask, features.deepstack)
+        changed |= _deepstack(inputs_embeds, rows, features.deepstack)
     return changed
 
 
-def _deepstack(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor]) -> dict[str, Any]:
+def _with_rows(states: Tensor, rows: Tensor, features: Tensor) -> Tensor:
+    """Return states [B, T, H] with some of their flattened rows replaced by features [n, H].
+
+    ``index_copy`` also keeps features of zero rows in the graph, so that text-only batches give zero gradients.
+    """
+    moved = features.to(states.device, states.dtype)
+    return states.flatten(0, 1).index_copy(0, rows, moved).view_as(states)
+
+
+def _deepstack(inputs_embeds: Tensor, rows: Tensor, features: Sequence[Tensor]) -> dict[str, Any]:
     """Return the language model's deepstack arguments, spread over all tokens with zeros at the others.
 
     The stock code computes ``hidden_states[visual_pos_masks] + embeds``. Indexing by a mask waits for the device to
@@ -155,9 +165,9 @@ def _deepstack(inputs_embeds: Tensor, mask: Tensor, features: Sequence[Tensor]) 
     wait and gives the same sum.
     """
     nothing = inputs_embeds.new_zeros(inputs_embeds.shape)
-    spread = [nothing.masked_scatter(mask.unsqueeze(-1), part.to(nothing.device, nothing.dtype)) for part in features]
-    rows = torch.arange(len(inputs_embeds), device=inputs_embeds.device)
-    return {"visual_pos_masks": rows, "deepstack_visual_embeds": spread}
+    spread = [_with_rows(nothing, rows, part) for part in features]
+    sequences = torch.arange(len(inputs_embeds), device=inputs_embeds.device)
+    return {"visual_pos_masks": sequences, "deepstack_visual_embeds": spread}
 
 
 def _separate_linear_attention(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -204,7 +214,7 @@ class _Hooks:
             kwargs |= self.readout.start(self.readout_inputs)
         inputs: VisionInputs | None = kwargs.pop("vision_inputs", None)
         if inputs is not None:
-            kwargs |= place(kwargs["inputs_embeds"], inputs.mask, encode(self.tower, self.patchify, inputs))
+            kwargs |= place(kwargs["inputs_embeds"], inputs.rows, encode(self.tower, self.patchify, inputs))
         if kwargs.get("cu_seq_lens_q") is not None and _has_linear_attention(language_model):
             kwargs.setdefault("seq_idx", sample_index(kwargs["cu_seq_lens_q"], kwargs["inputs_embeds"].shape[1]))
         return args, kwargs

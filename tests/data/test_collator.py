@@ -45,7 +45,8 @@ def test_flattened_rows_hold_every_sample_whole(lengths: list[int]) -> None:
         assert torch.equal(batch["position_ids"][:, 0, start:stop], one.tokens.position_ids)
         assert batch["labels"][0, start] == IGNORE_INDEX
     odd = [length for length in lengths if length % 2]
-    assert batch["num_vision_tokens"] == int(batch["vision_mask"].sum()) == len(odd)
+    shown = torch.cat([one.tokens.vision_mask for one in samples])
+    assert torch.equal(batch["vision_rows"], shown.nonzero().flatten()) and len(batch["vision_rows"]) == len(odd)
     assert batch.get("media", ()) == tuple((1, 1, 2, length) for length in odd)
     assert ("pixels" in batch) == bool(odd)
     if odd:
@@ -54,7 +55,7 @@ def test_flattened_rows_hold_every_sample_whole(lengths: list[int]) -> None:
 
 @given(LENGTHS)
 def test_padding_is_masked_and_never_trained(lengths: list[int]) -> None:
-    samples = [sample(length) for length in lengths]
+    samples = [sample(length, media=length % 2) for length in lengths]
     batch = Collator(PAD, flatten=False)([Item((one,)) for one in samples])
     assert batch["input_ids"].shape == (len(lengths), max(lengths))
     assert batch["position_ids"].shape == (4, len(lengths), max(lengths))
@@ -62,9 +63,10 @@ def test_padding_is_masked_and_never_trained(lengths: list[int]) -> None:
     padding = batch["attention_mask"] == 0
     assert (batch["input_ids"][padding] == PAD).all()
     assert (batch["labels"][padding] == IGNORE_INDEX).all()
-    assert not batch["vision_mask"][padding].any()
+    shown = torch.zeros_like(padding).flatten().index_fill_(0, batch["vision_rows"], True).view_as(padding)
     for row, one in enumerate(samples):
         assert torch.equal(batch["position_ids"][:, row, : lengths[row]], one.tokens.position_ids)
+        assert torch.equal(shown[row, : lengths[row]], one.tokens.vision_mask) and not shown[row, lengths[row] :].any()
 
 
 def test_samples_left_out_leave_a_batch_that_trains_nothing() -> None:
@@ -112,7 +114,7 @@ def test_targets_and_origins_of_samples_are_kept_in_order(flatten: bool) -> None
 
 def test_a_filler_is_one_row_of_two_tokens_that_are_attended() -> None:
     batch = Collator(PAD, flatten=False)([Item()])
-    assert (batch["num_samples"], batch["num_vision_tokens"]) == (0, 0)
+    assert (batch["num_samples"], len(batch["vision_rows"])) == (0, 0)
     assert batch["input_ids"].tolist() == [[PAD, PAD]]
     assert batch["attention_mask"].tolist() == [[1, 1]]
     assert batch["position_ids"].tolist() == [[[0, 1]]] * 4

@@ -134,12 +134,10 @@ def make_sample(model: PreTrainedModel, processor: Any, media: Sequence[str], se
 
 
 def _media(samples: Sequence[StockSample]) -> dict[str, Any]:
-    count = sum(int(sample.vision_mask.sum()) for sample in samples)
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
     shapes = tuple(shape for sample in samples for shape in sample.media)
     return {
         "num_samples": len(samples),
-        "num_vision_tokens": count,
         **({"pixels": torch.cat(pixels), "media": shapes} if pixels else {}),
     }
 
@@ -156,7 +154,7 @@ def pad_batch(samples: Sequence[StockSample]) -> dict[str, Any]:
         "labels": torch.cat([pad(sample.labels, -100) for sample in samples]),
         "position_ids": torch.cat([pad(sample.position_ids, 0) for sample in samples], dim=1),
         "attention_mask": torch.cat([pad(torch.ones_like(sample.labels), 0) for sample in samples]),
-        "vision_mask": torch.cat([pad(sample.vision_mask, False) for sample in samples]),
+        "vision_rows": torch.cat([pad(sample.vision_mask, False) for sample in samples]).flatten().nonzero().squeeze(1),
         **_media(samples),
     }
 
@@ -169,7 +167,7 @@ def flatten_batch(samples: Sequence[StockSample]) -> dict[str, Any]:
         "input_ids": torch.cat([sample.inputs["input_ids"] for sample in samples], dim=1),
         "labels": torch.cat([sample.labels for sample in samples], dim=1),
         "position_ids": torch.cat([sample.position_ids for sample in samples], dim=2),
-        "vision_mask": torch.cat([sample.vision_mask for sample in samples], dim=1),
+        "vision_rows": torch.cat([sample.vision_mask for sample in samples], dim=1).flatten().nonzero().squeeze(1),
         "cu_seq_lens_q": cu_seq_lens,
         "cu_seq_lens_k": cu_seq_lens,
         "max_length_q": int(lengths.max()),

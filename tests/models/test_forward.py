@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from qwenvl.families import get_family
 from qwenvl.models import forward
 from qwenvl.models.attention.packed import attend_by_segments
 from qwenvl.models.attention.segments import sample_index
-from qwenvl.models.forward import encode
+from qwenvl.models.forward import VisionFeatures, encode, place
 from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.models.task_module import Readout
 from qwenvl.models.vision.inputs import VisionInputs
@@ -58,7 +59,7 @@ def test_a_failed_call_leaves_nothing_behind(load_tiny, mixture, make_batch):
     install(model)
     batch = make_batch("padded", [sample])
     with pytest.raises(ValueError, match="image and video tokens"):
-        causal_loss(model, batch | {"num_vision_tokens": 0}, num_trained_tokens=1.0)
+        causal_loss(model, batch | {"vision_rows": batch["vision_rows"][1:]}, num_trained_tokens=1.0)
     with torch.no_grad():
         assert model(**sample.inputs).logits.shape[1] == sample.labels.shape[1]
 
@@ -94,8 +95,8 @@ def test_a_copied_model_calls_its_own_tower(load_tiny, mixture, make_batch):
 
 
 def call(model: Any, sample: Any) -> tuple[Patchify, VisionInputs]:
-    inputs = VisionInputs(sample.pixels, sample.media, sample.vision_mask, int(sample.vision_mask.sum()))
-    return patchify_of(model.config._name_or_path), inputs
+    rows = sample.vision_mask.flatten().nonzero().squeeze(1)
+    return patchify_of(model.config._name_or_path), VisionInputs(sample.pixels, sample.media, rows)
 
 
 class TestEncode:
@@ -116,7 +117,7 @@ class TestEncode:
         patchify, inputs = call(model, sample)
         features = int(sample.vision_mask.sum())
         with pytest.raises(ValueError, match=f"{features - 1} image and video tokens.*{features} features"):
-            encode(model.model.visual, patchify, replace(inputs, num_tokens=features - 1))
+            encode(model.model.visual, patchify, replace(inputs, rows=inputs.rows[1:]))
 
     def test_names_pixels_that_do_not_fit_the_shapes(self, load_tiny, mixture):
         sample, model = mixture("qwen3_vl")["image"], load_tiny("qwen3_vl")
@@ -152,6 +153,34 @@ class TestEncode:
         features = encode(model.model.visual, *call(model, mixture(family_name)["text"]))
         assert features.embeddings.shape == (0, model.config.get_text_config().hidden_size)
         assert all(layer.shape == features.embeddings.shape for layer in features.deepstack)
+
+
+class TestPlace:
+    """Against ``masked_scatter``, which the stock models use: the same to the bit, gradients too."""
+
+    @staticmethod
+    def placed(by_rows: bool, mask: Any, deepstack: int) -> tuple[list[Any], list[Any]]:
+        torch.manual_seed(0)
+        states = torch.randn(*mask.shape, 8, requires_grad=True)
+        features = [torch.randn(int(mask.sum()), 8, requires_grad=True) for _ in range(1 + deepstack)]
+        if by_rows:
+            found = place(states, mask.flatten().nonzero().squeeze(1), VisionFeatures(features[0], tuple(features[1:])))
+            placed = [found["inputs_embeds"], *found.get("deepstack_visual_embeds", ())]
+        else:
+            into = [states, *[torch.zeros_like(states)] * deepstack]
+            placed = [one.masked_scatter(mask.unsqueeze(-1), part) for one, part in zip(into, features, strict=True)]
+        weights = torch.randn(*mask.shape, 8)
+        sum((one * weights).sum() for one in placed).backward()  # type: ignore[union-attr]
+        return placed, [states.grad, *(part.grad for part in features)]
+
+    @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+    @pytest.mark.parametrize("deepstack", [0, 3])
+    def test_equals_a_scatter_by_mask_to_the_bit(self, share, deepstack):
+        torch.manual_seed(1)
+        mask = torch.rand(2, 9) < share
+        ours, stock = self.placed(True, mask, deepstack), self.placed(False, mask, deepstack)
+        for found, expected in zip(itertools.chain(*ours), itertools.chain(*stock), strict=True):
+            assert torch.equal(found, expected)
 
 
 class Mean(Readout):

@@ -89,9 +89,8 @@ def one_batch(model: PreTrainedModel) -> tuple[dict[str, Any], np.ndarray]:
         "input_ids": torch.full((1, length), 7).masked_fill(mask, model.config.image_token_id),
         "labels": labels,
         "position_ids": torch.arange(length).expand(4, 1, length),
-        "vision_mask": mask,
+        "vision_rows": mask.flatten().nonzero().squeeze(1),
         "num_samples": 1,
-        "num_vision_tokens": visual,
         "pixels": torch.zeros(values, dtype=torch.uint8),
         "media": media,
     }

@@ -17,7 +17,7 @@ from qwenvl.models.vision.inputs import VisionInputs
 IGNORED_LABEL = -100
 """Label of a token that is not trained; ``torch.nn.functional.cross_entropy`` ignores it by default."""
 
-_OWN_KEYS = frozenset({"pixels", "media", "vision_mask", "num_vision_tokens", "num_samples", "sample_targets"})
+_OWN_KEYS = frozenset({"pixels", "media", "vision_rows", "num_samples", "sample_targets"})
 
 
 def prepare_inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def causal_loss(
     Args:
         model: Model after :func:`qwenvl.models.forward.install`, wrapped or not.
         batch: Result of :func:`prepare_inputs`: ``input_ids`` int64 [B, T], ``position_ids`` int64 [4, B, T],
-            ``vision_mask`` bool [B, T] and ``num_vision_tokens``, the number of True in it; ``kept_positions``,
+            ``vision_rows`` int64 [n], the indices of the visual tokens in the flattened rows; ``kept_positions``,
             ``targets`` and ``segments``; ``pixels`` and ``media`` with media (see
             :class:`~qwenvl.models.vision.inputs.VisionInputs`), ``attention_mask`` if padded, ``cu_seq_lens_q`` and the
             like if flattened.
@@ -139,9 +139,7 @@ def run_model(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """
     return model(
         **{key: value for key, value in batch.items() if key not in _OWN_KEYS},
-        vision_inputs=VisionInputs(
-            batch.get("pixels"), batch.get("media", ()), batch["vision_mask"], batch["num_vision_tokens"]
-        ),
+        vision_inputs=VisionInputs(batch.get("pixels"), batch.get("media", ()), batch["vision_rows"]),
         use_cache=False,  # with a cache, transformers does not detect packed samples, and they would see each other
     )
 

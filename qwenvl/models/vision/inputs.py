@@ -18,11 +18,9 @@ class VisionInputs:
         pixels: uint8 [values], the frames of all media in the order of their tokens, in the layout of
             :class:`qwenvl.models.vision.patchify.Patchify`; None for text alone.
         media: Shape of each medium, Python numbers; empty for text alone.
-        mask: bool [B, T], True at each image or video token.
-        num_tokens: Number of image and video tokens, a Python number.
+        rows: int64 [tokens], index of each image or video token in the flattened rows [B x T], ascending.
     """
 
     pixels: Tensor | None
     media: Sequence[MediumShape]
-    mask: Tensor
-    num_tokens: int
+    rows: Tensor

@@ -56,7 +56,8 @@ class HeadObjective(Objective):
         """Add the positions of the hidden states to pool; see :meth:`Objective.prepare`."""
         batch = dict(batch)
         batch["segments"] = segments_of(batch, batch.pop("labels"))
-        mask = batch["vision_mask"].flatten().numpy()
+        mask = np.zeros(batch["input_ids"].numel(), bool)
+        mask[batch["vision_rows"].numpy()] = True
         by_image = self.spec.task == "ranking"
         pooled = pooled_rows(self.spec.pooling, token_places(batch), mask, by_image=by_image)
         return batch | {"readout_inputs": {"rows": pooled.rows, "lengths": pooled.lengths}}
