@@ -8,7 +8,7 @@ lm_head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from qwenvl.connector_lab.config import LabConfig, LabVisionConfig
 from qwenvl.connector_lab.connectors import Sizes, build_connector
 from qwenvl.connector_lab.encoder import TOWERS, build_encoder, encode_patches
 from qwenvl.connector_lab.encoder import frame_sizes as read_sizes
-from qwenvl.models.vision.grid_inputs import describe_grids
+from qwenvl.models.vision.grid_inputs import Grids, TowerGrids
 
 
 class LabPreTrainedModel(PreTrainedModel):
@@ -34,6 +34,22 @@ class LabPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
+
+
+@dataclass(frozen=True, slots=True)
+class LabGrids:
+    """Computes the inputs of a :class:`LabVisionModel`; a :class:`~qwenvl.models.vision.grid_inputs.GridDescriber`.
+
+    Args:
+        tower: Settings of an encoder that is a tower of Qwen-VL; None for other encoders.
+    """
+
+    tower: TowerGrids | None
+
+    def describe(self, grids: Grids) -> dict[str, Any]:
+        """Return ``grid_thw``, ``frame_sizes`` and the inputs of the encoder, on the host."""
+        described = {"grid_thw": torch.tensor([tuple(grid) for grid in grids])}
+        return {**described, **(self.tower.describe(grids) if self.tower else {}), "frame_sizes": read_sizes(grids)}
 
 
 class LabVisionModel(LabPreTrainedModel):
@@ -55,10 +71,10 @@ class LabVisionModel(LabPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Keep the initial weights that torch and the connectors' classes drew, whose scale depends on the width."""
 
-    def describe_grids(self, grids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:
-        """Return the inputs of :meth:`forward` besides patches; see :mod:`qwenvl.models.vision.grid_inputs`."""
-        of_encoder = describe_grids(self.encoder, grids, device) if self.encoder.config.model_type in TOWERS else {}
-        return {**of_encoder, "frame_sizes": read_sizes(grids)}
+    def grid_describer(self) -> LabGrids:
+        """Return what computes the inputs of :meth:`forward` besides patches."""
+        is_tower = self.encoder.config.model_type in TOWERS
+        return LabGrids(TowerGrids.of(self.encoder) if is_tower else None)
 
     def forward(
         self,

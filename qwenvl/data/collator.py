@@ -19,7 +19,7 @@ class Collator:
 
     Keys of the batch: ``input_ids``, ``labels`` int64 [B, T]; ``position_ids`` int64 [4, B, T]; ``vision_rows`` int64
     [n], the index of each image and video token in the flattened rows [B x T]; ``num_samples``, an int, its usable
-    samples; where it holds media, in token order, ``pixels`` uint8, the values of all their frames one after another, and
+    samples; where it holds media, in token order, ``pixels`` uint8, the values of all frames one after another, and
     ``media``, (frames, temporal, height, width) of each in frames and patches, ints that stay on the host;
     ``sample_targets``, those of its usable samples, where there is a task; ``loss_weights`` float32 [B, T], factors of
     the tokens' loss, where one of its answers has a weight other than 1;

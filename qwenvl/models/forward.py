@@ -37,7 +37,7 @@ from qwenvl.models.attention.segments import sample_index
 from qwenvl.models.loss.fused_lm_head import LossHead, SummedLoss, linear_cross_entropy
 from qwenvl.models.parts import decoder_layers, language_model, layout_of, output_head, vision_tower
 from qwenvl.models.task_module import Readout, attach
-from qwenvl.models.vision.grid_inputs import PatchProjection, describe_grids
+from qwenvl.models.vision.grid_inputs import PatchProjection, grid_describer, place_grids, shown_grids
 from qwenvl.models.vision.inputs import VisionInputs
 from qwenvl.models.vision.patchify import MediumShape, Patchify
 
@@ -75,12 +75,14 @@ def encode(visual: PreTrainedModel, patchify: Patchify, inputs: VisionInputs) ->
     _check_counts(visual, patchify, inputs)
     device = inputs.rows.device
     if inputs.pixels is None:
-        patches, grids = _blank_image(visual.config, device)
+        patches = _blank_image(visual.config, device)
     else:
-        patches = patchify.to(device)(inputs.pixels.to(device), inputs.media)
-        grids = [shape[1:] for shape in inputs.media]
+        patches = patchify.to(device)(inputs.pixels, inputs.media)
+    described = inputs.grids
+    if described is None:
+        described = grid_describer(visual).describe(shown_grids(inputs.media, visual.config.spatial_merge_size))
     with _graph_if_trained(visual):
-        output = visual(patches.to(visual.dtype), **describe_grids(visual, grids, device), return_dict=True)
+        output = visual(patches.to(visual.dtype), **place_grids(described, device), return_dict=True)
     features = _read_output(output)
     if inputs.pixels is None:
         return VisionFeatures(features.embeddings[:0], tuple(layer[:0] for layer in features.deepstack))
@@ -114,11 +116,10 @@ def _count_features(config: Any, patchify: Patchify, media: Sequence[MediumShape
     return patchify.count_patches(media) // int(config.spatial_merge_size) ** 2
 
 
-def _blank_image(config: Any, device: torch.device) -> tuple[Tensor, list[MediumShape]]:
-    """Return patches (zeros) and grid of the smallest image the tower accepts: one merged token."""
-    merge = config.spatial_merge_size
+def _blank_image(config: Any, device: torch.device) -> Tensor:
+    """Return the patches (zeros) of the smallest image the tower accepts: one merged token."""
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    return torch.zeros(merge * merge, width, device=device), [(1, merge, merge)]
+    return torch.zeros(config.spatial_merge_size**2, width, device=device)
 
 
 def _graph_if_trained(visual: nn.Module) -> AbstractContextManager[None]:
@@ -130,8 +131,8 @@ def _graph_if_trained(visual: nn.Module) -> AbstractContextManager[None]:
 def place(inputs_embeds: Tensor, rows: Tensor, features: VisionFeatures) -> dict[str, Any]:
     """Put visual features at the positions of their tokens.
 
-    By row numbers rather than by a mask: the backward pass of ``masked_scatter`` waits for the device to count the mask,
-    and needs 24 bytes of indices per element.
+    By row numbers rather than by a mask: the backward pass of ``masked_scatter`` waits until the device has counted the
+    mask, and needs 24 bytes of indices per element.
 
     Args:
         inputs_embeds: [B, T, H] token embeddings.

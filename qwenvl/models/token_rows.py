@@ -28,20 +28,25 @@ class RowsEmbedding(nn.Embedding):
         self.weight = embedding.weight
         self.row_ids = list(row_ids)
         self.rows = rows
+        self.row_index: Tensor
+        self.register_buffer("row_index", index_of(row_ids, embedding.weight), persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return embeddings [..., H] of int64 ids [...]."""
         embeddings = super().forward(input_ids)
-        ids = torch.tensor(self.row_ids, device=input_ids.device)
-        matches = input_ids.unsqueeze(-1) == ids
+        matches = input_ids.unsqueeze(-1) == self.row_index
         rows = functional.embedding(matches.int().argmax(-1), self.rows).to(embeddings.dtype)
         return torch.where(matches.any(-1, keepdim=True), rows, embeddings)
 
 
-def with_rows(weight: Tensor, row_ids: Sequence[int], rows: Tensor) -> Tensor:
+def index_of(row_ids: Sequence[int], weight: Tensor) -> Tensor:
+    """Return row numbers as int64 [n] on the device of a weight, for a buffer: a tensor made in a step waits for it."""
+    return torch.tensor(row_ids, device=weight.device)
+
+
+def with_rows(weight: Tensor, row_index: Tensor, rows: Tensor) -> Tensor:
     """Return a vocabulary's weight [V, H] with some rows replaced by ``rows``, which receive their gradients."""
-    index = torch.tensor(row_ids, device=weight.device)
-    return weight.index_copy(0, index, rows.to(weight.dtype))
+    return weight.index_copy(0, row_index, rows.to(weight.dtype))
 
 
 def is_row(name: str) -> bool:

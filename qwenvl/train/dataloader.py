@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -14,8 +16,39 @@ from qwenvl.data.collator import Collator
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.encoding.encoded import Item
 from qwenvl.data.sampler import SampleOrder, ShardedBatchSampler, Sharding
+from qwenvl.models.vision.grid_inputs import GridDescriber, shown_grids
+from qwenvl.tasks.objective import Objective
 from qwenvl.train.callbacks.preemption import SIGNALS
 from qwenvl.utils.allocator import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class PreparingCollator:
+    """Collates samples and prepares the model's inputs, in the process of the data loader, which then pins all of it.
+
+    Keys of the batch: those of :meth:`qwenvl.tasks.objective.Objective.prepare`; ``total_weight`` and ``num_units``,
+    the total weight and the number of its units; ``vision_grids``, the inputs of the vision tower that depend on the
+    sizes of the images; ``events``, ``error`` and ``origins`` of its samples, for the trainer.
+
+    Args:
+        collator: Collator of batches.
+        objective: Objective of the training; with ``--dataloader_multiprocessing_context spawn`` it is pickled.
+        grids: Computes inputs of the vision tower.
+        merge_size: Side of the square of patches that become one token.
+    """
+
+    collator: Collator
+    objective: Objective
+    grids: GridDescriber
+    merge_size: int
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Return the prepared batch of items."""
+        batch = self.collator(items)
+        told = {name: batch.pop(name) for name in ("events", "error", "origins")}
+        counted = {"total_weight": self.objective.total_weight(batch), "num_units": self.objective.count(batch)}
+        described = self.grids.describe(shown_grids(batch.get("media", ()), self.merge_size))
+        return {**self.objective.prepare(batch), **counted, "vision_grids": described, **told}
 
 
 class ShardedDataLoader(DataLoader[Item]):
@@ -29,7 +62,11 @@ class ShardedDataLoader(DataLoader[Item]):
 
 
 def build_loader(
-    dataset: ConversationDataset, collator: Collator, args: TrainingArguments, order: SampleOrder, sharding: Sharding
+    dataset: ConversationDataset,
+    collator: Collator | PreparingCollator,
+    args: TrainingArguments,
+    order: SampleOrder,
+    sharding: Sharding,
 ) -> ShardedDataLoader:
     """Return this rank's loader.
 

@@ -28,7 +28,9 @@ from qwenvl.data.sample_stats import MEASURES
 from qwenvl.data.sampler import SampleOrder, Sharding
 from qwenvl.evaluate.answer_log import AnswerLog
 from qwenvl.models.loss.causal_lm import Balance, count_tokens
+from qwenvl.models.parts import vision_tower
 from qwenvl.models.trainable.param_groups import parameter_groups
+from qwenvl.models.vision.grid_inputs import grid_describer
 from qwenvl.profiling.profiler import Phase
 from qwenvl.profiling.throughput import measure_batch
 from qwenvl.tasks.objective import Objective, batch_loss
@@ -41,7 +43,7 @@ from qwenvl.train.callbacks.progress import follow
 from qwenvl.train.callbacks.speed_monitor import SpeedMonitor
 from qwenvl.train.callbacks.watchdog import Watchdog
 from qwenvl.train.checkpointing_trainer import CheckpointingTrainer, Records
-from qwenvl.train.dataloader import build_loader
+from qwenvl.train.dataloader import PreparingCollator, build_loader
 from qwenvl.train.eval_prompts import EvalPrompts
 from qwenvl.train.records.skipped_samples import DataReport
 from qwenvl.train.running_loss import RunningLoss
@@ -102,14 +104,26 @@ class Trainer(CheckpointingTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's training batches."""
-        return build_loader(self.train_dataset, self.data_collator, self.args, self._order, self.sharding)
+        return build_loader(self.train_dataset, self._batch_maker(), self.args, self._order, self.sharding)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return this rank's evaluation batches."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         sharding = Sharding(self.args.eval_batch_size, self.args.world_size, self.args.process_index)
         order = SampleOrder(len(dataset), shuffle=False)
-        return build_loader(dataset, self.data_collator, self.args, order, sharding)
+        return build_loader(dataset, self._batch_maker(), self.args, order, sharding)
+
+    def _batch_maker(self) -> PreparingCollator:
+        """Return what makes batches in the loader's process."""
+        tower = vision_tower(self.model)
+        merge_size: int = tower.config.spatial_merge_size
+        return PreparingCollator(self.data_collator, self.objective, grid_describer(tower), merge_size)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Copy inputs to the device, from the pinned memory of the loader without waiting for earlier work."""
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def save_position(self, folder: Path) -> None:
         """Write the position in the data, the description of their order, and the loss that is not logged yet."""
@@ -161,9 +175,8 @@ class Trainer(CheckpointingTrainer):
         self._units = units if self.args.average_tokens_across_devices else here_units
         self._unused_vision.begin_step(self.optimizer, has_media=with_media > 0)
         self.stop_request.begin_step(agreed=stop > 0)
-        prepared = [self.objective.prepare(batch) for batch in batches]
-        self.speed.count(prepared)
-        return prepared, self._units
+        self.speed.count(batches)
+        return batches, self._units
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Check the batches of a step, and return this rank's units; the caller then waits for the other ranks."""
@@ -172,7 +185,7 @@ class Trainer(CheckpointingTrainer):
         shapes = [(tuple(batch["input_ids"].shape), batch.get("media", ())) for batch in batch_samples]
         lines = "".join(f"\n  {sample}" for sample in self._samples)
         self._watchdog.watch(f"step {self.state.global_step + 1}, batches of {shapes}, with the samples{lines}")
-        return sum(self.objective.total_weight(batch) for batch in batch_samples)
+        return sum(batch["total_weight"] for batch in batch_samples)
 
     def compute_loss(
         self,
@@ -320,9 +333,9 @@ class Trainer(CheckpointingTrainer):
         totals, records = zeros_for_sums(3, self.args.device), list[Any]()
         for batch in dataloader:
             self._receive(batch)
-            totals[1] += self.objective.total_weight(batch)
-            totals[2] += self.objective.count(batch)
-            inputs = self._prepare_inputs(self.objective.prepare(batch))
+            totals[1] += batch["total_weight"]
+            totals[2] += batch["num_units"]
+            inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss, output = batch_loss(self.objective, model, inputs, units=1.0)
             totals[0] += loss

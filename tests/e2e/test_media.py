@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from qwenvl.cli.show_sample import main as show_sample
@@ -83,7 +84,10 @@ def test_a_run_trains_on_what_is_shown(medium: str, tiny_checkpoint: Callable[[s
     settings = {"dataset_use": "set", "per_device_train_batch_size": 1, "max_steps": 2, **limits}
     trainer = open_trainer(model, tmp_path / "out", tmp_path / "registry.py", **settings)
     batch = next(iter(trainer.get_train_dataloader()))
-    assert batch["input_ids"][0].tolist() == shown["input_ids"] and batch["labels"][0].tolist() == shown["labels"]
+    labels = torch.tensor(shown["labels"])
+    kept = (labels[1:] != -100).nonzero().squeeze(1)
+    assert batch["input_ids"][0].tolist() == shown["input_ids"]
+    assert torch.equal(batch["kept_positions"], kept) and torch.equal(batch["targets"], labels[kept + 1])
     assert batch["position_ids"][1:, 0].tolist() == shown["position_ids"]
     patches = patchify_of(model)(batch["pixels"], batch["media"])
     pixels = shown["pixel_values" if kind == "image" else "pixel_values_videos"]

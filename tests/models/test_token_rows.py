@@ -40,7 +40,7 @@ def test_the_layer_has_the_weight_of_the_one_it_stands_for() -> None:
 
 def test_a_weight_with_rows_passes_gradients_to_the_rows_alone() -> None:
     weight, rows = torch.zeros(10, 4, dtype=torch.float64), new_rows()
-    changed = with_rows(weight, ROW_IDS, rows)
+    changed = with_rows(weight, torch.tensor(ROW_IDS), rows)
     assert changed.dtype == torch.float64 and not weight.any()
     assert torch.equal(changed[ROW_IDS], rows.double())
     assert changed.any(1).nonzero().flatten().tolist() == sorted(ROW_IDS)

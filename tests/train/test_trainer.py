@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs, run_model
+from qwenvl.data.collator import for_model
+from qwenvl.data.encoding.encoded import Item
+from qwenvl.models.loss.causal_lm import causal_loss, run_model
 from qwenvl.models.loss.moe_aux_loss import sample_of_tokens, summed_balance
 from qwenvl.tasks.objective import Objective
 from qwenvl.train.trainer import Trainer
@@ -39,9 +42,8 @@ def own_loss(trainer: Trainer, loader: Any) -> tuple[float, int]:
     total, tokens = 0.0, 0
     with torch.no_grad():
         for batch in loader:
-            tokens += int((batch["labels"][:, 1:] != -100).sum())
-            kept = {name: value for name, value in batch.items() if name not in ("events", "error", "origins")}
-            total += causal_loss(trainer.model, prepare_inputs(kept), num_trained_tokens=1.0).item()
+            tokens += len(batch["targets"])
+            total += causal_loss(trainer.model, for_model(batch), num_trained_tokens=1.0).item()
     return total, tokens
 
 
@@ -94,8 +96,9 @@ class TestStep:
     def test_a_step_without_a_unit_has_a_loss_of_zero(self, trainer_of: Open) -> None:
         trainer = trainer_of()
         loader = trainer.get_train_dataloader()
-        batch = next(iter(loader))
-        batch["labels"] = torch.full_like(batch["labels"], -100)
+        (sample,) = trainer.train_dataset[1].samples  # type: ignore[index]
+        untrained = replace(sample.tokens, labels=torch.full_like(sample.tokens.labels, -100))
+        batch = loader.collate_fn([Item((replace(sample, tokens=untrained),))])
         (micro,), units = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
         assert units == 0
         assert trainer.compute_loss(trainer.model, micro, num_items_in_batch=units).item() == 0.0

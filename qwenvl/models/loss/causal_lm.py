@@ -17,7 +17,10 @@ from qwenvl.models.vision.inputs import VisionInputs
 IGNORED_LABEL = -100
 """Label of a token that is not trained; ``torch.nn.functional.cross_entropy`` ignores it by default."""
 
-_OWN_KEYS = frozenset({"pixels", "media", "vision_rows", "num_samples", "sample_targets"})
+_OWN_KEYS = frozenset(
+    # attention_mask: rows are padded on the right, where causal attention never looks; stock models read it on the host
+    "pixels media vision_rows vision_grids num_samples sample_targets total_weight num_units attention_mask".split()
+)
 
 
 def prepare_inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +142,9 @@ def run_model(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """
     return model(
         **{key: value for key, value in batch.items() if key not in _OWN_KEYS},
-        vision_inputs=VisionInputs(batch.get("pixels"), batch.get("media", ()), batch["vision_rows"]),
+        vision_inputs=VisionInputs(
+            batch.get("pixels"), batch.get("media", ()), batch["vision_rows"], batch.get("vision_grids")
+        ),
         use_cache=False,  # with a cache, transformers does not detect packed samples, and they would see each other
     )
 

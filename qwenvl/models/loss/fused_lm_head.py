@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from qwenvl.models.token_rows import ROWS, with_rows
+from qwenvl.models.token_rows import ROWS, index_of, with_rows
 
 CHUNK_ELEMENTS = 1 << 27
 """Number of logits in memory at a time: 883 rows of 151,936 columns, 0.5 GB in float32."""
@@ -149,6 +149,8 @@ class LossHead(nn.Linear):
         self.row_ids: list[int] = []
         self.rows: nn.Parameter | None
         self.register_parameter(ROWS, None)
+        self.row_index: Tensor | None
+        self.register_buffer("row_index", None, persistent=False)
 
     def train_rows(self, row_ids: Sequence[int], rows: nn.Parameter) -> None:
         """Take some rows of the weight from a parameter of their own.
@@ -159,6 +161,7 @@ class LossHead(nn.Linear):
         """
         self.row_ids = list(row_ids)
         self.rows = rows
+        self.row_index = index_of(row_ids, self.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V]; or, with ``targets`` set, the summed cross entropy of all rows, float32 scalar.
@@ -170,7 +173,9 @@ class LossHead(nn.Linear):
         passed, self.passed = self.passed, None
         if passed is not None:
             return passed
-        weight = self.weight if self.rows is None else with_rows(self.weight, self.row_ids, self.rows)
+        weight = self.weight
+        if self.rows is not None and self.row_index is not None:
+            weight = with_rows(weight, self.row_index, self.rows)
         if targets is None:
             return functional.linear(hidden, weight)
         factors = None if weights is None else weights.view(torch.float32)

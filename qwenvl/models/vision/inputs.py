@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -19,8 +20,11 @@ class VisionInputs:
             :class:`qwenvl.models.vision.patchify.Patchify`; None for text alone.
         media: Shape of each medium, Python numbers; empty for text alone.
         rows: int64 [tokens], index of each image or video token in the flattened rows [B x T], ascending.
+        grids: Result of :meth:`qwenvl.models.vision.grid_inputs.TowerGrids.describe` for the media; None to compute it
+            when the tower is called.
     """
 
     pixels: Tensor | None
     media: Sequence[MediumShape]
     rows: Tensor
+    grids: Mapping[str, Any] | None = None

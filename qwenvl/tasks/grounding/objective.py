@@ -21,6 +21,7 @@ from qwenvl.tasks.grounding.predict import mask_pixels, readout_inputs, split_ma
 from qwenvl.tasks.grounding.sam import MaskRefiner
 from qwenvl.tasks.grounding.unet import mask_loss
 from qwenvl.tasks.objective import Objective, Task
+from qwenvl.utils.devices import copy_to_device
 from qwenvl.utils.errors import UserError
 
 
@@ -70,7 +71,7 @@ class Grounding(Objective):
         """Return the summed loss of all masks, coarse and from SAM with equal weight, and the model's output."""
         output = run_model(model, batch)
         losses = [
-            mask_loss(logits, torch.from_numpy(target).to(logits.device))
+            mask_loss(logits, copy_to_device(torch.from_numpy(target), logits.device))
             for region, masks in self._masks(output.logits, batch)
             for logits, target in zip(masks, region.targets, strict=True)
         ]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwenvl.tasks.heads.head import HeadSpec
+from qwenvl.utils.devices import copy_to_device
 
 
 def summed_loss(spec: HeadSpec, scores: Tensor, targets: Sequence[Any]) -> Tensor:
@@ -38,14 +39,19 @@ def summed_loss(spec: HeadSpec, scores: Tensor, targets: Sequence[Any]) -> Tenso
     return losses[spec.task](spec, scores, targets)
 
 
+def _like(scores: Tensor, numbers: Sequence[float]) -> Tensor:
+    """Return numbers with the dtype and device of scores, copied without a wait."""
+    return copy_to_device(torch.tensor(list(numbers), dtype=scores.dtype), scores.device)
+
+
 def _of_classes(spec: HeadSpec, scores: Tensor, targets: Sequence[int]) -> Tensor:
     """Return the sum of w_y (1 - p_y)^gamma (-log p_y); unlike torch's mean, it is not divided by the weights."""
-    wanted = torch.tensor(list(targets), device=scores.device)
+    wanted = copy_to_device(torch.tensor(list(targets)), scores.device)
     loss = functional.cross_entropy(scores, wanted, reduction="none")
     if spec.loss == "focal":
         loss = (1 - (-loss).exp()) ** spec.focal_gamma * loss
     if spec.class_weights:
-        loss = loss * scores.new_tensor(spec.class_weights)[wanted]
+        loss = loss * _like(scores, spec.class_weights)[wanted]
     return loss.sum()
 
 
@@ -56,7 +62,7 @@ def _of_labels(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[int]])
     if spec.loss == "focal":
         loss = (1 - (-loss).exp()) ** spec.focal_gamma * loss
     if spec.class_weights:
-        loss = torch.where(wanted > 0, loss * scores.new_tensor(spec.class_weights), loss)
+        loss = torch.where(wanted > 0, loss * _like(scores, spec.class_weights), loss)
     return loss.mean(1).sum()
 
 
@@ -65,13 +71,14 @@ def many_hot(targets: Sequence[Sequence[int]], classes: int, like: Tensor) -> Te
     wanted = torch.zeros(len(targets), classes)
     for row, names in enumerate(targets):
         wanted[row, list(names)] = 1
-    return wanted.to(like)
+    return copy_to_device(wanted.to(like.dtype), like.device)
 
 
 def _of_numbers(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[float]]) -> Tensor:
     """Return the sum over samples of the mean over the numbers of a label, in standard deviations."""
     wanted = torch.tensor(list(targets), dtype=torch.float64)
-    wanted = ((wanted - torch.tensor(spec.means)) / torch.tensor(spec.deviations)).to(scores)
+    wanted = (wanted - torch.tensor(spec.means)) / torch.tensor(spec.deviations)
+    wanted = copy_to_device(wanted.to(scores.dtype), scores.device)
     if spec.loss == "huber":
         loss = functional.huber_loss(scores, wanted, reduction="none", delta=spec.huber_delta)
     else:
@@ -83,7 +90,7 @@ def _of_ranks(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[float]]
     """Return the sum over samples of a ranking loss among the images of one sample."""
     parts = scores.squeeze(1).split([len(one) for one in targets])
     of_sample = listnet if spec.loss == "listnet" else pairwise
-    return torch.stack([of_sample(part, part.new_tensor(one)) for part, one in zip(parts, targets, strict=True)]).sum()
+    return torch.stack([of_sample(part, _like(part, one)) for part, one in zip(parts, targets, strict=True)]).sum()
 
 
 def pairwise(scores: Tensor, relevances: Tensor) -> Tensor:

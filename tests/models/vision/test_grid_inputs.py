@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from qwenvl.models.vision.grid_inputs import PatchProjection, describe_grids
+from qwenvl.models.vision.grid_inputs import PatchProjection, grid_describer, place_grids
 
 GRIDS = [(1, 4, 6), (2, 8, 4), (1, 12, 10)]
+
+
+def described_for(visual: Any) -> dict[str, Any]:
+    """Return the tower's arguments for GRIDS, by way of another process."""
+    describer = pickle.loads(pickle.dumps(grid_describer(visual)))
+    return place_grids(describer.describe(GRIDS), torch.device("cpu"))
 
 
 def test_the_tower_computes_the_same_from_described_grids(family_name, load_tiny):
@@ -19,14 +28,14 @@ def test_the_tower_computes_the_same_from_described_grids(family_name, load_tiny
     patches = torch.randn(count, config.in_channels * config.temporal_patch_size * config.patch_size**2)
     with torch.no_grad():
         stock = visual(patches, grid_thw=torch.tensor(GRIDS)).pooler_output
-        ours = visual(patches, **describe_grids(visual, GRIDS, torch.device("cpu"))).pooler_output
+        ours = visual(patches, **described_for(visual)).pooler_output
     assert torch.equal(ours, stock)
 
 
 def test_the_tower_reads_no_sizes_but_those_described(family_name, load_tiny):
     """A tensor without memory in their place cannot be read."""
     visual = load_tiny(family_name).model.visual.eval()
-    described = describe_grids(visual, GRIDS, torch.device("cpu"))
+    described = described_for(visual)
     described["grid_thw"] = described["grid_thw"].to("meta")
     config = visual.config
     count = sum(t * h * w for t, h, w in GRIDS)
@@ -53,9 +62,9 @@ def test_flash_attention_is_told_borders_and_longest_stretches(family_name, load
     patches = torch.randn(count, config.in_channels * config.temporal_patch_size * config.patch_size**2)
     with torch.no_grad():
         stock = visual(patches, grid_thw=torch.tensor(GRIDS)).pooler_output
-        assert not any(name.startswith("max") for name in describe_grids(visual, GRIDS, torch.device("cpu")))
+        assert not any(name.startswith("max") for name in described_for(visual))
         config._attn_implementation = "flash_attention_reference"
-        described = describe_grids(visual, GRIDS, torch.device("cpu"))
+        described = described_for(visual)
         ours = visual(patches, **described).pooler_output
     assert described["max_seqlen"] == 120
     assert ("max_window_seqlen" in described) == ("cu_window_seqlens" in described) == (family_name == "qwen2_5_vl")

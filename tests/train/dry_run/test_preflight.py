@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from qwenvl.config import parse_arguments
 from qwenvl.data.collator import for_model
 from qwenvl.families import FAMILIES, get_family
-from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
+from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.profiling.activation_memory import measure_step
 from qwenvl.profiling.state_memory import Sharing, estimate_states
 from qwenvl.train.build.data import open_config, open_data
@@ -98,7 +98,7 @@ def test_memory_is_what_a_real_step_takes(
         parsed, open_model(parsed, data.processor, config, data.added_tokens), data, Records("", {})
     )
     batch = next(iter(trainer.get_train_dataloader()))
-    batch, model = prepare_inputs(for_model(batch)), trainer.model
+    batch, model = for_model(batch), trainer.model
     on_meta = open_model(parsed, data.processor, config, data.added_tokens, on_meta=True)
     step = measure_step(on_meta, batch)
     for parameter in model.parameters():
