@@ -51,6 +51,7 @@ from qwenvl.data.sample_stats import MEASURES, measure_row
 from qwenvl.data.types import ImageItem
 from qwenvl.families import get_family
 from qwenvl.models.attention.packed import attend_by_segments
+from qwenvl.models.attention.varlen import torch_kernel
 from qwenvl.models.forward import install
 from qwenvl.models.loading import choose_attention
 from qwenvl.models.lora.adapters import AdapterSettings, adapter_sizes, add_adapters
@@ -135,13 +136,14 @@ def measure(way: str, arguments: argparse.Namespace) -> Result:
     patchify = Patchify(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, grey, grey)
     device = torch.device(arguments.device)
     attention = choose_attention(arguments.attention, half_precision=device.type == "cuda")
-    model = build_model(config, arguments, attention)
+    by_segments = attention in ("sdpa", "varlen")
+    model = build_model(config, arguments, "sdpa" if by_segments else attention)
     trained = float(sum((sample.tokens.labels != -100).sum() for sample in samples))
     configure_checkpointing(model, arguments.checkpointing)
     if way == "ours":
         install(model, patchify)
-        if attention == "sdpa":
-            attend_by_segments(model)
+        if by_segments:
+            attend_by_segments(model, torch_kernel() if attention == "varlen" else None)
         batches = our_batches(samples, arguments)
     else:
         if way == "sorted":

@@ -15,6 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from qwenvl.families import get_family, register_classes
 from qwenvl.models.attention.linear_segments import import_obstacle
+from qwenvl.models.attention.varlen import varlen_obstacle
 from qwenvl.models.moe_checkpoint import experts_read_as_stored, weight_files
 from qwenvl.models.precision import read_dtype
 from qwenvl.models.quantization import (
@@ -277,15 +278,19 @@ def choose_attention(requested: str = "auto", *, half_precision: bool = True) ->
 
     Args:
         requested: Name of an implementation, or ``auto``: flash attention 3, else 2, if it is installed and the GPU can
-            run it, else SDPA.
+            run it, else torch's varlen kernel, else SDPA.
         half_precision: Whether the model computes in bfloat16 or float16, the only types that flash attention supports.
 
     Returns:
-        The implementation's name in transformers.
+        The implementation's name in transformers, or ``varlen`` for :mod:`qwenvl.models.attention.varlen`.
 
     Raises:
-        UserError: Flash attention is requested by name and cannot run here.
+        UserError: Flash attention or ``varlen`` is requested by name and cannot run here.
     """
+    if requested == "varlen" and (obstacle := varlen_obstacle(half_precision=half_precision)):
+        raise UserError(
+            f"--attn_implementation varlen: {obstacle}. Leave it at auto, which takes SDPA where varlen cannot run."
+        )
     if requested in ATTENTION_PACKAGES:
         obstacle = _flash_obstacle(requested, half_precision)
         if obstacle:
@@ -293,12 +298,13 @@ def choose_attention(requested: str = "auto", *, half_precision: bool = True) ->
                 f"--attn_implementation {requested}: {obstacle}. It needs {_INSTALL[requested]}; "
                 "or leave it at auto, which takes SDPA where flash attention cannot run."
             )
-    elif requested not in ("auto", "sdpa", "eager"):
-        names = ", ".join(["auto", "sdpa", "eager", *ATTENTION_PACKAGES])
+    elif requested not in ("auto", "sdpa", "eager", "varlen"):
+        names = ", ".join(["auto", "sdpa", "eager", "varlen", *ATTENTION_PACKAGES])
         raise UserError(f"--attn_implementation {requested!r} is not one of {names}.")
     if requested != "auto":
         return requested
     obstacles = flash_obstacles(half_precision=half_precision)
+    obstacles["varlen"] = varlen_obstacle(half_precision=half_precision)
     return next((name for name, obstacle in obstacles.items() if not obstacle), "sdpa")
 
 

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from qwenvl.cli.doctor.findings import Finding
+from qwenvl.models.loading import choose_attention
 from qwenvl.profiling.device_specs import known_peak
 from qwenvl.utils.cache import cache_folder
 from qwenvl.utils.cores import available_cores
@@ -48,6 +49,9 @@ def check_devices() -> Iterator[Finding]:
             yield Finding("note", f"GPU {number}", found, "its peak TFLOPS are unknown: MFU needs --device_peak_tflops")
         else:
             yield Finding("good", f"GPU {number}", found)
+    chosen = choose_attention()
+    advice = "one call per sample: slow with packs of many samples" if chosen == "sdpa" else ""
+    yield Finding("note" if advice else "good", "attention in bf16 or fp16", chosen, advice)
 
 
 def check_host() -> Iterator[Finding]:

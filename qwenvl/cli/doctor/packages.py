@@ -18,7 +18,10 @@ from qwenvl.utils.checkout import CHECKOUT
 from qwenvl.utils.errors import UserError
 
 OPTIONAL: dict[str, tuple[str, str]] = {
-    "flash_attn": ("flash-attn", "SDPA is used, which is exact and needs no mask of the whole row, but is slower"),
+    "flash_attn": (
+        "flash-attn",
+        "torch's own varlen kernel is used on a GPU in bf16 or fp16; else SDPA, which is exact, sample by sample",
+    ),
     "liger_kernel": ("liger-kernel", "only needed for --use_liger_kernel"),
     "bitsandbytes": ("bitsandbytes", "only needed for --quantization_bit and 8-bit optimizers"),
     "fla": (

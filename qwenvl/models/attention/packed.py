@@ -4,11 +4,15 @@ Under SDPA, stock transformers separates the samples of a row by a mask of [T, T
 square of the row's length. A sample on its own needs no mask, only ``is_causal``; the cost then grows with the square
 of the sample's length. Padded rows need no mask either: padding is at the end, and causal attention never reaches it.
 
-Flash attention does the same in its kernel, by ``cu_seq_lens``; this module is for when it is not installed.
+Flash attention and torch's varlen kernel (:mod:`qwenvl.models.attention.varlen`) do the same in one launch, by
+``cu_seq_lens``; this module is for when neither can run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
+from qwenvl.models.attention import varlen
 from qwenvl.models.attention.probe import show
 from qwenvl.models.attention.segments import Segments
 from qwenvl.utils.errors import UserError
@@ -79,7 +84,9 @@ def segmented_attention(
             "generate, choose another one: model.set_attn_implementation('sdpa')."
         )
     show(module, query, key, {**kwargs, "segments": segments, "scaling": scaling})
-    queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
+    # norms of queries and keys return float32 under autocast with float32 weights; SDPA would cast each sample
+    parts = (query.to(value.dtype), key.to(value.dtype), value)
+    queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in parts)
     grouped = query.shape[1] != key.shape[1]
     attended = [
         functional.scaled_dot_product_attention(
@@ -126,11 +133,36 @@ def refuse_unknown_switches(config: Any, *, shows_maps: bool = False) -> None:
         )
 
 
-def attend_by_segments(model: PreTrainedModel) -> None:
-    """Make the language model of a stock model attend one sample at a time; the vision tower is not changed.
+def attend_by_segments(
+    model: PreTrainedModel, kernel: varlen.VarlenKernel | None = None, *, stock_tower: bool = True
+) -> None:
+    """Make a stock model attend to one sample, and in the tower to one image, without a mask.
 
     Args:
         model: Model loaded with SDPA; its config changes in memory only, as saved files do not name the attention.
+        kernel: Kernel that does so in one call; None for a call of SDPA per sample, and the stock tower's own loop over
+            images.
+        stock_tower: Whether the vision tower is one of transformers, which can use the kernel too.
     """
-    AttentionInterface.register(NAME, segmented_attention)
-    model.set_attn_implementation({"text_config": NAME})
+    if kernel is None:
+        AttentionInterface.register(NAME, segmented_attention)
+        model.set_attn_implementation({"text_config": NAME})
+        return
+    AttentionInterface.register(varlen.NAME, partial(varlen.varlen_attention, kernel=kernel))
+    tower = {"vision_config": varlen.NAME} if stock_tower else {}
+    model.set_attn_implementation({"text_config": varlen.NAME, **tower})
+
+
+@contextmanager
+def stock_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Switch a model from an attention of training to SDPA, which ``generate`` needs."""
+    config: Any = model.config
+    names = {part: getattr(config, part)._attn_implementation for part in config.sub_configs}
+    ours = {part: "sdpa" for part, name in names.items() if name in (NAME, varlen.NAME)}
+    if ours:
+        model.set_attn_implementation(ours)
+    try:
+        yield
+    finally:
+        if ours:
+            model.set_attn_implementation({part: names[part] for part in ours})

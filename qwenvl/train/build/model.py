@@ -12,6 +12,7 @@ from qwenvl.config import ParsedArguments, TrainingArguments
 from qwenvl.data.encoding.processor import AddedTokens
 from qwenvl.families import get_family
 from qwenvl.models.attention.packed import attend_by_segments, refuse_unknown_switches
+from qwenvl.models.attention.varlen import torch_kernel
 from qwenvl.models.forward import install
 from qwenvl.models.loading import choose_attention, load_model
 from qwenvl.models.lora.adapters import AdapterSettings, add_adapters, trained_in_float32
@@ -19,7 +20,7 @@ from qwenvl.models.lora.files import describe_base
 from qwenvl.models.lora.new_tokens import make_room, train_rows
 from qwenvl.models.loss.fused_lm_head import linear_cross_entropy
 from qwenvl.models.loss.liger import open_liger_loss
-from qwenvl.models.parts import decoder_layers
+from qwenvl.models.parts import decoder_layers, vision_tower
 from qwenvl.models.precision import resolve_dtype
 from qwenvl.models.quantization import quantization
 from qwenvl.models.task_module import Readout
@@ -53,20 +54,22 @@ def open_model(
     half_precision = compute_type(parsed) != torch.float32
     objective = objective or Objective()
     attention = choose_attention(objective.attention or arguments.attn_implementation, half_precision=half_precision)
-    if attention == "sdpa":
+    by_segments = attention in ("sdpa", "varlen")
+    if by_segments:
         refuse_unknown_switches(config, shows_maps=objective.attention is not None)
     layout = get_family(config.model_type).layout
     model = load_model(
         arguments.model_name_or_path,
         dtype=compute_type(parsed) if on_meta else dtype,
-        attn_implementation=attention,
+        attn_implementation="sdpa" if by_segments else attention,
         config=config,
         quantization=None if on_meta else quantization(parsed.adapters.quantization_bit, layout),
         on_meta=on_meta,
         **origin_options(parsed),
     )
-    if attention == "sdpa":
-        attend_by_segments(model)
+    if by_segments:
+        kernel = torch_kernel() if attention == "varlen" else None
+        attend_by_segments(model, kernel, stock_tower=not hasattr(vision_tower(model), "grid_describer"))
     readout = objective.build_readout(config)
     make_room(model, tokens.new, may_grow=not parsed.adapters.lora_enable)
     _choose_trained_parts(model, parsed, readout)

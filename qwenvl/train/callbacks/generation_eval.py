@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from qwenvl.evaluate.scoring import evaluate
 from qwenvl.inference.generate import Answer, Decoding, generate
 from qwenvl.inference.other_images import VIEWS, View
 from qwenvl.metrics.predictions import Prediction
-from qwenvl.models.attention import packed as attention
+from qwenvl.models.attention.packed import stock_attention
 from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs, total_weight
 from qwenvl.train.callbacks.watchdog import Watchdog
 from qwenvl.train.eval_prompts import EvalPrompts
@@ -62,7 +61,7 @@ class GenerationEval:
         for one in self.prompts.rounds(batch, rank, ranks):
             self._watchdog.watch(f"evaluation after step {trainer.state.global_step}, answering")
             prompts = [self.prompts.open(number).prompt for number in one.asked]
-            with trainer.compute_loss_context_manager(), _stock_attention(trainer.model):
+            with trainer.compute_loss_context_manager(), stock_attention(trainer.model):
                 answers = generate(answerer, prompts, decoding=decoding, batch_size=batch, synced_gpus=sharded)
             mine += list(zip(one.asked, answers, strict=True))[: one.counted]
         return self.prompts.answered(list(itertools.chain(*gather_objects(mine))))
@@ -86,19 +85,6 @@ class GenerationEval:
 
 def _is_zero3(trainer: Trainer) -> bool:
     return trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-
-
-@contextmanager
-def _stock_attention(model: Any) -> Iterator[None]:
-    """Switch a model from the segmented attention of training to SDPA, which ``generate`` needs."""
-    by_segments = model.config.get_text_config()._attn_implementation == attention.NAME
-    if by_segments:
-        model.set_attn_implementation({"text_config": "sdpa"})
-    try:
-        yield
-    finally:
-        if by_segments:
-            model.set_attn_implementation({"text_config": attention.NAME})
 
 
 def _metrics(lines: Sequence[Prediction]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from qwenvl.data.dataset import SampledTable
 from qwenvl.data.encoding.encoded import Event
 from qwenvl.data.encoding.processor import describe_limits
 from qwenvl.data.sample_stats import count_remarks
+from qwenvl.models.attention.varlen import varlen_obstacle
 from qwenvl.models.loading import choose_attention, flash_obstacles
 from qwenvl.models.lora.adapters import adapter_sizes, count_adapted_layers, count_experts
 from qwenvl.models.rope_scaling import describe_context
@@ -111,13 +112,16 @@ def _name(kind: torch.dtype) -> str:
 
 
 def _describe_attention(parsed: ParsedArguments) -> str:
-    """Return the attention implementation and, with ``auto``, why it is not flash attention."""
+    """Return the attention implementation and, with ``auto``, why it is not a better one."""
     half_precision = compute_type(parsed) != torch.float32
     chosen = choose_attention(parsed.model.attn_implementation, half_precision=half_precision)
-    text = "sdpa, one sample at a time" if chosen == "sdpa" else chosen
+    shown = {"sdpa": "sdpa, one sample at a time", "varlen": "varlen, all samples in one call"}
+    text = shown.get(chosen, chosen)
     if parsed.model.attn_implementation != "auto":
         return text
     obstacles = flash_obstacles(half_precision=half_precision)
+    if chosen == "sdpa":
+        obstacles["varlen"] = varlen_obstacle(half_precision=half_precision)
     reasons: dict[str, list[str]] = {}
     for kind, obstacle in obstacles.items():
         if obstacle:
