@@ -133,9 +133,11 @@ def varlen_attention(
         borders = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)
         longest = length
     # norms of queries and keys return float32 under autocast with float32 weights
-    parts = (tensor.to(value.dtype).transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    queries, keys, values = (tensor.to(value.dtype).transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     attended = kernel(
-        *parts,
+        queries,
+        keys,
+        values,
         borders,
         borders,
         longest,

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import transformers.modeling_flash_attention_utils as flash
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from qwenvl.models.attention import varlen
 from qwenvl.models.attention.packed import attend_by_segments, segmented_attention, stock_attention
@@ -132,3 +134,97 @@ def test_a_tower_of_its_own_keeps_its_attention(load_tiny):
     attend_by_segments(model, ReferenceKernel(), stock_tower=False)
     config = model.config
     assert (config.text_config._attn_implementation, config.vision_config._attn_implementation) == (varlen.NAME, "sdpa")
+
+
+class FlashAttention:
+    """The functions of the flash-attn package that transformers calls, computed by the reference."""
+
+    def __init__(self, kernel: ReferenceKernel) -> None:
+        self.kernel = kernel
+
+    def varlen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        assert dropout_p == 0
+        return self.kernel(
+            *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+            scale=softmax_scale,
+            window_size=CAUSAL if causal else WHOLE,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+    def whole(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("rows without borders")
+
+
+def test_the_flash_path_of_transformers_trains_alike(family_name, load_tiny, mixture, make_batch, monkeypatch):
+    """With a reference in the place of the package's kernels, which run on CUDA alone."""
+    batch, kernel = make_batch("flattened", [mixture(family_name)[name] for name in CONTENTS]), ReferenceKernel()
+    package = FlashAttention(kernel)
+    process = flash._lazy_define_process_function(package.varlen)
+    functions = (package.whole, package.varlen, None, None, None), (process, process)
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *_, **__: functions)
+    found = []
+    for ours in (True, False):
+        model = load_tiny(family_name)
+        install(model)
+        if ours:
+            attend_by_segments(model)
+        else:  # the public way asks for the package
+            for config in (model.config, model.config.text_config, model.config.vision_config):
+                config._attn_implementation_internal = "flash_attention_2"
+        found.append(losses_of(model, batch))
+    (loop, expected), (once, gradients) = found
+    assert once == pytest.approx(loop, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=lambda text, at=name: at + text)
+    assert {window for window, _ in kernel.calls} == {CAUSAL, WHOLE}
+
+
+@torch.library.custom_op("tests::attend", mutates_args=())
+def attend(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int) -> Tensor:
+    """Stand for torch's kernel, which is an operator of its own too: dynamo does not look inside."""
+    return value.repeat_interleave(query.shape[1] // key.shape[1], 1) + longest * 0.01
+
+
+@attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int) -> Tensor:
+    return torch.empty_like(query)
+
+
+def as_kernel(
+    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, _: Tensor, longest: int, *__: Any, **___: Any
+):
+    return attend(query, key, value, borders, longest)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_layers_compile_to_one_graph_for_packs_of_any_size(family, load_tiny, mixture, make_batch):
+    """The loop breaks the graph in each layer, and dynamo would compile anew for each number of samples."""
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    model = load_tiny(family).to(torch.bfloat16)
+    install(model)
+    attend_by_segments(model, as_kernel)
+    for layer in model.model.language_model.layers:
+        layer.compile(backend=counter, dynamic=True, fullgraph=True)
+    samples = mixture(family)
+    for names in (
+        ["text", "image"],
+        ["text", "two images", "video"],
+        ["image"],
+        ["video, image", "text", "text", "text"],
+    ):
+        with torch.no_grad():
+            causal_loss(model, make_batch("flattened", [samples[name] for name in names]), num_trained_tokens=1.0)
+    assert counter.frame_count <= 2, "recompiled"
