@@ -3,7 +3,7 @@
     dataset   record -> tokens, pixels and a target            TargetReader (qwenvl.data.encoding.targets)
     collator  batch["sample_targets"]: the targets of its samples, in order
     begin     gets the model before training, to keep a reference model for instance
-    prepare   batch -> the inputs of compute                                                          on the host
+    prepare   batch -> the inputs of compute                                                          in a worker
     count     batch -> its number of units: trained tokens, labelled samples, phrases, pairs          on the host
     total_weight  batch -> the sum of their weights: their number, unless answers have weights        on the host
     compute   model, prepared batch -> the loss summed over the batch's units, and outputs; one forward pass or several
@@ -57,8 +57,14 @@ class Objective:
     def begin(self, model: nn.Module) -> None:
         """Get the loaded model before training, and before a checkpoint is loaded into it."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what the workers of the data loader get if they are not forked: everything but models."""
+        return {name: value for name, value in vars(self).items() if not isinstance(value, nn.Module)}
+
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Convert a batch of the collator to the inputs of :meth:`compute`, on the host.
+        """Convert a batch of the collator to the inputs of :meth:`compute`, in a worker of the data loader.
+
+        It sees no model, and its result is pinned and sent to the trainer's process.
 
         Returns:
             The batch as from :func:`qwenvl.models.loss.causal_lm.prepare_inputs`. An objective with a module returns

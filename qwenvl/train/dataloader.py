@@ -32,7 +32,7 @@ class PreparingCollator:
 
     Args:
         collator: Collator of batches.
-        objective: Objective of the training; with ``--dataloader_multiprocessing_context spawn`` it is pickled.
+        objective: Objective of the training.
         grids: Computes inputs of the vision tower.
         merge_size: Side of the square of patches that become one token.
     """

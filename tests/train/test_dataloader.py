@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import pickle
 import platform
 import resource
 import signal
@@ -24,13 +25,17 @@ from PIL import Image
 from transformers import AutoConfig
 
 from qwenvl.config import DataArguments, TrainingArguments
-from qwenvl.data.collator import Collator
+from qwenvl.data.collator import Collator, for_model
 from qwenvl.data.dataset import ConversationDataset, open_tables
+from qwenvl.data.encoding.encoded import Item
 from qwenvl.data.encoding.processor import build_encoder, open_processor
 from qwenvl.data.sampler import SampleOrder, Sharding
 from qwenvl.data.types import DatasetSpec
 from qwenvl.families import get_family
-from qwenvl.train.dataloader import ShardedDataLoader, _end_workers, build_loader
+from qwenvl.models.loss.causal_lm import prepare_inputs
+from qwenvl.models.vision.grid_inputs import TowerGrids
+from qwenvl.tasks.objective import Objective
+from qwenvl.train.dataloader import PreparingCollator, ShardedDataLoader, _end_workers, build_loader
 from tests.e2e.runs import REPOSITORY
 from tests.e2e.test_errors import GOOD, Place, sample
 
@@ -172,3 +177,28 @@ def test_a_run_that_fails_ends(tmp_path: Path, tiny_checkpoint: Callable[..., Pa
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1, done.stderr
     assert "cut.jpg: the image is cut off" in done.stderr
+
+
+class WithReference(Objective):
+    """Keeps a model, as a task with a reference does."""
+
+    def begin(self, model: torch.nn.Module) -> None:
+        self.reference, self.margin = model, 0.5
+
+
+def test_inputs_are_prepared_in_the_worker(dataset: Callable[..., ConversationDataset], tmp_path: Path) -> None:
+    """Even in one that is not forked, which gets no model."""
+    objective, tower = WithReference(), TowerGrids(2, 16, None, None, varlen=True)
+    objective.begin(torch.nn.Linear(2, 2))
+    maker = pickle.loads(pickle.dumps(PreparingCollator(Collator(0, flatten=True), objective, tower, 2)))
+    assert maker.objective.margin == 0.5 and not hasattr(maker.objective, "reference")
+    rows = dataset([(200, 300)] * 3)
+    for found, number in zip(load(rows, maker, tmp_path), range(3), strict=True):
+        plain = for_model(Collator(0, flatten=True)([rows[number]]))
+        prepared = prepare_inputs(plain)
+        assert torch.equal(found["kept_positions"], prepared["kept_positions"])
+        assert found["total_weight"] == found["num_units"] == len(prepared["targets"]) > 0
+        assert found["vision_grids"]["grid_thw"].tolist() == [list(shape[1:]) for shape in plain["media"]]
+        assert len(found["origins"]) == 1 and found["error"] is None and "labels" not in found
+    empty = maker([Item()])
+    assert empty["total_weight"] == 0 and empty["vision_grids"]["grid_thw"].tolist() == [[1, 2, 2]]
