@@ -9,6 +9,8 @@ parameters and inputs through every operator, and operators that would wait are 
     results sized by values      nonzero, masked_select, unique, an index by a mask; masked_scatter's backward pass
     copies that block            cpu(), to(device) without non_blocking, torch.tensor(..., device=...)
 
+Collective operations are seen too: NCCL refuses tensors of the host, which gloo takes.
+
 With tensors on CUDA these count without being followed. ``torch.cuda.set_sync_debug_mode`` knows more operators, but
 neither copies from memory that is not pinned nor a machine without a GPU.
 """
@@ -42,6 +44,7 @@ _COPIES = frozenset({"aten::_to_copy", "aten::copy_"})
 _PYTHON_READS = frozenset({"tolist", "numpy", "__array__", "cpu"})
 """Methods that read memory without an operator when the tensor is on the CPU."""
 
+_COLLECTIVE = ("c10d::", "_c10d_functional::")
 _FROM_DATA = (torch.tensor, torch.as_tensor)
 _SHOWN_CALLERS = 3
 
@@ -55,10 +58,14 @@ class SyncCounter:
 
     Attributes:
         waits: Number of waits by a description of what waits and where.
+        collectives: Number of collective operations by their name.
+        of_host: Number of those with a tensor of the host, by name and place.
     """
 
     def __init__(self, on_device: Any = ()) -> None:
         self.waits: Counter[str] = Counter()
+        self.collectives: Counter[str] = Counter()
+        self.of_host: Counter[str] = Counter()
         self._storages: dict[int, StorageWeakRef] = {}  # weak references keep an address from being used again
         self._modes = ExitStack()
         self.follow(on_device)
@@ -78,6 +85,12 @@ class SyncCounter:
     def note(self, what: str) -> None:
         """Count a wait at the place that runs now."""
         self.waits[f"{what} at {_place()}"] += 1
+
+    def note_collective(self, name: str, tensors: Iterable[Tensor]) -> None:
+        """Count a collective operation on tensors."""
+        self.collectives[name] += 1
+        if not all(self.is_followed(tensor) for tensor in tensors):
+            self.of_host[f"{name} at {_place()}"] += 1
 
     def __enter__(self) -> SyncCounter:
         self._modes.enter_context(_Operators(self))
@@ -122,6 +135,8 @@ class _Operators(TorchDispatchMode):
         followed = any(self._counter.is_followed(tensor) for tensor in given)
         result = func(*args, **kwargs)
         name = func._schema.name
+        if name.startswith(_COLLECTIVE):
+            self._counter.note_collective(name, given)
         if followed:
             self._counter.follow(tree_leaves(result))
         if (followed and _waits(name, args)) or _blocks(name, given, tree_leaves(result), args, kwargs):

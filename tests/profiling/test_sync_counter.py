@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -16,6 +18,7 @@ from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.models.trainable.freezing import configure_checkpointing
 from qwenvl.models.vision.grid_inputs import grid_describer, shown_grids
 from qwenvl.profiling.sync_counter import SyncCounter
+from tests.e2e.runs import flags, torchrun
 from tests.patches import install, patchify_of
 
 
@@ -132,3 +135,63 @@ def test_the_trainer_adds_no_wait(settings, trainer_of):
     first, second = micro.waits
     assert len(first) == 1 and "models/forward.py" in str(first), "mean and deviation of the pixels, once a run"
     assert not second
+
+
+RUNNER = """
+import json, sys
+from pathlib import Path
+from qwenvl.config import parse_arguments
+from qwenvl.profiling.sync_counter import SyncCounter
+from qwenvl.train import run as setup
+from qwenvl.train.trainer import Trainer
+from qwenvl.utils.distributed import rank, run_program, shut_down
+
+
+class Watched(Trainer):
+    def train(self, **options):
+        sums = vars(self.running_loss).values()
+        counter = SyncCounter((*self.model.parameters(), *self.model.buffers(), *sums))
+        with counter:
+            result = super().train(**options)
+        found = {"all": counter.collectives, "of the host": counter.of_host}
+        Path(f"{sys.argv[1]}.{rank()}").write_text(json.dumps(found))
+        return result
+
+
+setup.Trainer = Watched
+assert setup.run(parse_arguments(json.load(open(sys.argv[1])))) == 0
+shut_down()
+run_program(lambda: 0)
+"""
+
+
+@pytest.mark.slow
+def test_collectives_carry_tensors_of_the_device(tiny_checkpoint, registry, tmp_path):
+    """Of steps, evaluations and checkpoints: NCCL would refuse a tensor of the host, which gloo takes."""
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset_use": "held_out"}
+    settings |= {"logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1}
+    (tmp_path / "runner.py").write_text(RUNNER)
+    command = flags(tiny_checkpoint("qwen3_vl"), tmp_path / "out", registry, **settings)
+    (tmp_path / "command.json").write_text(json.dumps(command))
+    torchrun(tmp_path / "runner.py", str(tmp_path / "command.json"))
+    for rank in range(2):
+        found = json.loads((tmp_path / f"command.json.{rank}").read_text())
+        # DDP's constructor compares shapes in C++, and copies them to the device first
+        ours = [what for what in found["of the host"] if " at site-packages/accelerate/accelerator.py:" not in what]
+        assert not ours and sum(found["all"].values()) > 10, found
+        assert len(found["all"]) > 2, "reductions, gathers and broadcasts"
+
+
+def test_a_collective_of_the_host_is_found():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        device, host = torch.ones(2), torch.ones(2)
+        with SyncCounter([device]) as counter:
+            dist.all_reduce(device * 2)
+            assert not counter.of_host
+            dist.all_reduce(host)
+    finally:
+        dist.destroy_process_group()
+    assert sum(counter.collectives.values()) == 2
+    ((what, count),) = counter.of_host.items()
+    assert count == 1 and what.startswith("c10d::allreduce_ at tests/profiling/test_sync_counter.py:")
