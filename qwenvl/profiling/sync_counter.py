@@ -139,17 +139,18 @@ class _Operators(TorchDispatchMode):
             self._counter.note_collective(name, given)
         if followed:
             self._counter.follow(tree_leaves(result))
-        if (followed and _waits(name, args)) or _blocks(name, given, tree_leaves(result), args, kwargs):
+        if (followed and _waits(name, args, kwargs)) or _blocks(name, given, tree_leaves(result), args, kwargs):
             self._counter.note(str(func))
         return result
 
 
-def _waits(name: str, args: Any) -> bool:
+def _waits(name: str, args: Any, kwargs: Any) -> bool:
     """Whether an operator on tensors of the device waits."""
     if name in _INDEXED:
         return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
-    # repeats as a tensor: the size of the result is their sum
-    return name in _WAITING or (name == "aten::repeat_interleave" and len(args) == 1)
+    if name == "aten::repeat_interleave":  # by a tensor of repeats, whose sum is the size of the result
+        return len(args) == 1 and kwargs.get("output_size") is None
+    return name in _WAITING
 
 
 def _blocks(name: str, given: list[Tensor], results: list[Any], args: Any, kwargs: Any) -> bool:
