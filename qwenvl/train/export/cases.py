@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from qwenvl.data.types import Sample
 from qwenvl.models.vision.patchify import Patchify
 from qwenvl.utils.errors import SampleError
 
-_LOOKED_AT = 64  # rows among which the shortest are taken
+_LOOKED_AT = 64  # rows, evenly spread over a dataset, among which the shortest are taken
 _LONGEST = 2048  # tokens of a sample to compare with
 
 
@@ -32,16 +33,30 @@ class Case:
     encoded: EncodedSample
 
 
-def short_cases(dataset: ConversationDataset) -> Iterator[Case]:
-    """Yield the shortest sample with media and the shortest without, of the first rows, as far as there are any."""
-    shortest: dict[bool, tuple[Plan, Sample]] = {}
-    for index in range(min(_LOOKED_AT, len(dataset))):
-        for sample, plan in _plans(dataset, index):
-            best = shortest.get(bool(plan.media))
-            if len(plan.tokens) <= _LONGEST and (best is None or len(plan.tokens) < len(best[0].tokens)):
-                shortest[bool(plan.media)] = (plan, sample)
-    for plan, sample in shortest.values():
-        yield Case(plan, dataset.encoder.encode([plan], sample)[0])
+def short_cases(datasets: Sequence[ConversationDataset]) -> list[Case]:
+    """Return the shortest sample with clips, with images alone, and without media, among rows of the datasets.
+
+    Args:
+        datasets: Datasets; a later one is asked for the kinds of samples that the earlier ones lack.
+    """
+    found: dict[str, Case] = {}
+    for dataset in datasets:
+        shortest: dict[str, tuple[Plan, Sample]] = {}
+        for index in np.linspace(0, len(dataset) - 1, min(_LOOKED_AT, len(dataset))).round().astype(int).tolist():
+            for sample, plan in _plans(dataset, index):
+                kind, tokens = _kind(plan), len(plan.tokens)
+                if tokens <= _LONGEST and (kind not in shortest or tokens < len(shortest[kind][0].tokens)):
+                    shortest[kind] = (plan, sample)
+        for kind, (plan, sample) in shortest.items():
+            if kind not in found:
+                found[kind] = Case(plan, dataset.encoder.encode([plan], sample)[0])
+    return list(found.values())
+
+
+def _kind(plan: Plan) -> str:
+    if any(isinstance(medium, VideoPlan) for medium in plan.media):
+        return "clips"
+    return "images" if plan.media else "text"
 
 
 def _plans(dataset: ConversationDataset, index: int) -> Iterator[tuple[Sample, Plan]]:

@@ -12,8 +12,8 @@ not hold. WEIGHTS holds ``tensors``, checksums from :mod:`qwenvl.models.fingerpr
 
 Tensors must be equal, byte for byte. The logits of training may differ from float32 logits by as much as rounding to
 training's data type explains: with ``--reduced``, the same model also runs in that type, which measures this
-difference. The last line printed is JSON: ``problems``, a list of sentences, and ``differences``, one record per
-sample, those of scores first.
+difference (:mod:`qwenvl.train.export.distance`). The last line printed is JSON: ``problems``, a list of sentences, and
+``differences``, records of ``where``, ``error``, ``noise`` and ``multiple``, those of scores first.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from qwenvl.models.quantization import dequantizing, finish_dequantizing
 from qwenvl.models.rope_scaling import read_extension
 from qwenvl.models.task_module import NAME
 from qwenvl.tasks import files as task_files
+from qwenvl.train.export.distance import MEDIAN, Rows, content_of, measures, row_differences
 
 OUT_OF_MEMORY = 3
 """Exit code if there is not enough memory, which says nothing about the folder."""
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", help="of the base model of an adapter")
     parser.add_argument("--reduced", choices=["bfloat16", "float16"], help="what training computed in, if not float32")
     arguments = parser.parse_args(argv)
-    differences: list[dict[str, float]] = []
+    differences: list[dict[str, Any]] = []
     try:
         model, problems = open_model(arguments.folder, arguments.dtype)
         problems += check_weights(arguments.folder, model, json.loads(arguments.weights.read_text(encoding="utf-8")))
@@ -139,7 +140,7 @@ class Found(NamedTuple):
 
 def compare(
     folder: Path, model: Any, cases: Sequence[Mapping[str, Tensor]], reduced: str | None
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Return the distance of training's outputs from the folder's in float32, and that of rounding alone.
 
     Args:
@@ -149,7 +150,7 @@ def compare(
         reduced: Data type that training computed in; None for float32.
 
     Returns:
-        ``error`` and ``noise`` of each sample as defined by :func:`distance`, scores first; without a reduced type the
+        Records as of :func:`~qwenvl.train.export.distance.measures`, those of scores first; without a reduced type the
         noise is 0.
     """
     with computing_in_float32(model):
@@ -158,28 +159,22 @@ def compare(
     if reduced is not None:
         model = model.to(getattr(torch, reduced))
         rounded = [compute(folder, model, case) for case in cases]
-    logits = [
-        {"error": distance(case["logits"], one.logits), "noise": distance(other.logits, one.logits)}
+    rows = [
+        Rows(
+            content_of(case["input_ids"][0], model.config)[case["rows"]],
+            row_differences(case["logits"], one.logits),
+            row_differences(other.logits, one.logits),
+        )
         for case, one, other in zip(cases, exact, rounded, strict=True)
     ]
-    noise = max((record["noise"] for record in logits), default=0.0)
+    floor = max((float(sample.noise.median()) for sample in rows), default=0.0)
     scores = [
-        {"error": _share(case["scores"], one.scores), "noise": max(_share(other.scores, one.scores), noise)}
+        {"where": "of a head", "error": _share(case["scores"], one.scores), "multiple": MEDIAN}
+        | {"noise": max(_share(other.scores, one.scores), floor)}
         for case, one, other in zip(cases, exact, rounded, strict=True)
         if one.scores is not None and other.scores is not None
     ]
-    return scores + logits
-
-
-def distance(found: Tensor, exact: Tensor) -> float:
-    """Return the median over rows of a row's mean difference, in standard deviations of all exact logits.
-
-    The median rather than the mean, because rounding can send single tokens to other experts, which changes their rows
-    a lot.
-    """
-    if not torch.isfinite(found).all():
-        return float("inf")
-    return float(((found - exact).abs().mean(-1) / exact.std().clamp(min=1e-9)).median())
+    return scores + (list(measures(rows)) if rows else [])
 
 
 def _share(found: Tensor, exact: Tensor) -> float:
