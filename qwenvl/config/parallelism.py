@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qwenvl.config.rules.engines import read_settings
-from qwenvl.utils.errors import UserError, nearest
+from qwenvl.utils.errors import UserError
 
 _VARIABLES = {kind: f"PARALLELISM_CONFIG_{kind}_SIZE" for kind in ("SP", "CP", "TP")}
 _FLAGS = frozenset(
@@ -49,9 +49,9 @@ def refuse_parallelism(deepspeed: Mapping[str, Any] | str | None) -> None:
         raise UserError(f"{', '.join(asked)}: {_REASON}")
 
 
-def hint_for(name: str, known: Mapping[str, Any]) -> str:
-    """Return a hint on an unknown setting, with a space in front: why it is not supported, or similar names."""
-    return f" {_REASON}" if name in _FLAGS else nearest(name, known)
+def reason_against(name: str) -> str:
+    """Return why a setting of this name is not supported; empty if it does not split samples over devices."""
+    return _REASON if name in _FLAGS else ""
 
 
 def _by_environment() -> Iterator[str]:

@@ -61,7 +61,8 @@ def load_model(
         config: Config of this checkpoint to build the model from; None for its ``config.json`` unchanged.
         quantization: Quantization of frozen weights, from :func:`qwenvl.models.quantization.quantization`; None for
             none.
-        on_meta: Whether to read only names and shapes and leave the weights on the meta device.
+        on_meta: Whether to read only names and shapes and leave the weights on the meta device. A folder without any
+            file of weights is accepted then: shapes come from the config.
         cache_dir: Folder of downloads.
         trust_remote_code: Whether to run Python code that comes with the checkpoint.
 
@@ -74,6 +75,11 @@ def load_model(
     """
     origin = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     own = read_trainable(model_name_or_path, cache_dir=cache_dir, adapted=True)
+    if on_meta and _has_no_weights(Path(model_name_or_path)):
+        logger.warning("%s has no weights; shapes are those of its config.json.", model_name_or_path)
+        return _shapes_of(
+            config or AutoConfig.from_pretrained(model_name_or_path, **origin), dtype, attn_implementation
+        )
     if is_fp8(own):
         config = _dequantizing(model_name_or_path, config, own, origin)
     try:
@@ -100,6 +106,20 @@ def load_model(
     elif not on_meta and not is_deepspeed_zero3_enabled():
         keep_float32(model, model_name_or_path, origin)
     return model
+
+
+def _has_no_weights(folder: Path) -> bool:
+    """Return whether a path is a folder without any file of weights or index of such files."""
+    kinds = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json")
+    return folder.is_dir() and not any(True for kind in kinds for _ in folder.glob(kind))
+
+
+def _shapes_of(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    return model.eval()
 
 
 def keep_float32(model: PreTrainedModel, path: str, origin: Mapping[str, Any]) -> None:

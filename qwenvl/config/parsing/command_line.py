@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
-from qwenvl.config.parallelism import hint_for
 from qwenvl.config.parsing.fields import Setting
+from qwenvl.config.parsing.unknown_names import advise
 from qwenvl.utils.distributed import is_main_process
 from qwenvl.utils.errors import UserError
 
@@ -131,7 +131,7 @@ def _with_underscores(token: str) -> str:
 def _unknown(token: str, settings: Mapping[str, Setting]) -> str:
     name = token.lstrip("-").partition("=")[0]
     if token.startswith("-"):
-        return f"unknown flag --{name}.{hint_for(name, settings)} --help lists all flags."
+        return f"unknown flag --{name}.{advise(name, settings)} --help lists all flags."
     return f"{token!r} on the command line belongs to no flag. A recipe comes first; each flag takes one value."
 
 

@@ -15,10 +15,11 @@ from qwenvl.config.evaluation import EvaluationArguments
 from qwenvl.config.export import ExportArguments
 from qwenvl.config.lora import AdapterArguments
 from qwenvl.config.model import ModelArguments
-from qwenvl.config.parallelism import hint_for, refuse_parallelism
+from qwenvl.config.parallelism import refuse_parallelism
 from qwenvl.config.parsing.command_line import HelpPage, read_flags, split_debug
 from qwenvl.config.parsing.fields import Setting, convert, settings_of
 from qwenvl.config.parsing.recipes import find_file, read_recipe
+from qwenvl.config.parsing.unknown_names import unknown_settings
 from qwenvl.config.rules.hf_arguments import refuse_unsupported
 from qwenvl.config.tasks import TaskArguments
 from qwenvl.config.training import TrainingArguments
@@ -149,11 +150,11 @@ def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _converted(values: Mapping[str, Any], settings: Mapping[str, Setting], where: str) -> dict[str, Any]:
     """Return values in the types of their fields; None stays None."""
+    if unknown := unknown_settings(values, settings):
+        raise UserError(where + unknown)
     result: dict[str, Any] = {}
     for written, value in values.items():
         name = written.replace("-", "_")
-        if name not in settings:
-            raise UserError(f"{where}{written} is not a setting.{hint_for(name, settings)}")
         if name in result:
             raise UserError(f"{where}{written} is given twice; keep one.")
         try:

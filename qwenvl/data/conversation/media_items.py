@@ -141,7 +141,7 @@ def image_item(value: Any) -> ImageItem:
     if source == b"":
         raise SampleError("zero_byte", "an embedded image is empty (0 bytes).")
     if not isinstance(source, Source) or not source:
-        raise SampleError("bad_record", f"an image must be a path, URL, data URI or bytes, not {_short(source)}.")
+        raise _wrong_source("an image must be a path, URL, data URI or bytes", source)
     return ImageItem(source, **limits)
 
 
@@ -155,8 +155,13 @@ def video_item(value: Any) -> VideoItem:
     if isinstance(source, list | tuple) and source:
         return VideoItem(tuple(_frame(frame) for frame in source), **limits)
     if not isinstance(source, Source) or not source:
-        raise SampleError("bad_record", f"a video must be a path, URL or list of frame images, not {_short(source)}.")
+        raise _wrong_source("a video must be a path, URL or list of frame images", source)
     return VideoItem(source, **limits)
+
+
+def _wrong_source(rule: str, source: Any) -> SampleError:
+    empty = " An empty cell of a table was saved as NaN: leave the key out, or write null." if source != source else ""
+    return SampleError("bad_record", f"{rule}, not {_short(source)}.{empty}")
 
 
 def typed_media(part: Mapping[str, Any], kind: Kind, where: str, pool: MediaPool) -> ImageItem | VideoItem:

@@ -67,6 +67,8 @@ class MediaSources:
         """Add the file that was probably meant to the error of a path without a file."""
         if error.category not in ("missing_file", "outside_data_path") or len(source) > LONGEST_PATH:
             return error
+        if source.startswith(('["', "['")) and source.endswith("]"):
+            return SampleError(error.category, f"{error.reason} It is a list written as text: make it a list of paths.")
         hint = below(source, self.data_path)
         if not hint and error.category == "missing_file":  # folders outside data_path are not searched
             hint = beside(os.path.join(self.data_path, source))
@@ -88,7 +90,10 @@ class MediaSources:
         if not _real_path(path).startswith(os.path.join(_real_folder(self.data_path), "")):
             cure = "Move the file, or change data_path in the dataset's registry entry."
             if os.path.isabs(source):
-                cure = 'Set "allow_absolute": True, or data_path "", in the dataset\'s registry entry.'
+                cure = (
+                    "Write paths relative to data_path; for files that are to lie elsewhere, set "
+                    '"allow_absolute": True, or data_path "", in the dataset\'s registry entry.'
+                )
             raise SampleError("outside_data_path", f"{path} lies outside data_path {self.data_path}. {cure}")
         return path
 

@@ -16,6 +16,7 @@ or without a byte order mark. A row that is a list of samples is a packed row of
 from __future__ import annotations
 
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
@@ -45,6 +46,8 @@ _OTHER_FILES = (
     ((b'"formatting"', b'"file_name"'), f"{_LIST}with its folder as data_path."),  # of LLaMA-Factory
 )
 """Advice for a .json file that is one object, by words at its start."""
+_LIST_OF_SAMPLES = re.compile(rb'[^{]*\{\s*"([^"\\]{1,40})"\s*:\s*\[\s*\{')
+_TURNS = ("conversations", "messages")  # keys of one sample whose value is a list of objects too
 
 
 class Rows(Protocol):
@@ -256,6 +259,8 @@ def _advice(head: bytes) -> str:
     for words, advice in _OTHER_FILES:
         if all(word in head for word in words):
             return advice
+    if (listed := _LIST_OF_SAMPLES.match(head)) and (key := listed[1].decode(errors="replace")) not in _TURNS:
+        return f"Its samples seem to be the list under {key!r}: save that list alone."
     return "If each of its lines is a sample, name it .jsonl; if it is one sample, put [ ] around it."
 
 

@@ -21,6 +21,8 @@ def explain(error: json.JSONDecodeError) -> str:
     excerpt = error.doc[max(place - 30, 0) : place + 30].replace("\n", "\\n")
     if not error.doc[place:].strip():
         return f"{error.msg.removesuffix(' starting at')}; the text ends there, after {excerpt!r}."
+    if error.doc[place] == "'":
+        return f"{error.msg}, near {excerpt!r}. It looks printed by Python: write it with json.dump."
     return f"{error.msg}, near {excerpt!r}."
 
 

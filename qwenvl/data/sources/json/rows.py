@@ -90,7 +90,16 @@ class JsonRows:
         except SampleError as error:
             if self._layout == "array":
                 raise find_mistake(self._text) from error
-            raise UserError(f"line {self.line(row)}: {error.reason}") from error
+            raise UserError(f"line {self.line(row)}: {error.reason}{self._other_layout()}") from error
+
+    def _other_layout(self) -> str:
+        """Return advice, with a space in front, on a file of lines that starts as something else does."""
+        start = self.text(0)
+        if start.startswith(b"["):
+            return " The file starts with '[', so it holds one array: name it .json."
+        if start == b"{":
+            return " The file's first sample goes on over several lines: write each on one line, or an array as .json."
+        return ""
 
 
 def _index_lines(text: TextFile) -> RowIndex:
