@@ -75,8 +75,7 @@ def load_model(
     """
     origin = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     own = read_trainable(model_name_or_path, cache_dir=cache_dir, adapted=True)
-    if on_meta and _has_no_weights(Path(model_name_or_path)):
-        logger.warning("%s has no weights; shapes are those of its config.json.", model_name_or_path)
+    if on_meta and has_no_weights(model_name_or_path):
         return _shapes_of(
             config or AutoConfig.from_pretrained(model_name_or_path, **origin), dtype, attn_implementation
         )
@@ -108,9 +107,9 @@ def load_model(
     return model
 
 
-def _has_no_weights(folder: Path) -> bool:
+def has_no_weights(path: str) -> bool:
     """Return whether a path is a folder without any file of weights or index of such files."""
-    kinds = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json")
+    folder, kinds = Path(path), ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json")
     return folder.is_dir() and not any(True for kind in kinds for _ in folder.glob(kind))
 
 

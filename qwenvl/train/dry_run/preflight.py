@@ -1,7 +1,8 @@
 """``--dry_run``: try everything that can fail later, and compute the size of the run. No GPU is needed.
 
 Tokens, packs, steps and operations are exact. Memory is counted by running the step of the heaviest micro-batch on the
-meta device (:mod:`qwenvl.profiling.activation_memory`). Hours are operations / (devices x peak x assumed MFU).
+meta device (:mod:`qwenvl.profiling.activation_memory`). Hours are operations / (devices x peak x assumed MFU). A
+checkpoint of config and processor alone is enough: its run is planned, so that it need not fit on this machine's disk.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from qwenvl.data.dataset import ConversationDataset, SampledTable
 from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.packing.lengths import measure_lengths
 from qwenvl.data.types import History
+from qwenvl.models.loading import has_no_weights
 from qwenvl.profiling.activation_memory import StepMemory, measure_step
 from qwenvl.profiling.flops import flops_of
 from qwenvl.profiling.state_memory import StateMemory, estimate_states, read_sharing
@@ -72,7 +74,13 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
     flops, sharing = flops_of(model), read_sharing(args, ranks)
     schedule = plan_schedule(len(data.train), args, ranks)
     states = estimate_states(model, sharing, str(args.optim), *weight_types(parsed))
-    require_room_on_disk(args, states)
+    planned = has_no_weights(parsed.model.model_name_or_path)
+    if planned:
+        logger.warning(
+            "%s has no weights: its shapes are those of config.json. Training needs them.",
+            parsed.model.model_name_or_path,
+        )
+    require_room_on_disk(args, states, planned=planned)
     step = measure_heaviest(model, data, measures, parsed)
     data = replace(data, arranged=replace(data.arranged, measures=lengths.measures, events=lengths.events))
     imbalance = slowest_over_mean(data.order, flops.count(measures), args, ranks)
@@ -152,8 +160,13 @@ def name_unread_keys(dataset: ConversationDataset) -> None:
             logger.warning("%s.", message)
 
 
-def require_room_on_disk(args: TrainingArguments, states: StateMemory) -> None:
+def require_room_on_disk(args: TrainingArguments, states: StateMemory, *, planned: bool = False) -> None:
     """Check that a checkpoint fits on the disk, and warn if ``--save_total_limit`` checkpoints do not.
+
+    Args:
+        args: Arguments of the training.
+        states: Memory of its states.
+        planned: Whether the run is for another machine, so that a disk that is too small is a warning.
 
     Raises:
         UserError: A single checkpoint does not fit.
@@ -161,10 +174,14 @@ def require_room_on_disk(args: TrainingArguments, states: StateMemory) -> None:
     assert args.output_dir is not None
     free = shutil.disk_usage(args.output_dir).free
     if states.checkpoint > free:
-        raise UserError(
+        message = (
             f"--output_dir {args.output_dir}: a checkpoint takes about {gib(states.checkpoint)}, and its disk has "
             f"{gib(free)} free. Choose another disk, or --save_only_model True."
         )
+        if not planned:
+            raise UserError(message)
+        logger.warning("%s", message)
+        return
     kept = args.save_total_limit
     if kept and (kept + 1) * states.checkpoint > free:
         logger.warning(

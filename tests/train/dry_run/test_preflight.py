@@ -152,3 +152,32 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_said(
     monkeypatch.setattr("qwenvl.train.dry_run.preflight.shutil.disk_usage", lambda _: usage._replace(free=1000))
     message = fail([*flags(tiny_checkpoint("qwen3_vl"), tmp_path / "out", registry), "--dry_run"])
     assert "a checkpoint takes about" in message and "--save_only_model" in message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_weights_it_says_the_same(
+    family: str,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+    caplog: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of config and processor alone; that the disk of this machine is too small is a warning then."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_checkpoint(family), bare, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    settings = {"bf16": True, "dry_run_devices": 4, **(LORA if family == "qwen3_vl" else {})}
+    text = dry_run(caplog, flags(tiny_checkpoint(family), tmp_path / "out", registry, **settings))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("qwenvl.train.dry_run.preflight.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    found = dry_run(caplog, flags(bare, tmp_path / "out", registry, **settings))
+    assert re.sub(r"(?m)^name .*\n", "", found) == re.sub(r"(?m)^name .*\n", "", text)
+    assert f"{bare} has no weights" in caplog.text and "Choose another disk" in caplog.text
+
+
+def test_training_needs_weights(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, fail: Any
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_checkpoint("qwen3_vl"), bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert "its weights could not be loaded" in fail(flags(bare, tmp_path / "out", registry))
