@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
 
@@ -35,16 +35,17 @@ def main() -> None:
     print("| model | parameters |", " | ".join(columns), "|")
     print("|---|---|" + "---|" * len(columns))
     for path in arguments.configs:
-        full, adapted = build(path, lora=False), build(path, lora=True)
+        config = AutoConfig.from_pretrained(path)
+        full, adapted = build(config, lora=False), build(config, lora=True)
         cells = [f"{states(model, count):,.0f}" for model in (full, adapted) for count in arguments.gpus]
         name = path.parent.name if path.name == "config.json" else path.stem
         print(f"| {name} | {full.num_parameters() / 1e9:.1f} B |", " | ".join(cells), "|")
 
 
-def build(path: Path, *, lora: bool) -> Any:
+def build(config: PretrainedConfig, *, lora: bool) -> Any:
     """Return a model of a config on the meta device, with trainable parameters set."""
     with torch.device("meta"):
-        model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16)
+        model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     if lora:
         model.requires_grad_(False)
         add_adapters(model, AdapterSettings("language", 64, 128, dropout=0.0))
