@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 
 from qwenvl.models.lora.adapters import AdapterSettings, add_adapters
 from qwenvl.models.trainable.freezing import set_model
-from qwenvl.profiling.state_memory import Sharing, estimate_states
+from qwenvl.profiling.state_memory import StateSharding, estimate_states
 
 
 def main() -> None:
@@ -56,8 +56,8 @@ def build(config: PretrainedConfig, *, lora: bool) -> Any:
 
 def states(model: Any, ranks: int) -> float:
     """Return GiB of weights, gradients and AdamW on each of ``ranks`` GPUs."""
-    sharing = Sharing("ZeRO-3" if ranks > 1 else "one process", 3 if ranks > 1 else 0, ranks, masters=True)
-    found = estimate_states(model, sharing, "adamw_torch", torch.bfloat16, torch.bfloat16)
+    sharding = StateSharding("ZeRO-3" if ranks > 1 else "one process", 3 if ranks > 1 else 0, ranks, masters=True)
+    found = estimate_states(model, sharding, "adamw_torch", torch.bfloat16, torch.bfloat16)
     return (found.weights + found.gradients + found.optimizer) / 2**30
 
 

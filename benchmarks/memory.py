@@ -29,7 +29,7 @@ from qwenvl.models.lora.adapters import AdapterSettings, add_adapters
 from qwenvl.models.trainable.freezing import configure_checkpointing, set_model
 from qwenvl.models.vision.patchify import Patchify
 from qwenvl.profiling.activation_memory import measure_step
-from qwenvl.profiling.state_memory import Sharing, estimate_states
+from qwenvl.profiling.state_memory import StateSharding, estimate_states
 
 ROWS: dict[str, dict[str, Any]] = {
     "all parts train": {},
@@ -73,7 +73,7 @@ def main() -> None:
     for name, row in ROWS.items():
         model = build(config, row)
         kinds = torch.bfloat16, torch.bfloat16
-        engines = Sharing("one", 0, 1, masters=True), Sharing("ZeRO-3", 3, 8, masters=True)
+        engines = StateSharding("one", 0, 1, masters=True), StateSharding("ZeRO-3", 3, 8, masters=True)
         states = [estimate_states(model, engine, "adamw_torch", *kinds) for engine in engines]
         step = measure_step(model, batch)
         activations = (step.activations + step.logits) / 2**30

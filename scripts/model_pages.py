@@ -90,15 +90,14 @@ def main() -> None:
 
 def replace(text: str, name: str, table: str) -> str:
     """Return the text of a page with another table between its two markers."""
-    return re.sub(
-        rf"(<!-- {name}[^>]*-->\n\n).*?(\n\n<!-- end -->)", lambda found: found[1] + table + found[2], text, flags=re.S
-    )
+    pattern = re.compile(rf"(<!-- {name}[^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
 
 
 def recipe_table(page: str) -> str:
     """Return the table of a page's recipes."""
     lines = [
-        "| model | recipes | learning rate, full | GPU x steps of a batch | full fine-tuning shards by | hardware |",
+        "| model | recipes | learning rate, full | samples x accumulation, full | engine, full | hardware, full |",
         "|---|---|---|---|---|---|",
     ]
     lines += [_recipe(model) for model in MODELS if _page_of(model) == page]
@@ -111,7 +110,7 @@ def _page_of(model: Model) -> str:
 
 def _recipe(model: Model) -> str:
     engine = "ZeRO-3" if model.engine == "zero3" else "ZeRO-2"
-    needs = model.needs.rstrip(".") or "one node of 8 GPUs of 80 GB, or fewer"
+    needs = model.needs.removeprefix("Needs ").rstrip(".") or "8 GPUs of 80 GB or fewer"
     name = f"`sft_{model.name}`, `lora_{model.name}`"
     return f"| {model.title} | {name} | {model.rate} | {model.batch} x {model.accumulation} | {engine} | {needs} |"
 

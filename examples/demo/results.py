@@ -14,8 +14,8 @@ from qwenvl.data.dataset import SampledTable
 from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.sources.table import open_annotations
 from qwenvl.data.types import DatasetSpec
-from qwenvl.inference.batch import Job, answer
-from qwenvl.inference.generate import Answerer
+from qwenvl.inference.answer_rows import Job, answer
+from qwenvl.inference.generate import ChatModel
 from qwenvl.metrics.base import Case
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.metrics.registry import choose_metric, score_lines, to_case
@@ -91,8 +91,8 @@ def answer_heldout(model: str, data: Path, *, limit: int | None = None, batch_si
         )
     arguments = AskArguments(model_name_or_path=model, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch_size)
     encoder = open_asking_encoder(arguments)
-    answerer = open_model(arguments, encoder)
-    return [result for file in files for result in _answer_file(arguments, encoder, answerer, file, limit)]
+    chat_model = open_model(arguments, encoder)
+    return [result for file in files for result in _answer_file(arguments, encoder, chat_model, file, limit)]
 
 
 def _place(task: str) -> tuple[int, str]:
@@ -100,14 +100,14 @@ def _place(task: str) -> tuple[int, str]:
 
 
 def _answer_file(
-    arguments: AskArguments, encoder: SampleEncoder, answerer: Answerer, file: Path, limit: int | None
+    arguments: AskArguments, encoder: SampleEncoder, chat_model: ChatModel, file: Path, limit: int | None
 ) -> list[Result]:
     task = file.name.removesuffix(SUFFIX)
     table = open_annotations(DatasetSpec(task, (str(file),), str(file.parent)))
     rows = np.arange(len(table) if limit is None else min(limit, len(table)))
     job = Job(str(file), [SampledTable(table, rows)], encoder, arguments.decoding, arguments.batch_size)
     lines: list[Prediction] = []
-    answer(job, rows.tolist(), answerer, lines.extend)
+    answer(job, rows.tolist(), chat_model, lines.extend)
     for line in lines:
         if line.error is not None:
             raise UserError(f"{line.file}:{line.line}: {line.error} Generate the data again: tools/make_demo_data.py")

@@ -19,8 +19,8 @@ from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.encoding.processor import build_encoder, limits_as_flags, open_processor
 from qwenvl.data.media.video.decode import prepare_backend
 from qwenvl.families import get_family
-from qwenvl.inference.batch import Job, Progress, answer_rows
-from qwenvl.inference.generate import Answerer, Decoding, base_of, config_of, open_answerer, processor_folder
+from qwenvl.inference.answer_rows import Job, Progress, answer_rows
+from qwenvl.inference.generate import ChatModel, Decoding, base_of, config_of, open_chat_model, processor_folder
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.models.loading import read_model_type
 from qwenvl.models.rope_scaling import context_length
@@ -131,14 +131,14 @@ def open_predictor(arguments: AskArguments, encoder: SampleEncoder) -> Any:
     return predictor.open(open_model(arguments, encoder), arguments.model_name_or_path)
 
 
-def open_model(arguments: AskArguments, encoder: SampleEncoder) -> Answerer:
+def open_model(arguments: AskArguments, encoder: SampleEncoder) -> ChatModel:
     """Open the model, to answer samples of an encoder.
 
     Raises:
         UserError: It cannot be opened.
     """
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    opened = open_answerer(arguments.model_name_or_path, base=arguments.base, device=arguments.device, dtype=dtype)
+    opened = open_chat_model(arguments.model_name_or_path, base=arguments.base, device=arguments.device, dtype=dtype)
     return replace(opened, template_kwargs=encoder.template.kwargs)
 
 

@@ -17,9 +17,9 @@ from qwenvl.config.rules.best_metric import greater_is_better
 from qwenvl.config.rules.engines import check_deepspeed, check_fsdp, read_settings
 from qwenvl.config.rules.hf_arguments import refuse_accelerator_settings
 from qwenvl.config.rules.limits import check_limits
-from qwenvl.config.rules.reporters import require_known_version
+from qwenvl.config.rules.reporters import choose_reporters
 from qwenvl.utils.cores import available_cores
-from qwenvl.utils.errors import UserError, nearest
+from qwenvl.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -277,27 +277,3 @@ def _refuse_checkpointing_arguments(flag: str, arguments: Any) -> None:
             f"--{flag} {arguments}: checkpointing here is not reentrant, which would lose gradients of frozen and of "
             "deepstack parts, and takes no other arguments. Leave the flag out."
         )
-
-
-def choose_reporters(report_to: str | list[str] | None) -> str | list[str]:
-    """Return the reporters of metrics, checked; by default tensorboard where it is installed.
-
-    Raises:
-        UserError: a name that transformers does not know, or whose package is missing.
-    """
-    from transformers.integrations import integration_utils  # slow to import, and only needed here
-
-    known = integration_utils.INTEGRATION_TO_CALLBACK
-    available = integration_utils.get_available_reporting_integrations()
-    if not report_to:
-        if "tensorboard" not in available:
-            logger.warning("tensorboard is not installed: no curves are written (pip install tensorboard).")
-        return "tensorboard" if "tensorboard" in available else "none"
-    for name in [report_to] if isinstance(report_to, str) else report_to:
-        if name not in (*known, "all", "none"):
-            options = f"{', '.join(known)}, all or none"
-            raise UserError(f"--report_to {name!r} is not known: {options}.{nearest(name, known)}")
-        require_known_version(name)
-        if name not in ("all", "none", "flyte", *available):  # transformers cannot detect flyte
-            raise UserError(f"--report_to {name} needs a package that is missing: pip install {name}, or choose none.")
-    return report_to

@@ -20,7 +20,7 @@ from qwenvl.metrics.registry import score_lines
 
 
 @dataclass(frozen=True)
-class Blindness:
+class ImageAblation:
     """Effect of images and videos on the answers to a group of questions.
 
     Args:
@@ -89,7 +89,9 @@ class Blindness:
         }
 
 
-def compare_views(name: str, metric: Metric, views: Mapping[View, Sequence[Prediction]], seed: int = 0) -> Blindness:
+def compare_views(
+    name: str, metric: Metric, views: Mapping[View, Sequence[Prediction]], seed: int = 0
+) -> ImageAblation:
     """Compare the answers and losses of a group of samples.
 
     Args:
@@ -107,8 +109,8 @@ def compare_views(name: str, metric: Metric, views: Mapping[View, Sequence[Predi
         losses[view] = np.array([(lines[key].loss, lines[key].trained_tokens) for key in keys], dtype=np.float64)
     others: tuple[View, ...] = ("blank", "swapped")
     if not keys:
-        return Blindness(name, metric, 0, len(views["shown"]), {}, {}, {}, {})
-    return Blindness(
+        return ImageAblation(name, metric, 0, len(views["shown"]), {}, {}, {}, {})
+    return ImageAblation(
         name,
         metric,
         len(keys),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qwenvl.evaluate.image_ablation import Blindness, compare_views
+from qwenvl.evaluate.image_ablation import ImageAblation, compare_views
 from qwenvl.inference.other_images import View
 from qwenvl.metrics.base import Metric, Scored
 from qwenvl.metrics.bootstrap import Interval, score_interval
@@ -102,7 +102,7 @@ def _scores(dataset: str, name: str | None, lines: Sequence[Prediction]) -> Scor
     return Scores(dataset, metric, tuple(lines), tuple(score_lines(lines, metric)))
 
 
-def evaluate_views(scores: Sequence[Scores], views: Mapping[View, Sequence[Prediction]]) -> list[Blindness]:
+def evaluate_views(scores: Sequence[Scores], views: Mapping[View, Sequence[Prediction]]) -> list[ImageAblation]:
     """Compare the views of each group of samples.
 
     Args:

@@ -54,7 +54,7 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class Answerer:
+class ChatModel:
     """A model with the processor that renders its prompts.
 
     Args:
@@ -126,9 +126,9 @@ def processor_folder(folder: str, base: str | None = None) -> str:
     return folder if has_own else base_of(folder, base)
 
 
-def open_answerer(
+def open_chat_model(
     folder: str, *, base: str | None = None, device: str | None = None, dtype: torch.dtype | None = None
-) -> Answerer:
+) -> ChatModel:
     """Open a full model with the stock classes, or adapters on their base with PEFT.
 
     Args:
@@ -154,7 +154,7 @@ def open_answerer(
     except (OSError, ValueError, ImportError) as error:  # ImportError: the library of quantized weights is missing
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} cannot be opened as a model with its processor: {first_line}") from error
-    return Answerer(model.to(device).eval(), processor)
+    return ChatModel(model.to(device).eval(), processor)
 
 
 def _open_whole(folder: str, device: str, dtype: torch.dtype | None) -> Any:
@@ -173,7 +173,7 @@ def _open_whole(folder: str, device: str, dtype: torch.dtype | None) -> Any:
 
 
 def generate(
-    answerer: Answerer,
+    chat_model: ChatModel,
     prompts: Sequence[Prompt],
     *,
     decoding: Decoding | None = None,
@@ -183,7 +183,7 @@ def generate(
     """Return the answer to every prompt, in order.
 
     Args:
-        answerer: Model and processor, from :func:`open_answerer`.
+        chat_model: Model and processor, from :func:`open_chat_model`.
         prompts: Prompts to answer.
         decoding: Decoding settings; None for greedy decoding of up to 128 tokens.
         batch_size: Prompts per batch.
@@ -195,36 +195,36 @@ def generate(
     options = {**(decoding or Decoding()).options(), **options}
     answers: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
-        inputs = encode_prompts(answerer, prompts[start : start + batch_size]).to(answerer.model.device)
+        inputs = encode_prompts(chat_model, prompts[start : start + batch_size]).to(chat_model.model.device)
         with torch.no_grad():  # not inference_mode, whose tensors a model that trains afterwards cannot use
-            output = answerer.model.generate(**inputs, **options)
+            output = chat_model.model.generate(**inputs, **options)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
-        texts = answerer.processor.batch_decode(
+        texts = chat_model.processor.batch_decode(
             new_tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        ended = _ended(answerer, new_tokens)
-        answers += [_answer(answerer, *pair) for pair in zip(texts, ended, strict=True)]
+        ended = _ended(chat_model, new_tokens)
+        answers += [_answer(chat_model, *pair) for pair in zip(texts, ended, strict=True)]
     return answers
 
 
-def _ended(answerer: Answerer, new_tokens: torch.Tensor) -> list[bool]:
+def _ended(chat_model: ChatModel, new_tokens: torch.Tensor) -> list[bool]:
     """Return for each row of new tokens, [B, T], whether it contains an end-of-sequence token."""
-    ends = answerer.model.generation_config.eos_token_id
+    ends = chat_model.model.generation_config.eos_token_id
     if ends is None:
         return [False] * len(new_tokens)
     return torch.isin(new_tokens, torch.as_tensor(ends, device=new_tokens.device)).any(dim=1).tolist()
 
 
-def _answer(answerer: Answerer, text: str, ended: bool) -> Answer:
-    thinking = not ended and answerer.template.opens_thinking and "</think>" not in text
+def _answer(chat_model: ChatModel, text: str, ended: bool) -> Answer:
+    thinking = not ended and chat_model.template.opens_thinking and "</think>" not in text
     return Answer(text, "stop" if ended else "length", thinking)
 
 
-def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt], *, answered: bool = False) -> Any:
+def encode_prompts(chat_model: ChatModel, prompts: Sequence[Prompt], *, answered: bool = False) -> Any:
     """Render and tokenize prompts, and cut their media into patches.
 
     Args:
-        answerer: Model and processor.
+        chat_model: Model and processor.
         prompts: Prompts to encode.
         answered: Whether the prompts end in an answer, so that no generation prompt follows.
 
@@ -233,8 +233,8 @@ def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt], *, answered: b
         ``pixel_values``, ``image_grid_thw``, ``pixel_values_videos`` and ``video_grid_thw`` where there are any; with
         clips of Qwen2-VL and Qwen2.5-VL also ``position_ids`` int64 [4, B, T].
     """
-    texts = [_render(answerer, prompt, answered) for prompt in prompts]
-    processor = answerer.processor
+    texts = [_render(chat_model, prompt, answered) for prompt in prompts]
+    processor = chat_model.processor
     shown = [pair for prompt in prompts for pair in zip(prompt.plans, prompt.frames, strict=True)]
     media: dict[str, Any] = {}
     if images := [Image.fromarray(frames[0].numpy()) for plan, frames in shown if not isinstance(plan, VideoPlan)]:
@@ -249,15 +249,15 @@ def encode_prompts(answerer: Answerer, prompts: Sequence[Prompt], *, answered: b
             "video_metadata": [_metadata(plan) for plan, _ in videos],
         }
     inputs = processor(text=texts, text_kwargs={"padding": True, "padding_side": "left"}, return_tensors="pt", **media)
-    config = getattr(answerer.model, "config", None)  # none where prompts alone are wanted
+    config = getattr(chat_model.model, "config", None)  # none where prompts alone are wanted
     if videos and config is not None and needs_positions(config):
         inputs["position_ids"] = clip_positions(config, inputs)
     return inputs
 
 
-def _render(answerer: Answerer, prompt: Prompt, answered: bool) -> str:
+def _render(chat_model: ChatModel, prompt: Prompt, answered: bool) -> str:
     conversation = Conversation(prompt.messages, prompt.tools, template_kwargs=prompt.arguments)
-    template = answerer.template
+    template = chat_model.template
     return (template.render(conversation) if answered else template.render_prompt(conversation)).text
 
 

@@ -10,27 +10,27 @@ from torch.nn import functional
 
 from qwenvl.data.encoding.tokenization import IGNORE_INDEX
 from qwenvl.data.media.resize import VideoPlan
-from qwenvl.inference.generate import Answerer
+from qwenvl.inference.generate import ChatModel
 from qwenvl.inference.prompts import EvalExample
 from qwenvl.models.vision.patchify import Patchify
 
 
-def example_loss(answerer: Answerer, example: EvalExample) -> tuple[float, float]:
+def example_loss(chat_model: ChatModel, example: EvalExample) -> tuple[float, float]:
     """Return the summed cross entropy of a sample's trained tokens, in nats, and the number of these tokens.
 
     Where answers have weights, both are weighted sums. Tokens, labels, positions and pixels are those of training. The
     model is called through the stock forward of transformers, so that it may have adapters of any kind.
     """
-    device = answerer.model.device
+    device = chat_model.model.device
     tokens = example.encoded.tokens
     kept = (tokens.labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
     with torch.inference_mode():
-        logits = answerer.model(
+        logits = chat_model.model(
             input_ids=tokens.input_ids[None].to(device),
             position_ids=tokens.position_ids[1:, None].to(device),
             logits_to_keep=kept.to(device),
             use_cache=False,
-            **_pixels(answerer, example, device),
+            **_pixels(chat_model, example, device),
         ).logits[0]
         targets = tokens.labels[kept + 1].to(device)
         if tokens.weights is None:
@@ -40,8 +40,8 @@ def example_loss(answerer: Answerer, example: EvalExample) -> tuple[float, float
     return float(losses.cpu() @ weights), float(weights.sum())
 
 
-def _pixels(answerer: Answerer, example: EvalExample, device: torch.device) -> dict[str, Tensor]:
-    patchify = Patchify.from_processor(answerer.processor).to(device)
+def _pixels(chat_model: ChatModel, example: EvalExample, device: torch.device) -> dict[str, Tensor]:
+    patchify = Patchify.from_processor(chat_model.processor).to(device)
     inputs: dict[str, Any] = {}
     for kind, pixels, grids in (
         (False, "pixel_values", "image_grid_thw"),

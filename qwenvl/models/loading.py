@@ -59,10 +59,8 @@ def load_model(
         dtype: Data type of the weights in memory.
         attn_implementation: Attention implementation of transformers, from :func:`choose_attention`.
         config: Config of this checkpoint to build the model from; None for its ``config.json`` unchanged.
-        quantization: Quantization of frozen weights, from :func:`qwenvl.models.quantization.quantization`; None for
-            none.
-        on_meta: Whether to read only names and shapes and leave the weights on the meta device. A folder without any
-            file of weights is accepted then: shapes come from the config.
+        quantization: Quantization of frozen weights, from :func:`~qwenvl.models.quantization.quantization`, or None.
+        on_meta: Whether to leave the weights on the meta device; shapes are the config's if the folder has no weights.
         cache_dir: Folder of downloads.
         trust_remote_code: Whether to run Python code that comes with the checkpoint.
 
@@ -76,9 +74,8 @@ def load_model(
     origin = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     own = read_trainable(model_name_or_path, cache_dir=cache_dir, adapted=True)
     if on_meta and has_no_weights(model_name_or_path):
-        return _shapes_of(
-            config or AutoConfig.from_pretrained(model_name_or_path, **origin), dtype, attn_implementation
-        )
+        config = config or AutoConfig.from_pretrained(model_name_or_path, **origin)
+        return _shapes_of(config, dtype, attn_implementation)
     if is_fp8(own):
         config = _dequantizing(model_name_or_path, config, own, origin)
     try:

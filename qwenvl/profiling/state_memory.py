@@ -21,7 +21,7 @@ _ADAM = 8.0
 
 
 @dataclass(frozen=True, slots=True)
-class Sharing:
+class StateSharding:
     """Sharding of a model's state by an engine.
 
     Args:
@@ -51,15 +51,15 @@ class StateMemory:
     checkpoint: int
 
 
-def read_sharing(args: TrainingArguments, ranks: int) -> Sharing:
+def read_sharding(args: TrainingArguments, ranks: int) -> StateSharding:
     """Return how the flags shard a run over a number of devices."""
     if args.fsdp:
-        return Sharing("FSDP2", 3, ranks)
+        return StateSharding("FSDP2", 3, ranks)
     if not args.deepspeed:
-        return Sharing("DDP" if ranks > 1 else "one process", 0, ranks)
+        return StateSharding("DDP" if ranks > 1 else "one process", 0, ranks)
     zero = read_settings(args.deepspeed, "deepspeed")["zero_optimization"]
     stage = int(zero["stage"])
-    return Sharing(
+    return StateSharding(
         f"ZeRO-{stage}",
         stage,
         ranks,
@@ -74,13 +74,13 @@ def _offloads(zero: Mapping[str, Any], name: str) -> bool:
 
 
 def estimate_states(
-    model: PreTrainedModel, sharing: Sharing, optimizer: str, frozen: torch.dtype, trained: torch.dtype
+    model: PreTrainedModel, sharding: StateSharding, optimizer: str, frozen: torch.dtype, trained: torch.dtype
 ) -> StateMemory:
     """Return the memory of a model's state.
 
     Args:
         model: Model with frozen and trainable parts set, on any device.
-        sharing: Sharding over devices.
+        sharding: Sharding over devices.
         optimizer: Value of ``--optim``.
         frozen: Data type of frozen weights.
         trained: Data type of trainable weights and their gradients.
@@ -90,12 +90,12 @@ def estimate_states(
         counts[parameter.requires_grad] += parameter.numel()
     weights = counts[False] * frozen.itemsize + counts[True] * trained.itemsize
     gradients = counts[True] * trained.itemsize
-    states = _optimizer_bytes(model, optimizer) + (4 * counts[True] if sharing.masters else 0)
-    buckets = gradients if sharing.name == "DDP" else 0  # DDP sends copies of the gradients
-    of_optimizer = 0 if sharing.offloads_optimizer else states // (sharing.ranks if sharing.stage >= 1 else 1)
+    states = _optimizer_bytes(model, optimizer) + (4 * counts[True] if sharding.masters else 0)
+    buckets = gradients if sharding.name == "DDP" else 0  # DDP sends copies of the gradients
+    of_optimizer = 0 if sharding.offloads_optimizer else states // (sharding.ranks if sharding.stage >= 1 else 1)
     return StateMemory(
-        weights=0 if sharing.offloads_weights else weights // (sharing.ranks if sharing.stage == 3 else 1),
-        gradients=gradients // (sharing.ranks if sharing.stage >= 2 else 1) + buckets,
+        weights=0 if sharding.offloads_weights else weights // (sharding.ranks if sharding.stage == 3 else 1),
+        gradients=gradients // (sharding.ranks if sharding.stage >= 2 else 1) + buckets,
         optimizer=of_optimizer,
         checkpoint=states + (counts[True] * trained.itemsize if has_adapters(model) else weights),
     )

@@ -30,7 +30,7 @@ class Predictor:
     Args:
         reader: Function of ``task.json`` that returns a reader of the samples to predict.
         open: Function of an open model and its folder that returns the model with the module of the task.
-        answer: Function that predicts rows, with the arguments of :func:`qwenvl.inference.batch.answer`.
+        answer: Function that predicts rows, with the arguments of :func:`qwenvl.inference.answer_rows.answer`.
         scores: Function of folder, stock model and a sample's inputs that recomputes the ``Objective.scores``.
     """
 

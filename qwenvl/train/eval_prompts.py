@@ -13,8 +13,8 @@ from PIL import Image
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.encoding.encoded import EncodedSample
 from qwenvl.evaluate.scoring import evaluate
-from qwenvl.inference.batch import describe, exchanged, with_answer
-from qwenvl.inference.generate import Answer, Answerer
+from qwenvl.inference.answer_rows import describe, exchanged, with_answer
+from qwenvl.inference.generate import Answer, ChatModel
 from qwenvl.inference.other_images import Key, View, blank, find_partners, key_of
 from qwenvl.inference.prompts import EvalExample, open_example
 from qwenvl.metrics.predictions import Prediction
@@ -91,9 +91,9 @@ class EvalPrompts:
         """Numbers of the samples whose media can be swapped with another sample's."""
         return sorted(self._partners)
 
-    def answerer(self, model: Any) -> Answerer:
-        """Return an answerer, which renders prompts as in training."""
-        return Answerer(model, self._processor, self._dataset.encoder.template.kwargs)
+    def chat_model(self, model: Any) -> ChatModel:
+        """Return an chat_model, which renders prompts as in training."""
+        return ChatModel(model, self._processor, self._dataset.encoder.template.kwargs)
 
     def open(self, number: int) -> EvalExample:
         """Decode a sample.

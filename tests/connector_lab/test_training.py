@@ -18,7 +18,7 @@ from qwenvl.data.encoding.encoded import Item
 from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.encoding.processor import build_encoder, open_processor
 from qwenvl.data.types import Sample
-from qwenvl.inference.generate import Answerer, encode_prompts
+from qwenvl.inference.generate import ChatModel, encode_prompts
 from qwenvl.inference.prompts import open_example
 from qwenvl.models.forward import install
 from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
@@ -70,12 +70,12 @@ def test_training_reads_the_ids_that_the_saved_processor_makes(
     """And positions count tokens one by one, as the language model has learned."""
     folder = lab(encoder, connector=connector)
     opened = encoder_of(folder)
-    answerer = Answerer(
+    chat_model = ChatModel(
         AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     )
     for sample in samples_of(registry):
         example = open_example(sample, opened)
-        inputs = encode_prompts(answerer, [example.prompt])
+        inputs = encode_prompts(chat_model, [example.prompt])
         prompt = inputs["input_ids"][0]
         ids = example.encoded.tokens.input_ids
         assert ids[: len(prompt)].tolist() == prompt.tolist()
@@ -92,10 +92,10 @@ def test_one_row_gives_the_loss_of_the_stock_forward_pass(
     samples = samples_of(registry)[:6]
     examples = [open_example(sample, opened) for sample in samples]
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    answerer = Answerer(model, processor)
+    chat_model = ChatModel(model, processor)
     total = 0.0
     for example in examples:
-        inputs = encode_prompts(answerer, [example.prompt])
+        inputs = encode_prompts(chat_model, [example.prompt])
         tokens = example.encoded.tokens
         inputs = {name: inputs[name] for name in inputs if name.startswith(("pixel", "image", "video"))}
         with torch.no_grad():
@@ -150,7 +150,7 @@ def test_answers_are_generated_from_the_cache(
     folder = lab("clip", language_model)
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     prompt = open_example(samples_of(registry)[0], encoder_of(folder)).prompt
-    inputs = encode_prompts(Answerer(model, open_processor(str(folder))), [prompt])
+    inputs = encode_prompts(ChatModel(model, open_processor(str(folder))), [prompt])
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     read: list[int] = []
     handle = model.model.language_model.register_forward_pre_hook(

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from qwenvl.cli.make_tiny_checkpoint.command import build_tiny_checkpoint
 from qwenvl.cli.merge_lora import main as merge_main
-from qwenvl.inference.generate import open_answerer
+from qwenvl.inference.generate import open_chat_model
 from tests.e2e.runs import LORA, REPOSITORY, changed, flags, run_on_two_ranks, train, weights
 from tests.e2e.test_engines import FSDP2
 
@@ -83,7 +83,7 @@ def test_tensors_have_the_types_of_the_source(half: Path, registry: Path, tmp_pa
     assert {name.rpartition("linear_attn.")[2] for name in wide} == {"A_log", "norm.weight"}
     trained = train(half, tmp_path / "run", registry, **ONE_STEP, model_dtype="bfloat16", verify_export=True)
     assert types(trained) == source
-    opened = dict(open_answerer(str(trained), device="cpu").model.named_parameters())
+    opened = dict(open_chat_model(str(trained), device="cpu").model.named_parameters())
     assert {name for name, value in opened.items() if value.dtype == torch.float32} == wide, "as servers compute"
     assert changed(half, trained) >= {name for name in wide if name.endswith("A_log")}
     adapter = train(half, tmp_path / "adapter", registry, **ONE_STEP, **LORA, bf16=True, verify_export=True)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from qwenvl.evaluate.image_ablation import Blindness, compare_views
+from qwenvl.evaluate.image_ablation import ImageAblation, compare_views
 from qwenvl.inference.other_images import VIEWS, View, blank, find_partners, fitted, key_of
 from qwenvl.metrics.base import mean
 from qwenvl.metrics.bootstrap import difference_interval, score_interval
@@ -86,7 +86,7 @@ def views(right: dict[View, float], loss: dict[View, float], count: int = COUNT)
     }
 
 
-def compared(right: tuple[float, float, float], loss: tuple[float, float, float], count: int = COUNT) -> Blindness:
+def compared(right: tuple[float, float, float], loss: tuple[float, float, float], count: int = COUNT) -> ImageAblation:
     known = views(dict(zip(VIEWS, right, strict=True)), dict(zip(VIEWS, loss, strict=True)), count)
     return compare_views("digits", METRICS["exact_match"], known)
 

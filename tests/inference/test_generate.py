@@ -20,7 +20,7 @@ from qwenvl.data.media.video.decode import choose_backend
 from qwenvl.data.sources.table import open_annotations
 from qwenvl.data.types import DatasetSpec, ImageItem, Message, Sample, TextPart, VideoItem
 from qwenvl.families import get_family
-from qwenvl.inference.generate import Answerer, Decoding, encode_prompts, generate, open_answerer
+from qwenvl.inference.generate import ChatModel, Decoding, encode_prompts, generate, open_chat_model
 from qwenvl.inference.prompts import Prompt, open_example
 from qwenvl.utils.errors import Origin, SampleError, UserError
 from tests.data.clips import UNEVEN, encode
@@ -42,7 +42,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     return [*drawn, Sample(Origin("text", "memory", 1), {"conversations": turns})]
 
 
-Opened = tuple[Answerer, SampleEncoder]
+Opened = tuple[ChatModel, SampleEncoder]
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +52,15 @@ def opened(tiny_checkpoint: Callable[..., Path]) -> Callable[[str], Opened]:
 
     def function(family: str) -> Opened:
         if family not in known:
-            answerer = open_answerer(str(tiny_checkpoint(family)), device="cpu")
-            processor = answerer.processor  # its published lower limit of a picture would make the tests slow
+            chat_model = open_chat_model(str(tiny_checkpoint(family)), device="cpu")
+            processor = chat_model.processor  # its published lower limit of a picture would make the tests slow
             processor.image_processor.size = {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}
             video = processor.video_processor
             video.do_sample_frames, video.fps, video.min_frames, video.max_frames = True, 2, 2, 4
             limits = limits_as_flags(processor, get_family(family))
-            config = answerer.model.config
+            config = chat_model.model.config
             encoder = build_encoder(processor, config, get_family(family), DataArguments(**limits), 1 << 20)
-            known[family] = answerer, encoder
+            known[family] = chat_model, encoder
         return known[family]
 
     return function
@@ -70,17 +70,17 @@ def opened(tiny_checkpoint: Callable[..., Path]) -> Callable[[str], Opened]:
 def test_batches_give_the_answers_of_single_prompts(
     family: str, samples: list[Sample], opened: Callable[[str], Opened]
 ) -> None:
-    answerer, encoder = opened(family)
+    chat_model, encoder = opened(family)
     prompts = [open_example(sample, encoder).prompt for sample in samples]
     short = Decoding(max_new_tokens=6)
-    batched = generate(answerer, prompts, decoding=short, batch_size=5)
-    assert batched == generate(answerer, prompts, decoding=short, batch_size=1)
+    batched = generate(chat_model, prompts, decoding=short, batch_size=5)
+    assert batched == generate(chat_model, prompts, decoding=short, batch_size=1)
     assert len(set(batched)) > 1  # random weights, but they look at the prompt
 
 
 def test_padding_stands_on_the_left(samples: list[Sample], opened: Callable[[str], Opened]) -> None:
-    answerer, encoder = opened("qwen3_vl")
-    inputs = encode_prompts(answerer, [open_example(sample, encoder).prompt for sample in samples])
+    chat_model, encoder = opened("qwen3_vl")
+    inputs = encode_prompts(chat_model, [open_example(sample, encoder).prompt for sample in samples])
     mask = inputs["attention_mask"]
     assert mask[:, -1].all()
     assert not mask[:, 0].all()
@@ -94,15 +94,15 @@ def test_inputs_are_those_of_the_processor_alone(
     """Where transformers can open videos itself, it gives the same tokens and pixels."""
     if choose_backend().name != "torchcodec":
         pytest.skip("transformers opens videos with torchcodec alone")
-    answerer, encoder = opened(family)
+    chat_model, encoder = opened(family)
     for sample in samples:
         prompt = open_example(sample, encoder).prompt
-        ours = encode_prompts(answerer, [prompt])
+        ours = encode_prompts(chat_model, [prompt])
         turns = [
             {"role": turn.role, "content": [stock_part(part, sample) for part in turn.parts]}
             for turn in prompt.messages
         ]
-        theirs = answerer.processor.apply_chat_template(
+        theirs = chat_model.processor.apply_chat_template(
             turns, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         assert set(ours) - {"position_ids"} == set(theirs)
@@ -117,7 +117,7 @@ def test_prompts_with_clips_have_the_positions_of_training(
     """Of a clip that lasts longer than it is wide: what stands behind it goes on behind its last second."""
     make_video(tmp_path / "a.mp4", frames=20, fps=1)
     Image.new("RGB", (70, 90)).save(tmp_path / "a.png")
-    answerer, encoder = opened(family)
+    chat_model, encoder = opened(family)
     answer = {"from": "gpt", "value": "Well."}
     records = [
         {"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>When?"}, answer]},
@@ -132,13 +132,13 @@ def test_prompts_with_clips_have_the_positions_of_training(
         open_example(Sample(Origin("d", "f", number), record, str(tmp_path)), encoder)
         for number, record in enumerate(records)
     ]
-    inputs = encode_prompts(answerer, [one.prompt for one in trained])
+    inputs = encode_prompts(chat_model, [one.prompt for one in trained])
     for number, one in enumerate(trained):
         kept = inputs["attention_mask"][number].bool()
         length = int(kept.sum())
         wanted = one.encoded.tokens.position_ids[:, :length]
         assert torch.equal(inputs["position_ids"][:, number, kept], wanted), number
-    assert "position_ids" not in encode_prompts(answerer, [trained[1].prompt])
+    assert "position_ids" not in encode_prompts(chat_model, [trained[1].prompt])
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -147,9 +147,9 @@ def test_uneven_frames_have_the_times_of_training(family: str, tmp_path: Path, o
     encode(tmp_path / "a.mp4", "libx264", UNEVEN)
     turns = [{"from": "human", "value": "<video>When?"}, {"from": "gpt", "value": "Late."}]
     sample = Sample(Origin("d", "f", 1), {"video": "a.mp4", "conversations": turns}, str(tmp_path))
-    answerer, encoder = opened(family)
-    asked = encode_prompts(answerer, [open_example(sample, encoder).prompt])["input_ids"][0]
-    decode = answerer.processor.tokenizer.decode
+    chat_model, encoder = opened(family)
+    asked = encode_prompts(chat_model, [open_example(sample, encoder).prompt])["input_ids"][0]
+    decode = chat_model.processor.tokenizer.decode
     times = [
         re.findall(r"<(\d+\.\d) seconds>", decode(ids)) for ids in (asked, encoder.plans(sample)[0].tokens.input_ids)
     ]
@@ -195,33 +195,33 @@ def test_boxes_are_as_the_family_writes_them(
 
 def test_a_missing_folder_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder|cannot open"):
-        open_answerer(str(tmp_path / "none"), device="cpu")
+        open_chat_model(str(tmp_path / "none"), device="cpu")
 
 
 def test_what_ended_an_answer_is_known(
     samples: list[Sample], opened: Callable[[str], Opened], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of each row of a batch alone: one ends at its first token, which is made one that ends answers."""
-    answerer, encoder = opened("qwen3_vl")
+    chat_model, encoder = opened("qwen3_vl")
     prompts = [open_example(sample, encoder).prompt for sample in samples]
     short = Decoding(max_new_tokens=3)
-    cut = generate(answerer, prompts, decoding=short)
+    cut = generate(chat_model, prompts, decoding=short)
     assert {answer.finish_reason for answer in cut} == {"length"} and not any(answer.thinking for answer in cut)
-    inputs = encode_prompts(answerer, prompts)
-    first = answerer.model.generate(**inputs, max_new_tokens=1)[:, -1].tolist()
+    inputs = encode_prompts(chat_model, prompts)
+    first = chat_model.model.generate(**inputs, max_new_tokens=1)[:, -1].tolist()
     for ends in ([first[0]], first[0]):
-        monkeypatch.setattr(answerer.model.generation_config, "eos_token_id", ends)
-        ended = [answer.finish_reason == "stop" for answer in generate(answerer, prompts, decoding=short)]
+        monkeypatch.setattr(chat_model.model.generation_config, "eos_token_id", ends)
+        ended = [answer.finish_reason == "stop" for answer in generate(chat_model, prompts, decoding=short)]
         assert ended[0] and not all(ended)
         assert all(stopped for stopped, token in zip(ended, first, strict=True) if token == first[0])
 
 
 def test_a_cut_thought_is_known(tiny_checkpoint: Callable[..., Path]) -> None:
-    answerer = open_answerer(str(tiny_checkpoint("qwen3_vl", "thinking")), device="cpu")
+    chat_model = open_chat_model(str(tiny_checkpoint("qwen3_vl", "thinking")), device="cpu")
     prompt = Prompt((Message("user", (TextPart("Which?"),)),))
-    (answer,) = generate(answerer, [prompt], decoding=Decoding(max_new_tokens=3))
+    (answer,) = generate(chat_model, [prompt], decoding=Decoding(max_new_tokens=3))
     assert (answer.finish_reason, answer.thinking) == ("length", True)
-    closed = replace(answerer, template_kwargs={"enable_thinking": False})
+    closed = replace(chat_model, template_kwargs={"enable_thinking": False})
     assert not generate(closed, [prompt], decoding=Decoding(max_new_tokens=3))[0].thinking
 
 
@@ -242,13 +242,13 @@ def test_a_template_without_tools_is_refused_as_in_training(opened: Callable[[st
 
 
 def test_prompts_are_written_as_in_training(opened: Callable[[str], Opened]) -> None:
-    answerer, encoder = opened("qwen3_vl")
+    chat_model, encoder = opened("qwen3_vl")
     sample = agent({"role": "tool", "content": "a cat"}, {"role": "assistant", "content": "Left."})
     example = open_example(sample, encoder)
-    ids = encode_prompts(answerer, [example.prompt])["input_ids"][0].tolist()
+    ids = encode_prompts(chat_model, [example.prompt])["input_ids"][0].tolist()
     tokens = example.encoded.tokens
     assert tokens.input_ids[: len(ids)].tolist() == ids
-    assert answerer.processor.decode(tokens.input_ids[len(ids) :]) == "Left.<|im_end|>\n"
+    assert chat_model.processor.decode(tokens.input_ids[len(ids) :]) == "Left.<|im_end|>\n"
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -263,8 +263,8 @@ def test_an_answer_that_is_a_call_is_expected_as_the_template_writes_it(
 
 def test_answers_are_text_alone(samples: list[Sample], opened: Callable[[str], Opened]) -> None:
     """No special token is left in an answer."""
-    answerer, encoder = opened("qwen3_vl")
+    chat_model, encoder = opened("qwen3_vl")
     prompts = [open_example(sample, encoder).prompt for sample in samples[:3]]
-    answers = generate(answerer, prompts, decoding=Decoding(max_new_tokens=4))
-    for answer, token in itertools.product(answers, answerer.processor.tokenizer.all_special_tokens):
+    answers = generate(chat_model, prompts, decoding=Decoding(max_new_tokens=4))
+    for answer, token in itertools.product(answers, chat_model.processor.tokenizer.all_special_tokens):
         assert token not in answer.text

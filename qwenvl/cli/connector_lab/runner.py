@@ -22,7 +22,7 @@ from qwenvl.config import parse_arguments
 from qwenvl.config.parsing.parser import parse_class
 from qwenvl.data.encoding.processor import AddedTokens, open_processor
 from qwenvl.evaluate.scoring import evaluate, evaluate_views
-from qwenvl.inference.batch import open_row
+from qwenvl.inference.answer_rows import open_row
 from qwenvl.inference.generate import config_of
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.models.loading import read_model_type
@@ -186,8 +186,8 @@ def _ask(lab: Lab, run: Run) -> Result:
     arguments = parse_class(EvaluateArguments, [*argv, "--blind", "True"], PAGE)
     views = ask(arguments)
     scores = evaluate(views["shown"], arguments.metric)
-    blindness = evaluate_views(scores, views)
-    write(arguments, scores, blindness, views)
+    ablation = evaluate_views(scores, views)
+    write(arguments, scores, ablation, views)
     job = open_job(arguments)
     example = next((one for index in range(job.num_rows) for _, one in open_row(job, index) if one is not None), None)
     tokens = int(example.encoded.tokens.vision_mask.sum()) if example is not None else 0
@@ -197,7 +197,7 @@ def _ask(lab: Lab, run: Run) -> Result:
         "encoder": config.vision_config.encoder_config.model_type,
         "answers": count_answers(views["shown"]),
         "scores": [one.as_dict() for one in scores],
-        "blind": [one.as_dict() for one in blindness],
+        "blind": [one.as_dict() for one in ablation],
         "examples": [_example(views, index) for index in range(min(4, len(views["shown"])))],
     }
 

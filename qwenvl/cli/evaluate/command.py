@@ -34,9 +34,9 @@ from qwenvl.cli.evaluate.page import OtherAnswers, build_evaluation_page, number
 from qwenvl.cli.inference_args import AskArguments, answer_all, open_job, open_model, progress_bar
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
-from qwenvl.evaluate.image_ablation import Blindness
+from qwenvl.evaluate.image_ablation import ImageAblation
 from qwenvl.evaluate.scoring import Scores, evaluate, evaluate_views
-from qwenvl.inference.batch import answer_rows
+from qwenvl.inference.answer_rows import answer_rows
 from qwenvl.inference.other_images import VIEWS, View, find_partners, key_of
 from qwenvl.metrics.predictions import Prediction, read_predictions
 from qwenvl.metrics.registry import METRICS, find_metric
@@ -116,12 +116,12 @@ def run(arguments: EvaluateArguments) -> int:
     if not is_main_process():
         return 0
     scores = evaluate(views["shown"], arguments.metric)
-    blindness = evaluate_views(scores, views) if arguments.blind else []
+    ablation = evaluate_views(scores, views) if arguments.blind else []
     try:
-        write(arguments, scores, blindness, views)
+        write(arguments, scores, ablation, views)
     except OSError as error:
         raise UserError(f"--output {arguments.output}: {error}. Choose a folder that can be written.") from error
-    show(arguments, scores, blindness)
+    show(arguments, scores, ablation)
     return int(any(one.not_asked for one in scores))
 
 
@@ -147,7 +147,9 @@ def ask(arguments: EvaluateArguments) -> Views:
     return views
 
 
-def write(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Sequence[Blindness], views: Views) -> None:
+def write(
+    arguments: EvaluateArguments, scores: Sequence[Scores], ablation: Sequence[ImageAblation], views: Views
+) -> None:
     """Write evaluation.json and evaluation.html."""
     folder = Path(arguments.output)
     asked = arguments.predictions or arguments.model_name_or_path
@@ -155,12 +157,12 @@ def write(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Seq
         "model" if arguments.predictions is None else "predictions": asked,
         "datasets": [one.as_dict() for one in scores],
         **({"labels": labels} if (labels := _label_metrics(scores)) else {}),
-        **({"blind": [one.as_dict() for one in blindness]} if arguments.blind else {}),
+        **({"blind": [one.as_dict() for one in ablation]} if arguments.blind else {}),
     }
     others: OtherAnswers = {
         view: {key_of(line): line for line in lines} for view, lines in views.items() if view != "shown"
     }
-    page = build_evaluation_page(f"Evaluation of {asked}", scores, blindness, others, arguments.worst)
+    page = build_evaluation_page(f"Evaluation of {asked}", scores, ablation, others, arguments.worst)
     for name, text in (("evaluation.json", json.dumps(record, indent=2) + "\n"), ("evaluation.html", page)):
         with replacing(folder / name) as path:
             path.write_text(text, encoding="utf-8")
@@ -172,7 +174,7 @@ def _label_metrics(scores: Sequence[Scores]) -> dict[str, dict[str, float]]:
     return {name: metrics for name, metrics in found.items() if metrics}
 
 
-def show(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Sequence[Blindness]) -> None:
+def show(arguments: EvaluateArguments, scores: Sequence[Scores], ablation: Sequence[ImageAblation]) -> None:
     """Print the table and the verdicts."""
     table = Table(title="Scores")
     for name in ("dataset", "score", "95% CI", "samples", "metric", "unreadable", "cut", "not asked"):
@@ -191,7 +193,7 @@ def show(arguments: EvaluateArguments, scores: Sequence[Scores], blindness: Sequ
     for name, metrics in _label_metrics(scores).items():
         told = ", ".join(f"{metric.replace('_', ' ')} {value:.4g}" for metric, value in metrics.items())
         console.print(f"{name}: {told}", markup=False)
-    for found in blindness:
+    for found in ablation:
         console.print(f"{found.name}: {found.verdict}", markup=False)
         console.print(f"  {found.count:,} samples compared, {found.left_out:,} left out.", style="dim")
     console.print(f"Page of the worst: {(Path(arguments.output) / 'evaluation.html').resolve()}", markup=False)

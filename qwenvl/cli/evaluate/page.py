@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qwenvl.data.conversation.media_items import image_item, video_item
 from qwenvl.data.media.reader import MediaReader
-from qwenvl.evaluate.image_ablation import Blindness
+from qwenvl.evaluate.image_ablation import ImageAblation
 from qwenvl.evaluate.scoring import Scores
 from qwenvl.inference.other_images import VIEWS, Key, View, key_of
 from qwenvl.metrics.base import Scored
@@ -32,14 +32,14 @@ OtherAnswers = Mapping[View, Mapping[Key, Prediction]]
 
 
 def build_evaluation_page(
-    title: str, scores: Sequence[Scores], blindness: Sequence[Blindness], others: OtherAnswers, worst: int
+    title: str, scores: Sequence[Scores], ablation: Sequence[ImageAblation], others: OtherAnswers, worst: int
 ) -> str:
     """Return the HTML page.
 
     Args:
         title: Title of the page.
         scores: Scores of the datasets.
-        blindness: Results of the blind test, by dataset; empty without ``--blind``.
+        ablation: Results of the blind test, by dataset; empty without ``--blind``.
         others: Answers to blank and swapped images, by sample.
         worst: Number of samples shown of each dataset, from the lowest score up.
     """
@@ -56,7 +56,7 @@ def build_evaluation_page(
         title,
         f"<p>{lead}</p>",
         f'<section class="panel"><h2>Scores</h2>{_score_table(scores)}<p class="note">{note}</p></section>',
-        _blindness(blindness) if blindness else "",
+        _ablation(ablation) if ablation else "",
         *(_group(one, others, worst) for one in scores),
         _not_asked(not_asked) if not_asked else "",
     )
@@ -95,7 +95,7 @@ def percent(interval: Interval | None) -> tuple[str, str]:
     return f"{interval.value:.1%}", f"{interval.low:.1%} to {interval.high:.1%}"
 
 
-def _blindness(groups: Sequence[Blindness]) -> str:
+def _ablation(groups: Sequence[ImageAblation]) -> str:
     text = "".join(
         f'<p class="says"><strong>{escape(one.name)}.</strong> {escape(one.verdict)}</p>{_view_table(one)}'
         for one in groups
@@ -109,7 +109,7 @@ def _blindness(groups: Sequence[Blindness]) -> str:
     )
 
 
-def _view_table(one: Blindness) -> str:
+def _view_table(one: ImageAblation) -> str:
     if not one.count:
         return ""
     names = ("Image", one.metric.title, "Difference", "95% CI", "Loss", "Difference", "95% CI")

@@ -13,7 +13,7 @@ from qwenvl.data.conversation.media_items import image_item, video_item
 from qwenvl.data.media.reader import MediaReader
 from qwenvl.data.media.resize import VisionSettings
 from qwenvl.data.types import ImageItem, Message, Part, TextPart, VideoItem
-from qwenvl.inference.generate import Answerer, Decoding, generate
+from qwenvl.inference.generate import ChatModel, Decoding, generate
 from qwenvl.inference.prompts import Prompt, open_prompt
 from qwenvl.utils.errors import SampleError
 
@@ -31,7 +31,7 @@ class Chat:
     """A chat: the turns so far, and the media of the next question.
 
     Args:
-        answerer: Model that answers.
+        chat_model: Model that answers.
         settings: Limits of images and videos.
         reader: Reader of media files.
         decoding: Settings of greedy decoding or sampling.
@@ -40,7 +40,7 @@ class Chat:
         waiting: Media to show with the next question.
     """
 
-    answerer: Answerer
+    chat_model: ChatModel
     settings: VisionSettings
     reader: MediaReader
     decoding: Decoding
@@ -95,15 +95,15 @@ class Chat:
     def _ask(self, question: str) -> None:
         parts: tuple[Part, ...] = (*self.waiting, TextPart(question))
         turns = [*self.turns, Message("user", parts)]
-        answer = answer_aloud(self.answerer, open_prompt(turns, self.reader, self.settings), self.decoding)
+        answer = answer_aloud(self.chat_model, open_prompt(turns, self.reader, self.settings), self.decoding)
         self.turns = [*turns, Message("assistant", (TextPart(answer),))]
         self.waiting = []
 
 
-def answer_aloud(answerer: Answerer, prompt: Prompt, decoding: Decoding) -> str:
+def answer_aloud(chat_model: ChatModel, prompt: Prompt, decoding: Decoding) -> str:
     """Answer one prompt, and print the answer while it is generated."""
-    streamer = TextStreamer(answerer.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    (answer,) = generate(answerer, [prompt], decoding=decoding, streamer=streamer)
+    streamer = TextStreamer(chat_model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    (answer,) = generate(chat_model, [prompt], decoding=decoding, streamer=streamer)
     if answer.finish_reason == "length":
         console = Console(stderr=True, highlight=False)
         console.print(f"The answer was cut at --max_new_tokens {decoding.max_new_tokens}.", style="yellow")

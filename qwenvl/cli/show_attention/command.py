@@ -105,7 +105,7 @@ def chosen_maps(arguments: AttentionArguments, grounder: Grounder) -> tuple[list
     Raises:
         UserError: A layer or head does not exist.
     """
-    text: Any = grounder.answerer.model.config.get_text_config()
+    text: Any = grounder.chat_model.model.config.get_text_config()
     layers = _numbers(arguments.layers, "layers", grounder.layers)
     return [grounder.layers.index(layer) for layer in layers], _numbers(
         arguments.heads, "heads", range(text.num_attention_heads)
@@ -224,5 +224,5 @@ def _maps(
 
 
 def _word(plan: Plan, token: int, grounder: Grounder) -> str:
-    text: str = grounder.answerer.processor.tokenizer.decode(plan.tokens.input_ids[token : token + 1])
+    text: str = grounder.chat_model.processor.tokenizer.decode(plan.tokens.input_ids[token : token + 1])
     return text.strip() or repr(text)

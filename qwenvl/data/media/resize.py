@@ -149,7 +149,9 @@ class VideoPlan:
 MediaPlan = ImagePlan | VideoPlan
 
 
-def fit(height: int, width: int, factor: int, min_pixels: int, max_pixels: int, frames: int = 1) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, frames: int = 1
+) -> tuple[int, int]:
     """Return the (height, width) nearest in aspect ratio that are multiples of ``factor`` and within the limits.
 
     ``frames`` x height x width lies between the limits, as far as whole multiples of ``factor`` allow.
@@ -184,7 +186,7 @@ def plan_image(item: ImageItem, size: tuple[int, int], settings: VisionSettings)
         SampleError: extreme aspect ratio, or limits of its own that contradict each other.
     """
     low, high = _image_limits(item, settings)
-    resized = fit(*size, settings.factor, low, high)
+    resized = smart_resize(*size, settings.factor, low, high)
     grid = (1, resized[0] // settings.patch_size, resized[1] // settings.patch_size)
     return ImagePlan(item, resized, grid, size)
 
@@ -299,12 +301,12 @@ def _frame_size(item: VideoItem, frames: int, facts: VideoFacts, settings: Visio
         if height < factor or width < factor:
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
-        return fit(height, width, factor, clip_min, clip_max, frames)
+        return smart_resize(height, width, factor, clip_min, clip_max, frames)
     # The processor of these families limits frames. Every pair of frames shares a patch: hence its // 2 * 2.
     share = clip_max // 2 * 2 // frames
     upper = share if frame_max is None else min(frame_max, share)
     lower = min(upper, settings.frame_min_pixels if item.min_pixels is None else item.min_pixels)
-    return fit(facts.height, facts.width, factor, lower, upper)
+    return smart_resize(facts.height, facts.width, factor, lower, upper)
 
 
 def _timestamps(seconds: np.ndarray, step: int) -> tuple[float, ...]:

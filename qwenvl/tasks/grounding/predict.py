@@ -17,7 +17,7 @@ from torch.nn import functional
 from qwenvl.data.collator import Collator, for_model
 from qwenvl.data.encoding.encoded import EncodedSample, Item
 from qwenvl.data.encoding.encoder import SampleEncoder
-from qwenvl.inference.generate import Answerer, Decoding, generate, open_answerer
+from qwenvl.inference.generate import ChatModel, Decoding, generate, open_chat_model
 from qwenvl.inference.prompts import Prompt
 from qwenvl.models.attention.packed import attend_by_segments
 from qwenvl.models.attention.probe import AttentionProbe, Look
@@ -46,24 +46,24 @@ class Grounder:
     """An open model for the attention maps of phrases, and for masks if it was trained with ``--task grounding``.
 
     Args:
-        answerer: Model and processor.
+        chat_model: Model and processor.
         readout: Module that ``--task grounding`` trained; None for a folder without it.
     """
 
-    answerer: Answerer
+    chat_model: ChatModel
     readout: GroundingReadout | None
 
     @property
     def layers(self) -> list[int]:
         """Indices of the layers that have attention maps: the layers of full attention."""
-        return mapped_layers(self.answerer.model.config)
+        return mapped_layers(self.chat_model.model.config)
 
     def ask(self, prompt: Prompt, decoding: Decoding) -> str:
         """Return the model's answer."""
-        model = self.answerer.model
+        model = self.chat_model.model
         model.set_attn_implementation({"text_config": "sdpa"})
         try:
-            (answer,) = generate(self.answerer, [prompt], decoding=decoding)
+            (answer,) = generate(self.chat_model, [prompt], decoding=decoding)
         finally:
             attend_by_segments(model)
         return answer.text
@@ -110,7 +110,7 @@ class Grounder:
         return for_model(Collator(0, flatten=False)([Item((sample,))]))
 
     def _run(self, batch: dict[str, Any]) -> Any:
-        model = self.answerer.model
+        model = self.chat_model.model
         with torch.no_grad():
             return run_model(model, send_to_device(batch, model.device))
 
@@ -129,16 +129,16 @@ def open_grounder(
     Raises:
         UserError: the folder cannot be opened.
     """
-    answerer = open_answerer(folder, base=base, device=device, dtype=dtype)
-    model: Any = answerer.model
+    chat_model = open_chat_model(folder, base=base, device=device, dtype=dtype)
+    model: Any = chat_model.model
     readout = None
     if task_files.is_task_folder(folder) and task_files.read_record(folder).get("task") == "grounding":
         readout = GroundingReadout.from_record(model.config, task_files.read_record(folder))
         task_files.load(readout, folder)
         readout.eval()
-    install(model, Patchify.from_processor(answerer.processor), readout=readout)
+    install(model, Patchify.from_processor(chat_model.processor), readout=readout)
     attend_by_segments(model)
-    return Grounder(answerer, readout)
+    return Grounder(chat_model, readout)
 
 
 def looks_of(batch: Mapping[str, Any], places: Places) -> list[Look]:

@@ -1,4 +1,4 @@
-"""Predict labels for rows of datasets with the head of a task, as an answer function of :mod:`qwenvl.inference.batch`.
+"""Predict labels for rows of datasets with the head of a task, as a function for :mod:`qwenvl.inference.answer_rows`.
 
 Also the metrics of predicted labels.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qwenvl.inference.batch import Job, Progress, open_row
+from qwenvl.inference.answer_rows import Job, Progress, open_row
 from qwenvl.inference.prompts import label_text
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.tasks.heads.metrics import (
@@ -31,7 +31,7 @@ def label(
     write: Callable[[Iterable[Prediction]], None],
     told: Progress = lambda _: None,
 ) -> None:
-    """Label rows batch by batch; the arguments are those of :func:`qwenvl.inference.batch.answer`."""
+    """Label rows batch by batch; the arguments are those of :func:`qwenvl.inference.answer_rows.answer`."""
     for start in range(0, len(indices), job.batch_size):
         chunk = indices[start : start + job.batch_size]
         lines = [line for index in chunk for line in open_row(job, index)]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwenvl.inference.generate import Answerer, encode_prompts, open_answerer
+from qwenvl.inference.generate import ChatModel, encode_prompts, open_chat_model
 from qwenvl.inference.prompts import Prompt
 from qwenvl.models.parts import language_model
 from qwenvl.tasks import files as task_files
@@ -40,11 +40,11 @@ class TaskModel:
     """A stock model with a head on its hidden states.
 
     Args:
-        answerer: Model and processor.
+        chat_model: Model and processor.
         head: Head of the task; ``head.spec`` holds its classes, pooling and layer.
     """
 
-    answerer: Answerer
+    chat_model: ChatModel
     head: TaskHead
 
     def predict(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -57,20 +57,20 @@ class TaskModel:
         Returns:
             Dicts as from :func:`qwenvl.tasks.heads.objective.describe_scores`.
         """
-        inputs = self.answerer.processor.apply_chat_template(
+        inputs = self.chat_model.processor.apply_chat_template(
             [list(turns) for turns in conversations],
             tokenize=True,
             add_generation_prompt=not self.head.spec.keep_answer,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
-            **self.answerer.template_kwargs,
+            **self.chat_model.template_kwargs,
         )
         return [describe_scores(self.head.spec, scores) for scores in self.scores(inputs)]
 
     def predict_prompts(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
         """Return the prediction for each prompt of the data path; see :meth:`predict`."""
-        inputs = encode_prompts(self.answerer, prompts, answered=self.head.spec.keep_answer)
+        inputs = encode_prompts(self.chat_model, prompts, answered=self.head.spec.keep_answer)
         return [describe_scores(self.head.spec, scores) for scores in self.scores(inputs)]
 
     def scores(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
@@ -80,7 +80,7 @@ class TaskModel:
             inputs: Output of the processor: ``input_ids`` and ``attention_mask`` int64 [B, T], padded on either side,
                 and the tensors of media.
         """
-        model = self.answerer.model
+        model = self.chat_model.model
         stock = getattr(model, "get_base_model", lambda: model)()
         ids: Tensor = inputs["input_ids"]
         tokens = {1: stock.config.image_token_id, 2: stock.config.video_token_id}
@@ -127,19 +127,19 @@ def open_task_model(folder: str, *, device: str | None = None, dtype: torch.dtyp
         UserError: it holds no head of a task, or cannot be opened.
     """
     head = open_head(folder)
-    answerer = open_answerer(folder, device=device, dtype=dtype)
-    return TaskModel(answerer, head.to(answerer.model.device))
+    chat_model = open_chat_model(folder, device=device, dtype=dtype)
+    return TaskModel(chat_model, head.to(chat_model.model.device))
 
 
-def add_head(answerer: Answerer, folder: str) -> TaskModel:
+def add_head(chat_model: ChatModel, folder: str) -> TaskModel:
     """Return an open model with the head in its folder.
 
     Raises:
         UserError: the folder holds no head, or a damaged one.
     """
-    return TaskModel(answerer, open_head(folder).to(answerer.model.device))
+    return TaskModel(chat_model, open_head(folder).to(chat_model.model.device))
 
 
 def saved_scores(folder: str, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return the scores of one sample from a stock model with the saved head: [units, outputs]."""
-    return torch.from_numpy(add_head(Answerer(model, None), folder).scores(inputs)[0])
+    return torch.from_numpy(add_head(ChatModel(model, None), folder).scores(inputs)[0])

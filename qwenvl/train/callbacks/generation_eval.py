@@ -53,7 +53,7 @@ class GenerationEval:
     def _answer(self, trainer: Trainer) -> list[Prediction]:
         """Generate answers; each rank generates its share, all ranks in lockstep."""
         args = trainer.args
-        answerer = self.prompts.answerer(trainer.model)
+        chat_model = self.prompts.chat_model(trainer.model)
         decoding = Decoding(args.eval_generate_tokens)
         batch, rank, ranks = args.eval_batch_size, args.process_index, args.world_size
         sharded = ranks > 1 and (trainer.is_fsdp_enabled or _is_zero3(trainer))
@@ -62,7 +62,7 @@ class GenerationEval:
             self._watchdog.watch(f"evaluation after step {trainer.state.global_step}, answering")
             prompts = [self.prompts.open(number).prompt for number in one.asked]
             with trainer.compute_loss_context_manager(), stock_attention(trainer.model):
-                answers = generate(answerer, prompts, decoding=decoding, batch_size=batch, synced_gpus=sharded)
+                answers = generate(chat_model, prompts, decoding=decoding, batch_size=batch, synced_gpus=sharded)
             mine += list(zip(one.asked, answers, strict=True))[: one.counted]
         return self.prompts.answered(list(itertools.chain(*gather_objects(mine))))
 

@@ -29,7 +29,7 @@ from qwenvl.data.types import History
 from qwenvl.models.loading import has_no_weights
 from qwenvl.profiling.activation_memory import StepMemory, measure_step
 from qwenvl.profiling.flops import flops_of
-from qwenvl.profiling.state_memory import StateMemory, estimate_states, read_sharing
+from qwenvl.profiling.state_memory import StateMemory, estimate_states, read_sharding
 from qwenvl.train.build.data import RunData
 from qwenvl.train.build.model import open_model, weight_types
 from qwenvl.train.dry_run.duplicates import warn_of_duplicates
@@ -71,9 +71,9 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
     warn_of_duplicates(rows.tables, evaluated, data.encoder, cache_folder(parsed.data.data_cache_dir))
     unset_hf_deepspeed_config()  # or the weights would be sharded across ranks that do not exist
     model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective, on_meta=True)
-    flops, sharing = flops_of(model), read_sharing(args, ranks)
+    flops, sharding = flops_of(model), read_sharding(args, ranks)
     schedule = plan_schedule(len(data.train), args, ranks)
-    states = estimate_states(model, sharing, str(args.optim), *weight_types(parsed))
+    states = estimate_states(model, sharding, str(args.optim), *weight_types(parsed))
     planned = has_no_weights(parsed.model.model_name_or_path)
     if planned:
         logger.warning(
@@ -90,7 +90,7 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
         describe_budget(args, data, schedule, None),
         describe_work(flops, measures, schedule, args, imbalance),
         *histories(rows, lengths.measures, parsed),
-        describe_memory(sharing, states, step),
+        describe_memory(sharding, states, step),
         NOT_COUNTED,
     ]
     logger.info("Dry run; nothing was trained.\n\n%s\n", as_text(*parts))

@@ -11,7 +11,7 @@ from qwenvl.config import TrainingArguments
 from qwenvl.profiling.activation_memory import StepMemory
 from qwenvl.profiling.device_specs import known_peak, name_device
 from qwenvl.profiling.flops import Flops
-from qwenvl.profiling.state_memory import Sharing, StateMemory
+from qwenvl.profiling.state_memory import StateMemory, StateSharding
 from qwenvl.train.schedule import Schedule
 from qwenvl.utils.tables import pairs, table
 
@@ -61,7 +61,7 @@ def describe_histories(measures: Mapping[str, np.ndarray]) -> Table:
     return table("Conversations with several contexts", ["--history", "rows", "tokens", "trained"], rows)
 
 
-def describe_memory(sharing: Sharing, states: StateMemory, step: StepMemory) -> Table:
+def describe_memory(sharding: StateSharding, states: StateMemory, step: StepMemory) -> Table:
     """Return a table of a device's memory by part, their sum, and the size of a checkpoint."""
     parts = {
         "weights": states.weights,
@@ -72,7 +72,7 @@ def describe_memory(sharing: Sharing, states: StateMemory, step: StepMemory) -> 
     }
     rows = [[name, gib(size)] for name, size in (*parts.items(), ("all", sum(parts.values())))]
     rows.append(["a checkpoint, on disk", gib(states.checkpoint)])
-    return table(f"Memory of each device with {sharing.name}", ["what", "takes"], rows)
+    return table(f"Memory of each device with {sharding.name}", ["what", "takes"], rows)
 
 
 NOT_COUNTED = "Not included: libraries, buffers of the engine and fragmentation, often 2 to 5 GiB per device."

@@ -25,7 +25,7 @@ from qwenvl.models.rope_scaling import describe_context
 from qwenvl.models.trainable.freezing import ModuleSummary, checkpointed_parts, summarize
 from qwenvl.models.trainable.param_groups import learning_rates_of, parameter_groups
 from qwenvl.profiling.device_specs import name_device
-from qwenvl.profiling.state_memory import read_sharing
+from qwenvl.profiling.state_memory import read_sharding
 from qwenvl.train.build.data import RunData
 from qwenvl.train.build.model import compute_type, weight_types
 from qwenvl.train.schedule import Schedule, plan_schedule, slowest_over_mean
@@ -265,7 +265,7 @@ def describe_budget(args: TrainingArguments, data: RunData, schedule: Schedule, 
             "optimizer": f"{optimizer}, warmup of {warmup:,}, then {args.lr_scheduler_type.value}",
             "evaluation": _describe_evaluation(args, data, schedule),
             "checkpoints": _describe_saving(args, schedule),
-            "engine": read_sharing(args, schedule.ranks).name,
+            "engine": read_sharding(args, schedule.ranks).name,
             "output": str(args.output_dir),
             "resumes from": checkpoint or "",
         },

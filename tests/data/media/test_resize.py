@@ -16,7 +16,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as clip_smart_resize
 from transformers.video_utils import VideoMetadata
 
-from qwenvl.data.media.resize import VisionSettings, fit, frame_range, plan_image, plan_video, sample_frames
+from qwenvl.data.media.resize import VisionSettings, frame_range, plan_image, plan_video, sample_frames, smart_resize
 from qwenvl.data.types import ImageItem, VideoItem
 from qwenvl.families import get_family
 from qwenvl.utils.errors import SampleError
@@ -56,7 +56,7 @@ def settings_for(model_type: str, **changes: object) -> VisionSettings:
 def test_fit_equals_smart_resize_of_images(height: int, width: int, factor: int, low: int, extra: int) -> None:
     assume(max(height, width) <= 200 * min(height, width))
     expected = image_smart_resize(height, width, factor, low, low + extra)
-    assert fit(height, width, factor, low, low + extra) == expected
+    assert smart_resize(height, width, factor, low, low + extra) == expected
 
 
 @given(SIDES, SIDES, st.integers(2, 64), st.integers(1, 10**6), st.integers(0, 10**8))

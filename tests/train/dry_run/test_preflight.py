@@ -20,7 +20,7 @@ from qwenvl.data.collator import for_model
 from qwenvl.families import FAMILIES, get_family
 from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.profiling.activation_memory import measure_step
-from qwenvl.profiling.state_memory import Sharing, estimate_states
+from qwenvl.profiling.state_memory import StateSharding, estimate_states
 from qwenvl.train.build.data import open_config, open_data
 from qwenvl.train.build.model import open_model, weight_types
 from qwenvl.train.checkpointing_trainer import Records
@@ -109,7 +109,7 @@ def test_memory_is_what_a_real_step_takes(
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     allocated = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     assert step.activations + step.logits == pytest.approx(allocated.max(), rel=0.1)
-    states = estimate_states(on_meta, Sharing("one process", 0, 1), "adamw_torch", *weight_types(parsed))
+    states = estimate_states(on_meta, StateSharding("one process", 0, 1), "adamw_torch", *weight_types(parsed))
     assert states.weights == sum(parameter.nbytes for parameter in model.parameters())
     assert states.gradients == sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     optimizer = trainer.create_optimizer()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qwenvl.data.conversation.boxes.convert import convert_boxes, from_coco, from_voc, from_yolo, to_family, to_pixels
 from qwenvl.data.conversation.messages import build_conversation
-from qwenvl.data.media.resize import ImagePlan, VideoPlan, fit
+from qwenvl.data.media.resize import ImagePlan, VideoPlan, smart_resize
 from qwenvl.data.types import Conversation, ImageItem, Message, Sample, VideoItem
 from qwenvl.families import FAMILIES, get_family
 from qwenvl.utils.errors import Origin, SampleError
@@ -58,7 +58,7 @@ def test_the_example_of_the_official_notebook() -> None:
     """Its box and its picture, at its limits (14 * 14 * 4 * 1280 pixels, factor 28)."""
     size = (428, 640)
     assert to_family([146, 137, 615, 415], size, (0, 0), RELATIVE) == [228, 320, 961, 970]
-    resized = fit(*size, 28, 56 * 56, 14 * 14 * 4 * 1280)
+    resized = smart_resize(*size, 28, 56 * 56, 14 * 14 * 4 * 1280)
     assert to_family([146, 137, 615, 415], size, resized, RESIZED) == [147, 134, 619, 407]
 
 

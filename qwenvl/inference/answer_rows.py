@@ -1,4 +1,4 @@
-"""Batch inference: answer rows of datasets on any number of processes, and write each batch as it is finished."""
+"""Answer rows of datasets on any number of processes, and write each batch of answers as it is finished."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.media.locate import absolute_source
 from qwenvl.data.media.resize import VisionSettings
 from qwenvl.data.types import ImageItem, Sample, Source, VideoItem
-from qwenvl.inference.generate import Answer, Answerer, Decoding, generate
+from qwenvl.inference.generate import Answer, ChatModel, Decoding, generate
 from qwenvl.inference.loss import example_loss
 from qwenvl.inference.other_images import Key, View, blank, fitted, key_of
 from qwenvl.inference.prompts import EvalExample, Prompt, open_example
@@ -128,7 +128,7 @@ def answer_rows(
 def answer(
     job: Job,
     indices: Sequence[int],
-    answerer: Answerer,
+    chat_model: ChatModel,
     write: Callable[[Iterable[Prediction]], None],
     told: Progress = lambda _: None,
 ) -> None:
@@ -137,7 +137,7 @@ def answer(
     Args:
         job: Rows and settings.
         indices: Numbers of the rows.
-        answerer: Model and processor.
+        chat_model: Model and processor.
         write: Function called with the lines of each batch.
         told: Function called with the number of rows of each batch.
     """
@@ -146,13 +146,13 @@ def answer(
         lines = [_viewed(job, *line) for index in chunk for line in open_row(job, index)]
         prompts = [example.prompt for _, example in lines if example is not None]
         torch.manual_seed(job.seed + chunk[0])  # so that sampled tokens do not depend on earlier batches
-        answers = iter(generate(answerer, prompts, decoding=job.decoding, batch_size=job.batch_size))
-        write([line if one is None else _answered(job, answerer, line, one, next(answers)) for line, one in lines])
+        answers = iter(generate(chat_model, prompts, decoding=job.decoding, batch_size=job.batch_size))
+        write([line if one is None else _answered(job, chat_model, line, one, next(answers)) for line, one in lines])
         told(len(chunk))
 
 
-def _answered(job: Job, answerer: Answerer, line: Prediction, example: EvalExample, answer: Answer) -> Prediction:
-    loss, tokens = example_loss(answerer, example) if job.with_loss else (None, None)
+def _answered(job: Job, chat_model: ChatModel, line: Prediction, example: EvalExample, answer: Answer) -> Prediction:
+    loss, tokens = example_loss(chat_model, example) if job.with_loss else (None, None)
     return replace(with_answer(line, answer), loss=loss, trained_tokens=tokens)
 
 
