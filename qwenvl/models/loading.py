@@ -74,8 +74,7 @@ def load_model(
     origin = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     own = read_trainable(model_name_or_path, cache_dir=cache_dir, adapted=True)
     if on_meta and has_no_weights(model_name_or_path):
-        config = config or AutoConfig.from_pretrained(model_name_or_path, **origin)
-        return _shapes_of(config, dtype, attn_implementation)
+        return _shapes_of(config or AutoConfig.from_pretrained(model_name_or_path), dtype, attn_implementation)
     if is_fp8(own):
         config = _dequantizing(model_name_or_path, config, own, origin)
     try:
