@@ -67,10 +67,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Shapes of the models of which CONFIGS has no file."""
 
-COUNTS = (1, 8, 32)
+COUNTS = {"full": (1, 8, 32), "LoRA": (1, 8)}
+"""Numbers of GPUs whose memory is shown."""
 GPUS = {"24 GB": 24, "48 GB": 48, "80 GB": 80, "141 GB": 140}
 """Memory of a GPU in GiB, by its name."""
-ROOM = 0.7
+ROOM = 0.8
 """Largest share of a GPU's memory for weights, gradients and optimizer; the rest is for activations."""
 
 
@@ -124,7 +125,7 @@ def config_of(name: str, configs: Path) -> PretrainedConfig:
 
 def memory_table(configs: list[PretrainedConfig], names: tuple[str, ...]) -> str:
     """Return the table of memory by number and by kind of GPU."""
-    columns = [f"{kind}, {count} GPU{'s' * (count > 1)}" for kind in ("full", "LoRA") for count in COUNTS]
+    columns = [f"{kind}, {count} GPU{'s' * (count > 1)}" for kind in COUNTS for count in COUNTS[kind]]
     columns += [f"GPUs of {name}" for name in GPUS]
     lines = [f"| model | parameters | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(_memory(config, name))} |" for config, name in zip(configs, names, strict=True)]
@@ -135,7 +136,9 @@ def _memory(config: PretrainedConfig, name: str) -> Iterator[str]:
     full, adapted = build(config, lora=False), build(config, lora=True)
     yield ", ".join(filter(None, (name.removesuffix("-Instruct"), SAME.get(name))))
     yield f"{full.num_parameters() / 1e9:.1f} B"
-    yield from (f"{states(model, count):,.0f}" for model in (full, adapted) for count in COUNTS)
+    for model, kind in ((full, "full"), (adapted, "LoRA")):
+        shown = [f"{states(model, count):,.0f}" for count in COUNTS[kind]]
+        yield from ("<1" if number == "0" else number for number in shown)
     yield from (f"{fewest(full, room)} / {fewest(adapted, room)}" for room in GPUS.values())
 
 
