@@ -80,7 +80,7 @@ class ServingArguments(ToolArguments):
         metadata={"help": "Address of a running vLLM, http://localhost:8000: prompt ids are compared with its own."},
     )
     server_model: str | None = field(
-        default=None, metadata={"help": "Name of the model there. Default: the first one that it serves."}
+        default=None, metadata={"help": "Name of the model there. Default: the only one, or the one of the folder."}
     )
 
     def __post_init__(self) -> None:
@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         limits = compare_limits(serving)
         show(console, f"limits of {arguments.model_name_or_path}", {"processor": [limits]})
         failed = limits.state == "different"
-        server = Server.at(arguments.server, arguments.server_model) if arguments.server else None
+        folder = arguments.model_name_or_path
+        server = Server.at(arguments.server, arguments.server_model, folder) if arguments.server else None
         for row in rows:
             failed = check(console, serving, row, server) or failed
         served = describe(arguments, serving, adapter, rows, carried=limits.state == "equal")

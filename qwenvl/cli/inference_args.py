@@ -24,12 +24,18 @@ from qwenvl.inference.generate import ChatModel, Decoding, base_of, config_of, o
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.models.loading import read_model_type
 from qwenvl.models.rope_scaling import context_length
+from qwenvl.serving.answers import answer_by_server
+from qwenvl.serving.server import Server
 from qwenvl.tasks.files import read_record
 from qwenvl.tasks.registry import saved_predictor
 from qwenvl.utils.distributed import is_main_process
 from qwenvl.utils.errors import UserError
 
 ANY_LENGTH = 1 << 30
+_OF_THE_MODEL = (
+    *("max_pixels", "min_pixels", "video_fps", "video_max_frames", "video_min_frames", "video_max_pixels"),
+    *("video_min_pixels", "video_max_frame_pixels", "video_min_frame_pixels", "device", "dtype", "batch_size"),
+)
 _LIMIT = {"help": "As in training. Default: the value of the model's processor."}
 
 
@@ -96,7 +102,37 @@ def open_asking_encoder(arguments: AskArguments) -> SampleEncoder:
     return encoder if predictor is None else replace(encoder, targets=predictor.reader(read_record(folder)))
 
 
-def open_job(arguments: AskArguments) -> Job:
+@dataclass
+class AnswerArguments(AskArguments):
+    """Flags of the tools that write answers to datasets, which may be a running server's."""
+
+    server: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a running OpenAI-compatible server (http://localhost:8000) that answers in place of "
+            "model_name_or_path, the folder that it serves (scripts/serve.sh)."
+        },
+    )
+    server_model: str | None = field(
+        default=None, metadata={"help": "Name of the model there. Default: the only one, or the one of the folder."}
+    )
+    requests: int = field(default=16, metadata={"help": "Most requests that wait for the server's answer at once."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        changed = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+        if self.server is not None and (without := [name for name in _OF_THE_MODEL if name in changed]):
+            raise UserError(
+                f"--{without[0]} has no effect with --server: the server has limits, devices and batches of its own, "
+                "from the arguments that scripts/serve.sh starts it with. Leave it out."
+            )
+        if self.requests < 1:
+            raise UserError("--requests must be 1 or more.")
+        if self.server is None and changed & {"server_model", "requests"}:
+            raise UserError("--server_model and --requests are for a --server: name its address.")
+
+
+def open_job(arguments: AnswerArguments) -> Job:
     """Open the datasets that the flags name, and the encoder.
 
     Raises:
@@ -107,13 +143,19 @@ def open_job(arguments: AskArguments) -> Job:
     return Job(arguments.model_name_or_path, tables, encoder, arguments.decoding, arguments.batch_size, arguments.seed)
 
 
-def answer_all(arguments: AskArguments, job: Job, output: Path, what: str = "Answering") -> list[Prediction]:
+def answer_all(arguments: AnswerArguments, job: Job, output: Path, what: str = "Answering") -> list[Prediction]:
     """Answer the rows of a job, or predict their labels if the model has a task; every process has to call it.
 
     Raises:
-        UserError: The model cannot be opened, or the output cannot be used.
+        UserError: The model cannot be opened, the server does not answer, or the output cannot be used.
     """
     predictor = saved_predictor(arguments.model_name_or_path)
+    if arguments.server is not None:
+        if predictor is not None:
+            raise UserError("--server: a server gives words, and this model has the head of a task. Leave it out.")
+        server = Server.at(arguments.server, arguments.server_model, arguments.model_name_or_path)
+        asking = partial(answer_by_server, requests=arguments.requests)
+        return answer_rows(replace(job, server_model=server.model), output, lambda: server, progress_bar(what), asking)
     if predictor is None:
         return answer_rows(job, output, lambda: open_model(arguments, job.encoder), progress_bar(what))
     opened = partial(open_predictor, arguments, job.encoder)

@@ -45,6 +45,7 @@ class Job:
         with_loss: Whether to compute the loss of each sample too.
         view: Images that the samples show: their own, blank ones, or another sample's.
         partners: Key of the sample whose media each sample shows; empty unless the view is ``swapped``.
+        server_model: Name of the model of a server that answers in place of the folder's own; empty for none.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Job:
     with_loss: bool = False
     view: View = "shown"
     partners: Mapping[Key, Key] = field(default_factory=dict)
+    server_model: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -75,6 +77,7 @@ class Job:
             **asdict(self.decoding),
             **drawn,
             **({"with_loss": True, "view": self.view} if self.with_loss else {}),
+            **({"server_model": self.server_model} if self.server_model else {}),
             **({"partners": fingerprint(sorted(self.partners.items(), key=str))} if self.partners else {}),
         }
 

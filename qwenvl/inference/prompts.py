@@ -55,11 +55,13 @@ class EvalExample:
         prompt: Prompt before the last answer.
         expected: The last answer, with boxes in the format of the model's family.
         encoded: The whole sample, encoded as for training.
+        sample: The sample itself.
     """
 
     prompt: Prompt
     expected: str
     encoded: EncodedSample
+    sample: Sample
 
     def showing(self, frames: Iterable[torch.Tensor]) -> EvalExample:
         """Return the example with other pixels in its media, of the same number of frames and the same sizes."""
@@ -88,7 +90,7 @@ def open_example(sample: Sample, encoder: SampleEncoder) -> EvalExample:
     frames = tuple(medium.frames for medium in encoded.media)
     before = encoder.template.with_thoughts_apart(plan.conversation).messages[:-1]
     prompt = Prompt(before, plan.media, frames, plan.conversation.tools, plan.rendering.arguments[-1])
-    return EvalExample(prompt, _expected(plan, encoder.template), encoded)
+    return EvalExample(prompt, _expected(plan, encoder.template), encoded, sample)
 
 
 def _expected(plan: Plan, template: ChatTemplate) -> str:
@@ -104,7 +106,7 @@ def _open_labelled(sample: Sample, encoder: SampleEncoder, plan: Plan, reader: M
     (encoded,) = encoder.encode([plan], sample, reader)
     frames = tuple(medium.frames for medium in encoded.media)
     prompt = Prompt(plan.conversation.messages, plan.media, frames, plan.conversation.tools)
-    return EvalExample(prompt, label_text(sample.record.get("label")), encoded)
+    return EvalExample(prompt, label_text(sample.record.get("label")), encoded, sample)
 
 
 def label_text(value: Any) -> str:

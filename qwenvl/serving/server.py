@@ -1,4 +1,4 @@
-"""Prompt ids of a running OpenAI-compatible server, for comparison with those of training.
+"""A running OpenAI-compatible server: its answers, and its prompt ids for comparison with those of training.
 
 vLLM's ``/tokenize`` takes the messages, tools and template arguments of a chat request, and returns the ids of its
 prompt (vllm/entrypoints/serve/tokenize/protocol.py, ``TokenizeChatRequest``). 0.32 runs the processor for it: the
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,27 @@ from torch import Tensor
 from qwenvl.data.conversation.chat_template import THOUGHT
 from qwenvl.data.encoding.encoded import Plan
 from qwenvl.data.media.resize import VideoPlan
-from qwenvl.data.types import ImageItem, Message, Sample, TextPart, VideoItem
+from qwenvl.data.types import ImageItem, Message, Sample, Source, TextPart, VideoItem
 from qwenvl.serving.compare import OUTER_MARKERS, Finding, own_settings, without_outer_markers
 from qwenvl.serving.inputs import Serving, arguments_of, asked
 from qwenvl.utils.errors import SampleError, UserError
 
 _SECONDS = 60.0
+_SECONDS_OF_AN_ANSWER = 3600.0  # of a busy server, which lets requests wait
+
+
+class RefusedError(UserError):
+    """A request that a server refuses.
+
+    Args:
+        url: Address of the request.
+        status: Status code of HTTP.
+        reason: Reason that the server gives.
+    """
+
+    def __init__(self, url: str, status: int, reason: str) -> None:
+        super().__init__(f"--server: {url} refuses the request ({status}): {reason}")
+        self.status, self.reason = status, reason
 
 
 @dataclass(frozen=True)
@@ -44,17 +61,49 @@ class Server:
     model: str
 
     @classmethod
-    def at(cls, url: str, model: str | None = None) -> Server:
-        """Return the server at an address, and by default the first model that it serves.
+    def at(cls, url: str, model: str | None = None, folder: str = "") -> Server:
+        """Return the server at an address.
+
+        Args:
+            url: Address, with or without ``/v1``.
+            model: Name of the model there; None for the only one, or the one that is served from ``folder``.
+            folder: Folder of the model or the adapters that are served.
 
         Raises:
-            UserError: Nothing answers there.
+            UserError: Nothing answers there, or it does not serve that model.
         """
         root = url.rstrip("/").removesuffix("/v1")
-        if model is None:
-            models = _answer(f"{root}/v1/models")
-            model = str(models["data"][0]["id"])
-        return cls(root, model)
+        address = f"{root}/v1/models"
+        found = _answer(address)
+        try:
+            served = {str(one["id"]): str(one.get("root") or one["id"]) for one in found["data"]}
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"--server: {address} does not answer as an OpenAI-compatible server.") from error
+        if model is not None and (model in served or not served):
+            return cls(root, model)
+        here = [name for name, path in served.items() if folder and os.path.realpath(path) == os.path.realpath(folder)]
+        if model is None and (here or len(served) == 1):
+            return cls(root, next(iter(here or served)))
+        wanted = f"no model {model!r}" if model is not None else f"none from {folder}" if folder else "several models"
+        raise UserError(
+            f"--server: {root} serves {', '.join(served) or 'no model'}, {wanted}. Name one by --server_model."
+        )
+
+    def chat(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the first choice of the server's answer to a chat request, whose model is this one.
+
+        Raises:
+            RefusedError: The server refuses the request.
+            UserError: The server does not answer.
+        """
+        url = f"{self.url}/v1/chat/completions"
+        found = _answer(url, {"model": self.model, **request}, _SECONDS_OF_AN_ANSWER)
+        try:
+            choice: Mapping[str, Any] = found["choices"][0]
+            assert isinstance(choice["message"], dict)
+        except (TypeError, KeyError, IndexError, AssertionError) as error:
+            raise UserError(f"--server: {url} does not answer as an OpenAI-compatible server.") from error
+        return choice
 
     def prompt_ids(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
@@ -84,20 +133,21 @@ def compare_prompts(server: Server, serving: Serving, plan: Plan, sample: Sample
     """
     if plan.rendering.whole:
         return [Finding("prompt ids", "not compared", "the conversation is trained as rendered, not behind prompts")]
-    if reason := _not_for_requests(plan):
+    if reason := not_for_requests(medium.item for medium in plan.media):
         return [Finding("prompt ids", "not compared", reason)]
     trained = plan.tokens.input_ids[: plan.tokens.starts[-1]]
     try:
-        messages = [as_request(message, serving, sample) for message in asked(serving, plan)]
+        locate = serving.sources(sample).locate
+        messages = [as_request(message, locate) for message in asked(serving, plan)]
         served = server.prompt_ids(messages, plan.conversation.tools, arguments_of(serving, plan))
     except SampleError as error:
         return [Finding("prompt ids", "different", error.reason)]
     return [_compare_ids(serving, plan, trained, torch.tensor(served))]
 
 
-def _not_for_requests(plan: Plan) -> str:
-    """Return why a request cannot hold the media of a row as they were trained; empty where it can."""
-    if any(isinstance(medium.item.source, tuple) for medium in plan.media):
+def not_for_requests(items: Iterable[ImageItem | VideoItem]) -> str:
+    """Return why a request cannot hold media; empty where it can."""
+    if any(isinstance(item.source, tuple) for item in items):
         return "a video is given as a list of frames, which a request does not hold"
     return ""
 
@@ -132,13 +182,12 @@ def _first_difference(serving: Serving, plan: Plan, ours: Sequence[int], theirs:
     return Finding("prompt ids", "different", detail)
 
 
-def as_request(message: Message, serving: Serving, sample: Sample) -> dict[str, Any]:
+def as_request(message: Message, locate: Callable[[Source], str | bytes]) -> dict[str, Any]:
     """Return a turn in the form of OpenAI's protocol, media as ``data:`` URIs.
 
     Args:
         message: Turn, whose videos are files.
-        serving: Folder that is served.
-        sample: Sample that the turn is of.
+        locate: Function that finds a medium: its path or content.
     """
     content: list[dict[str, Any]] = []
     for part in message.parts:
@@ -146,7 +195,7 @@ def as_request(message: Message, serving: Serving, sample: Sample) -> dict[str, 
             content.append({"type": "text", "text": part.text})
         else:
             kind, mime = ("image", "image/*") if isinstance(part, ImageItem) else ("video", "video/mp4")
-            url = f"data:{mime};base64,{_base64_of(part, serving, sample)}"
+            url = f"data:{mime};base64,{_base64_of(part, locate)}"
             content.append({"type": f"{kind}_url", f"{kind}_url": {"url": url}})
     only_text = all(item["type"] == "text" for item in content)
     body: Any = "".join(item["text"] for item in content) if only_text else content
@@ -160,9 +209,9 @@ def as_request(message: Message, serving: Serving, sample: Sample) -> dict[str, 
     return written
 
 
-def _base64_of(item: ImageItem | VideoItem, serving: Serving, sample: Sample) -> str:
+def _base64_of(item: ImageItem | VideoItem, locate: Callable[[Source], str | bytes]) -> str:
     assert not isinstance(item.source, tuple)
-    located = serving.sources(sample).locate(item.source)
+    located = locate(item.source)
     data = located if isinstance(located, bytes) else Path(located).read_bytes()
     return base64.b64encode(data).decode()
 
@@ -182,14 +231,23 @@ def _collapsed(ids: Sequence[int], pads: Sequence[int]) -> list[int]:
     return found
 
 
-def _answer(url: str, request: Mapping[str, Any] | None = None) -> Any:
+def _answer(url: str, request: Mapping[str, Any] | None = None, seconds: float = _SECONDS) -> Any:
     data = None if request is None else json.dumps(request).encode()
     headers = {"Content-Type": "application/json"}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=_SECONDS) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=seconds) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        reason = error.read().decode(errors="replace")[:300]
-        raise UserError(f"--server: {url} refuses the request ({error.code}): {reason}") from error
-    except (OSError, ValueError, KeyError) as error:
+        raise RefusedError(url, error.code, _reason(error.read().decode(errors="replace"))) from error
+    except (OSError, ValueError, HTTPException) as error:
         raise UserError(f"--server: {url} does not answer as an OpenAI-compatible server: {error}.") from error
+
+
+def _reason(body: str) -> str:
+    """Return the message of an error as vLLM, SGLang, llama.cpp and transformers write it; else the body's start."""
+    try:
+        found = json.loads(body)
+        told = found.get("error", found)
+        return str(told["message"] if "message" in told else told["detail"])[:1000]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return body.strip()[:300] or "without a reason"

@@ -47,7 +47,8 @@ class Row:
 
     def messages(self) -> list[dict[str, Any]]:
         """Return the turns as a client of a server writes them."""
-        return [as_request(message, self.serving, self.sample) for message in asked(self.serving, self.plan)]
+        locate = self.serving.sources(self.sample).locate
+        return [as_request(message, locate) for message in asked(self.serving, self.plan)]
 
     def arguments(self) -> dict[str, Any]:
         """Return the template arguments of the request."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from qwenvl.cli.main import main
 from tests.e2e.runs import LORA, REPOSITORY, train
 
 
@@ -32,6 +33,14 @@ def test_a_folder_is_served_with_the_arguments_that_it_needs(
     assert json.loads(words[words.index("--media-io-kwargs") + 1]) == {"video": frames}
     assert words[words.index("--chat-template") + 1] == str(folder / "chat_template_videos.jinja")
     assert words[words.index("--port") + 1] == "8001"
+    done = serve(str(folder), DRY_RUN="", VLLM="/opt/vllm")
+    assert done.returncode == 1
+    assert done.stderr.startswith("There is no command '/opt/vllm'. Install vLLM into an environment of its own")
+    done = serve(str(folder), DRY_RUN="", VLLM="echo")  # it becomes the command
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"serve {folder} --max-model-len 2048")
+    assert main(["serve", "--help"]) == 0
+    assert serve().returncode == 2
 
 
 def test_adapters_are_served_beside_their_base_or_refused(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,63 +16,23 @@ from transformers import AutoProcessor
 from qwenvl.cli.check_serving import main
 from qwenvl.serving.server import Server
 from qwenvl.utils.errors import UserError
+from tests.serving.chat_server import Answer, as_stock, listening
 
 
-@contextmanager
-def served(processor: Any) -> Iterator[str]:
-    """Serve ``/v1/models`` and ``/tokenize`` as vLLM does: images are one placeholder, arguments of calls parsed."""
+def served(processor: Any) -> AbstractContextManager[str]:
+    """Serve ``/tokenize`` as vLLM did before it ran the processor: images are one placeholder."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.answer({"data": [{"id": "tiny"}]})
+    def tokens(request: dict[str, Any]) -> Answer:
+        text = processor.apply_chat_template(
+            [as_stock(message) for message in request["messages"]],
+            tools=request.get("tools"),
+            tokenize=False,
+            add_generation_prompt=request["add_generation_prompt"],
+            **request["chat_template_kwargs"],
+        )
+        return 200, {"tokens": processor.tokenizer(text, add_special_tokens=False)["input_ids"]}
 
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            messages = [as_stock(message) for message in request["messages"]]
-            text = processor.apply_chat_template(
-                messages,
-                tools=request.get("tools"),
-                tokenize=False,
-                add_generation_prompt=request["add_generation_prompt"],
-                **request["chat_template_kwargs"],
-            )
-            self.answer({"tokens": processor.tokenizer(text, add_special_tokens=False)["input_ids"]})
-
-        def answer(self, value: Any) -> None:
-            body = json.dumps(value).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            return
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def as_stock(message: dict[str, Any]) -> dict[str, Any]:
-    parts = []
-    if isinstance(message["content"], list):
-        for part in message["content"]:
-            if part["type"] == "image_url":
-                data = part["image_url"]["url"].partition("base64,")[2]
-                Image.open(io.BytesIO(base64.b64decode(data))).load()
-                parts.append({"type": "image"})
-            else:
-                parts.append(part)
-        message = {**message, "content": parts}
-    for call in message.get("tool_calls", ()):
-        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-    return message
+    return listening(["tiny"], tokens, "/tokenize")
 
 
 @pytest.fixture

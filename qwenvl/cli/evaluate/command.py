@@ -5,9 +5,10 @@ r"""Score answers by dataset, with confidence intervals, and test whether they d
     python tools/evaluate.py --model_name_or_path MODEL --dataset_use a --blind --output evaluation
 
 The first command scores the output of tools/predict.py. The second generates answers first, as predict.py does, into
-``predictions.jsonl`` of the output folder, and can be stopped and resumed. With ``--blind`` the same questions are also
-asked with blank images and with those of other samples, and the loss is computed: a model that ignores the image scores
-the same. The results are printed as a table, and written as JSON and as a page of the worst samples.
+``predictions.jsonl`` of the output folder, and can be stopped and resumed; with ``--server``, a running server
+answers. With ``--blind`` the same questions are also asked with blank images and with those of other samples, and the
+loss is computed: a model that ignores the image scores the same. The results are printed as a table, and written as
+JSON and as a page of the worst samples.
 
 The metric of a dataset is that of ``--metric``; else the field ``metric`` of a sample or of the dataset's registry
 entry; else it depends on the expected answers: box_accuracy for boxes, multiple_choice for letters to questions with
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenvl.cli.evaluate.page import OtherAnswers, build_evaluation_page, number, percent
-from qwenvl.cli.inference_args import AskArguments, answer_all, open_job, open_model, progress_bar
+from qwenvl.cli.inference_args import AnswerArguments, answer_all, open_job, open_model, progress_bar
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
 from qwenvl.evaluate.image_ablation import ImageAblation
@@ -58,7 +59,7 @@ Views = Mapping[View, Sequence[Prediction]]
 
 
 @dataclass
-class EvaluateArguments(AskArguments):
+class EvaluateArguments(AnswerArguments):
     """Flags of this tool, besides those of the tools that ask a model."""
 
     predictions: str | None = field(
@@ -80,12 +81,14 @@ class EvaluateArguments(AskArguments):
             find_metric(self.metric)
         if self.worst < 0:
             raise UserError("--worst must be 0 or more.")
+        if self.server is not None and self.blind:
+            raise UserError("--blind computes losses, which a --server does not. Leave one of them out.")
         if self.predictions is None:
             super().__post_init__()
-        elif self.blind or self.dataset_use or self.annotation_path or self.model_name_or_path:
+        elif self.blind or self.dataset_use or self.annotation_path or self.model_name_or_path or self.server:
             raise UserError(
-                "--predictions is scored without a model: leave out --blind, the model and the data; or leave out "
-                "--predictions to ask the model."
+                "--predictions is scored without a model: leave out --blind, the model, the server and the data; or "
+                "leave out --predictions to ask the model."
             )
 
 

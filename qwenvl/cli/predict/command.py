@@ -3,13 +3,15 @@ r"""Ask a model: the samples of datasets, one question, or a chat.
     python tools/predict.py --model_name_or_path MODEL --dataset_use "a%10,b" --output answers.jsonl
     torchrun --nproc_per_node=8 tools/predict.py --model_name_or_path MODEL --annotation_path FILE --data_path DIR \
         --output answers.jsonl
+    python tools/predict.py --model_name_or_path MODEL --server http://localhost:8000 --dataset_use a --output FILE
     python tools/predict.py --model_name_or_path MODEL --image a.jpg --prompt "What is this?"
     python tools/predict.py --model_name_or_path MODEL
 
-MODEL is a folder of a whole model or of adapters. The first two commands write one JSON line per sample, in the order
+MODEL is a folder of a whole model or of adapters. The first three commands write one JSON line per sample, in the order
 of the data: dataset, file, line, id, question, expected, prediction, finish_reason (``length`` if ``--max_new_tokens``
 cut the answer, else ``stop``); or error, for a sample that cannot be asked. When they are stopped and started again,
-with any number of processes, they answer the missing samples. ``--image`` and ``--video`` take several files. With only
+with any number of processes, they answer the missing samples. With ``--server``, a running server answers, which
+scripts/serve.sh starts with the arguments that MODEL needs. ``--image`` and ``--video`` take several files. With only
 a model, the command starts a chat.
 
 For a model with the head of a task (``--task`` in training), ``prediction`` is the label, and ``scores`` are the
@@ -29,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwenvl.cli.inference_args import (
-    AskArguments,
+    AnswerArguments,
     answer_all,
     open_asking_encoder,
     open_job,
@@ -66,7 +68,7 @@ PAGE = HelpPage(
 
 
 @dataclass
-class PredictArguments(AskArguments):
+class PredictArguments(AnswerArguments):
     """Flags of this tool, besides those of the tools that ask a model."""
 
     output: str | None = field(default=None, metadata={"help": "JSON lines file for the answers to datasets."})
@@ -85,6 +87,8 @@ class PredictArguments(AskArguments):
             raise UserError("--output is for answers to datasets: name them by --dataset_use or --annotation_path.")
         if (self.image or self.video) and self.prompt is None:
             raise UserError('--prompt is missing: the question about the media, such as --prompt "What is this?".')
+        if not data and self.server is not None:
+            raise UserError("--server answers datasets: name them by --dataset_use or --annotation_path.")
         if not data and world_size() > 1:
             raise UserError("One question or a chat is for one process: start it without torchrun.")
 
