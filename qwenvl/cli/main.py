@@ -45,6 +45,7 @@ COMMANDS = {
     "attention": Command("qwenvl.cli.show_attention.command", "draw the attention of an answer's words over the image"),
     "merge": Command("qwenvl.cli.merge_lora", "merge adapters into their checkpoint, and check the result"),
     "serve-check": Command("qwenvl.cli.check_serving", "check that serving feeds the model as training did"),
+    "export": Command("qwenvl.cli.export.command", "write a quantized copy of a model, checked against it"),
     "serve": Command("qwenvl.cli.serve_command", "serve a trained folder by vLLM with the arguments that it needs"),
     "doctor": Command("qwenvl.cli.doctor.command", "find out whether this machine is ready to train"),
     "demo-data": Command("qwenvl.cli.make_demo_data.command", "make the demo's data: digits, shapes, short clips"),

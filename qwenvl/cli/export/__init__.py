@@ -1,0 +1,1 @@
+"""Parts of tools/export.py: quantized copies of a trained model, checked against it."""
