@@ -116,7 +116,7 @@ class AnswerArguments(AskArguments):
     server_model: str | None = field(
         default=None, metadata={"help": "Name of the model there. Default: the only one, or the one of the folder."}
     )
-    requests: int = field(default=16, metadata={"help": "Most requests that wait for the server's answer at once."})
+    requests: int = field(default=16, metadata={"help": "Maximum number of concurrent requests to the server."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Answers of a running OpenAI-compatible server to the rows of datasets, with many requests at once.
+"""Answers of a running OpenAI-compatible server to the rows of datasets, by concurrent requests.
 
 A request holds the turns before the answer as the sample has them, its media as they are on disk, and its tools and
 template arguments. Limits, frames and the template are the server's own: tools/check_serving.py compares them.
@@ -45,7 +45,7 @@ def answer_by_server(
         server: Server to ask.
         write: Function called with the lines of each row.
         told: Function called with the number of rows that were written.
-        requests: Maximum number of requests that wait for an answer.
+        requests: Maximum number of concurrent requests.
 
     Raises:
         UserError: The server does not answer, or refuses more than a single request.

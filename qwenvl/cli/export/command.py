@@ -143,7 +143,7 @@ def require_exportable(folder: Path) -> None:
 
 
 def held_out(arguments: ExportArguments, encoder: SampleEncoder) -> Iterator[EvalExample]:
-    """Yield the samples to compare; those that cannot be used are left out with a warning.
+    """Yield the samples to compare; unusable ones are left out with a warning.
 
     Raises:
         UserError: No sample can be used.

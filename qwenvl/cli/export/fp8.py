@@ -19,14 +19,14 @@ from transformers import FineGrainedFP8Config
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from qwenvl.families import FAMILIES
+from qwenvl.families import FAMILIES, OLDER_NAMES, ModelLayout, get_family
+from qwenvl.models.loading import read_model_type
 from qwenvl.models.moe_checkpoint import weight_files
 from qwenvl.utils.errors import UserError
 
 BLOCK = 128
 """Rows and columns of a block: those of the published checkpoints, and the only ones that servers' kernels take."""
 
-_LAYER = re.compile(r"^(?:model\.)?(?:language_model\.)?layers\.\d+\.")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("in_proj_qkv", "in_proj_z"))
 """Layers that servers compute as one, and that therefore are quantized together or not at all."""
 
@@ -58,7 +58,8 @@ def write_fp8(folder: Path, output: Path) -> int:
     """
     files = [Path(file) for file in weight_files(str(folder), {})]
     shapes = {name: shape for file in files for name, shape in _shapes(file)}
-    chosen = _choose(shapes)
+    layout = get_family(read_model_type(str(folder))).layout
+    chosen = _choose(shapes, layout)
     if not chosen:
         raise UserError(f"{folder}: no layer of its language model has sides that are multiples of {BLOCK}.")
     settings = FineGrainedFP8Config(weight_block_size=(BLOCK, BLOCK))
@@ -75,7 +76,7 @@ def write_fp8(folder: Path, output: Path) -> int:
     if len(files) > 1:
         record = {"metadata": {"total_size": sum((output / file.name).stat().st_size for file in files)}}
         (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({**record, "weight_map": index}, indent=2) + "\n")
-    _write_config(folder, output, _kept(shapes, chosen))
+    _write_config(folder, output, _kept(shapes, chosen, layout))
     return len(chosen)
 
 
@@ -85,17 +86,18 @@ def _shapes(file: Path) -> Iterable[tuple[str, list[int]]]:
             yield name, tensors.get_slice(name).get_shape()
 
 
-def _choose(shapes: Mapping[str, list[int]]) -> set[str]:
+def _choose(shapes: Mapping[str, list[int]], layout: ModelLayout) -> set[str]:
     """Return the names of the weights that are quantized."""
-    whole = {
-        name
-        for name, shape in shapes.items()
-        if _LAYER.match(name)
-        and name.endswith(".weight")
-        and len(shape) == 2
-        and not any(side % BLOCK for side in shape)
-    }
+    layer = re.compile(rf"{re.escape(layout.language)}\.layers\.\d+\..*\.weight$")
+    layers = {name: shape for name, shape in shapes.items() if layer.match(_current(name))}
+    whole = {name for name, shape in layers.items() if len(shape) == 2 and not any(side % BLOCK for side in shape)}
     return {name for name in whole if all(other in whole for other in _fused_with(name))}
+
+
+def _current(name: str) -> str:
+    for older, newer in OLDER_NAMES.items():
+        name = re.sub(older, newer, name)
+    return name
 
 
 def _fused_with(name: str) -> list[str]:
@@ -103,14 +105,11 @@ def _fused_with(name: str) -> list[str]:
     return [f"{parent}.{other}.weight" for group in _FUSED if layer in group for other in group]
 
 
-def _kept(shapes: Mapping[str, list[int]], chosen: set[str]) -> list[str]:
+def _kept(shapes: Mapping[str, list[int]], chosen: set[str], layout: ModelLayout) -> list[str]:
     """Return the names of the layers that stay whole, as readers need them."""
-    layers = {
-        name.removesuffix(".weight")
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) >= 2 and name not in chosen and "embed_tokens" not in name
-    }
-    return sorted(layers | {"lm_head"})
+    whole = [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) >= 2]
+    layers = {name.removesuffix(".weight") for name in whole if name not in chosen}
+    return sorted({layout.head, *(name for name in layers if _current(name) != layout.embeddings)})
 
 
 def _write_config(folder: Path, output: Path, kept: list[str]) -> None:
