@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl.cli.make_tiny_checkpoint.command import build_tiny_checkpoint
 from tests.e2e.runs import train
@@ -103,15 +106,32 @@ def _clip(path: Path, frames: int) -> None:
 
 @pytest.fixture(scope="session")
 def trained(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function of a family and settings that trains a model of the demo's size, once for each of them."""
+    """Return a function of a family and settings that trains a model of the demo's size, once for each of them.
+
+    ``text`` has settings of the language model's config that the model has in place of the demo's.
+    """
     done: dict[str, Path] = {}
 
-    def function(family: str, **settings: Any) -> Path:
-        key = json.dumps([family, settings])
+    def function(family: str, text: Mapping[str, Any] | None = None, **settings: Any) -> Path:
+        key = json.dumps([family, text, settings])
         if key not in done:
             folder = tmp_path_factory.mktemp(family)
             build_tiny_checkpoint(family, folder / "base", size="demo")
+            if text is not None:
+                _rebuild(folder / "base", text)
             done[key] = train(folder / "base", folder / "out", registry, **{**RUN, **settings})
         return done[key]
 
     return function
+
+
+def _rebuild(folder: Path, text: Mapping[str, Any]) -> None:
+    """Give a checkpoint random weights of other shapes; its layers for multi-token prediction keep theirs."""
+    file = folder / "model.safetensors"
+    mtp = {name: tensor for name, tensor in load_file(file).items() if name.startswith("mtp.")}
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in text.items():
+        setattr(config.text_config, name, value)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    save_file({**load_file(file), **mtp}, file, {"format": "pt"})

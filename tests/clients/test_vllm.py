@@ -6,12 +6,15 @@ log-probabilities of what it answers are the trainer's own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qwenvl.cli.check_serving import main
+from qwenvl.cli.merge_lora import main as merge
+from qwenvl.cli.predict.command import main as predict
 from tests.clients.reference import log_probabilities, open_float32, rows_of
 from tests.clients.vllm_server import ask, printed_command, serving
 from tests.e2e.runs import LORA
@@ -25,13 +28,13 @@ Compare = Callable[..., str]
 def compare(vllm: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Compare:
     """Return a function of a folder and a dataset that holds them against vLLM; returns what the tool printed."""
 
-    def function(folder: Path, dataset: str, *, prompts_alone: bool = False) -> str:
+    def function(folder: Path, dataset: str, *more: str, prompts_alone: bool = False) -> str:
         data = ["--dataset_registry", str(registry), "--dataset_use", dataset]
         capsys.readouterr()
         assert main(["--model_name_or_path", str(folder), *data]) == 0
         printed = capsys.readouterr().out
         model, rows = open_float32(folder), list(rows_of(folder, *data))
-        with serving(vllm, printed_command(printed), tmp_path / "vllm.log") as address:
+        with serving(vllm, [*printed_command(printed), *more], tmp_path / "vllm.log") as address:
             assert main(["--model_name_or_path", str(folder), *data, "--server", address]) == 0
             said = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  server ")]
             assert [words[:4] for words in said] == [["server", "prompt", "ids", "equal"]] * len(rows), said
@@ -46,14 +49,56 @@ def compare(vllm: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFi
     return function
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_whole_models(family: str, trained: Callable[..., Path], compare: Compare) -> None:
     compare(trained(family), "mixed")
 
 
+WIDE_HEADS = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+"""Smallest heads of linear attention that vLLM computes with on the CPU."""
+
+
 def test_linear_attention(trained: Callable[..., Path], compare: Compare) -> None:
-    """Prompts alone: vLLM computes it on the CPU with heads of 32 and more, and a tiny model has 16."""
-    compare(trained("qwen3_5"), "mixed", prompts_alone=True)
+    compare(trained("qwen3_5", WIDE_HEADS), "mixed")
+
+
+def test_multi_token_prediction(trained: Callable[..., Path], compare: Compare, tmp_path: Path) -> None:
+    """The carried layers draft tokens, which the model itself accepts or not: its answers stay the same."""
+    folder = trained("qwen3_5", WIDE_HEADS)
+    compare(folder, "mixed", "--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}')
+    assert "SpeculativeConfig(method='mtp'" in (tmp_path / "vllm.log").read_text()
+
+
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"additional_tokens": "slowly"}], ids=["bf16", "new token"])
+def test_other_kinds_of_training(settings: dict[str, object], trained: Callable[..., Path], compare: Compare) -> None:
+    compare(trained("qwen3_vl", **settings), "images")
+
+
+def test_merged_adapters(trained: Callable[..., Path], compare: Compare, tmp_path: Path) -> None:
+    adapter = trained("qwen3_vl", **LORA, learning_rate=5e-3, video_max_frame_pixels=None)
+    assert merge(["--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
+    assert "--enable-lora" not in compare(tmp_path / "merged", "mixed")
+
+
+def test_predictions(
+    vllm: Path, trained: Callable[..., Path], registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers by ``predict --server`` are those of the folder's own model, also to clips."""
+    folder, data = trained("qwen3_vl"), ["--dataset_registry", str(registry), "--dataset_use", "mixed"]
+    model = ["--model_name_or_path", str(folder), *data]
+    assert main(model) == 0
+    command = printed_command(capsys.readouterr().out)
+    own, served, long = (tmp_path / f"{name}.jsonl" for name in ("own", "served", "long"))
+    model += ["--max_new_tokens", "24"]
+    assert predict([*model, "--device", "cpu", "--output", str(own)]) == 0
+    with serving(vllm, command, tmp_path / "vllm.log") as address:
+        asked = [*model, "--server", address]
+        assert predict([*asked, "--output", str(served)]) == 0
+        assert served.read_text() == own.read_text()
+        assert predict([*asked, "--max_new_tokens", "5000", "--output", str(long)]) == 1
+        assert predict([*asked, "--server_model", "none", "--output", str(tmp_path / "none.jsonl")]) == 2
+    errors = [json.loads(line)["error"] for line in long.read_text().splitlines()]
+    assert all(error.startswith("server: refused (400): ") and "5000" in error for error in errors), errors
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
