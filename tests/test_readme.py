@@ -37,13 +37,14 @@ from qwenvl.data.types import Sample
 from qwenvl.families import get_family
 from qwenvl.utils.errors import Origin
 from scripts.flags_page import page as flags_page
+from tests.serving.chat_server import StockModel, listening
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 PAGES = {path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 TOOL_FLAGS = (
     *("all", "base", "bind", "blind", "decode", "duplicates", "format", "help", "image", "json"),
-    *("metric", "nproc_per_node", "prompt", "server", "write_clean"),
+    *("max_difference", "metric", "nproc_per_node", "prompt", "requests", "samples", "server", "write_clean"),
 )
 DATA = PAGES["docs/data.md"]
 EVERYTHING = "\n".join(PAGES.values())
@@ -150,12 +151,19 @@ def test_predict_and_evaluate(
     apples: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for command in (*commands("tools/predict.py"), *commands("tools/evaluate.py")):
-        flags = shlex.split(command.partition(".py ")[2])
-        if "--model_name_or_path" in flags:
-            flags[flags.index("--model_name_or_path") + 1] = str(tiny_checkpoint("qwen3_vl"))
-            flags += ["--dataset_registry", str(apples), "--max_pixels", "64*64", "--min_pixels", "32*32"]
-        assert (predict if "predict.py" in command else evaluate)(flags) == 0
+    folder = tiny_checkpoint("qwen3_vl")
+    with listening([str(folder)], StockModel(folder).answer) as url:
+        for command in (*commands("tools/predict.py"), *commands("tools/evaluate.py")):
+            flags = shlex.split(command.partition(".py ")[2])
+            if "--model_name_or_path" in flags:
+                flags[flags.index("--model_name_or_path") + 1] = str(folder)
+                flags += ["--dataset_registry", str(apples)]
+            if "--server" in flags:
+                flags[flags.index("--server") + 1] = url
+                flags[flags.index("--output") + 1] += "-served"
+            elif "--model_name_or_path" in flags:
+                flags += ["--max_pixels", "64*64", "--min_pixels", "32*32"]
+            assert (predict if "predict.py" in command else evaluate)(flags) == 0
     assert (tmp_path / "answers.jsonl").exists() and (tmp_path / "evaluation" / "evaluation.html").exists()
 
 
