@@ -1,7 +1,8 @@
 """Folders that the trainer saves, for the programs that people serve and evaluate them with.
 
 The programs have environments of their own, made by ``scripts/test.sh --clients`` or by hand; tests are skipped where
-the variable that names one is not set: CLIENTS_VLLM and CLIENTS_TRANSFORMERS4 are virtual environments.
+the variable that names one is not set: CLIENTS_VLLM, CLIENTS_TRANSFORMERS4 and CLIENTS_LMMS_EVAL are virtual
+environments.
 """
 
 from __future__ import annotations
@@ -59,12 +60,19 @@ def transformers4() -> Path:
 
 
 @pytest.fixture(scope="session")
+def lmms_eval() -> Path:
+    """Return the environment with lmms-eval."""
+    return environment("CLIENTS_LMMS_EVAL")
+
+
+@pytest.fixture(scope="session")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a registry with ``mixed``, and ``images`` without its clips."""
+    """Return a registry with ``mixed``, ``images`` without its clips, and ``rows``, 20 with a system turn."""
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     rows = [_row(folder, number, media, generator) for number, media in enumerate(ROWS)]
     sets = {"mixed": rows, "images": [row for row in rows if "video" not in row]}
+    sets["rows"] = [_asked(folder, number, generator) for number in range(20)]
     for name, chosen in sets.items():
         (folder / f"{name}.json").write_text(json.dumps(chosen))
     entries = {name: {"annotation_path": str(folder / f"{name}.json"), "data_path": str(folder)} for name in sets}
@@ -89,6 +97,19 @@ def _row(folder: Path, number: int, media: tuple[str, ...], generator: np.random
         {"from": "gpt", "value": f"{answer}."},
     ]
     return row
+
+
+def _asked(folder: Path, number: int, generator: np.random.Generator) -> dict[str, Any]:
+    """Return a row as lmms-eval asks it: with a system turn, and an image larger or smaller than the limits."""
+    width, height = generator.integers(30, 300, 2)
+    squares = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    squares.resize((int(width), int(height)), Image.Resampling.BILINEAR).save(folder / f"row-{number}.png")
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": f"<image>What is in row {number}?"},
+        {"role": "assistant", "content": "red cat." if number % 2 else "blue dog."},
+    ]
+    return {"id": f"row-{number}", "image": f"row-{number}.png", "messages": messages}
 
 
 def _clip(path: Path, frames: int) -> None:
