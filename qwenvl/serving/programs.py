@@ -54,6 +54,9 @@ def program_notes(served: Served, model: Model) -> list[str]:
         )
     if model.moe:
         found.append('lmms-eval takes a folder for a mixture of experts by its name alone: it has to hold "A3B" or so.')
+    found.append(
+        "The lines of SGLang, VLMEvalKit and llama.cpp follow their sources and were not run (docs/compatibility.md)."
+    )
     if served.videos:
         found.append("llama.cpp samples no videos: send frames as images.")
     return found

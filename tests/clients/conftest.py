@@ -106,8 +106,8 @@ def _asked(folder: Path, number: int, generator: np.random.Generator) -> dict[st
     squares.resize((int(width), int(height)), Image.Resampling.BILINEAR).save(folder / f"row-{number}.png")
     messages = [
         {"role": "system", "content": "You are a helpful assistant."},
-        {"role": "user", "content": f"<image>What is in row {number}?"},
-        {"role": "assistant", "content": "red cat." if number % 2 else "blue dog."},
+        {"role": "user", "content": "<image>What is here?"},
+        {"role": "assistant", "content": " ".join(generator.choice("red blue left right cat dog one two".split(), 4))},
     ]
     return {"id": f"row-{number}", "image": f"row-{number}.png", "messages": messages}
 

@@ -64,7 +64,7 @@ def write_fp8(folder: Path, output: Path) -> int:
         raise UserError(f"{folder}: no layer of its language model has sides that are multiples of {BLOCK}.")
     settings = FineGrainedFP8Config(weight_block_size=(BLOCK, BLOCK))
     operation: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False).get_quantize_ops()
-    index: dict[str, str] = {}
+    index, size = dict[str, str](), 0
     for file in files:
         tensors: dict[str, Tensor] = {}
         with safe_open(file, "pt") as source:
@@ -73,9 +73,10 @@ def write_fp8(folder: Path, output: Path) -> int:
                 tensors |= operation.convert({name: tensor}) if name in chosen else {name: tensor}
         save_file(tensors, output / file.name, {"format": "pt"})
         index |= dict.fromkeys(tensors, file.name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) > 1:
-        record = {"metadata": {"total_size": sum((output / file.name).stat().st_size for file in files)}}
-        (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({**record, "weight_map": index}, indent=2) + "\n")
+        record = {"metadata": {"total_size": size}, "weight_map": index}
+        (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _write_config(folder, output, _kept(shapes, chosen, layout))
     return len(chosen)
 
@@ -107,9 +108,9 @@ def _fused_with(name: str) -> list[str]:
 
 def _kept(shapes: Mapping[str, list[int]], chosen: set[str], layout: ModelLayout) -> list[str]:
     """Return the names of the layers that stay whole, as readers need them."""
-    whole = [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) >= 2]
-    layers = {name.removesuffix(".weight") for name in whole if name not in chosen}
-    return sorted({layout.head, *(name for name in layers if _current(name) != layout.embeddings)})
+    matrices = [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) >= 2]
+    kept = [name for name in matrices if name not in chosen and _current(name) != f"{layout.embeddings}.weight"]
+    return sorted({layout.head, *(name.removesuffix(".weight") for name in kept)})
 
 
 def _write_config(folder: Path, output: Path, kept: list[str]) -> None:
