@@ -80,7 +80,9 @@ def _lmms_eval(served: Served, model: Model, folder: str) -> str:
         rate = {} if name == "qwen2_vl" else {"fps": f"{video['fps']:g}"}  # whose class takes none
         given |= {**rate, "max_num_frames": video["max_frames"]}
     arguments = ",".join(f"{key}={value}" for key, value in given.items())
-    return shlex.join(["python", "-m", "lmms_eval", "--model", name, "--model_args", arguments, "--tasks", "TASKS"])
+    # The newer of its two classes for a model gives images no limits (lmms_eval/models/chat/qwen3_vl.py of 0.7.3).
+    words = ["python", "-m", "lmms_eval", "--force_simple", "--model", name, "--model_args", arguments]
+    return shlex.join([*words, "--tasks", "TASKS"])
 
 
 def _vlmevalkit(served: Served, model: Model, folder: str) -> str:

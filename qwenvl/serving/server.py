@@ -70,20 +70,20 @@ class Server:
             folder: Folder of the model or the adapters that are served.
 
         Raises:
-            UserError: Nothing answers there, or it does not serve that model.
+            UserError: Nothing answers there, or it serves other models.
         """
         root = url.rstrip("/").removesuffix("/v1")
-        address = f"{root}/v1/models"
-        found = _answer(address)
         try:
-            served = {str(one["id"]): str(one.get("root") or one["id"]) for one in found["data"]}
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"--server: {address} does not answer as an OpenAI-compatible server.") from error
-        if model is not None and (model in served or not served):
-            return cls(root, model)
+            served = _models(f"{root}/v1/models")
+        except RefusedError:  # transformers serve lists what is in its cache, if there is one
+            if model is None:
+                raise
+            served = {}
         here = [name for name, path in served.items() if folder and os.path.realpath(path) == os.path.realpath(folder)]
         if model is None and (here or len(served) == 1):
             return cls(root, next(iter(here or served)))
+        if model is not None and (model in served or not served or os.path.realpath(model) == os.path.realpath(folder)):
+            return cls(root, model)
         wanted = f"no model {model!r}" if model is not None else f"none from {folder}" if folder else "several models"
         raise UserError(
             f"--server: {root} serves {', '.join(served) or 'no model'}, {wanted}. Name one by --server_model."
@@ -229,6 +229,19 @@ def _collapsed(ids: Sequence[int], pads: Sequence[int]) -> list[int]:
     for number, group in groupby(ids):
         found += [number] if number in pads else list(group)
     return found
+
+
+def _models(url: str) -> dict[str, str]:
+    """Return the names of the models that a server lists, with the folders that it says they are from.
+
+    Raises:
+        UserError: The server does not answer.
+    """
+    found = _answer(url)
+    try:
+        return {str(one["id"]): str(one.get("root") or one["id"]) for one in found["data"]}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"--server: {url} does not answer as an OpenAI-compatible server.") from error
 
 
 def _answer(url: str, request: Mapping[str, Any] | None = None, seconds: float = _SECONDS) -> Any:

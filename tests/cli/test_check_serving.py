@@ -158,7 +158,9 @@ def test_lines_of_other_programs_carry_the_limits(saved: Path, check: Check) -> 
     newer = saved.name == "qwen3_vl"
     name, tokens = ("qwen3_vl", (1, 4)) if newer else ("qwen2_5_vl", (2, 5))  # of 32 and of 28 pixels a side
     limits = f"pretrained={saved},min_pixels=1024,max_pixels=4096,fps=2,max_num_frames=4"
-    assert f"lmms-eval: python -m lmms_eval --model {name} --model_args {limits} --tasks TASKS" in printed
+    assert (
+        f"lmms-eval: python -m lmms_eval --force_simple --model {name} --model_args {limits} --tasks TASKS" in printed
+    )
     assert f"--image-min-tokens {tokens[0]} --image-max-tokens {tokens[1]}" in printed
     assert f"model_path={str(saved)!r}, min_pixels=1024, max_pixels=4096" in printed
     assert ('processor_kwargs={"do_sample_frames": True}' in printed) != newer
