@@ -15,7 +15,8 @@ from qwenvl.utils.errors import UserError
 def open_liger_loss() -> SummedLoss:
     """Return Liger Kernel's loss in the form of :func:`qwenvl.models.loss.fused_lm_head.linear_cross_entropy`.
 
-    Its kernel does not support factors of rows: for a batch with loss weights, that function computes the loss.
+    Its kernel does not support factors of rows, and divides by zero where there are no rows: for a batch with loss
+    weights or without trained tokens, that function computes the loss.
 
     Raises:
         UserError: There is no CUDA device, or the package is missing or too old.
@@ -40,7 +41,7 @@ def load_liger_loss() -> SummedLoss:
     function = module.LigerFusedLinearCrossEntropyFunction
 
     def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None = None) -> Tensor:
-        if factors is not None:
+        if factors is not None or not len(hidden):
             return linear_cross_entropy(hidden, weight, targets, factors)
         # positional, as autograd functions are called: no bias, no class weights, -100 ignored, no z-loss, no smoothing
         outcome = function.apply(hidden, weight, targets, None, None, -100, 0.0, 0.0, "sum")

@@ -23,10 +23,11 @@ targets = torch.randint(0, 301, (37,))
 factors = torch.rand(37)
 weighted = [loss(hidden, weight, targets, factors) for loss in (load_liger_loss(), linear_cross_entropy)]
 assert torch.equal(*weighted)
-for factor in (1.0, 0.01):
+for factor, rows in ((1.0, 37), (0.01, 37), (1.0, 0)):
     found = []
     for loss in (load_liger_loss(), linear_cross_entropy):
-        total = loss(hidden, weight, targets)
+        total = loss(hidden[:rows], weight, targets[:rows])
+        assert total.dtype == torch.float32 and (total != 0) == (rows > 0)
         found.append([total.detach(), *torch.autograd.grad(total * factor, [hidden, weight])])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
