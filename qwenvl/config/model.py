@@ -34,11 +34,13 @@ class ModelArguments:
     tune_mm_vision: bool = field(
         default=False, metadata={"help": "Train the vision encoder, without its mergers (see tune_mm_mlp)."}
     )
-    attn_implementation: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = field(
+    attn_implementation: Literal[
+        "auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+    ] = field(
         default="auto",
         metadata={
-            "help": "Attention kernel. auto takes flash-attention where it is installed and works, else varlen (the "
-            "kernel of torch, on a GPU in bf16 or fp16), else sdpa."
+            "help": "Attention kernel. auto takes flash-attention 3 or 2 where it is installed and works, else varlen "
+            "(the kernel of torch, on a GPU in bf16 or fp16), else sdpa."
         },
     )
     model_dtype: Literal["auto", "float32", "bfloat16"] = field(

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from qwenvl.families import get_family, register_classes
 from qwenvl.models.attention.linear_segments import import_obstacle
@@ -30,10 +31,24 @@ from qwenvl.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_PACKAGES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
-"""Flash attention implementations of transformers, best first, and the module each needs."""
+ATTENTION_PACKAGES = {
+    "flash_attention_4": "flash_attn.cute",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_2": "flash_attn",
+}
+"""Flash attention implementations of transformers, newest first, and the module each needs."""
+
+_BY_AUTO = ("flash_attention_3", "flash_attention_2", "varlen")
+"""What ``auto`` takes, best first. Not version 4, which nobody has tried with heads of 72, as vision towers have."""
+
+_ACCEPTED = {
+    "flash_attention_4": is_flash_attn_4_available,
+    "flash_attention_3": is_flash_attn_3_available,
+    "flash_attention_2": is_flash_attn_2_available,
+}
 
 _INSTALL = {
+    "flash_attention_4": "pip install flash-attn-4 (a Hopper or Blackwell GPU, compute capability 9.0 or higher)",
     "flash_attention_3": "pip install flash-attn-3 (a Hopper GPU, compute capability 9.0)",
     "flash_attention_2": "pip install flash-attn --no-build-isolation (a GPU of compute capability 8.0 or higher)",
 }
@@ -320,11 +335,11 @@ def choose_attention(requested: str = "auto", *, half_precision: bool = True) ->
         return requested
     obstacles = flash_obstacles(half_precision=half_precision)
     obstacles["varlen"] = varlen_obstacle(half_precision=half_precision)
-    return next((name for name, obstacle in obstacles.items() if not obstacle), "sdpa")
+    return next((name for name in _BY_AUTO if not obstacles[name]), "sdpa")
 
 
 def flash_obstacles(*, half_precision: bool = True) -> dict[str, str]:
-    """Return why each kind of flash attention, best first, cannot run here; empty for one that can.
+    """Return why each kind of flash attention, newest first, cannot run here; empty for one that can.
 
     Args:
         half_precision: Whether the model computes in bfloat16 or float16.
@@ -341,7 +356,17 @@ def _flash_obstacle(name: str, half_precision: bool) -> str:
     major, minor = torch.cuda.get_device_capability()
     if not _has_kernels(name, major):
         return f"the GPU's compute capability is {major}.{minor}"
-    return import_obstacle(ATTENTION_PACKAGES[name])
+    return import_obstacle(ATTENTION_PACKAGES[name]) or _refusal(name)
+
+
+def _refusal(name: str) -> str:
+    """Return why transformers would not use an importable package; empty if it would.
+
+    Versions 2 and 4 share the module ``flash_attn``: a machine with only version 4 can import version 2's name.
+    """
+    if _ACCEPTED[name]():
+        return ""
+    return f"transformers does not take the installed {ATTENTION_PACKAGES[name]} for {name.replace('_', ' ')}"
 
 
 def _has_kernels(name: str, major: int) -> bool:
@@ -349,4 +374,4 @@ def _has_kernels(name: str, major: int) -> bool:
 
     Version 3 uses Hopper's instructions and has no kernels for later GPUs.
     """
-    return major == 9 if name == "flash_attention_3" else major >= 8
+    return {"flash_attention_4": major >= 9, "flash_attention_3": major == 9}.get(name, major >= 8)

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from qwenvl.models.loading import (
     ATTENTION_PACKAGES,
     _has_kernels,
+    _refusal,
     choose_attention,
     flash_obstacles,
     load_model,
@@ -200,7 +201,7 @@ class TestAttention:
     def test_explicit_choices_are_kept(self, name):
         assert choose_attention(name) == name
 
-    @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+    @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flash_attention_4"])
     def test_unavailable_flash_attention_says_what_to_install(self, name):
         if torch.cuda.is_available():
             pytest.skip("this machine has a GPU")
@@ -214,6 +215,14 @@ class TestAttention:
         capabilities = (7, 8, 9, 10)
         assert [_has_kernels("flash_attention_2", major) for major in capabilities] == [False, True, True, True]
         assert [_has_kernels("flash_attention_3", major) for major in capabilities] == [False, False, True, False]
+        assert [_has_kernels("flash_attention_4", major) for major in capabilities] == [False, False, True, True]
+
+    def test_transformers_has_the_last_word(self):
+        """An importable package is not enough: flash-attn 4 alone can be imported as version 2 is."""
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        for name in ATTENTION_PACKAGES:
+            assert f"for {name.replace('_', ' ')}" in _refusal(name)
 
     def test_unknown_name(self):
         with pytest.raises(UserError, match="'flash' is not one of auto, sdpa"):
