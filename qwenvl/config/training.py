@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 from qwenvl.config.evaluation import EvaluationArguments
 from qwenvl.config.export import ExportArguments
 from qwenvl.config.rules.best_metric import greater_is_better
-from qwenvl.config.rules.engines import check_deepspeed, check_fsdp, read_settings
+from qwenvl.config.rules.engines import check_deepspeed, check_fsdp, offloading_backend, read_settings
 from qwenvl.config.rules.hf_arguments import refuse_accelerator_settings
 from qwenvl.config.rules.limits import check_limits
 from qwenvl.config.rules.reporters import choose_reporters
@@ -190,6 +190,7 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
         self.report_to = choose_reporters(self.report_to)
         refuse_accelerator_settings(read_settings(self.accelerator_config or {}, "accelerator_config"))
         check_fsdp(self)
+        self.ddp_backend = self.ddp_backend or offloading_backend(self)
         if self.deepspeed:
             self.deepspeed = check_deepspeed(self)
         super().__post_init__()

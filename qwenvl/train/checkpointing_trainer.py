@@ -27,7 +27,7 @@ from qwenvl.tasks import files as task_files
 from qwenvl.train.checkpoint.carried_tensors import carried_tensors, carry_over
 from qwenvl.train.checkpoint.folder import published, refused_state_named, write_records
 from qwenvl.train.checkpoint.folder_check import Header
-from qwenvl.train.checkpoint.sharding import shard_on_cpu, tie_gathered
+from qwenvl.train.checkpoint.sharding import fsdp_precision, shard_on_cpu, tie_gathered
 from qwenvl.train.checkpoint.validate import require_whole
 from qwenvl.train.checkpoint.weight_files import rewrite_weights
 from qwenvl.train.export.client_forms import write_client_forms
@@ -90,7 +90,15 @@ class CheckpointingTrainer(transformers.Trainer):
         self._of_task: Mapping[str, Tensor] = {}  # gathered from all ranks, for the rank that writes
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator, and make ``--fsdp`` shard the model on CPUs too."""
+        """Create the accelerator, and make ``--fsdp`` keep only shards of gradients, on CPUs too.
+
+        Without ``sync_each_batch`` every rank would keep whole gradients, in float32, between the micro-batches of a
+        step: 4 bytes per weight, 131 GB for 32B.
+        """
+        args = self.args
+        if args.fsdp:
+            args.fsdp_plugin_args["mixed_precision_policy"] = fsdp_precision(bf16=args.bf16, fp16=args.fp16)
+            args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled:
             shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)

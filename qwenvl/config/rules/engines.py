@@ -210,11 +210,24 @@ def check_fsdp(training: TrainingArguments) -> None:
         raise UserError("--fsdp cannot train with these settings:" + "".join(f"\n  {problem}" for problem in problems))
 
 
+def offloading_backend(training: TrainingArguments) -> str | None:
+    """Return the backend of a process group for FSDP2 with ``cpu_offload``; None for the default one.
+
+    The norm of gradients in host memory is summed over ranks there, which NCCL cannot do. accelerate adds gloo only if
+    its own launcher has set its variables before the group starts.
+    """
+    config = read_settings(training.fsdp_config or {}, "fsdp_config")
+    offloads = str(config.get("cpu_offload", config.get("fsdp_cpu_offload", False))).lower() == "true"
+    return "cuda:nccl,cpu:gloo" if training.fsdp and offloads and not training.use_cpu else None
+
+
 def _fsdp_problems(config: Mapping[str, Any], training: TrainingArguments) -> Iterator[str]:
     if training.deepspeed:
         yield "--deepspeed: both shard the model. Keep one of the two."
     if training.use_cpu and torch.accelerator.is_available():
         yield "--use_cpu True: FSDP2 shards on the accelerator that it finds. Leave one of the two out."
+    if training.use_cpu and str(config.get("cpu_offload", False)).lower() == "true":
+        yield "cpu_offload in --fsdp_config without an accelerator: the model is in host memory anyway. Write false."
     for name in sorted(config.keys() - _FSDP_KEYS):
         yield f"{name} in --fsdp_config is not a setting of FSDP2.{nearest(name, _FSDP_KEYS)}"
     if str(config.get("version", 2)) != "2":

@@ -1,13 +1,30 @@
-"""Sharded models in cases that accelerate and transformers do not cover: FSDP2 on CPUs, and tied weights."""
+"""Sharded models in cases that accelerate and transformers do not cover: precision of FSDP2, CPUs, and tied weights."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+
+def fsdp_precision(*, bf16: bool, fp16: bool) -> MixedPrecisionPolicy:
+    """Return FSDP2's precision: products in 16 bits, sums over ranks and the loss in float32.
+
+    accelerate would reduce gradients in 16 bits, and round the loss, which is the model's output here, to them: three
+    digits of a loss, whose factor then scales every gradient.
+
+    Args:
+        bf16: Whether to compute in bfloat16.
+        fp16: Whether to compute in float16.
+    """
+    if not (bf16 or fp16):
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else torch.float16, reduce_dtype=torch.float32)
 
 
 def shard_on_cpu(accelerator: Accelerator, options: dict[str, Any]) -> None:
@@ -20,10 +37,7 @@ def shard_on_cpu(accelerator: Accelerator, options: dict[str, Any]) -> None:
         accelerator: Accelerator of CPU ranks, before it has prepared anything.
         options: Options of the plugin, from ``TrainingArguments.fsdp_plugin_args``.
     """
-    plugin = FullyShardedDataParallelPlugin(**options)
-    if accelerator.mixed_precision != "no":
-        plugin.set_mixed_precision(accelerator.mixed_precision)
-    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**options)
     PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
 
 

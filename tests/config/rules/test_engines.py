@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwenvl.config.rules.engines import overlap_problem
+from qwenvl.config.rules.engines import offloading_backend, overlap_problem
 from tests.config.flags import parsed, rejected
 
 pytest.importorskip("deepspeed")
@@ -138,6 +138,7 @@ def test_the_fsdp_recipe_is_taken() -> None:
             ["--fsdp", "--gradient_checkpointing", "--fsdp_config", '{"activation_checkpointing": true}'],
             "keep one, or it is done twice",
         ),
+        (["--fsdp", "--use_cpu", "--fsdp_config", '{"cpu_offload": true}'], "in host memory anyway. Write false."),
     ],
 )
 def test_fsdp_flags_that_cannot_work_are_named(flags: list[str], message: str) -> None:
@@ -147,3 +148,20 @@ def test_fsdp_flags_that_cannot_work_are_named(flags: list[str], message: str) -
 def test_fsdp_on_the_cpu_of_a_machine_with_an_accelerator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert "--use_cpu True: FSDP2 shards on the accelerator" in rejected("--fsdp", "--use_cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "offloads", "backend"),
+    [
+        (["--fsdp", "--fsdp_config", '{"cpu_offload": false}'], True, "cuda:nccl,cpu:gloo"),
+        (["--fsdp", "--fsdp_config", "configs/fsdp2.json"], False, None),
+        ([], True, None),
+    ],
+)
+def test_norms_of_offloaded_gradients_can_be_summed(flags: list[str], offloads: bool, backend: str | None) -> None:
+    """NCCL does not sum numbers in host memory. Parsed for a CPU, and then looked at as on a machine with GPUs."""
+    training = parsed(*flags).training
+    assert training.ddp_backend is None
+    training.use_cpu = False
+    training.fsdp_config = {"cpu_offload": offloads}
+    assert offloading_backend(training) == backend
