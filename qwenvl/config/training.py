@@ -174,6 +174,14 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
         default=False,
         metadata={"help": "Without effect: steps that are skipped are not part of the logged loss; see max_bad_steps."},
     )
+    ddp_timeout: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Seconds that a rank may wait for another one in a collective operation. Default: step_timeout and "
+            "half an hour, so that a hang is reported by step_timeout; a week without one. Saving, hashing and "
+            "uploading by one rank are waited for without limit."
+        },
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={"help": "Let DDP search for parameters without a gradient. Not needed: every rank uses every part."},
@@ -187,6 +195,8 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
         self._choose_best()
         self._name_checkpointing()
         self._choose_device()
+        if self.ddp_timeout is None:
+            self.ddp_timeout = int(self.step_timeout) + 1800 if self.step_timeout else 7 * 24 * 3600
         self.report_to = choose_reporters(self.report_to)
         refuse_accelerator_settings(read_settings(self.accelerator_config or {}, "accelerator_config"))
         check_fsdp(self)

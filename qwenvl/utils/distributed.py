@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from qwenvl.utils.errors import UserError
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.2
+_FAILED = "qwenvl/failed"
+"""Key in the process group's store: a process has ended with an error."""
 
 
 def is_initialized() -> bool:
@@ -73,25 +76,35 @@ def gather_objects(value: T) -> list[T]:
 
 
 def wait_for_all() -> None:
-    """Return when every process has called this."""
-    if is_initialized():
-        dist.barrier()
+    """Return when every process has called this, however long that takes.
+
+    Processes poll the group's store: waiting in a collective operation, for a process that writes a large checkpoint,
+    would end the run after ``--ddp_timeout``.
+    """
+    if not is_initialized() or dist.get_world_size() == 1:
+        return
+    store = _group_store()
+    if store is not None:
+        turn = _next_turn(store)
+        if store.add(f"{turn}/arrived", 1) == dist.get_world_size():
+            store.set(f"{turn}/complete", "")
+        _wait(store, f"{turn}/complete")
+    dist.barrier()  # all are here; without torchrun, the store ends with process 0, which must not be ahead
 
 
 def from_main_process(function: Callable[[], T]) -> T:
     """Call a function in process 0 and return its result in all; every process has to call it.
 
-    The call may take any time: the other processes poll the job's store until process 0 is done, since waiting in a
-    collective operation would end the run after its timeout.
+    The call may take any time: the other processes poll the group's store until process 0 is done, see
+    :func:`wait_for_all`.
 
     Raises:
         UserError: the function raised it; in all processes.
     """
     if not is_initialized() or dist.get_world_size() == 1:
         return function()
-    store = _store()
-    turn = 0 if store is None else store.add(f"{_attempt()}/turns of rank {rank()}", 1)
-    done = f"{_attempt()}/turn {turn}"
+    store = _group_store()
+    done = "" if store is None else f"{_next_turn(store)}/done"
     result: list[T | UserError | None] = [None]
     if is_main_process():
         try:
@@ -99,14 +112,45 @@ def from_main_process(function: Callable[[], T]) -> T:
         except UserError as error:
             result = [error]
         if store is not None:
-            store.set(done, "done")
+            store.set(done, "")
     elif store is not None:
-        while not store.check([done]):
-            time.sleep(_POLL_SECONDS)
+        _wait(store, done)
     dist.broadcast_object_list(result)
     if isinstance(result[0], UserError):
         raise result[0]
     return result[0]  # type: ignore[return-value]
+
+
+def _group_store() -> Any:
+    """Return the store through which the process group was formed, so that every process reaches it; None without one.
+
+    A new connection could fail in one process, whose turns would then no longer be those of the others.
+    """
+    return dist.distributed_c10d._get_default_store()
+
+
+def _next_turn(store: Any) -> str:
+    """Return the name of this process's next wait, which is the same in all processes."""
+    return f"qwenvl/turn {store.add(f'qwenvl/turns of rank {rank()}', 1)}"
+
+
+def _wait(store: Any, key: str) -> None:
+    """Wait until a process sets a key.
+
+    Raises:
+        DistNetworkError: A process ended with an error, so that the key may never be set.
+    """
+    while not store.check([key]):
+        if store.check([_FAILED]):
+            raise dist.DistNetworkError("another rank ended with an error")
+        time.sleep(_POLL_SECONDS)
+
+
+def report_failure() -> None:
+    """Tell processes that wait for this one that it ends with an error."""
+    if is_initialized() and (store := _group_store()) is not None:
+        with suppress(RuntimeError):  # the store is gone, as are the others
+            store.set(_FAILED, "")
 
 
 def zeros_for_sums(count: int, device: torch.device) -> torch.Tensor:
@@ -178,6 +222,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     code = 1
 
     def leave() -> None:
+        if code:
+            report_failure()
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

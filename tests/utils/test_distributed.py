@@ -54,11 +54,33 @@ def one_rank(folder: Path) -> tuple[int, int, int, bool]:
 def one_waiting_rank() -> tuple[int, list[object]]:
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
     got: list[object] = [distributed.from_main_process(partial(slow, seconds)) for seconds in (22.0, 0.0)]
+    if distributed.rank() == 1:
+        time.sleep(22)
+    distributed.wait_for_all()
     try:
         distributed.from_main_process(mistaken)
     except UserError as error:
         got.append(str(error))
     return distributed.rank(), got
+
+
+def one_of_two_fails() -> tuple[int, list[str]]:
+    """Process 0 fails in the first turn, process 1 in the second; the other one is told."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
+    met: list[str] = []
+    distributed.wait_for_all()
+    try:
+        if distributed.rank() == 1:
+            distributed.wait_for_all()
+        distributed.from_main_process(broken)
+    except (KeyError, torch.distributed.DistNetworkError) as error:
+        met.append(f"{type(error).__name__}, lost contact: {distributed.lost_contact(error)}")
+        distributed.report_failure()
+    return distributed.rank(), met
+
+
+def broken() -> None:
+    raise KeyError
 
 
 def slow(seconds: float) -> int:
@@ -110,6 +132,13 @@ def test_two_ranks_on_the_cpu(tmp_path: Path) -> None:
 def test_the_others_wait_for_process_0_as_long_as_it_takes() -> None:
     """Longer than a collective operation may take, and once more; a mistake of the user is one of all."""
     assert on_two_ranks(one_waiting_rank) == [(rank, [7, 7, "a mistake"]) for rank in range(2)]
+
+
+def test_who_waits_for_a_process_that_fails_is_told() -> None:
+    assert on_two_ranks(one_of_two_fails) == [
+        (0, ["KeyError, lost contact: False"]),
+        (1, ["DistNetworkError, lost contact: True"]),
+    ]
 
 
 def test_one_of_all_is_the_first_to_say_something(monkeypatch: pytest.MonkeyPatch) -> None:
