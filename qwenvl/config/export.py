@@ -35,6 +35,15 @@ class ExportArguments:
         metadata={"help": "Largest weight file of the finished model, such as 5GB or 500MB; larger ones are split."},
     )
 
+    checkpoint_hash: Literal["fast", "full"] = field(
+        default="fast",
+        metadata={
+            "help": "Hashes by which a resumed run notices a damaged checkpoint: fast, of small files and of 64 evenly "
+            "spaced MiB of each large one, in seconds; full, also of every byte, added in the background while "
+            "training goes on, and read again before a run resumes: minutes for large models."
+        },
+    )
+
     def check_export(self) -> None:
         """Check the flags of export.
 

@@ -174,7 +174,7 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
         default=False,
         metadata={"help": "Without effect: steps that are skipped are not part of the logged loss; see max_bad_steps."},
     )
-    ddp_timeout: int | None = field(  # type: ignore[assignment]
+    ddp_timeout: int | None = field(
         default=None,
         metadata={
             "help": "Seconds that a rank may wait for another one in a collective operation. Default: step_timeout and "

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PretrainedConfig, ProcessorMixin
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from qwenvl.config import TrainingArguments
@@ -27,6 +29,7 @@ from qwenvl.tasks import files as task_files
 from qwenvl.train.checkpoint.carried_tensors import carried_tensors, carry_over
 from qwenvl.train.checkpoint.folder import published, refused_state_named, write_records
 from qwenvl.train.checkpoint.folder_check import Header
+from qwenvl.train.checkpoint.manifest import BackgroundHasher
 from qwenvl.train.checkpoint.sharding import fsdp_precision, shard_on_cpu, tie_gathered
 from qwenvl.train.checkpoint.validate import require_whole
 from qwenvl.train.checkpoint.weight_files import rewrite_weights
@@ -35,6 +38,7 @@ from qwenvl.train.export.hub import push_checkpoint, push_model
 from qwenvl.train.export.model_card import Card
 from qwenvl.train.resume.hyperparameters import Hyperparameters
 from qwenvl.train.resume.sampler_state import SamplerPosition
+from qwenvl.utils.distributed import wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +90,7 @@ class CheckpointingTrainer(transformers.Trainer):
         self._records = records
         self._drafts: str | None = None  # folder of drafts while a checkpoint is written
         self.card: Card | None = None
+        self._hasher = BackgroundHasher()
         self.forgets_best = False  # whether metrics of a resumed run are not comparable with earlier ones
         self._of_task: Mapping[str, Tensor] = {}  # gathered from all ranks, for the rank that writes
 
@@ -181,7 +186,7 @@ class CheckpointingTrainer(transformers.Trainer):
         task_files.load(readout_of(self.model), folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save weights, config and processor to a folder; every rank must call it.
+        """Save weights, config and processor to a folder; every rank must call it, and returns when they are written.
 
         With FSDP and ``SHARDED_STATE_DICT`` the stock Trainer would only save weights that nothing but a resumed run
         can open. With adapters, only saved weights are gathered, never the frozen ones.
@@ -191,8 +196,34 @@ class CheckpointingTrainer(transformers.Trainer):
             self._save(output_dir, state_dict=adapter_files.collect(self.model))
         elif self.is_fsdp_enabled:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        elif self.is_deepspeed_enabled and not self._shards_weights():
+            # a copy of all weights, which the stock Trainer makes on every rank, for those that write nothing too
+            writes = self.args.should_save
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.deepspeed) if writes else None)
         else:
             super().save_model(output_dir, _internal_call=_internal_call)
+        wait_for_all()  # or the others would wait in the next collective operation, which has a time limit
+
+    def _shards_weights(self) -> bool:
+        """Whether DeepSpeed shards weights, which only all ranks together can gather."""
+        return int(self.accelerator.deepspeed_config["zero_optimization"]["stage"]) == 3
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the state of optimizer and schedule; with FSDP no rank starts on a part before the last one is on disk.
+
+        One rank writes whole state dicts, which takes minutes for large models, and the others would wait for it in
+        the collective operations that gather the next one.
+        """
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
+        wait_for_all()
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        wait_for_all()
 
     def save_final(self, card: Card | None = None) -> None:
         """Save the finished model to the output folder itself, with a model card if one is given."""
@@ -207,6 +238,8 @@ class CheckpointingTrainer(transformers.Trainer):
             self.create_model_card()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
+        self._hasher.finish()
+        wait_for_all()
 
     def create_model_card(self, **options: Any) -> None:
         """Write the README.md of the finished model, unless there is one by the user."""
@@ -260,6 +293,9 @@ class CheckpointingTrainer(transformers.Trainer):
             rotate_checkpoints(
                 self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
+            if self.args.checkpoint_hash == "full":
+                self._hasher.add(Path(self.args.output_dir) / name)
+        wait_for_all()
 
     def _carry_over(self, folder: Path) -> None:
         """Add the starting checkpoint's tensors that transformers does not load to the weights in a folder."""

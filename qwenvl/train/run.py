@@ -110,7 +110,8 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
 def _find_checkpoint(parsed: ParsedArguments, engine: Engine) -> tuple[str | None, list[Change]]:
     """Return the checkpoint to resume from and the changed settings; (None, []) for a new run."""
     args = parsed.training
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, engine)
+    every_byte = args.checkpoint_hash == "full"
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, engine, every_byte=every_byte)
     if checkpoint is None:
         return None, []
     if engine == "fsdp":

@@ -16,6 +16,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 
 from qwenvl.train.checkpoint.folder import problem_of
+from qwenvl.train.checkpoint.manifest import BackgroundHasher
 from qwenvl.train.checkpoint.validate import read_source
 from qwenvl.train.trainer import Trainer
 from qwenvl.utils.errors import UserError
@@ -191,3 +192,13 @@ def test_a_run_resumed_at_its_end_takes_no_further_step(trainer_of: Open) -> Non
     again.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
     assert again.state.global_step == 2
     assert all(torch.equal(value, before[name]) for name, value in again.model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["fast", "full"])
+def test_every_byte_is_hashed_behind_where_it_is_asked_for(kind: str, trainer_of: Open) -> None:
+    trainer = trainer_of(checkpoint_hash=kind)
+    hashed: list[Path] = []
+    trainer._hasher = BackgroundHasher(hashed.append)
+    folder = saved(trainer, 1)
+    trainer.save_final()
+    assert hashed == ([folder] if kind == "full" else [])

@@ -37,7 +37,9 @@ _OPTIMIZER_FILES = {"plain": ["optimizer.pt"], "deepspeed": ["global_step*"], "f
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def find_checkpoint(output_dir: str, wanted: str | None, engine: Engine = "plain") -> str | None:
+def find_checkpoint(
+    output_dir: str, wanted: str | None, engine: Engine = "plain", *, every_byte: bool = True
+) -> str | None:
     """Return the checkpoint to resume from, or None to start anew.
 
     Args:
@@ -45,6 +47,7 @@ def find_checkpoint(output_dir: str, wanted: str | None, engine: Engine = "plain
         wanted: Value of ``--resume_from_checkpoint``: a folder; ``true`` for the newest one, which must exist;
             ``false`` for none; None for the newest one if there is any, like the official recipe.
         engine: Engine of the run; each engine has its own files for the optimizer's state.
+        every_byte: Whether to compare every byte of large files, where their manifest allows it.
 
     Raises:
         UserError: The checkpoint does not exist, or it holds no optimizer state for this engine.
@@ -58,11 +61,11 @@ def find_checkpoint(output_dir: str, wanted: str | None, engine: Engine = "plain
             )
         return None
     if wanted is not None and wanted.lower() not in ("true", "yes", "1"):
-        problem = problem_of(Path(wanted))
+        problem = problem_of(Path(wanted), every_byte=every_byte)
         if problem is not None:
             raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there: {problem}.")
         return _with_optimizer(Path(wanted), engine)
-    found = _newest(Path(output_dir))
+    found = _newest(Path(output_dir), every_byte=every_byte)
     if wanted is not None and found is None:
         raise UserError(f"--resume_from_checkpoint {wanted}: {output_dir} holds no complete checkpoint-* folder.")
     return None if found is None else _with_optimizer(found, engine)
@@ -103,10 +106,10 @@ def require_state_dict(checkpoint: str, kind: str) -> None:
         )
 
 
-def _newest(output_dir: Path) -> Path | None:
+def _newest(output_dir: Path, *, every_byte: bool) -> Path | None:
     folders = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _matches(path))]
     for _, path in sorted(folders, reverse=True):
-        problem = problem_of(path)
+        problem = problem_of(path, every_byte=every_byte)
         if problem is None:
             return path
         logger.warning("%s is not complete: %s. It is ignored.", path, problem)
@@ -123,11 +126,15 @@ def read_step(path: str) -> int:
     return step
 
 
-def problem_of(path: Path) -> str | None:
+def problem_of(path: Path, *, every_byte: bool = True) -> str | None:
     """Return why a checkpoint cannot be resumed from, or None.
 
     Every file is compared with the manifest, in size and content. Checkpoints of the stock Trainer have no manifest;
     they count as complete if the Trainer's state, which is written last, can be read.
+
+    Args:
+        path: Folder of the checkpoint.
+        every_byte: Whether to compare every byte of large files, where the manifest allows it.
     """
     try:
         if "global_step" not in json.loads((path / "trainer_state.json").read_text(encoding="utf-8")):
@@ -136,7 +143,7 @@ def problem_of(path: Path) -> str | None:
         return "there is no trainer_state.json"
     except (OSError, ValueError) as error:
         return f"trainer_state.json cannot be read ({error})"
-    return manifest.problem_of(path)
+    return manifest.problem_of(path, every_byte=every_byte)
 
 
 @contextmanager
@@ -144,7 +151,7 @@ def published(output_dir: str, name: str | None, *, writes: bool) -> Iterator[Pa
     """Yield a temporary folder to save to, and move its files to their final place once they are complete.
 
     If the run stops before that (full disk, ``kill -9``, power loss), the final place is unchanged. Every process must
-    call it, and they wait for each other.
+    call it, and they wait for each other without time limit.
 
     Args:
         output_dir: Output folder of the run.

@@ -203,8 +203,8 @@ TABLE = (
         "no influence",
         "",
         "output_dir save_strategy save_steps save_total_limit save_only_model save_on_each_node save_dtype",
-        "max_shard_size save_processor_limits verify_export enable_jit_checkpoint push_to_hub hub_token hub_model_id",
-        "hub_private_repo hub_strategy hub_always_push hub_revision",
+        "max_shard_size checkpoint_hash save_processor_limits verify_export enable_jit_checkpoint push_to_hub",
+        "hub_token hub_model_id hub_private_repo hub_strategy hub_always_push hub_revision",
     ),
     _row(
         "logs",

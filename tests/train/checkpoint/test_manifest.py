@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,90 @@ def test_one_that_cannot_be_read_is_a_problem(content: bytes, folder: Path) -> N
     (folder / manifest.NAME).write_bytes(content)
     problem = manifest.problem_of(folder)
     assert problem is not None and problem.startswith(f"{manifest.NAME} cannot be read (")
+
+
+LARGE = 150 << 20
+"""Bytes of a large file: two whole blocks and a part of a third."""
+
+
+def written(file: Path, *changes: tuple[int, bytes]) -> Path:
+    """Write a large file of zeros, which takes no room on disk, with these bytes at these places."""
+    with file.open("wb") as content:
+        content.truncate(LARGE)
+        for place, data in changes:
+            content.seek(place)
+            content.write(data)
+    return file
+
+
+def entry_of(folder: Path, name: str = "large") -> dict[str, object]:
+    return dict(json.loads((folder / manifest.NAME).read_text())["files"][name])
+
+
+UNSAMPLED = (1 << 20) + 1000
+"""A byte between the first two pieces of a large file that are sampled."""
+
+
+@pytest.mark.parametrize("place", [0, LARGE - 1, round((LARGE - (1 << 20)) / 63)])
+def test_a_large_file_is_sampled_from_its_first_byte_to_its_last(place: int, tmp_path: Path) -> None:
+    written(tmp_path / "large")
+    manifest.write(tmp_path)
+    assert set(entry_of(tmp_path)) == {"bytes", "sample"}, "a checkpoint is published without reading all of it"
+    assert manifest.problem_of(tmp_path) is None
+    written(tmp_path / "large", (place, b"x"))
+    assert "large is not as it was saved" in str(manifest.problem_of(tmp_path))
+    written(tmp_path / "large", (UNSAMPLED, b"x"))
+    assert manifest.problem_of(tmp_path) is None, "what the sample does not see"
+
+
+def test_every_byte_counts_once_blocks_are_hashed(tmp_path: Path) -> None:
+    written(tmp_path / "large", (5, b"content"))
+    (tmp_path / "small").write_bytes(b"x")
+    manifest.write(tmp_path)
+    before = entry_of(tmp_path)
+    manifest.add_blocks(tmp_path)
+    assert entry_of(tmp_path).items() > before.items()
+    assert set(entry_of(tmp_path, "small")) == {"bytes", "blake2b"}
+    assert manifest.problem_of(tmp_path) is None
+    written(tmp_path / "large", (5, b"content"), (UNSAMPLED, b"x"))
+    assert "large is not as it was saved" in str(manifest.problem_of(tmp_path))
+    assert manifest.problem_of(tmp_path, every_byte=False) is None
+    written(tmp_path / "large", (LARGE - 1, b"x"))
+    assert "large is not as it was saved" in str(manifest.problem_of(tmp_path, every_byte=False))
+    content = (tmp_path / "large").read_bytes()
+    size = len(str(before["sample"])) // 2
+    blocks = [content[start : start + (1 << 26)] for start in range(0, LARGE, 1 << 26)]
+    hashes = b"".join(hashlib.blake2b(block, digest_size=size).digest() for block in blocks)
+    manifest.add_blocks(tmp_path)
+    assert entry_of(tmp_path)["blocks"] == hashlib.blake2b(hashes, digest_size=size).hexdigest()
+
+
+def test_manifests_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """They have a hash of every large file as a whole, which is the only thing to compare with."""
+    content = written(tmp_path / "large").read_bytes()
+    digest = manifest.new_hash()
+    digest.update(content)
+    entry = {"bytes": LARGE, "blake2b": digest.hexdigest()}
+    (tmp_path / manifest.NAME).write_text(json.dumps({"files": {"large": entry}}))
+    assert manifest.problem_of(tmp_path) is None
+    written(tmp_path / "large", (UNSAMPLED, b"x"))
+    for every_byte in (True, False):
+        assert "large is not as it was saved" in str(manifest.problem_of(tmp_path, every_byte=every_byte))
+
+
+def test_hashing_goes_on_behind_and_outlives_removed_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folders = [tmp_path / name for name in ("one", "gone", "broken", "last")]
+    for folder in folders:
+        folder.mkdir()
+        written(folder / "large")
+        manifest.write(folder)
+    (tmp_path / "broken" / manifest.NAME).write_text("{")
+    shutil.rmtree(tmp_path / "gone")
+    hasher = manifest.BackgroundHasher()
+    for folder in folders:
+        hasher.add(folder)
+    hasher.finish()
+    assert "blocks" in entry_of(tmp_path / "one") and "blocks" in entry_of(tmp_path / "last")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{tmp_path / 'broken'}/manifest.json keeps the hashes of samples alone" in caplog.text
+    manifest.BackgroundHasher().finish()  # nothing to wait for

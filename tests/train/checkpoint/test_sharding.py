@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwenvl.train.checkpoint.sharding import fsdp_precision
-from tests.e2e.runs import flags, run_on_two_ranks
+from tests.e2e.runs import equal_bits, flags, run_on_two_ranks
 
 FSDP2 = {"fsdp": True, "fsdp_config": "configs/fsdp2.json"}
 
@@ -62,3 +62,49 @@ def test_the_loss_has_its_digits_and_only_shards_of_gradients_are_kept(
     assert {line["type"] for line in seen} == {"torch.float32"}
     losses = torch.tensor([line["loss"] for line in seen])
     assert (losses != losses.bfloat16().float()).all(), "bfloat16 has three digits"
+
+
+# Writes which ranks copy their weights to host memory, for a file of the whole model.
+WATCH_COPIES = """
+import os, sys
+import deepspeed.checkpoint.utils as utils
+
+clone = utils.clone_tensors_for_torch_save
+
+
+def watched(item, *arguments, **options):
+    if isinstance(item, dict) and "lm_head.weight" in item:
+        with open(sys.argv[1] + ".copies", "a") as file:
+            file.write(os.environ["RANK"])
+    return clone(item, *arguments, **options)
+
+
+utils.clone_tensors_for_torch_save = watched
+"""
+
+
+@pytest.mark.slow
+def test_under_zero_2_the_rank_that_writes_copies_weights_and_resumes(
+    tiny_checkpoint: Any, registry: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    settings = {"deepspeed": "configs/zero2.json", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    model = tiny_checkpoint("qwen3_vl")
+    first = flags(model, tmp_path / "first", registry, **settings)
+    resume = {"resume_from_checkpoint": tmp_path / "first" / "checkpoint-1"}
+    again = flags(model, tmp_path / "again", registry, **settings, **resume)
+    run_on_two_ranks(tmp_path, {"first": first, "again": again}, "ZeRO-2", WATCH_COPIES)
+    copies = (tmp_path / "commands.json.copies").read_text()
+    assert copies == "0" * 5, "two checkpoints and the finished model; one and the finished model"
+    assert equal_bits(tmp_path / "first", tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_fsdp2_resumes_to_the_same_bits(tiny_checkpoint: Any, registry: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "bf16": True, **FSDP2}
+    model = tiny_checkpoint("qwen3_vl")
+    first = flags(model, tmp_path / "first", registry, **settings)
+    resume = {"resume_from_checkpoint": tmp_path / "first" / "checkpoint-1"}
+    again = flags(model, tmp_path / "again", registry, **settings, **resume)
+    run_on_two_ranks(tmp_path, {"first": first, "again": again}, "FSDP2")
+    assert equal_bits(tmp_path / "first", tmp_path / "again")
