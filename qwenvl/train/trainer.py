@@ -38,7 +38,7 @@ from qwenvl.train.callbacks.freeze_unused_vision import UnusedVision
 from qwenvl.train.callbacks.generation_eval import GenerationEval
 from qwenvl.train.callbacks.learning_rates import LearningRates
 from qwenvl.train.callbacks.nonfinite_guard import FirstStep, StepGuard
-from qwenvl.train.callbacks.preemption import StopRequest
+from qwenvl.train.callbacks.preemption import EvaluationStoppedError, StopRequest
 from qwenvl.train.callbacks.progress import follow
 from qwenvl.train.callbacks.speed_monitor import SpeedMonitor
 from qwenvl.train.callbacks.watchdog import Watchdog
@@ -332,6 +332,7 @@ class Trainer(CheckpointingTrainer):
         self.callback_handler.eval_dataloader = dataloader
         totals, records = zeros_for_sums(3, self.args.device), list[Any]()
         for batch in dataloader:
+            self.leave_if_asked_to_stop()
             self._receive(batch)
             totals[1] += batch["total_weight"]
             totals[2] += batch["num_units"]
@@ -355,6 +356,23 @@ class Trainer(CheckpointingTrainer):
         return EvalLoopOutput(
             predictions=(), label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader)
         )
+
+    def leave_if_asked_to_stop(self) -> None:
+        """Leave an evaluation during training once any rank has received a signal; every rank must call it.
+
+        Raises:
+            EvaluationStoppedError: One has.
+        """
+        if self.is_in_train and self._over_ranks(self.stop_request.received)[0]:
+            raise EvaluationStoppedError
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save; a signal during the evaluation, which may take hours, leads straight to saving."""
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationStoppedError:
+            self.stop_request.leave_evaluation(self.args, self.state, self.control)
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log figures, with the mean loss over the steps taken and the speed; every rank must call it."""

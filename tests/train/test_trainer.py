@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerState
 
 from qwenvl.data.collator import for_model
 from qwenvl.data.encoding.encoded import Item
@@ -374,3 +377,31 @@ def test_running_loss_and_position_are_saved(trainer_of: Open, tmp_path: Path) -
     again = trainer_of()
     again.running_loss.take_up(str(tmp_path))
     assert again.running_loss.of_run(lambda total: total) == 3.0
+
+
+class SignalAtBatch(TrainerCallback):
+    """Sends SIGTERM to this process during the evaluation after step 2."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.batches += 1
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("steps", [4, 2])
+def test_a_signal_during_an_evaluation_is_not_kept_waiting(steps: int, trainer_of: Callable[..., Trainer]) -> None:
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset_use": "held_out", "save_strategy": "no"}
+    trainer = trainer_of(max_steps=steps, **evaluation, per_device_eval_batch_size=1)
+    sender = SignalAtBatch()
+    trainer.add_callback(sender)
+    trainer.data_report.start_over()
+    with trainer.stop_request.listening():
+        trainer.train()
+    assert sender.batches == 1, "of four"
+    assert trainer.state.global_step == 2
+    assert not [line for line in trainer.state.log_history if "eval_loss" in line]
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-2"
+    assert (trainer.stop_request.stopped_at, checkpoint.is_dir()) == ((2, True) if steps == 4 else (None, False))

@@ -59,6 +59,7 @@ class GenerationEval:
         sharded = ranks > 1 and (trainer.is_fsdp_enabled or _is_zero3(trainer))
         mine: list[tuple[int, Answer]] = []
         for one in self.prompts.rounds(batch, rank, ranks):
+            trainer.leave_if_asked_to_stop()
             self._watchdog.watch(f"evaluation after step {trainer.state.global_step}, answering")
             prompts = [self.prompts.open(number).prompt for number in one.asked]
             with trainer.compute_loss_context_manager(), stock_attention(trainer.model):
@@ -71,6 +72,7 @@ class GenerationEval:
         batch, ranks = trainer.args.eval_batch_size, trainer.args.world_size
         numbers, totals = self.prompts.comparable, zeros_for_sums(2, trainer.args.device)
         for start in range(0, len(numbers), batch * ranks):
+            trainer.leave_if_asked_to_stop()
             self._watchdog.watch(f"evaluation after step {trainer.state.global_step}, images {view}")
             mine = numbers[start : start + batch * ranks][trainer.args.process_index :: ranks]
             items = [Item((self.prompts.view(number, view),)) for number in mine]

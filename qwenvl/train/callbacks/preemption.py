@@ -19,11 +19,15 @@ EXIT_CODE = 75
 """Exit code of a run that stopped on request: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 
+class EvaluationStoppedError(Exception):
+    """An evaluation was left, on all ranks, because a process received a signal."""
+
+
 class StopRequest(TrainerCallback):
     """Saves a checkpoint and ends the run after a step in which a process received one of :data:`SIGNALS`.
 
     Processes receive a signal at different times, or only one of them receives it; they agree at the start of each
-    step.
+    step, and before each batch of an evaluation.
 
     Attributes:
         received: Whether this process received a signal.
@@ -50,6 +54,13 @@ class StopRequest(TrainerCallback):
         if agreed and not self._agreed:
             logger.warning("Asked to stop by a signal: a checkpoint follows after this step.")
         self._agreed = agreed
+
+    def leave_evaluation(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """Save and stop after the step whose evaluation was left."""
+        self.begin_step(agreed=True)
+        control.should_evaluate = True
+        self.on_step_end(args, state, control)
+        control.should_evaluate = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop. Skip an evaluation that is due, as the remaining time may not suffice for both."""
