@@ -118,8 +118,12 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
     )
 
     # Fields of transformers with another default here.
-    optim: OptimizerNames | str = field(
-        default="adamw_torch", metadata={"help": "Optimizer. As in the official recipe."}
+    optim: OptimizerNames | str | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer. Default: AdamW as in the official recipe; adamw_torch_fused on CUDA devices, which "
+            "needs no temporary memory and a third of the traffic, adamw_torch elsewhere."
+        },
     )
     report_to: str | list[str] | None = field(
         default=None,
@@ -182,6 +186,13 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
             "uploading by one rank are waited for without limit."
         },
     )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Let DDP copy the buffers of rank 0 to the others before each forward pass. Not needed: they are "
+            "constants."
+        },
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={"help": "Let DDP search for parameters without a gradient. Not needed: every rank uses every part."},
@@ -197,6 +208,9 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
         self._choose_device()
         if self.ddp_timeout is None:
             self.ddp_timeout = int(self.step_timeout) + 1800 if self.step_timeout else 7 * 24 * 3600
+        if self.optim is None:  # a dry run counts for GPUs, wherever it runs
+            on_cuda = self.dry_run or (torch.cuda.is_available() and not self.use_cpu)
+            self.optim = "adamw_torch_fused" if on_cuda else "adamw_torch"
         self.report_to = choose_reporters(self.report_to)
         refuse_accelerator_settings(read_settings(self.accelerator_config or {}, "accelerator_config"))
         check_fsdp(self)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from qwenvl.config import TrainingArguments
 from qwenvl.config.rules.engines import read_settings
 from qwenvl.models.lora.adapters import has_adapters
+from qwenvl.models.parts import decoder_layers, output_head
 
 _STATES = {"adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 2.0, "ademamix_8bit": 3.0}
 _STATES |= {"lion_32bit": 4.0, "paged_lion_32bit": 4.0, "lion_8bit": 1.0, "paged_lion_8bit": 1.0, "sgd": 0.0}
@@ -31,6 +32,8 @@ class StateSharding:
         masters: Whether DeepSpeed keeps float32 master weights.
         offloads_optimizer: Whether the optimizer's state is in host memory.
         offloads_weights: Whether the weights are in host memory.
+        sums_in_float32: Whether DeepSpeed adds up gradients in float32.
+        bucket_bytes: Bytes of DeepSpeed's buffers for sums of gradients and, with stage 3, of gathered weights.
     """
 
     name: str
@@ -39,16 +42,29 @@ class StateSharding:
     masters: bool = False
     offloads_optimizer: bool = False
     offloads_weights: bool = False
+    sums_in_float32: bool = False
+    bucket_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StateMemory:
-    """Bytes on each device, and bytes of a checkpoint on disk from all ranks together."""
+    """Bytes on each device, and bytes of a checkpoint on disk from all ranks together.
+
+    Args:
+        weights: Weights, or the share of them.
+        gradients: Gradients, or the share of them.
+        optimizer: State of the optimizer, or the share of it.
+        checkpoint: Files of a checkpoint.
+        buffers: 16-bit copies of weights for products, and buffers of the engine.
+        step: Temporary memory of the optimizer's step, when there are no activations.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     checkpoint: int
+    buffers: int = 0
+    step: int = 0
 
 
 def read_sharding(args: TrainingArguments, ranks: int) -> StateSharding:
@@ -57,7 +73,8 @@ def read_sharding(args: TrainingArguments, ranks: int) -> StateSharding:
         return StateSharding("FSDP2", 3, ranks)
     if not args.deepspeed:
         return StateSharding("DDP" if ranks > 1 else "one process", 0, ranks)
-    zero = read_settings(args.deepspeed, "deepspeed")["zero_optimization"]
+    config = read_settings(args.deepspeed, "deepspeed")
+    zero = config["zero_optimization"]
     stage = int(zero["stage"])
     return StateSharding(
         f"ZeRO-{stage}",
@@ -66,7 +83,17 @@ def read_sharding(args: TrainingArguments, ranks: int) -> StateSharding:
         masters=True,
         offloads_optimizer=_offloads(zero, "offload_optimizer"),
         offloads_weights=_offloads(zero, "offload_param"),
+        sums_in_float32=config.get("data_types", {}).get("grad_accum_dtype") == "fp32",
+        bucket_bytes=_bucket_bytes(zero),
     )
+
+
+def _bucket_bytes(zero: Mapping[str, Any]) -> int:
+    """Return the bytes of buckets of 16 bits, twice where one is filled while the other is sent."""
+    sizes = [zero.get("reduce_bucket_size", 5e8)] * (2 if zero.get("overlap_comm") else 1)
+    if zero["stage"] == 3:
+        sizes.append(zero.get("stage3_max_live_parameters", 1e9))
+    return sum(int(size) * 2 for size in sizes if size != "auto")
 
 
 def _offloads(zero: Mapping[str, Any], name: str) -> bool:
@@ -74,7 +101,12 @@ def _offloads(zero: Mapping[str, Any], name: str) -> bool:
 
 
 def estimate_states(
-    model: PreTrainedModel, sharding: StateSharding, optimizer: str, frozen: torch.dtype, trained: torch.dtype
+    model: PreTrainedModel,
+    sharding: StateSharding,
+    optimizer: str,
+    frozen: torch.dtype,
+    trained: torch.dtype,
+    compute: torch.dtype | None = None,
 ) -> StateMemory:
     """Return the memory of a model's state.
 
@@ -84,21 +116,49 @@ def estimate_states(
         optimizer: Value of ``--optim``.
         frozen: Data type of frozen weights.
         trained: Data type of trainable weights and their gradients.
+        compute: Data type of products; None for that of the weights.
     """
     counts = {True: 0, False: 0}
     for parameter in model.parameters():
         counts[parameter.requires_grad] += parameter.numel()
     weights = counts[False] * frozen.itemsize + counts[True] * trained.itemsize
-    gradients = counts[True] * trained.itemsize
+    gradients = counts[True] * (4 if sharding.sums_in_float32 else trained.itemsize)
     states = _optimizer_bytes(model, optimizer) + (4 * counts[True] if sharding.masters else 0)
-    buckets = gradients if sharding.name == "DDP" else 0  # DDP sends copies of the gradients
     of_optimizer = 0 if sharding.offloads_optimizer else states // (sharding.ranks if sharding.stage >= 1 else 1)
     return StateMemory(
         weights=0 if sharding.offloads_weights else weights // (sharding.ranks if sharding.stage == 3 else 1),
-        gradients=gradients // (sharding.ranks if sharding.stage >= 2 else 1) + buckets,
+        gradients=gradients // (sharding.ranks if sharding.stage >= 2 else 1),
         optimizer=of_optimizer,
         checkpoint=states + (counts[True] * trained.itemsize if has_adapters(model) else weights),
+        buffers=_buffers(model, sharding, counts[True] * trained.itemsize, (compute or trained).itemsize),
+        step=_step_bytes(optimizer, sharding, counts[True]),
     )
+
+
+def _buffers(model: PreTrainedModel, sharding: StateSharding, trained: int, itemsize: int) -> int:
+    """Return the bytes of copies of weights and of the engine's buffers.
+
+    Args:
+        model: Model, on any device.
+        sharding: Sharding over devices.
+        trained: Bytes of trainable weights.
+        itemsize: Bytes of a number in products.
+    """
+    if sharding.masters:
+        numel = sum(parameter.numel() for parameter in model.parameters())
+        return min(sharding.bucket_bytes, 6 * numel)
+    if sharding.stage == 3:  # FSDP2: embeddings and head stay gathered; two layers at a time, and one's sums in float32
+        ends = {id(part): part for part in (model.get_input_embeddings().weight, output_head(model).weight)}
+        layer = max(sum(value.numel() for value in one.parameters()) for one in decoder_layers(model))
+        return sum(part.numel() for part in ends.values()) * itemsize + layer * (2 * itemsize + 4)
+    return trained // 4 * itemsize if trained and itemsize == 2 else 0  # autocast's cache, of float32 weights
+
+
+def _step_bytes(optimizer: str, sharding: StateSharding, trained: int) -> int:
+    """Return the temporary bytes of an optimizer's step: foreach keeps the square roots of all second moments."""
+    if optimizer != "adamw_torch" or sharding.offloads_optimizer:
+        return 0
+    return 4 * trained // (sharding.ranks if sharding.stage >= 1 else 1)
 
 
 def _optimizer_bytes(model: nn.Module, optimizer: str) -> int:

@@ -105,6 +105,8 @@ class CheckpointingTrainer(transformers.Trainer):
             args.fsdp_plugin_args["mixed_precision_policy"] = fsdp_precision(bf16=args.bf16, fp16=args.fp16)
             args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
         super().create_accelerator_and_postprocess()
+        if self.accelerator.ddp_handler is not None:  # gradients are views of DDP's buckets, rather than copied to them
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         if self.args.fsdp and not self.is_fsdp_enabled:
             shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True

@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # started as a file: the package lies two folders
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from qwenvl.config import parse_arguments, wants_debug
+from qwenvl.utils.allocator import use_expandable_segments
 from qwenvl.utils.distributed import is_first_to_say, lost_contact, run_program, shut_down
 from qwenvl.utils.errors import UserError
 from qwenvl.utils.logging import held_back, setup_logging
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes fork after the tokenizer was used
+    use_expandable_segments()
     debug = wants_debug(arguments)
     setup_logging("info")
     try:

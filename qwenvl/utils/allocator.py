@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 _MIB = 1 << 20
 # Numbers of the options in glibc's malloc.h, and the values set: see mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST_MMAP_THRESHOLD = 32 * _MIB  # glibc refuses more
 _KEPT = 256 * _MIB
+
+
+def use_expandable_segments() -> None:
+    """Make torch's CUDA allocator grow its segments, unless the environment has settings for it.
+
+    Rows differ in length from step to step, and fixed segments that fit one length are left over as fragments by the
+    next. torch reads the variable when it first allocates CUDA memory, not when it is imported.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def keep_freed_memory() -> bool:

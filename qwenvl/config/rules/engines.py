@@ -117,6 +117,11 @@ def _stage_problems(config: Mapping[str, Any], version: str) -> Iterator[str]:
     if not isinstance(zero, Mapping) or zero.get("stage") not in (0, 1, 2, 3):
         yield 'zero_optimization: there is no stage. Write "zero_optimization": {"stage": 2}, or 1 or 3.'
         return
+    if zero["stage"] == 1 and _look_up(config, "data_types.grad_accum_dtype") == "fp32":
+        yield (
+            "data_types.grad_accum_dtype: fp32 with stage 1, for which DeepSpeed takes another optimizer in bf16, with "
+            "checkpoints of another form. Leave it out, or use stage 2."
+        )
     if zero["stage"] == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         yield (
             "zero_optimization.stage3_gather_16bit_weights_on_model_save: must be true: otherwise the saved weights "

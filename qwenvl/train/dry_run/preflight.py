@@ -31,7 +31,7 @@ from qwenvl.profiling.activation_memory import StepMemory, measure_step
 from qwenvl.profiling.flops import flops_of
 from qwenvl.profiling.state_memory import StateMemory, estimate_states, read_sharding
 from qwenvl.train.build.data import RunData
-from qwenvl.train.build.model import open_model, weight_types
+from qwenvl.train.build.model import compute_type, open_model, weight_types
 from qwenvl.train.dry_run.duplicates import warn_of_duplicates
 from qwenvl.train.dry_run.report import NOT_COUNTED, describe_histories, describe_memory, describe_work, gib
 from qwenvl.train.records.summary import describe_budget, describe_data, describe_model, describe_remarks
@@ -73,7 +73,8 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
     model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective, on_meta=True)
     flops, sharding = flops_of(model), read_sharding(args, ranks)
     schedule = plan_schedule(len(data.train), args, ranks)
-    states = estimate_states(model, sharding, str(args.optim), *weight_types(parsed))
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    states = estimate_states(model, sharding, optimizer, *weight_types(parsed), compute_type(parsed))
     planned = has_no_weights(parsed.model.model_name_or_path)
     if planned:
         logger.warning(

@@ -69,13 +69,18 @@ def describe_memory(sharding: StateSharding, states: StateMemory, step: StepMemo
         "optimizer": states.optimizer,
         "activations of the heaviest batch": step.activations,
         "logits": step.logits,
+        "16-bit copies of weights, buffers": states.buffers,
     }
-    rows = [[name, gib(size)] for name, size in (*parts.items(), ("all", sum(parts.values())))]
+    rows = [[name, gib(size)] for name, size in parts.items()]
+    of_step = states.step - step.activations - step.logits - states.buffers  # the optimizer steps when they are freed
+    if of_step > 0:
+        rows.append(["more than these three, in the optimizer's step", gib(of_step)])
+    rows.append(["all", gib(sum(parts.values()) + max(0, of_step))])
     rows.append(["a checkpoint, on disk", gib(states.checkpoint)])
     return table(f"Memory of each device with {sharding.name}", ["what", "takes"], rows)
 
 
-NOT_COUNTED = "Not included: libraries, buffers of the engine and fragmentation, often 2 to 5 GiB per device."
+NOT_COUNTED = "Not included: libraries (CUDA, NCCL) and fragmentation, often 2 GiB per device."
 
 
 def gib(size: int) -> str:

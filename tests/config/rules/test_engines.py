@@ -32,13 +32,22 @@ CONFLICTS: dict[str, tuple[dict[str, Any], list[str], str]] = {
         [],
         "[0.9, 0.95] in the file, [0.9, 0.999] by --adam_beta1 and --adam_beta2",
     ),
-    "optimizer": ({"optimizer": {"type": "Lamb"}}, [], 'optimizer.type: "Lamb" in the file, "adamw_torch" by --optim'),
+    "optimizer": (
+        {"optimizer": {"type": "Lamb"}},
+        ["--optim", "adamw_torch"],
+        'optimizer.type: "Lamb" in the file, "adamw_torch" by --optim',
+    ),
     "other optimizer": ({"optimizer": {"type": "AdamW"}}, ["--optim", "sgd"], '"AdamW" in the file, "sgd" by --optim'),
     "scheduler": ({"scheduler": {"type": "WarmupLR"}}, [], '"WarmupLR" in the file, "linear" by --lr_scheduler_type'),
     "warm-up": (
         {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 9}}},
         ["--warmup_steps", "5"],
         "9 in the file, 5",
+    ),
+    "sums of stage 1": (
+        {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+        [],
+        "data_types.grad_accum_dtype: fp32 with stage 1",
     ),
     "no stage": ({"zero_optimization": {}}, [], "zero_optimization: there is no stage"),
     "no weights": ({"zero_optimization": {"stage": 3}}, [], "stage3_gather_16bit_weights_on_model_save: must be true"),
