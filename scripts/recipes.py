@@ -60,6 +60,9 @@ class Model:
 
 
 _NODE = "Needs 8 GPUs of 80 GB or more."
+_TIGHT = (
+    "Needs 16 GPUs of 80 GB, or 8 with a copy of configs/zero3.json without data_types (bfloat16 sums of gradients)."
+)
 _LARGE = {"batch": 2, "accumulation": 8, "evaluation": 4, "needs": _NODE, "lora_sharded": True}
 _EXPERTS = {"batch": 1, "accumulation": 4, "evaluation": 2, "lora_sharded": True, "experts": True}
 
@@ -68,7 +71,7 @@ MODELS = (
     Model("qwen3vl_2b", "Qwen/Qwen3-VL-2B-Instruct", engine="zero2", official=True),
     Model("qwen3vl_4b", "Qwen/Qwen3-VL-4B-Instruct", official=True),
     Model("qwen3vl_8b", "Qwen/Qwen3-VL-8B-Instruct", official=True),
-    Model("qwen3vl_32b", "Qwen/Qwen3-VL-32B-Instruct", official=True, **_LARGE),
+    Model("qwen3vl_32b", "Qwen/Qwen3-VL-32B-Instruct", official=True, **(_LARGE | {"needs": _TIGHT})),
     Model(
         "qwen3vl_30b_a3b",
         "Qwen/Qwen3-VL-30B-A3B-Instruct",

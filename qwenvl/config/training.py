@@ -90,8 +90,8 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
     activation_offload: bool = field(
         default=False,
         metadata={
-            "help": "Keep tensors for the backward pass in host memory: with gradient_checkpointing, the inputs of "
-            "layers. Saves device memory with long samples; costs the time of the copies."
+            "help": "Keep the inputs of layers, which gradient_checkpointing needs for backward, in host memory. "
+            "Saves device memory with long samples; costs the time of the copies."
         },
     )
     step_timeout: float = field(
@@ -260,6 +260,11 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
         older = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
         _refuse_checkpointing_arguments("gradient_checkpointing_kwargs", older)
         self.gradient_checkpointing_kwargs = older
+        if self.activation_offload and not (self.checkpointed_parts or getattr(self, "activation_checkpointing", None)):
+            raise UserError(
+                "--activation_offload without --gradient_checkpointing would copy every tensor of every layer to the "
+                "host and back: add --gradient_checkpointing True, or leave it out."
+            )
         if not hasattr(self, "activation_checkpointing"):  # transformers 5.19 and older
             return
         if self.activation_checkpointing is None:

@@ -28,7 +28,8 @@ from qwenvl.data.sample_stats import MEASURES
 from qwenvl.data.sampler import SampleOrder, Sharding
 from qwenvl.evaluate.answer_log import AnswerLog
 from qwenvl.models.loss.causal_lm import Balance, count_tokens
-from qwenvl.models.parts import vision_tower
+from qwenvl.models.parts import output_head, vision_tower
+from qwenvl.models.trainable.activation_offload import kept_on_host
 from qwenvl.models.trainable.param_groups import parameter_groups
 from qwenvl.models.vision.grid_inputs import grid_describer
 from qwenvl.profiling.profiler import Phase
@@ -229,7 +230,8 @@ class Trainer(CheckpointingTrainer):
         if dtype is not None and not self.model.training:
             contexts.enter_context(torch.autocast(self.args.device.type, dtype))
         if self.args.activation_offload:
-            contexts.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type == "cuda"))
+            pin = self.args.device.type == "cuda"
+            contexts.enter_context(kept_on_host(self.model, output_head(self.model), pin_memory=pin))
         return contexts
 
     def training_step(

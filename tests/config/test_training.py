@@ -70,6 +70,12 @@ def test_instruments_take_no_impossible_values(flag: str) -> None:
     assert parsed("--device_peak_tflops", "989.5", "--profile_steps", "3").training.device_peak_tflops == 989.5
 
 
+def test_activations_are_offloaded_with_checkpointing_only() -> None:
+    assert "without --gradient_checkpointing would copy" in rejected("--activation_offload")
+    for flag in ("--gradient_checkpointing", "--activation_checkpointing"):
+        assert parsed("--activation_offload", flag).training.activation_offload
+
+
 def test_a_hang_is_reported_before_collectives_time_out() -> None:
     assert parsed().training.ddp_timeout == 1800 + 1800
     assert parsed("--step_timeout", "7200").training.ddp_timeout == 7200 + 1800

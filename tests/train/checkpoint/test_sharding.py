@@ -88,7 +88,13 @@ def test_under_zero_2_the_rank_that_writes_copies_weights_and_resumes(
     tiny_checkpoint: Any, registry: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("deepspeed")
-    settings = {"deepspeed": "configs/zero2.json", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    settings = {
+        "deepspeed": "configs/zero2.json",
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "bf16": True,
+    }
     model = tiny_checkpoint("qwen3_vl")
     first = flags(model, tmp_path / "first", registry, **settings)
     resume = {"resume_from_checkpoint": tmp_path / "first" / "checkpoint-1"}
