@@ -9,7 +9,7 @@
 #   NODE_RANK       number of this machine, from 0
 #   MASTER_ADDR     address of machine 0
 #   MASTER_PORT     a free port of machine 0; default: 29500, on one machine any from 20001 to 29999
-#   OMP_NUM_THREADS threads of each process; default: its share of the cores if the flags name an offloading file, else 1
+#   OMP_NUM_THREADS threads of each process; default: its share of the cores
 #   PYTHON          the Python to use; default: .venv of the repository where it exists and no other is active
 #   DRY_RUN=1       print the command instead of running it
 set -euo pipefail
@@ -41,18 +41,18 @@ if [[ "${nnodes}" == 1 ]]; then
     default_port=$((20001 + RANDOM % 9999)) # so that two runs on one machine do not meet
 fi
 
-nproc="${NPROC_PER_NODE:-$(count_devices)}"
-# torchrun gives each process one thread, with which the Adam of offloaded weights (cpu_adam) would take minutes a step
-if [[ -z "${OMP_NUM_THREADS:-}" && "$*" == *offload* ]]; then
-    cores="$(nproc)"
-    export OMP_NUM_THREADS=$((cores > nproc ? cores / nproc : 1))
+processes="${NPROC_PER_NODE:-$(count_devices)}"
+# torchrun gives each of several processes one thread, with which Adam on offloaded weights takes minutes a step.
+if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
+    cores="$(nproc 2>/dev/null || echo 1)"
+    export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
 fi
 
 command=(
     "${python}" "${root}/qwenvl/train/launch.py" # torchrun, without a traceback of its own
     --nnodes "${nnodes}"
     --node_rank "${NODE_RANK:-0}"
-    --nproc_per_node "${nproc}"
+    --nproc_per_node "${processes}"
     --master_addr "${MASTER_ADDR:-127.0.0.1}"
     --master_port "${MASTER_PORT:-${default_port}}"
     "${root}/qwenvl/train/train_qwen.py" "$@"

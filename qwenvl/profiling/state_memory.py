@@ -135,6 +135,16 @@ def estimate_states(
     )
 
 
+def loading_bytes(states: StateMemory, sharding: StateSharding) -> int:
+    """Return the bytes of host memory that each rank takes for a moment, before its weights are on its device.
+
+    Without ZeRO-3, which shards weights as they are read, each rank loads the whole model.
+    """
+    if sharding.masters and sharding.stage == 3:
+        return states.weights
+    return states.weights * (sharding.ranks if sharding.stage == 3 else 1)
+
+
 def _buffers(model: PreTrainedModel, sharding: StateSharding, trained: int, itemsize: int) -> int:
     """Return the bytes of copies of weights and of the engine's buffers.
 

@@ -199,7 +199,7 @@ class CheckpointingTrainer(transformers.Trainer):
         elif self.is_fsdp_enabled:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         elif self.is_deepspeed_enabled and not self._shards_weights():
-            # a copy of all weights, which the stock Trainer makes on every rank, for those that write nothing too
+            # a copy of all weights, which the stock Trainer makes on every rank, whether it writes or not
             writes = self.args.should_save
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.deepspeed) if writes else None)
         else:

@@ -173,7 +173,7 @@ class BackgroundHasher:
         self._thread: threading.Thread | None = None
 
     def add(self, folder: Path) -> None:
-        """Hash a folder after those before it; return at once."""
+        """Hash a folder after the earlier ones, without waiting for it."""
         self._folders.put(folder)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="hasher", daemon=True)
@@ -185,7 +185,7 @@ class BackgroundHasher:
 
     def _run(self) -> None:
         if sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # of this thread, and those that it starts
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # this thread and its children
         while True:
             folder = self._folders.get()
             try:

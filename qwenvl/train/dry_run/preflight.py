@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
+import psutil
 from rich.table import Table
 from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedModel
@@ -29,7 +31,7 @@ from qwenvl.data.types import History
 from qwenvl.models.loading import has_no_weights
 from qwenvl.profiling.activation_memory import StepMemory, measure_step
 from qwenvl.profiling.flops import flops_of
-from qwenvl.profiling.state_memory import StateMemory, estimate_states, read_sharding
+from qwenvl.profiling.state_memory import StateSharding, StateMemory, estimate_states, loading_bytes, read_sharding
 from qwenvl.train.build.data import RunData
 from qwenvl.train.build.model import compute_type, open_model, weight_types
 from qwenvl.train.dry_run.duplicates import warn_of_duplicates
@@ -47,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 20
 """Number of rows at the start of a dataset, of which at least one must be decodable."""
+_DEVICES_A_MACHINE = 8
 _ROWS_A_TASK = 256
 """Number of rows per task of the processes that check keys."""
 
@@ -82,6 +85,7 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
             parsed.model.model_name_or_path,
         )
     require_room_on_disk(args, states, planned=planned)
+    warn_of_loading(states, sharding, psutil.virtual_memory().total)
     step = measure_heaviest(model, data, measures, parsed)
     data = replace(data, arranged=replace(data.arranged, measures=lengths.measures, events=lengths.events))
     imbalance = slowest_over_mean(data.order, flops.count(measures), args, ranks)
@@ -189,6 +193,24 @@ def require_room_on_disk(args: TrainingArguments, states: StateMemory, *, planne
             "%d checkpoints of %s (--save_total_limit %d, and the one being saved) do not fit on the disk of %s, which "
             "has %s free.",
             *(kept + 1, gib(states.checkpoint), kept, args.output_dir, gib(free)),
+        )
+
+
+def warn_of_loading(states: StateMemory, sharding: StateSharding, total: int) -> None:
+    """Warn if all ranks of a machine together do not have the memory to load their weights.
+
+    Args:
+        states: Memory of the model's state.
+        sharding: Sharding over the devices.
+        total: Host memory of the machine, in bytes.
+    """
+    here = min(sharding.ranks, int(os.environ.get("LOCAL_WORLD_SIZE", _DEVICES_A_MACHINE)))
+    needed = loading_bytes(states, sharding)
+    if here * needed > total:
+        logger.warning(
+            "Loading takes %s of host memory on each rank, %s on a machine of %d, and this one has %s. With more ranks "
+            "than fit, use --deepspeed configs/zero3.json, which shards weights as they are read.",
+            *(gib(needed), gib(here * needed), here, gib(total)),
         )
 
 

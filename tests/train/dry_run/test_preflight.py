@@ -20,10 +20,11 @@ from qwenvl.data.collator import for_model
 from qwenvl.families import FAMILIES, get_family
 from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.profiling.activation_memory import measure_step
-from qwenvl.profiling.state_memory import StateSharding, estimate_states
+from qwenvl.profiling.state_memory import StateSharding, StateMemory, estimate_states
 from qwenvl.train.build.data import open_config, open_data
 from qwenvl.train.build.model import open_model, weight_types
 from qwenvl.train.checkpointing_trainer import Records
+from qwenvl.train.dry_run.preflight import warn_of_loading
 from qwenvl.train.run import build_trainer
 from qwenvl.train.train_qwen import main
 from tests.e2e.runs import LORA, REPOSITORY, flags, train, weights
@@ -118,6 +119,21 @@ def test_memory_is_what_a_real_step_takes(
     optimizer.step()
     sizes = [value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim()]
     assert states.optimizer == sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "warned"),
+    [
+        (StateSharding("FSDP2", 3, 16), True),  # 10 GiB of weights on each of 8 ranks of this machine
+        (StateSharding("DDP", 0, 4), False),
+        (StateSharding("DDP", 0, 8), True),
+        (StateSharding("ZeRO-3", 3, 8, masters=True), False),
+    ],
+)
+def test_host_memory_for_loading_is_counted(sharding: StateSharding, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    shards = sharding.ranks if sharding.stage == 3 else 1
+    warn_of_loading(StateMemory(10 * 2**30 // shards, 0, 0, 0), sharding, total=64 * 2**30)
+    assert ("10.00 GiB of host memory on each rank, 80.00 GiB on a machine of 8" in caplog.text) is warned
 
 
 def test_finds_what_would_fail_later(
