@@ -29,6 +29,11 @@ def default_workers() -> int:
     return max(1, min(4, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def default_optimizer(*, use_cpu: bool) -> str:
+    """Return the name of the optimizer of runs that name none."""
+    return "adamw_torch_fused" if torch.cuda.is_available() and not use_cpu else "adamw_torch"
+
+
 @dataclass
 class TrainingArguments(EvaluationArguments, ExportArguments, transformers.TrainingArguments):
     """``transformers.TrainingArguments`` with defaults for this trainer. Every field is explained by its ``help``.
@@ -209,8 +214,7 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
         if self.ddp_timeout is None:
             self.ddp_timeout = int(self.step_timeout) + 1800 if self.step_timeout else 7 * 24 * 3600
         if self.optim is None:  # a dry run counts for GPUs, wherever it runs
-            on_cuda = self.dry_run or (torch.cuda.is_available() and not self.use_cpu)
-            self.optim = "adamw_torch_fused" if on_cuda else "adamw_torch"
+            self.optim = "adamw_torch_fused" if self.dry_run else default_optimizer(use_cpu=self.use_cpu)
         self.report_to = choose_reporters(self.report_to)
         refuse_accelerator_settings(read_settings(self.accelerator_config or {}, "accelerator_config"))
         check_fsdp(self)

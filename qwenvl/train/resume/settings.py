@@ -14,6 +14,7 @@ import yaml
 from qwenvl.config import AdapterArguments, all_settings
 from qwenvl.config.lora import target_parts
 from qwenvl.config.parsing.fields import Setting, convert
+from qwenvl.config.training import default_optimizer
 from qwenvl.models.lora.files import start_anew
 from qwenvl.train.checkpoint.folder import read_step
 from qwenvl.train.records.run_info import setting_text
@@ -105,6 +106,7 @@ def in_force(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = {name: _plain(setting.default) for name, setting in all_settings().items()}
     values |= {name: _plain(value) for name, value in given.items()}
+    values["optim"] = values["optim"] or default_optimizer(use_cpu=bool(values["use_cpu"]))
     ratio, target = values.pop("warmup_ratio"), values["lora_target"]
     values["warmup_steps"] = values["warmup_steps"] if ratio is None else ratio
     values["lora_target"] = ",".join(target_parts(target) or (target,))
