@@ -31,7 +31,7 @@ from qwenvl.data.types import History
 from qwenvl.models.loading import has_no_weights
 from qwenvl.profiling.activation_memory import StepMemory, measure_step
 from qwenvl.profiling.flops import flops_of
-from qwenvl.profiling.state_memory import StateSharding, StateMemory, estimate_states, loading_bytes, read_sharding
+from qwenvl.profiling.state_memory import StateMemory, StateSharding, estimate_states, loading_bytes, read_sharding
 from qwenvl.train.build.data import RunData
 from qwenvl.train.build.model import compute_type, open_model, weight_types
 from qwenvl.train.dry_run.duplicates import warn_of_duplicates

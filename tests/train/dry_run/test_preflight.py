@@ -20,7 +20,7 @@ from qwenvl.data.collator import for_model
 from qwenvl.families import FAMILIES, get_family
 from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.profiling.activation_memory import measure_step
-from qwenvl.profiling.state_memory import StateSharding, StateMemory, estimate_states
+from qwenvl.profiling.state_memory import StateMemory, StateSharding, estimate_states
 from qwenvl.train.build.data import open_config, open_data
 from qwenvl.train.build.model import open_model, weight_types
 from qwenvl.train.checkpointing_trainer import Records
@@ -130,7 +130,9 @@ def test_memory_is_what_a_real_step_takes(
         (StateSharding("ZeRO-3", 3, 8, masters=True), False),
     ],
 )
-def test_host_memory_for_loading_is_counted(sharding: StateSharding, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_host_memory_for_loading_is_counted(
+    sharding: StateSharding, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     shards = sharding.ranks if sharding.stage == 3 else 1
     warn_of_loading(StateMemory(10 * 2**30 // shards, 0, 0, 0), sharding, total=64 * 2**30)
     assert ("10.00 GiB of host memory on each rank, 80.00 GiB on a machine of 8" in caplog.text) is warned
