@@ -4,7 +4,7 @@
 
 CONFIG is a ``config.json`` or a folder with one. Builds each model on torch's meta device and prints a Markdown table:
 parameters, and GiB on each GPU of full fine-tuning (language model and merger, bf16 with float32 masters, ZeRO-3) and
-of LoRA (rank 64 on the language model, frozen weights in bf16, sharded by ZeRO-3 if there are several GPUs).
+of LoRA (rank 64 on the language model, 8 on each stacked expert, frozen weights in bf16, sharded by ZeRO-3 if there are several GPUs).
 Activations are not included: ``--dry_run`` counts them for your data.
 """
 
@@ -48,7 +48,7 @@ def build(config: PretrainedConfig, *, lora: bool) -> Any:
         model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     if lora:
         model.requires_grad_(False)
-        add_adapters(model, AdapterSettings("language", 64, 128, dropout=0.0))
+        add_adapters(model, AdapterSettings("language,experts", 64, 128, dropout=0.0))
     else:
         set_model(model, tune_mm_vision=False, tune_mm_mlp=True, tune_mm_llm=True)
     return model

@@ -177,13 +177,14 @@ def _lora(model: Model) -> Iterator[str]:
     recipe = f"lora_{model.name}"
     yield f"# {_what('lora', model)}, with its merger trained whole."
     if model.experts:
-        yield "# Adapters go into attention and shared layers; the stacked weights of the experts have none."
+        yield "# Adapters of the experts have the rank lora_r / experts per token; lora_target: language leaves them out."
     yield from _head(recipe, model)
     yield "tune_mm_llm: false                   # its weights stay as they are; adapters train"
     yield "tune_mm_mlp: true                    # train the merger between vision and language, saved with the adapters"
     yield "tune_mm_vision: false                # leave the vision encoder as it is"
     yield "\n# Adapters\nlora_enable: true"
-    yield "lora_target: language                # or vision, merger (then tune_mm_mlp: false), all, or a pattern"
+    target = f"lora_target: language{',experts' * model.experts}"
+    yield f"{target:36} # or vision, merger (then tune_mm_mlp: false), all, or a pattern"
     yield "lora_r: 64\nlora_alpha: 128\nlora_dropout: 0.0"
     yield _data(model, 1)
     yield "# Optimizer"

@@ -5,6 +5,7 @@ Equal bytes need no tolerance, whatever the size of the model and the type that 
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qwenvl.models.lora.adapters import has_adapters
+from qwenvl.models.lora.experts import has_expert_adapters
 from qwenvl.models.lora.files import saved_names
 from qwenvl.models.token_rows import row_layers
 from qwenvl.models.trainable.sharded_params import full_tensor_cpu, is_sharded
@@ -87,7 +89,7 @@ def opened_tensors(model: Any) -> dict[str, Tensor]:
 
     base = model.get_base_model()
     frozen = {
-        name.replace(".token_adapter.base_layer.", "."): value
+        re.sub(r"\.(token_adapter\.base_layer|base_layer\.base_layer)\.", ".", name): value  # layers of PEFT's own
         for name, value in base.named_parameters(remove_duplicate=False)
     }
     for name, module in base.named_modules():
@@ -120,7 +122,13 @@ def _is_equal(sums: Mapping[str, int], tensor: Tensor) -> bool:
 def adapter_scales(model: nn.Module) -> dict[str, list[Any]]:
     """Return [scaling factor, whether it is DoRA] of each adapter, by the layer's name."""
     base = getattr(model, "get_base_model", lambda: model)()
-    return {
+    experts = {
+        f"{name}{wrapper}": [module.lora_scale, False]
+        for name, module in base.named_modules()
+        for wrapper in (".base_layer", "")  # of the two projections, as PEFT names them
+        if has_expert_adapters(module)
+    }
+    return experts | {
         name: [module.scaling["default"], "default" in module.lora_magnitude_vector]
         for name, module in base.named_modules()
         if hasattr(module, "lora_A") and hasattr(module, "scaling")

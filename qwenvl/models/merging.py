@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,12 +157,12 @@ def _merge_layer(name: str, layer: Any) -> None:
     own = [(parameter, parameter.dtype) for parameter in layer.parameters()]
     for parameter, _ in own:
         parameter.data = parameter.data.float()
-    weight = layer.get_base_layer().weight
-    probes = torch.randn(_PROBES, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+    inputs = _probes(layer)
     with torch.no_grad():
-        unmerged = layer(probes)
+        unmerged = layer(*inputs)
         layer.merge(safe_merge=True)
-        error = distance(layer(probes), unmerged)
+        errors = map(distance, *(_by_expert(layer, outputs) for outputs in (layer(*inputs), unmerged)))
+    error = float(torch.tensor(list(errors)).max())  # not a number, if one of them is not
     if not error <= TOLERANCE:
         raise UserError(
             f"{name} computes something else when its adapter is merged: in float32 its outputs differ by "
@@ -171,6 +171,36 @@ def _merge_layer(name: str, layer: Any) -> None:
         )
     for parameter, dtype in own:
         parameter.data = parameter.data.to(dtype)
+
+
+def _probes(layer: Any) -> tuple[Tensor, ...]:
+    """Return random inputs of a layer [rows, in]; of stacked experts, as many rows for each, with their routing."""
+    weight, experts = _weight_of(layer), _experts_of(layer)
+    # the inner module of stacked experts takes hidden states, whichever of its projections has the adapter
+    width = layer.get_base_layer().hidden_dim if experts else weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(_PROBES * max(experts, 1), width, generator=generator).to(weight.device)
+    if not experts:
+        return (rows,)
+    chosen = torch.arange(experts, device=weight.device).repeat_interleave(_PROBES)[:, None]
+    return rows, chosen, torch.ones_like(chosen, dtype=rows.dtype)
+
+
+def _by_expert(layer: Any, outputs: Tensor) -> Sequence[Tensor]:
+    """Split the outputs of :func:`_probes`: among hundreds of experts, a mistake in one would not show."""
+    return outputs.chunk(max(_experts_of(layer), 1))
+
+
+def _experts_of(layer: Any) -> int:
+    """Return the number of experts of a layer; 0 for a linear layer."""
+    weight = _weight_of(layer)
+    return len(weight) if weight.ndim == 3 else 0
+
+
+def _weight_of(layer: Any) -> Tensor:
+    """Return the weight that an adapter of PEFT changes."""
+    weight: Tensor = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+    return weight
 
 
 def _require_sound(report: MergeReport) -> None:
@@ -239,7 +269,8 @@ def distance(first: Tensor, second: Tensor) -> float:
 def _adapted_weights(adapted: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight with an adapter, by its stock name."""
     for name, layer in _adapted_layers(adapted.get_base_model()):
-        yield f"{name}.weight", layer.get_base_layer().weight
+        own = name.removesuffix(".base_layer")  # around a module of stacked experts there are two layers
+        yield f"{own}.{getattr(layer, 'parameter_name', 'weight')}", _weight_of(layer)
 
 
 def _adapted_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:

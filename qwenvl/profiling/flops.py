@@ -230,7 +230,7 @@ def _feed_forward(config: Any, family: Family, layer: int) -> float:
 
 def flops_of(model: Any) -> Flops:
     """Return the operations per measure of a model that is ready for training."""
-    adapters = adapter_sizes(model)
+    adapters = adapter_sizes(model, per_token=True)
     groups = parameter_modules(model)
     whole = {groups[name] for name, value in model.named_parameters() if value.requires_grad and trains_whole(name)}
     trained = Trained("vision" in whole, "merger" in whole, "language" in whole, adapters)

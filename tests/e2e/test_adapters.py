@@ -174,7 +174,36 @@ def test_settings_that_cannot_be_are_one_message(
     assert all(word in message for word in words), message
 
 
-def test_experts_are_refused_by_name_and_left_alone_by_group(
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_stacked_experts_have_adapters_that_merge_and_resume(
+    family: str,
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With the default target; the fresh process of ``--verify_export`` opens them with stock PEFT."""
+    base = tiny_checkpoint(family)
+    settings = {**LORA, **EVALUATION, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    adapter = train(base, tmp_path / "adapter", registry, **settings, verify_export=True)
+    assert "adapters of rank 2 (--lora_r / experts per token) in each of 4 experts, in " in caplog.text
+    assert "Verified: a fresh process opened" in caplog.text
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    shutil.copytree(adapter / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    assert equal_bits(train(base, tmp_path / "resumed", registry, **settings), adapter)
+    merged = merge(adapter, tmp_path / "merged")
+    assert loss_of(merged, tmp_path / "again", registry) == pytest.approx(history(adapter, "eval_loss")[-1], rel=1e-5)
+    assert weights(merged).keys() == weights(base).keys()
+    experts = {name for name in weights(base) if ".mlp.experts." in name and not name.startswith("mtp.")}
+    assert experts and changed(base, merged) >= experts
+    opened = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter).eval()
+    alone = AutoModelForImageTextToText.from_pretrained(merged).eval()
+    inputs = sample_inputs(AutoProcessor.from_pretrained(merged), torch.device("cpu"))
+    torch.testing.assert_close(logits_of(opened, inputs), logits_of(alone, inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_may_be_left_out_or_refuse_settings(
     tiny_checkpoint: Callable[[str], Path],
     registry: Path,
     tmp_path: Path,
@@ -182,11 +211,11 @@ def test_experts_are_refused_by_name_and_left_alone_by_group(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     base = tiny_checkpoint("qwen3_vl_moe")
-    refused = flags(base, tmp_path / "refused", registry, **{**LORA, "lora_target": r".*experts.*"})
-    assert "experts of a mixture are one tensor" in fail(refused)
-    adapter = train(base, tmp_path / "out", registry, **LORA)
-    assert "weights stay as they are: adapters do not fit them" in caplog.text
-    assert all(".self_attn." in name or ".shared_expert." in name or ".mlp." in name for name in weights(adapter))
+    refused = flags(base, tmp_path / "refused", registry, **LORA, lora_dropout=0.1, dry_run=True)
+    assert "--lora_dropout 0.1 with --lora_target language,experts" in fail(refused)
+    adapter = train(base, tmp_path / "out", registry, **LORA, lora_target="language", lora_dropout=0.1)
+    assert "weights have no adapters (--lora_target language,experts gives them some)" in caplog.text
+    assert all(".self_attn." in name or ".mlp.gate_proj" in name for name in weights(adapter) if "down" not in name)
 
 
 def test_merging_refuses_what_does_not_fit(

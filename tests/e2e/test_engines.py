@@ -49,6 +49,10 @@ CASES: dict[str, dict[str, Any]] = {
         **(LORA | {"lora_target": "language,vision", "tune_mm_mlp": True, "additional_tokens": "slowly"}),
         **(EVALUATION | SAVING | {"gradient_checkpointing": True, "data_packing": True, "model_max_length": 128}),
     },
+    "experts": {
+        **(LORA | {"lora_target": "language,experts", "gradient_checkpointing": True, "data_flatten": True}),
+        **(EVALUATION | SAVING | {"learning_rate": 1e-2, "verify_export": True}),
+    },
 }
 # A mismatch of collective operations is named within seconds; it makes every one of them slow.
 STRICT = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
@@ -227,20 +231,25 @@ def test_adapters_train_save_and_resume_like_in_one_process(
     command: Callable[..., list[str]],
     alone: Callable[..., Path],
     zero: Callable[..., Path],
+    publish: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
+    """Adapters of linear layers beside other trained parts, and adapters of stacked experts."""
     settings = FSDP2 if engine == "FSDP2" else {"deepspeed": zero("zero3")}
-    resume = {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-2"}
-    commands = {
-        "whole": command("whole", "adapters", **settings),
-        "resumed": command("resumed", "adapters", **settings, **resume),
-    }
+    models = {"adapters": None, "experts": publish("qwen3_5_moe" if engine == "FSDP2" else "qwen3_vl_moe")}
+    commands: dict[str, list[str]] = {}
+    for case, model in models.items():
+        resume = {"resume_from_checkpoint": tmp_path / case / "checkpoint-2"}
+        commands[case] = command(case, case, model, **settings)
+        commands[f"{case} resumed"] = command(f"{case} resumed", case, model, **settings, **resume)
     split = run_on_two_ranks(tmp_path, commands, engine)
-    assert largest_difference(split["whole"], alone("adapters")) < 1e-5
-    assert changed(split["whole"] / "checkpoint-2", split["whole"]) == set(weights(split["whole"]))
-    for key in ("loss", "eval_loss"):
-        assert history(split["whole"], key) == pytest.approx(history(alone("adapters"), key), rel=1e-4)
-    assert equal_bits(split["resumed"], split["whole"])
+    for case, model in models.items():
+        assert largest_difference(split[case], alone(case, model)) < 1e-5
+        assert changed(split[case] / "checkpoint-2", split[case]) == set(weights(split[case]))
+        for key in ("loss", "eval_loss"):
+            assert history(split[case], key) == pytest.approx(history(alone(case, model), key), rel=1e-4)
+        assert equal_bits(split[f"{case} resumed"], split[case])
+    assert any(name.endswith(".experts.base_layer.lora_B.weight") for name in weights(split["experts"]))
 
 
 @pytest.mark.slow

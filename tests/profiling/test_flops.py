@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,21 +142,27 @@ def test_layers_that_are_no_mixture_are_counted_as_such(
     assert flops.count(measures) == pytest.approx(count_products(counter), rel=1e-6)
 
 
-@pytest.mark.parametrize("target", ["language", "vision", "merger", "all"])
+def _grouped_flops(rows: Sequence[int], matrices: Sequence[int], *_: Any, **__: Any) -> int:
+    """Return the operations of a product [S, K] x [experts, K, N], or of its gradient, [K, S] x [S, N]."""
+    return 2 * rows[0] * rows[1] * matrices[-1]
+
+
+@pytest.mark.parametrize("target", ["language", "vision", "merger", "all", "language,experts"])
 def test_flops_of_adapters_are_what_torch_counts(target: str, build: Callable[[str], PreTrainedModel]) -> None:
     """Frozen weights have no gradient, adapters do; counted as if a gradient reached the first layer of a part too."""
-    model = copy.deepcopy(build("qwen3_vl"))
+    family = "qwen3_vl_moe" if "experts" in target else "qwen3_vl"
+    model = copy.deepcopy(build(family))
     model.requires_grad_(False)
     add_adapters(model, AdapterSettings(target, r=8, alpha=8, dropout=0.0))
     part = {"language": model.get_input_embeddings(), "merger": model.model.visual.merger.norm}
-    part.get(target, model.model.visual.patch_embed).register_forward_hook(lambda *call: call[2].requires_grad_())
+    part.get(target.removesuffix(",experts"), model.model.visual.patch_embed).register_forward_hook(lambda *call: call[2].requires_grad_())
     for merger in model.model.visual.deepstack_merger_list if target == "merger" else ():
         merger.norm.register_forward_hook(lambda *call: call[2].requires_grad_())
     batch, measures = one_batch(model)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops}) as counter:
         causal_loss(model, batch, num_trained_tokens=1.0).backward()
-    trained = Trained(False, False, False, adapter_sizes(model))
-    expected = training_flops(model.config, get_family("qwen3_vl"), trained, causal=False)
+    trained = Trained(False, False, False, adapter_sizes(model, per_token=True))
+    expected = training_flops(model.config, get_family(family), trained, causal=False)
     assert expected.count(measures) == pytest.approx(count_products(counter), rel=1e-6)
 
 

@@ -22,6 +22,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from qwenvl.families import OLDER_NAMES
 from qwenvl.models.loading import read_model_type
 from qwenvl.models.lora.adapters import is_adapter, trains_whole
+from qwenvl.models.lora.experts import peft_name
 from qwenvl.models.task_module import is_readout
 from qwenvl.models.token_rows import is_row, row_layers
 from qwenvl.models.trainable.sharded_params import full_tensor_cpu
@@ -61,7 +62,7 @@ def saved_names(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not is_readout(name):
             if is_adapter(name):  # PEFT leaves the adapter's own name out
-                name = name.replace("vector.default.weight", "vector").replace(".default.", ".")
+                name = peft_name(name).replace("vector.default.weight", "vector").replace(".default.", ".")
             elif is_row(name):
                 name = f"{name.rpartition('.')[0]}.token_adapter.trainable_tokens_delta"
             names[f"base_model.model.{name}"] = parameter

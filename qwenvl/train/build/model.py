@@ -118,7 +118,13 @@ def _adapt(model: PreTrainedModel, parsed: ParsedArguments, token_ids: Sequence[
     """Add adapters, and make the rows of added tokens trainable."""
     chosen = parsed.adapters
     settings = AdapterSettings(
-        chosen.lora_target, chosen.lora_r, chosen.lora_alpha, chosen.lora_dropout, chosen.use_dora, chosen.use_rslora
+        target=chosen.lora_target,
+        r=chosen.lora_r,
+        alpha=chosen.lora_alpha,
+        dropout=chosen.lora_dropout,
+        use_dora=chosen.use_dora,
+        use_rslora=chosen.use_rslora,
+        expert_r=chosen.lora_expert_r,
     )
     add_adapters(model, settings)
     if token_ids:

@@ -20,7 +20,8 @@ from qwenvl.data.encoding.processor import describe_limits
 from qwenvl.data.sample_stats import count_remarks
 from qwenvl.models.attention.varlen import varlen_obstacle
 from qwenvl.models.loading import choose_attention, flash_obstacles
-from qwenvl.models.lora.adapters import adapter_sizes, count_adapted_layers, count_experts
+from qwenvl.models.lora.adapters import adapter_sizes, count_adapted_experts, count_adapted_layers
+from qwenvl.models.lora.experts import count_experts, default_expert_rank, expert_modules
 from qwenvl.models.rope_scaling import describe_context
 from qwenvl.models.trainable.freezing import ModuleSummary, checkpointed_parts, summarize
 from qwenvl.models.trainable.param_groups import learning_rates_of, parameter_groups
@@ -56,7 +57,6 @@ def describe_model(parsed: ParsedArguments, model: PreTrainedModel) -> Iterator[
         model: Model that is ready for training, on any device.
     """
     parts = summarize_parts(model, parsed.training)
-    experts = count_experts(model) if parsed.adapters.lora_enable else 0
     yield pairs(
         "Model",
         {
@@ -68,7 +68,7 @@ def describe_model(parsed: ParsedArguments, model: PreTrainedModel) -> Iterator[
             "checkpointing": " and ".join(checkpointed_parts(model)) or "none",
             "context": describe_context(model.config),
             "adapters": _describe_adapters(parsed, model),
-            "experts": f"{experts:,} weights stay as they are: adapters do not fit them" if experts else "",
+            "experts": _describe_experts(parsed, model),
         },
     )
     yield _part_table(parts, adapter_sizes(model))
@@ -137,6 +137,20 @@ def _describe_adapters(parsed: ParsedArguments, model: PreTrainedModel) -> str:
     kind = "rank-stabilised " * chosen.use_rslora + ("DoRA" if chosen.use_dora else "LoRA")
     size = f"rank {chosen.lora_r}, alpha {chosen.lora_alpha:g}, dropout {chosen.lora_dropout:g}"
     return f"{kind} of {size}, in {count_adapted_layers(model)} linear layers (--lora_target {chosen.lora_target})"
+
+
+def _describe_experts(parsed: ParsedArguments, model: PreTrainedModel) -> str:
+    """Return which adapters the stacked experts have; empty without adapters or experts."""
+    chosen, modules = parsed.adapters, expert_modules(model)
+    if not chosen.lora_enable or not modules:
+        return ""
+    adapted = count_adapted_experts(model)
+    if not adapted:
+        return f"{count_experts(model):,} weights have no adapters (--lora_target language,experts gives them some)"
+    number, rank = model.config.get_text_config().num_experts, chosen.lora_expert_r
+    reason = "--lora_expert_r" if rank else "--lora_r / experts per token"
+    rank = rank or default_expert_rank(model, chosen.lora_r)
+    return f"adapters of rank {rank} ({reason}) in each of {number} experts, in {adapted} of {len(modules)} layers"
 
 
 def describe_data(data: RunData, schedule: Schedule, args: TrainingArguments) -> Iterator[Table]:

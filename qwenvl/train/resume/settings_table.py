@@ -117,7 +117,7 @@ TABLE = (
         "adapters",
         "refused",
         "their weights are valid with these settings only",
-        "lora_enable lora_r lora_alpha lora_target use_dora use_rslora quantization_bit",
+        "lora_enable lora_r lora_expert_r lora_alpha lora_target use_dora use_rslora quantization_bit",
     ),
     _row(
         "added tokens",

@@ -28,7 +28,16 @@ BESIDE: dict[str, tuple[str, ...]] = {
 """Flags that a number needs to be taken at all."""
 
 TAKES_ZERO = {
-    *("eval_ratio", "lora_dropout", "quantization_bit", "base_interval", "hidden_layer", "focal_gamma", "warmup_ratio"),
+    *(
+        "eval_ratio",
+        "lora_dropout",
+        "lora_expert_r",
+        "quantization_bit",
+        "base_interval",
+        "hidden_layer",
+        "focal_gamma",
+        "warmup_ratio",
+    ),
     *("dry_run_devices", "router_aux_loss_coef", "step_timeout", "profile_steps", "dataloader_num_workers", "seed"),
     *("eval_generate", "learning_rate", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "eval_delay", "data_seed", "local_rank"),

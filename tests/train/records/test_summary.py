@@ -89,7 +89,7 @@ def test_adapters_are_told_apart(start: Callable[..., str], tmp_path: Path) -> N
     text = start(**LORA, max_steps=1)
     layers = sum(".lora_A." in name for name in weights(tmp_path / "out"))
     assert rows(text, "Model")["adapters"] == [
-        f"LoRA of rank 4, alpha 8, dropout 0, in {layers} linear layers (--lora_target language)"
+        f"LoRA of rank 4, alpha 8, dropout 0, in {layers} linear layers (--lora_target language,experts)"
     ]
     language = rows(text, "Trained parts")["language"]
     assert language[0] == language[-1] != "0" and rows(text, "Trained parts")["vision"][0] == "0"
