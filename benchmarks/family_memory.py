@@ -4,8 +4,8 @@
 
 CONFIG is a ``config.json`` or a folder with one. Builds each model on torch's meta device and prints a Markdown table:
 parameters, and GiB on each GPU of full fine-tuning (language model and merger, bf16 with float32 masters, ZeRO-3) and
-of LoRA (rank 64 on the language model, 8 on each stacked expert, frozen weights in bf16, sharded by ZeRO-3 if there are several GPUs).
-Activations are not included: ``--dry_run`` counts them for your data.
+of LoRA (rank 64 on the language model, 8 on each stacked expert, frozen weights in bf16, sharded by ZeRO-3 if there are
+several GPUs). Activations are not included: ``--dry_run`` counts them for your data.
 """
 
 from __future__ import annotations

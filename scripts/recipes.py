@@ -177,7 +177,7 @@ def _lora(model: Model) -> Iterator[str]:
     recipe = f"lora_{model.name}"
     yield f"# {_what('lora', model)}, with its merger trained whole."
     if model.experts:
-        yield "# Adapters of the experts have the rank lora_r / experts per token; lora_target: language leaves them out."
+        yield "# Adapters of experts have the rank lora_r / experts per token; lora_target: language leaves them out."
     yield from _head(recipe, model)
     yield "tune_mm_llm: false                   # its weights stay as they are; adapters train"
     yield "tune_mm_mlp: true                    # train the merger between vision and language, saved with the adapters"

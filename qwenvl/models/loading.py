@@ -113,7 +113,7 @@ def load_model(
     _save_as_read(model)
     if is_fp8(own):
         _finish_fp8(model_name_or_path, model, dtype)
-    elif not on_meta and not is_deepspeed_zero3_enabled():
+    if not on_meta and not is_deepspeed_zero3_enabled():
         keep_float32(model, model_name_or_path, origin)
     return model
 

@@ -112,6 +112,12 @@ def test_adapters_with_other_limits_than_their_base(
     assert "--mm-processor-kwargs" in printed and "--enable-lora" in printed
 
 
+def test_adapters_of_stacked_experts(trained: Callable[..., Path], compare: Compare) -> None:
+    """Their rank differs from that of the linear layers, which ``rank_pattern`` says."""
+    printed = compare(trained("qwen3_vl_moe", **LORA, learning_rate=5e-3), "images")
+    assert "--enable-lora" in printed and "merge the adapter" not in printed
+
+
 YARN: dict[str, object] = {"rope_scaling": "yarn", "rope_factor": 4, "rope_native_length": 64, "model_max_length": 256}
 
 

@@ -44,17 +44,24 @@ def made(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPa
             whole[name] = dequantized.to(torch.bfloat16)
         else:
             small[name] = whole[name] = weight.to(torch.bfloat16)
-    kept = ["lm_head", *sorted({name.removesuffix(".weight") for name in small if "visual" in name})]
-    quantized = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
     for folder, tensors in ((fp8, small), (by_hand, whole)):
-        shutil.copytree(tiny_checkpoint("qwen3_vl"), folder)
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
-        config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "bfloat16"
-        if folder == fp8:
-            config["quantization_config"] = {**quantized, "fmt": "e4m3", "modules_to_not_convert": kept}
-        (folder / "config.json").write_text(json.dumps(config))
+        write(tiny_checkpoint("qwen3_vl"), folder, tensors, quantized=folder == fp8)
     return fp8, by_hand
+
+
+def write(source: Path, folder: Path, tensors: dict[str, Tensor], *, quantized: bool) -> None:
+    """Write a checkpoint in bfloat16 or FP8, whose other files are those of another one."""
+    shutil.copytree(source, folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "bfloat16"
+    if quantized:
+        scaled = {name.removesuffix("_scale_inv") for name in tensors if name.endswith("_scale_inv")}
+        kept = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
+        method = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+        left = sorted(kept - {name.removesuffix(".weight") for name in scaled})
+        config["quantization_config"] = {**method, "fmt": "e4m3", "modules_to_not_convert": ["lm_head", *left]}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("on_meta", [False, True])
@@ -99,6 +106,35 @@ def test_adapters_are_those_of_the_dequantized_weights(
     assert {tensor.dtype for tensor in weights(merged[0]).values()} == {torch.bfloat16}
     assert "quantization_config" not in json.loads((merged[0] / "config.json").read_text())
     AutoModelForImageTextToText.from_pretrained(merged[0])
+
+
+def test_parts_in_float32_stay_so(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``A_log`` and norms of linear attention of a Qwen3.5, which are not quantized: loaded, trained on, and merged."""
+    source, fp8 = tiny_checkpoint("qwen3_5"), tmp_path / "fp8"
+    whole = load_file(source / "model.safetensors")
+    small = {name: tensor if is_wide(name) else tensor.to(torch.bfloat16) for name, tensor in whole.items()}
+    for name in whole:
+        if "language_model.layers" in name and name.endswith("_proj.weight"):
+            small[name], small[f"{name}_scale_inv"], _ = quantize(whole[name])
+    write(source, fp8, small, quantized=True)
+    model = load_model(str(fp8), dtype=torch.bfloat16, attn_implementation="sdpa")
+    wide = {name for name in small if is_wide(name)}
+    assert {name for name, value in model.named_parameters() if value.dtype == torch.float32} == wide
+    assert wide and all(torch.equal(model.get_parameter(name), whole[name]) for name in wide)
+    assert any((whole[name].bfloat16() != whole[name]).any() for name in wide)
+    settings = {**LORA, "max_steps": 1, "bf16": True}
+    adapter = train(fp8, tmp_path / "adapter", registry, **settings, verify_export=True)
+    assert "Verified: a fresh process opened" in caplog.text
+    assert merge_main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
+    merged = weights(tmp_path / "merged")
+    assert {name for name, tensor in merged.items() if tensor.dtype == torch.float32} == wide
+    assert all(torch.equal(merged[name], whole[name]) for name in wide)
+
+
+def is_wide(name: str) -> bool:
+    return name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
 
 
 def test_both_are_asked(made: Made, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,8 +154,9 @@ def test_flops_of_adapters_are_what_torch_counts(target: str, build: Callable[[s
     model = copy.deepcopy(build(family))
     model.requires_grad_(False)
     add_adapters(model, AdapterSettings(target, r=8, alpha=8, dropout=0.0))
-    part = {"language": model.get_input_embeddings(), "merger": model.model.visual.merger.norm}
-    part.get(target.removesuffix(",experts"), model.model.visual.patch_embed).register_forward_hook(lambda *call: call[2].requires_grad_())
+    embeddings = model.get_input_embeddings()
+    part = {"language": embeddings, "language,experts": embeddings, "merger": model.model.visual.merger.norm}
+    part.get(target, model.model.visual.patch_embed).register_forward_hook(lambda *call: call[2].requires_grad_())
     for merger in model.model.visual.deepstack_merger_list if target == "merger" else ():
         merger.norm.register_forward_hook(lambda *call: call[2].requires_grad_())
     batch, measures = one_batch(model)
