@@ -203,7 +203,9 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter | None:
         reasons += ["adapters of the vision tower or its merger"] if towered else []
     ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
     obstacle = f"Not every server loads {' or '.join(reasons)}" if reasons else ""
-    return Adapter(below, max(ranks), obstacle, read_extension(folder, below))
+    return Adapter(
+        below, max(ranks), obstacle, read_extension(folder, below), experts=bool(config.get("target_parameters"))
+    )
 
 
 def select_samples(arguments: ServingArguments) -> Iterator[Sample | SampleError]:

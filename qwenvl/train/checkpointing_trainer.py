@@ -26,6 +26,7 @@ from qwenvl.models.lora import files as adapter_files
 from qwenvl.models.lora.adapters import has_adapters
 from qwenvl.models.task_module import readout_of
 from qwenvl.tasks import files as task_files
+from qwenvl.train.checkpoint import float32_parts
 from qwenvl.train.checkpoint.carried_tensors import carried_tensors, carry_over
 from qwenvl.train.checkpoint.folder import published, refused_state_named, write_records
 from qwenvl.train.checkpoint.folder_check import Header
@@ -93,6 +94,7 @@ class CheckpointingTrainer(transformers.Trainer):
         self._hasher = BackgroundHasher()
         self.forgets_best = False  # whether metrics of a resumed run are not comparable with earlier ones
         self._of_task: Mapping[str, Tensor] = {}  # gathered from all ranks, for the rank that writes
+        self._in_float32: Mapping[str, Tensor] = {}
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, and make ``--fsdp`` keep only shards of gradients, on CPUs too.
@@ -194,6 +196,8 @@ class CheckpointingTrainer(transformers.Trainer):
         can open. With adapters, only saved weights are gathered, never the frozen ones.
         """
         self._of_task = task_files.collect(self.model)
+        if self.is_deepspeed_enabled and not has_adapters(self.model):
+            self._in_float32 = float32_parts.collect(self.model, self._records.source or {})
         if has_adapters(self.model):
             self._save(output_dir, state_dict=adapter_files.collect(self.model))
         elif self.is_fsdp_enabled:
@@ -325,7 +329,7 @@ class CheckpointingTrainer(transformers.Trainer):
             else:
                 if state_dict is not None:
                     tie_gathered(self.model, state_dict)
-                    state_dict = task_files.without_task(state_dict)
+                    state_dict = {**task_files.without_task(state_dict), **self._in_float32}
                 super()._save(output_dir, state_dict=state_dict)
             task_files.save(self.model, folder, self._of_task)
             self._processor.save_pretrained(folder)

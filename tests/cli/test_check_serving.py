@@ -324,6 +324,7 @@ def test_an_adapter_is_served_beside_its_base(saved: Path, check: Check, tmp_pat
         shutil.copy(saved / name, folder / name)
     shutil.copy(saved / "training_args.yaml", folder)
     config = {"base_model_name_or_path": str(saved), "r": 12, "rank_pattern": {"q_proj": 20}, "peft_type": "LORA"}
+    config["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file({"base_model.model.model.visual.x.lora_A.weight": torch.zeros(1)}, folder / "adapter_model.safetensors")
     code, printed = check(folder, "own")
@@ -333,6 +334,7 @@ def test_an_adapter_is_served_beside_its_base(saved: Path, check: Check, tmp_pat
     assert f"--max-lora-rank 32 \\\n    --lora-modules adapter={folder}" in printed
     assert f"--max-lora-rank 20 \\\n    --lora-paths adapter={folder}" in printed
     assert "adapters of the vision tower or its merger: merge the adapter" in printed
+    assert "stacked experts (target_parameters), which vLLM loads on GPUs alone and SGLang does not know" in printed
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,22 @@ log-probabilities of what it answers are the trainer's own.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from qwenvl.cli.check_serving import main
 from qwenvl.cli.merge_lora import main as merge
 from qwenvl.cli.predict.command import main as predict
 from tests.clients.reference import log_probabilities, open_float32, rows_of
-from tests.clients.vllm_server import ask, printed_command, serving
+from tests.clients.vllm_server import SETTINGS, ask, printed_command, serving
 from tests.e2e.runs import LORA
 
 pytestmark = pytest.mark.slow
@@ -112,10 +118,54 @@ def test_adapters_with_other_limits_than_their_base(
     assert "--mm-processor-kwargs" in printed and "--enable-lora" in printed
 
 
-def test_adapters_of_stacked_experts(trained: Callable[..., Path], compare: Compare) -> None:
-    """Their rank differs from that of the linear layers, which ``rank_pattern`` says."""
-    printed = compare(trained("qwen3_vl_moe", **LORA, learning_rate=5e-3), "images")
-    assert "--enable-lora" in printed and "merge the adapter" not in printed
+READ_EXPERTS = """
+import sys
+from types import SimpleNamespace
+import torch
+from safetensors.torch import save_file
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration as Model
+
+folder, output, experts = sys.argv[1], sys.argv[2], int(sys.argv[3])
+helper = PEFTHelper.from_local_dir(folder, None)
+assert not helper._validate_features()
+expected = {"experts", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+options = {"peft_helper": helper, "device": "cpu", "weights_mapper": Model.hf_to_vllm_mapper}
+lora = LoRAModel.from_local_checkpoint(folder, expected, **options)
+manager = SimpleNamespace(_is_3d_moe_model=Model.is_3d_moe_weight, _get_lora_layer_weights=LoRAModel.get_lora)
+layer = SimpleNamespace(w13_lora_a_stacked=[torch.empty(1, experts)], global_num_experts=experts, ep_rank=0)
+found = {}
+for name, weights in list(lora.loras.items()):
+    weights.optimize()
+for name, weights in list(lora.loras.items()):
+    if name.endswith(".experts"):
+        LoRAModelManager._stack_moe_lora_weights(manager, lora, layer, name)
+        pairs = zip(("gate_up_proj", "down_proj"), weights.lora_a, weights.lora_b)
+        found |= {f"{name}.{projection}": up @ down for projection, down, up in pairs}
+save_file(found, output)
+"""
+
+
+def test_adapters_of_stacked_experts(vllm: Path, trained: Callable[..., Path], tmp_path: Path) -> None:
+    """Read by vLLM's own loader, with their rank in ``rank_pattern``; its kernels for them need a GPU."""
+    adapter = trained("qwen3_vl_moe", **LORA, learning_rate=5e-3)
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    before = {name: value.detach().clone() for name, value in model.named_parameters() if ".experts." in name}
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    (tmp_path / "read.py").write_text(READ_EXPERTS)
+    number = merged.config.text_config.num_experts
+    command = [vllm / "bin" / "python", tmp_path / "read.py", adapter, tmp_path / "products.safetensors", str(number)]
+    subprocess.run(command, env=os.environ | SETTINGS, check=True)
+    found = load_file(tmp_path / "products.safetensors")
+    assert len(found) == len(before)
+    for name, weight in before.items():
+        own = name.replace("model.language_model.", "language_model.model.", 1)
+        added = merged.get_parameter(name) - weight
+        assert added.abs().max() > 1e-5
+        torch.testing.assert_close(found[own], added, rtol=1e-4, atol=1e-6)
 
 
 YARN: dict[str, object] = {"rope_scaling": "yarn", "rope_factor": 4, "rope_native_length": 64, "model_max_length": 256}

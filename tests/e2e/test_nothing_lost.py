@@ -94,6 +94,31 @@ def test_tensors_have_the_types_of_the_source(half: Path, registry: Path, tmp_pa
     assert set(types(cast).values()) == {torch.bfloat16}
 
 
+@pytest.mark.slow
+def test_deepspeed_saves_float32_parts_so(half: Path, registry: Path, tmp_path: Path) -> None:
+    """It computes with them in bfloat16; trained ones are its master weights, frozen ones the checkpoint's own."""
+    pytest.importorskip("deepspeed")
+    saved = {**ONE_STEP, "bf16": True, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    runs: dict[str, dict[str, Any]] = {
+        "trained": {"deepspeed": REPOSITORY / "configs" / "zero3.json", "verify_export": True},
+        "frozen": {"deepspeed": REPOSITORY / "configs" / "zero3.json", "tune_mm_llm": False},
+        "zero2": {"deepspeed": REPOSITORY / "configs" / "zero2.json"},
+    }
+    commands = {name: flags(half, tmp_path / name, registry, **saved, **run) for name, run in runs.items()}
+    split = run_on_two_ranks(tmp_path, commands, {"trained": "ZeRO-3", "frozen": "ZeRO-3", "zero2": "ZeRO-2"})
+    source = types(half)
+    wide = {name for name, dtype in source.items() if dtype == torch.float32}
+    for name, output in split.items():
+        for folder in (output, output / "checkpoint-1"):
+            assert types(folder) == source, name
+        if name == "frozen":
+            assert not changed(half, output) & wide
+        else:
+            assert changed(half, output) >= {part for part in wide if part.endswith("A_log")}
+            found = weights(output)
+            assert any((found[part] != found[part].bfloat16()).any() for part in wide), "not rounded"
+
+
 def test_merged_folders_hold_the_layer_and_adapters_need_none(
     tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:
