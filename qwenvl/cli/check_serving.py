@@ -204,7 +204,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter | None:
     ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
     obstacle = f"Not every server loads {' or '.join(reasons)}" if reasons else ""
     return Adapter(
-        below, max(ranks), obstacle, read_extension(folder, below), experts=bool(config.get("target_parameters"))
+        below, max(ranks), obstacle, read_extension(folder, below), for_experts=bool(config.get("target_parameters"))
     )
 
 

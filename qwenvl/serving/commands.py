@@ -40,14 +40,14 @@ class Adapter:
         obstacle: why servers cannot load it as it is; empty where nothing speaks against it.
         extension: Entries of its text config that the base does not have, from
             :func:`qwenvl.models.rope_scaling.read_extension`.
-        experts: Whether it adapts stacked experts.
+        for_experts: Whether it adapts stacked experts.
     """
 
     base: str
     rank: int
     obstacle: str = ""
     extension: Mapping[str, Any] = field(default_factory=dict)
-    experts: bool = False
+    for_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,10 @@ def notes(served: Served) -> list[str]:
     found = []
     if served.adapter and served.adapter.obstacle:
         found.append(f"{served.adapter.obstacle}: merge the adapter (tools/merge_lora.py) and serve the merged folder.")
-    if served.adapter and served.adapter.experts:
+    if served.adapter and served.adapter.for_experts:
         found.append(
-            "The adapter has matrices of stacked experts (target_parameters), which vLLM loads on GPUs alone and SGLang "
-            "does not know: for SGLang, and on CPUs, merge the adapter (tools/merge_lora.py)."
+            "The adapter has matrices of stacked experts (target_parameters), which vLLM loads on GPUs alone and "
+            "SGLang does not know: for SGLang, and on CPUs, merge the adapter (tools/merge_lora.py)."
         )
     if served.adapter and served.adapter.extension:
         found.append(
