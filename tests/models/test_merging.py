@@ -85,6 +85,37 @@ def test_a_mistake_in_one_layer_is_found(four_layers: Path, mistake: Callable[[A
         merge(model, AutoProcessor.from_pretrained(four_layers))
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_a_mistake_in_one_expert_is_found(family: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """PEFT wraps a module of stacked experts twice, once for each projection."""
+    base = tiny_checkpoint(family)
+    weights = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+    def opened() -> Any:
+        model = AutoModelForImageTextToText.from_pretrained(base)
+        found = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=weights)).eval()
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in found.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.1, generator=generator)
+        return found
+
+    processor = AutoProcessor.from_pretrained(base)
+    merged, report = merge(opened(), processor)
+    layers = merged.config.text_config.num_hidden_layers
+    assert report.changed == 2 * layers and not report.unchanged and report.error < TOLERANCE
+    for projection, wrapper in (("gate_up_proj", ".base_layer"), ("down_proj", "")):
+        model = opened()
+        name = f"model.language_model.layers.1.mlp.experts{wrapper}"
+        layer = model.get_base_model().get_submodule(name)
+        assert layer.parameter_name == projection
+        product, factors = layer.get_delta_weight, torch.ones(layer.num_experts, 1, 1)
+        factors[2] = 1.001
+        layer.get_delta_weight = lambda *given, product=product, factors=factors: product(*given) * factors
+        with pytest.raises(UserError, match=rf"^{name} computes something else when its adapter is merged"):
+            merge(model, processor)
+
+
 def test_adapters_smaller_than_the_last_digit_are_told_of(four_layers: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, report = merge(adapted(four_layers, size=1e-5), AutoProcessor.from_pretrained(four_layers))
     assert 2 * report.rounding > report.effect
