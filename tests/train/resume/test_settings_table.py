@@ -216,7 +216,7 @@ WITHOUT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rslora": (ADAPTED, {"use_rslora": True}, "use_rslora: False -> True"),
     "dora": (ADAPTED, {"use_dora": True}, "use_dora: False -> True"),
     "rank": (ADAPTED, {"lora_r": 2}, "lora_r: 4 -> 2"),
-    "layers": (ADAPTED, {"lora_target": "vision"}, "lora_target: language -> vision"),
+    "layers": (ADAPTED, {"lora_target": "vision"}, "lora_target: language,experts -> vision"),
     "order of tokens": (
         {"additional_tokens": "slowly"},
         {"additional_tokens": "slowly moves"},
