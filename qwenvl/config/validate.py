@@ -198,10 +198,12 @@ def _check_quantization(adapters: AdapterArguments, training: TrainingArguments)
     if not adapters.quantization_bit:
         return
     flag = f"--quantization_bit {adapters.quantization_bit}"
-    if training.use_cpu or not torch.cuda.is_available():
-        raise UserError(f"{flag} needs a CUDA device: bitsandbytes trains on no other. Leave it out for plain LoRA.")
     if training.deepspeed or training.fsdp:
         raise UserError(f"{flag} with --deepspeed or --fsdp is not supported: quantized weights cannot be sharded.")
+    if training.dry_run and not torch.cuda.is_available():
+        return  # which computes memory and hours without loading the weights
+    if training.use_cpu or not torch.cuda.is_available():
+        raise UserError(f"{flag} needs a CUDA device: bitsandbytes trains on no other. Leave it out for plain LoRA.")
     if find_spec("bitsandbytes") is None:
         raise UserError(f"{flag} needs a package that is missing: pip install bitsandbytes.")
 

@@ -13,12 +13,21 @@ from transformers import PreTrainedModel
 from qwenvl.config import TrainingArguments
 from qwenvl.config.rules.engines import read_settings
 from qwenvl.models.lora.adapters import has_adapters
-from qwenvl.models.parts import decoder_layers, output_head
+from qwenvl.models.parts import decoder_layers, layout_of, output_head
 
 _STATES = {"adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 2.0, "ademamix_8bit": 3.0}
-_STATES |= {"lion_32bit": 4.0, "paged_lion_32bit": 4.0, "lion_8bit": 1.0, "paged_lion_8bit": 1.0, "sgd": 0.0}
-_ADAM = 8.0
-"""Bytes of optimizer state per trained weight: two float32 numbers for Adam and all optimizers not listed above."""
+_STATES |= {
+    "paged_adamw_32bit": 8.0,
+    "lion_32bit": 4.0,
+    "paged_lion_32bit": 4.0,
+    "lion_8bit": 1.0,
+    "paged_lion_8bit": 1.0,
+    "sgd": 0.0,
+}
+"""Bytes of optimizer state per trained weight, of optimizers that are not like Adam."""
+
+_NF4 = 0.5 + 0.127 / 8
+"""Bytes of a weight in 4 bits with its share of the scales (Dettmers et al., 2023, arXiv 2305.14314, section 3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +116,8 @@ def estimate_states(
     frozen: torch.dtype,
     trained: torch.dtype,
     compute: torch.dtype | None = None,
+    *,
+    quantized: bool = False,
 ) -> StateMemory:
     """Return the memory of a model's state.
 
@@ -117,13 +128,17 @@ def estimate_states(
         frozen: Data type of frozen weights.
         trained: Data type of trainable weights and their gradients.
         compute: Data type of products; None for that of the weights.
+        quantized: Whether frozen layers are held in 4 bits (``--quantization_bit``).
     """
     counts = {True: 0, False: 0}
     for parameter in model.parameters():
         counts[parameter.requires_grad] += parameter.numel()
     weights = counts[False] * frozen.itemsize + counts[True] * trained.itemsize
+    weights -= int(_quantized_elements(model) * (frozen.itemsize - _NF4)) if quantized else 0
     gradients = counts[True] * (4 if sharding.sums_in_float32 else trained.itemsize)
-    states = _optimizer_bytes(model, optimizer) + (4 * counts[True] if sharding.masters else 0)
+    states = _optimizer_bytes(model, optimizer, 4 if sharding.masters else trained.itemsize) + (
+        4 * counts[True] if sharding.masters else 0
+    )
     of_optimizer = 0 if sharding.offloads_optimizer else states // (sharding.ranks if sharding.stage >= 1 else 1)
     return StateMemory(
         weights=0 if sharding.offloads_weights else weights // (sharding.ranks if sharding.stage == 3 else 1),
@@ -171,8 +186,20 @@ def _step_bytes(optimizer: str, sharding: StateSharding, trained: int) -> int:
     return 4 * trained // (sharding.ranks if sharding.stage >= 1 else 1)
 
 
-def _optimizer_bytes(model: nn.Module, optimizer: str) -> int:
+def _quantized_elements(model: PreTrainedModel) -> int:
+    """Return the number of weights that bitsandbytes holds in 4 bits; see :mod:`qwenvl.models.quantization`."""
+    layout = layout_of(model)
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad
+        if not name.startswith((f"{layout.vision}.", layout.head))
+    )
+
+
+def _optimizer_bytes(model: nn.Module, optimizer: str, itemsize: int) -> int:
+    """Return the bytes of an optimizer's state; Adam keeps two numbers of the weights' own type, of ``itemsize``."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if optimizer == "adafactor":  # a row and a column of each matrix
         return sum(4 * (sum(value.shape[-2:]) if value.dim() > 1 else value.numel()) for value in trained)
-    return int(sum(value.numel() for value in trained) * _STATES.get(optimizer, _ADAM))
+    return int(sum(value.numel() for value in trained) * _STATES.get(optimizer, 2 * itemsize))

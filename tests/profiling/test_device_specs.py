@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwenvl.profiling.device_specs import known_peak, name_device
+from qwenvl.profiling.device_specs import known_peak, name_device, parse_gpus
 
 # Names as torch.cuda.get_device_name returns them; dense bfloat16 TFLOP/s.
 NAMES = {
@@ -46,3 +46,26 @@ def test_what_is_another_device_has_no_peak(name: str) -> None:
 
 def test_the_cpu_is_called_so() -> None:
     assert name_device(torch.device("cpu")) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8xH100-80G", (8, "H100", 80, 989.5)),
+        ("h200", (1, "h200", 141, 989.5)),
+        ("64x A100-40GB", (64, "A100", 40, 312)),
+        ("2xRTX-4090", (2, "RTX-4090", 24, 165.2)),
+        ("4xL4-24G", (4, "L4", 24, 121)),
+    ],
+)
+def test_gpus_are_read_from_a_text(text: str, expected: tuple[int, str, int, float]) -> None:
+    found = parse_gpus(text)
+    assert (found.count, found.name, found.memory, found.peak / 1e12) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),  # torch's total_memory, from messages about memory that ran out
+    [("L40S", 44.4), ("RTX-4090", 23.64), ("H100", 79.1), ("H200", 139.8), ("T4", 14.75)],
+)
+def test_no_more_memory_is_counted_than_there_is(name: str, gib: float) -> None:
+    assert 0.9 * gib < parse_gpus(name).usable / 2**30 <= gib

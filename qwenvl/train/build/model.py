@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
 
 from qwenvl.config import ParsedArguments, TrainingArguments
 from qwenvl.data.encoding.processor import AddedTokens
@@ -70,7 +70,28 @@ def open_model(
     if by_segments:
         kernel = torch_kernel() if attention == "varlen" else None
         attend_by_segments(model, kernel, stock_tower=not hasattr(vision_tower(model), "grid_describer"))
-    readout = objective.build_readout(config)
+    return prepare_model(model, parsed, patchify, tokens, objective)
+
+
+def model_of_shapes(parsed: ParsedArguments, config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model of a config on the meta device, in the compute type: a checkpoint without its files."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+            config, dtype=compute_type(parsed), attn_implementation="sdpa"
+        )
+    return model
+
+
+def prepare_model(
+    model: PreTrainedModel, parsed: ParsedArguments, patchify: Patchify, tokens: AddedTokens, objective: Objective
+) -> PreTrainedModel:
+    """Make a stock model ready for training, all but its attention; see :func:`open_model`.
+
+    Raises:
+        UserError: Nothing trains.
+    """
+    args = parsed.training
+    readout = objective.build_readout(model.config)
     make_room(model, tokens.new, may_grow=not parsed.adapters.lora_enable)
     _choose_trained_parts(model, parsed, readout)
     install(model, patchify, open_liger_loss() if args.use_liger_kernel else linear_cross_entropy, readout)

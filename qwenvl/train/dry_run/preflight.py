@@ -76,8 +76,7 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
     model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective, on_meta=True)
     flops, sharding = flops_of(model), read_sharding(args, ranks)
     schedule = plan_schedule(len(data.train), args, ranks)
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    states = estimate_states(model, sharding, optimizer, *weight_types(parsed), compute_type(parsed))
+    states = count_states(model, sharding, parsed)
     planned = has_no_weights(parsed.model.model_name_or_path)
     if planned:
         logger.warning(
@@ -99,6 +98,20 @@ def preflight(parsed: ParsedArguments, data: RunData, config: PretrainedConfig) 
         NOT_COUNTED,
     ]
     logger.info("Dry run; nothing was trained.\n\n%s\n", as_text(*parts))
+
+
+def count_states(model: PreTrainedModel, sharding: StateSharding, parsed: ParsedArguments) -> StateMemory:
+    """Return the memory of a model's state with the settings of a run.
+
+    Args:
+        model: Model ready for training, on any device.
+        sharding: Sharding over devices.
+        parsed: Settings of the run.
+    """
+    optimizer = str(getattr(parsed.training.optim, "value", parsed.training.optim))
+    quantized = bool(parsed.adapters.quantization_bit)
+    types = (*weight_types(parsed), compute_type(parsed))
+    return estimate_states(model, sharding, optimizer, *types, quantized=quantized)
 
 
 def histories(rows: ConversationDataset, measures: np.ndarray, parsed: ParsedArguments) -> Iterator[Table]:

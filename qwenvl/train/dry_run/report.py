@@ -34,7 +34,7 @@ def describe_work(
     vision, language = (float(part.sum()) * schedule.epochs for part in flops.split(measures))
     known = args.device_peak_tflops * 1e12 if args.device_peak_tflops else known_peak(name_device(args.device))
     peak = known or _ASSUMED_PEAK
-    hours = (vision + language) * imbalance / (ranks * peak * args.dry_run_mfu) / 3600
+    hours = count_hours(vision + language, imbalance, ranks, peak * args.dry_run_mfu)
     device = "" if known else ", those of a H100 in bfloat16 (--device_peak_tflops for another)"
     share = f"{args.dry_run_mfu:.0%} (--dry_run_mfu) of {peak / 1e12:g} TFLOP/s"
     return pairs(
@@ -46,6 +46,18 @@ def describe_work(
             "hours": f"{hours:.3g} on {ranks} devices that reach {share}{device}",
         },
     )
+
+
+def count_hours(operations: float, imbalance: float, ranks: int, speed: float) -> float:
+    """Return the hours of a run.
+
+    Args:
+        operations: Floating point operations of the run.
+        imbalance: Work of the slowest rank in a step / mean over ranks.
+        ranks: Number of devices.
+        speed: Operations per second that each device reaches.
+    """
+    return operations * imbalance / (ranks * speed) / 3600
 
 
 def describe_histories(measures: Mapping[str, np.ndarray]) -> Table:
@@ -61,8 +73,8 @@ def describe_histories(measures: Mapping[str, np.ndarray]) -> Table:
     return table("Conversations with several contexts", ["--history", "rows", "tokens", "trained"], rows)
 
 
-def describe_memory(sharding: StateSharding, states: StateMemory, step: StepMemory) -> Table:
-    """Return a table of a device's memory by part, their sum, and the size of a checkpoint."""
+def memory_parts(states: StateMemory, step: StepMemory) -> dict[str, int]:
+    """Return the bytes of a device by part, which add up to its peak."""
     parts = {
         "weights": states.weights,
         "gradients": states.gradients,
@@ -71,11 +83,16 @@ def describe_memory(sharding: StateSharding, states: StateMemory, step: StepMemo
         "logits": step.logits,
         "16-bit copies of weights, buffers": states.buffers,
     }
-    rows = [[name, gib(size)] for name, size in parts.items()]
     of_step = states.step - step.activations - step.logits - states.buffers  # the optimizer steps when they are freed
     if of_step > 0:
-        rows.append(["more than these three, in the optimizer's step", gib(of_step)])
-    rows.append(["all", gib(sum(parts.values()) + max(0, of_step))])
+        parts["more than these three, in the optimizer's step"] = of_step
+    return parts
+
+
+def describe_memory(sharding: StateSharding, states: StateMemory, step: StepMemory) -> Table:
+    """Return a table of a device's memory by part, their sum, and the size of a checkpoint."""
+    parts = memory_parts(states, step)
+    rows = [[name, gib(size)] for name, size in (*parts.items(), ("all", sum(parts.values())))]
     rows.append(["a checkpoint, on disk", gib(states.checkpoint)])
     return table(f"Memory of each device with {sharding.name}", ["what", "takes"], rows)
 
