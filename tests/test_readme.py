@@ -45,6 +45,8 @@ PAGES = {path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8
 TOOL_FLAGS = (
     *("all", "base", "bind", "blind", "decode", "duplicates", "format", "help", "image", "json"),
     *("max_difference", "metric", "nproc_per_node", "prompt", "requests", "samples", "server", "write_clean"),
+    *("gpus", "host_memory", "machine", "mfu", "model", "processor", "reserve", "step_tokens", "tokens"),  # advise.py
+    *("minutes", "output", "part", "rehearse"),  # benchmarks/gpu.py
 )
 DATA = PAGES["docs/data.md"]
 EVERYTHING = "\n".join(PAGES.values())
