@@ -1,7 +1,7 @@
 """Trained tokens per second and peak memory of a training step: packed and chunked, against padded with full logits.
 
     python benchmarks/step.py [--size tiny|2b|4b|8b] [--pack_length 8192] [--samples 48] [--frozen_vision]
-                              [--lora_r 64] [--attention auto|sdpa] [--steps 3] [--runs 3] [--peak_tflops 989]
+                              [--lora_r 64] [--text] [--attention auto|sdpa] [--steps 3] [--runs 3] [--peak_tflops 989]
 
 Builds a Qwen3-VL of the given size with random weights on the device, and the same samples for all ways: text and
 images, many short and some long. Measures an optimizer step of fused AdamW over all samples, with checkpointing; with
@@ -27,7 +27,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -130,7 +130,7 @@ def measure(way: str, arguments: argparse.Namespace) -> Result:
     """Train some steps in one of the ways, in this process."""
     torch.set_num_threads(max(1, torch.get_num_threads()))
     config = make_config(arguments.size)
-    samples = make_samples(config, arguments.samples, arguments.pack_length)
+    samples = make_samples(config, arguments.samples, arguments.pack_length, images=not arguments.text)
     vision = config.vision_config
     grey = torch.full((3,), 127.5)
     patchify = Patchify(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, grey, grey)
@@ -206,7 +206,7 @@ def count_flops(arguments: argparse.Namespace) -> float:
         trained = Trained(False, False, False, adapter_sizes(model))
     flops = training_flops(config, get_family(FAMILY), trained)
     rows = []
-    for sample in make_samples(config, arguments.samples, arguments.pack_length):
+    for sample in make_samples(config, arguments.samples, arguments.pack_length, images=not arguments.text):
         plans = [ImagePlan(ImageItem(""), (0, 0), medium.grid, (0, 0)) for medium in sample.media]
         rows.append(measure_row(len(sample.tokens), int((sample.tokens.labels != -100).sum()), plans))
     return float(flops.count(np.array(rows, MEASURES)).sum())
@@ -233,21 +233,22 @@ def describe(results: list[Result], tokens: int, trained: int, arguments: argpar
     return described
 
 
-def parse() -> argparse.Namespace:
-    """Return the command line's arguments."""
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of a command line; None for that of this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--pack_length", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--frozen_vision", action="store_true")
     parser.add_argument("--lora_r", type=int, default=0)
+    parser.add_argument("--text", action="store_true", help="samples without images")
     parser.add_argument("--checkpointing", choices=("none", "language", "vision", "both"), default="both")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peak_tflops", type=float, default=0.0, help="dense peak of the device; prints MFU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return with_parts(parser.parse_args())
+    return with_parts(parser.parse_args(given))
 
 
 def with_parts(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -275,7 +276,8 @@ def main() -> None:
     exactness = 1e-2 if arguments.device.startswith("cuda") else 1e-4
     if max(losses.values()) - min(losses.values()) > exactness * losses["ours"]:
         sys.exit(f"the ways do not compute the same loss: {losses}")
-    samples = make_samples(make_config(arguments.size), arguments.samples, arguments.pack_length)
+    config = make_config(arguments.size)
+    samples = make_samples(config, arguments.samples, arguments.pack_length, images=not arguments.text)
     tokens = sum(len(sample.tokens) for sample in samples)
     trained = int(sum((sample.tokens.labels != -100).sum() for sample in samples))
     described = {way: describe(results, tokens, trained, arguments) for way, results in found.items()}

@@ -57,15 +57,15 @@ def make_config(size: str) -> Qwen3VLConfig:
     )
 
 
-def make_samples(config: Qwen3VLConfig, count: int, pack_length: int) -> list[EncodedSample]:
-    """Return a typical mixture of samples: half with an image, with texts from short to long."""
+def make_samples(config: Qwen3VLConfig, count: int, pack_length: int, *, images: bool = True) -> list[EncodedSample]:
+    """Return a typical mixture of samples: half with an image if there are images, with texts from short to long."""
     generator = np.random.default_rng(0)
     longest = pack_length // 2
     samples = []
     for number in range(count):
         text = int(min(longest // 2, max(24, generator.lognormal(math.log(longest / 24), 1.0))))
         side = int(generator.integers(8, 8 + max(2, int(math.sqrt(longest) / 2)))) * 2
-        grid = (1, side, side) if number % 2 else None
+        grid = (1, side, side) if images and number % 2 else None
         samples.append(_make_sample(config, text, max(8, text // 3), grid, generator))
     return samples
 

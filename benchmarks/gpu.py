@@ -1,0 +1,161 @@
+"""Prove on one GPU what a CPU cannot: the same numbers, no waits, every engine and method, speed and memory.
+
+    python benchmarks/gpu.py --output DIR [--minutes 8] [--part NAME ...] [--rehearse]
+
+Takes about 25 minutes on an H100 or H200, no network, and nothing but the repository and its packages. Every item of a
+part runs in a process of its own; one that fails is written down with its error, and the others go on. Items that are
+done stand in ``DIR/state.json`` and are not run again: with ``--minutes 8`` no item starts after 8 minutes, and the
+same command goes on where it stopped. At the end of each call ``report.md`` and ``report.json`` have device and
+versions, a verdict by target, and a table of all items. ``--part`` runs the named parts anew. Checkpoints and data of a
+run are in ``--work``, which has to last between the calls and takes 40 GB.
+
+``--rehearse`` runs tiny sizes on the CPU: whether the parts work, not how fast.
+
+    doctor     tools/doctor.py
+    equality   loss and gradients in float32, CPU against GPU, of tiny models of each family
+    waits      waits of the host in a micro-batch: the sync counter, and torch.cuda.set_sync_debug_mode("error")
+    engines    tiny training by every engine on one rank, stopped by SIGTERM and resumed, against one not stopped
+    methods    LoRA, QLoRA, 8-bit AdamW, Liger, torch.compile, flash-attention 2 and 3, where installed
+    attention  sample by sample, by one varlen call, and by flash-attention
+    step       an optimizer step at 2B, 4B and 8B: ours, the stock path, and the stock path with sorted samples
+    train      training at 2B and 8B by the command line: speed, peak memory against --dry_run, seconds of saving
+
+Exit code 1 if an item failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
+
+from benchmarks.gpu_parts import attention, correctness, engines, methods, runs, steps
+from benchmarks.gpu_parts.base import REPOSITORY, Part, Place, Row, SkippedError
+from benchmarks.gpu_parts.verdict import as_markdown, describe_machine, verdicts
+
+PARTS: dict[str, Part] = {
+    "doctor": correctness.MACHINE,
+    "equality": correctness.EQUALITY,
+    "waits": correctness.WAITS,
+    "engines": engines.PART,
+    "methods": methods.PART,
+    "attention": attention.PART,
+    "step": steps.PART,
+    "train": runs.PART,
+}
+_RESULT = "QWENVL_RESULT "
+"""Start of the line on which the process of an item prints its figures."""
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, type=Path, help="folder of state.json, report.md and report.json")
+    parser.add_argument("--work", type=Path, help="folder of checkpoints and data; default: in the temporary folder")
+    parser.add_argument(
+        "--part", nargs="+", choices=PARTS, metavar="NAME", help=f"parts to run anew: {', '.join(PARTS)}"
+    )
+    parser.add_argument("--minutes", type=float, default=30.0, help="start no item after this time")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--item", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run what is not done, write the report, and return the exit code."""
+    arguments = parse()
+    kind = "rehearsal" if arguments.rehearse else "gpu"
+    place = Place(arguments.work or Path(tempfile.gettempdir()) / f"qwenvl-{kind}", arguments.rehearse)
+    if arguments.item:
+        run_item(place, arguments.item)
+        return 0
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    state = arguments.output / "state.json"
+    items: dict[str, Row] = json.loads(state.read_text()) if state.exists() else {}
+    ends = time.monotonic() + 60 * arguments.minutes
+    anew = arguments.part or ()
+    wanted = [f"{part}/{item}" for part in anew or PARTS for item in PARTS[part].items_at(place)]
+    left = [name for name in wanted if anew or name not in items]
+    for name in left:
+        if time.monotonic() >= ends:
+            print(f"The time is over; run the same command again for {len(left) - left.index(name)} items.")
+            break
+        items[name] = in_process(place, name)
+        print(f"{name}: {items[name]['status']}", flush=True)
+        state.write_text(json.dumps(items, indent=1))
+    write_report(arguments.output, items)
+    return int(any(row["status"] == "failed" for row in items.values()))
+
+
+def in_process(place: Place, name: str) -> Row:
+    """Run an item in a process of its own, and return its figures, or its error."""
+    command = [sys.executable, __file__, "--output", os.devnull, "--work", str(place.work), "--item", name]
+    command += ["--rehearse"] if place.rehearsal else []
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    if place.rehearsal:
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    limit = PARTS[name.partition("/")[0]].seconds
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, _ = process.communicate(timeout=limit)
+        row = _read(printed, process.returncode)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # what it started, too
+        process.communicate()
+        row = {"status": "failed", "error": f"stopped after its limit of {limit:g} s"}
+    return {**row, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _read(printed: str, code: int) -> Row:
+    found = [line for line in printed.splitlines() if line.startswith(_RESULT)]
+    if code or not found:
+        return {"status": "failed", "error": f"exit code {code}: {printed[-2000:]}"}
+    row: Row = json.loads(found[-1].removeprefix(_RESULT))
+    status = "skipped" if "skipped" in row else "failed" if row.get("passed") is False else "done"
+    return {"status": status, **row}
+
+
+def run_item(place: Place, name: str) -> None:
+    """Run an item in this process, and print its figures."""
+    part, _, item = name.partition("/")
+    place.work.mkdir(parents=True, exist_ok=True)
+    try:
+        row = PARTS[part].run(place, item)
+    except SkippedError as reason:
+        row = {"skipped": str(reason)}
+    print(f"\n{_RESULT}{json.dumps(row)}", flush=True)
+
+
+def write_report(output: Path, items: Mapping[str, Row]) -> None:
+    """Write the report as Markdown and as JSON."""
+    machine = describe_machine()
+    ordered = {name: row for part in PARTS for name, row in items.items() if name.startswith(f"{part}/")}
+    report: dict[str, Any] = {
+        "machine": machine,
+        "verdicts": [list(row) for row in verdicts(ordered, machine["device"])],
+        "items": ordered,
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (output / "report.md").write_text(as_markdown(report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

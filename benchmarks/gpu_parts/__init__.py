@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/gpu.py``: each a module, whose items run in processes of their own."""
