@@ -13,7 +13,7 @@ from typing import Any
 
 from qwenvl.data.media.locate import MediaSources
 from qwenvl.data.types import Conversation
-from qwenvl.inference.batch import Job, Progress, open_row, with_answer
+from qwenvl.inference.answer_rows import Job, Progress, open_row, with_answer
 from qwenvl.inference.generate import Answer
 from qwenvl.inference.prompts import EvalExample
 from qwenvl.metrics.predictions import Prediction

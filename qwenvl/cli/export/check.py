@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwenvl.inference.generate import Answerer, Decoding, encode_prompts
+from qwenvl.inference.generate import ChatModel, Decoding, encode_prompts
 from qwenvl.inference.prompts import EvalExample, Prompt
 from qwenvl.utils.errors import UserError
 
@@ -71,7 +71,7 @@ class Difference:
         ]
 
 
-def difference(examples: Sequence[EvalExample], heard: Sequence[Heard], whole: Answerer, tokens: int) -> Difference:
+def difference(examples: Sequence[EvalExample], heard: Sequence[Heard], whole: ChatModel, tokens: int) -> Difference:
     """Compare answers of a quantized model with the whole model.
 
     Args:
@@ -111,16 +111,16 @@ def difference(examples: Sequence[EvalExample], heard: Sequence[Heard], whole: A
     )
 
 
-def answer(answerer: Answerer, prompt: Prompt, tokens: int, given: Sequence[int] | None = None) -> Heard:
+def answer(chat_model: ChatModel, prompt: Prompt, tokens: int, given: Sequence[int] | None = None) -> Heard:
     """Return the greedy answer of a model to a prompt, or the log-probabilities of a given one.
 
     Args:
-        answerer: Model and processor.
+        chat_model: Model and processor.
         prompt: Prompt.
         tokens: Most tokens of the answer.
         given: Ids of the answer to be given; None for the model's own.
     """
-    inputs = encode_prompts(answerer, [prompt]).to(answerer.model.device)
+    inputs = encode_prompts(chat_model, [prompt]).to(chat_model.model.device)
     length = inputs["input_ids"].shape[1]
     if given == ():
         return Heard((), (), length)
@@ -128,11 +128,11 @@ def answer(answerer: Answerer, prompt: Prompt, tokens: int, given: Sequence[int]
     if given is not None:
         options["prefix_allowed_tokens_fn"] = lambda _, ids: [given[len(ids) - length]]
     with torch.no_grad():
-        output = answerer.model.generate(
+        output = chat_model.model.generate(
             **inputs, **options, repetition_penalty=1.0, return_dict_in_generate=True, output_logits=True
         )
     ids = output.sequences[0, length:].tolist()
-    ends = torch.as_tensor(answerer.model.generation_config.eos_token_id).reshape(-1).tolist()
+    ends = torch.as_tensor(chat_model.model.generation_config.eos_token_id).reshape(-1).tolist()
     ids = ids[:-1] if ids[-1] in ends else ids
     logits = torch.stack(output.logits)[: len(ids), 0].float()
     found = torch.log_softmax(logits, -1)[torch.arange(len(ids)), ids]

@@ -32,7 +32,7 @@ from qwenvl.config.parsing.parser import parse_class
 from qwenvl.data.dataset import open_tables
 from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.encoding.processor import open_processor
-from qwenvl.inference.generate import Answerer, default_device
+from qwenvl.inference.generate import ChatModel, default_device
 from qwenvl.inference.prompts import EvalExample, open_example
 from qwenvl.models.loading import load_model
 from qwenvl.models.lora.files import CONFIG_FILE
@@ -178,7 +178,7 @@ def compare(
     return difference(examples, heard, open_model(arguments, encoder), tokens)
 
 
-def open_dequantized(arguments: ExportArguments, encoder: SampleEncoder, copy: Path) -> Answerer:
+def open_dequantized(arguments: ExportArguments, encoder: SampleEncoder, copy: Path) -> ChatModel:
     """Open the FP8 copy with dequantized weights, which any device computes with.
 
     Raises:
@@ -186,7 +186,7 @@ def open_dequantized(arguments: ExportArguments, encoder: SampleEncoder, copy: P
     """
     dtype = read_dtype(str(copy)) if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     model: Any = load_model(str(copy), dtype=dtype, attn_implementation="sdpa")
-    return Answerer(
+    return ChatModel(
         model.to(arguments.device or default_device()).eval(), open_processor(str(copy)), encoder.template.kwargs
     )
 

@@ -15,7 +15,7 @@ from PIL import Image
 from qwenvl.cli.export.check import Heard, answer, difference
 from qwenvl.cli.inference_args import AskArguments, open_asking_encoder, open_model
 from qwenvl.data.types import Origin, Sample
-from qwenvl.inference.generate import Answerer, encode_prompts
+from qwenvl.inference.generate import ChatModel, encode_prompts
 from qwenvl.inference.prompts import EvalExample, open_example
 from qwenvl.utils.errors import UserError
 from tests.data.media.video.test_decode import make_video
@@ -24,7 +24,7 @@ from tests.data.media.video.test_decode import make_video
 @pytest.fixture(params=["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def opened(
     request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> tuple[Answerer, list[EvalExample]]:
+) -> tuple[ChatModel, list[EvalExample]]:
     """A model, and samples with an image, a clip and text alone."""
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)).save(tmp_path / "a.png")
     make_video(tmp_path / "clip.mp4")
@@ -44,7 +44,7 @@ def _turns(question: str) -> list[dict[str, str]]:
 
 
 def test_log_probabilities_are_those_of_the_tokens_behind_the_prompt(
-    opened: tuple[Answerer, list[EvalExample]],
+    opened: tuple[ChatModel, list[EvalExample]],
 ) -> None:
     whole, examples = opened
     for example in examples:
@@ -61,7 +61,7 @@ def test_log_probabilities_are_those_of_the_tokens_behind_the_prompt(
         assert answer(whole, example.prompt, 6, own.ids).logprobs == pytest.approx(own.logprobs, abs=1e-5)
 
 
-def test_figures_are_those_of_the_tokens(opened: tuple[Answerer, list[EvalExample]]) -> None:
+def test_figures_are_those_of_the_tokens(opened: tuple[ChatModel, list[EvalExample]]) -> None:
     whole, examples = opened
     heard = [answer(whole, example.prompt, 4) for example in examples]
     found = difference(examples, heard, whole, 4)
@@ -74,7 +74,7 @@ def test_figures_are_those_of_the_tokens(opened: tuple[Answerer, list[EvalExampl
     assert (found.mean, found.largest, found.shift) == pytest.approx((0.5, 0.5, -0.5), abs=1e-4)
 
 
-def test_other_prompts_and_empty_answers_are_not_compared(opened: tuple[Answerer, list[EvalExample]]) -> None:
+def test_other_prompts_and_empty_answers_are_not_compared(opened: tuple[ChatModel, list[EvalExample]]) -> None:
     whole, examples = opened
     heard = [answer(whole, example.prompt, 2) for example in examples]
     longer = [replace(one, prompt_tokens=one.prompt_tokens + 1) for one in heard]
