@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 from transformers.video_utils import VideoMetadata
 
 from qwenvl.data.conversation.chat_template import ChatTemplate
-from qwenvl.data.encoding.processor import open_processor
+from qwenvl.data.encoding.processor import BARE_VIDEO, MARKED_VIDEO, open_processor
 from qwenvl.data.media.resize import MediaPlan, VideoPlan
 from qwenvl.data.types import Conversation
 from qwenvl.inference.positions import clip_positions, needs_positions
@@ -258,7 +258,9 @@ def encode_prompts(chat_model: ChatModel, prompts: Sequence[Prompt], *, answered
 def _render(chat_model: ChatModel, prompt: Prompt, answered: bool) -> str:
     conversation = Conversation(prompt.messages, prompt.tools, template_kwargs=prompt.arguments)
     template = chat_model.template
-    return (template.render(conversation) if answered else template.render_prompt(conversation)).text
+    text = (template.render(conversation) if answered else template.render_prompt(conversation)).text
+    by_frame = type(chat_model.processor).__name__.startswith("Qwen3")
+    return text.replace(MARKED_VIDEO, BARE_VIDEO) if by_frame else text
 
 
 def _metadata(plan: MediaPlan) -> VideoMetadata:

@@ -15,7 +15,7 @@ from qwenvl.cli.make_demo_data.command import make_demo_data
 from qwenvl.config import DataArguments
 from qwenvl.data.conversation.messages import build_conversation
 from qwenvl.data.encoding.encoder import SampleEncoder
-from qwenvl.data.encoding.processor import build_encoder, limits_as_flags
+from qwenvl.data.encoding.processor import BARE_VIDEO, MARKED_VIDEO, build_encoder, limits_as_flags
 from qwenvl.data.media.video.decode import choose_backend
 from qwenvl.data.sources.table import open_annotations
 from qwenvl.data.types import DatasetSpec, ImageItem, Message, Sample, TextPart, VideoItem
@@ -103,11 +103,27 @@ def test_inputs_are_those_of_the_processor_alone(
             for turn in prompt.messages
         ]
         theirs = chat_model.processor.apply_chat_template(
-            turns, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            turns,
+            chat_template=chat_model.processor.chat_template.replace(MARKED_VIDEO, BARE_VIDEO),
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
         )
         assert set(ours) - {"position_ids"} == set(theirs)
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_prompts_have_the_tokens_of_training(
+    family: str, samples: list[Sample], opened: Callable[[str], Opened]
+) -> None:
+    chat_model, encoder = opened(family)
+    for sample in samples:
+        (plan,) = encoder.plans(sample)
+        asked = encode_prompts(chat_model, [open_example(sample, encoder).prompt])["input_ids"][0]
+        assert asked.tolist() == plan.tokens.input_ids[: plan.tokens.starts[-1]].tolist()
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])

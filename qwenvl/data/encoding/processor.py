@@ -25,6 +25,12 @@ _PATCH_SIZES = ("patch_size", "merge_size", "temporal_patch_size")
 _VISION_PAD = "<|vision_pad|>"
 _FOREIGN = "The processor files in the checkpoint's folder belong to another model. Copy the right ones there."
 
+MARKED_VIDEO, BARE_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>"
+"""A video in the text of Qwen3-VL's templates, and the form of it whose prompt has the tokens of training.
+
+transformers from 5.10 on keeps the outer pair of markers, besides those around each frame; training has the latter
+alone, as transformers 4 and the official recipe. All versions read the bare form."""
+
 
 def open_processor(
     model_name_or_path: str, cache_dir: str | None = None, trust_remote_code: bool = False

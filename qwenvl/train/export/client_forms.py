@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qwenvl.data.encoding.processor import BARE_VIDEO, MARKED_VIDEO
 from qwenvl.families import FAMILIES
 
 VIDEO_TEMPLATE = "chat_template_videos.jinja"
@@ -21,7 +22,6 @@ transformers from 5.10 on, and vLLM with it, keep the pair of markers that the t
 those around each frame; training has the latter alone, as transformers 4 and the official recipe.
 """
 
-_MARKED, _BARE = "<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>"
 _PROCESSORS = {
     "image_processor": "preprocessor_config.json",
     "video_processor": "video_preprocessor_config.json",
@@ -68,8 +68,8 @@ def _write_video_template(folder: Path) -> None:
     if not path.is_file() or not family.startswith("Qwen3"):
         return
     text = path.read_text(encoding="utf-8")
-    if _MARKED in text:
-        (folder / VIDEO_TEMPLATE).write_text(text.replace(_MARKED, _BARE), encoding="utf-8")
+    if MARKED_VIDEO in text:
+        (folder / VIDEO_TEMPLATE).write_text(text.replace(MARKED_VIDEO, BARE_VIDEO), encoding="utf-8")
 
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
