@@ -208,6 +208,7 @@ class _Hooks:
         self.kept_positions = kwargs.pop("kept_positions", None)
         self.head.targets = kwargs.pop("targets", None)
         self.head.target_weights = kwargs.pop("target_weights", None)
+        self.head.row_losses = kwargs.pop("row_losses", None)
         self.head.passed = None
         self.readout_inputs = kwargs.pop("readout_inputs", None)
         if self.readout_inputs is not None:

@@ -56,6 +56,9 @@ _BLIND = _Plan(
     "nats per trained token",
     log=True,
 )
+OF_DATASET = "/"
+"""Between the name of a figure and that of its dataset: ``loss/apples``."""
+
 RATE = "learning_rate"
 PART_RATE = f"{RATE}_"
 """Prefix of the keys of learning rates of single parts."""
@@ -90,8 +93,7 @@ def training_charts(history: History, unit: str = TRAINED_TOKENS) -> list[Chart]
         unit: Unit over which the loss is averaged, in the plural.
     """
     first, *rest = (_chart(history, plan) for plan in _TRAINING)
-    said = "nats per trained token" if unit == TRAINED_TOKENS else f"mean of the {unit.replace('_', ' ')}"
-    loss = replace(first, unit=said)
+    loss = replace(first, unit=_loss_unit(unit))
     others = (
         Chart(_title(key), (Line(_title(key), series(history, key)),)) for key in _others(history, eval_too=False)
     )
@@ -116,7 +118,36 @@ def drawn_keys(history: History) -> list[str]:
     known = [key for plan in _TRAINING for key in plan.names]
     rates = [RATE, *dict.fromkeys(key for line in history for key in line if key.startswith(PART_RATE))]
     others = [*_others(history, eval_too=False), *_others(history, eval_too=True)]
-    return list(dict.fromkeys([*known[:2], *rates, *known[2:], *others]))
+    losses = [
+        key for line in history for key in line if key.partition(OF_DATASET)[0] in known[:2] and OF_DATASET in key
+    ]
+    return list(dict.fromkeys([*known[:2], *losses, *rates, *known[2:], *others]))
+
+
+def dataset_charts(history: History, unit: str = TRAINED_TOKENS) -> list[Chart]:
+    """Return charts of single datasets: of each its loss, and its scores if evaluations give any.
+
+    The values are those with keys such as ``loss/apples``. With a single dataset, the other charts show the same.
+    """
+    keys = [key for key in dict.fromkeys(key for line in history for key in line) if OF_DATASET in key]
+    names = list(dict.fromkeys(key.partition(OF_DATASET)[2] for key in keys))
+    figures = list(dict.fromkeys(key.partition(OF_DATASET)[0] for key in keys))
+    charts = []
+    for name in names if len(names) > 1 else ():
+        losses = {f"{key}{OF_DATASET}{name}": text for key, text in _TRAINING[0].names.items()}
+        charts.append(_chart(history, _Plan(f"Loss: {name}", losses, _loss_unit(unit), log=True)))
+        found = {one: series(history, f"{one}{OF_DATASET}{name}") for one in figures if one.startswith("eval_")}
+        shares = [
+            Line(_title(key), points)
+            for key, points in found.items()
+            if key != "eval_loss" and points and all(0 <= value <= 1 for _, value in points)
+        ]
+        charts.append(Chart(f"Scores: {name}", tuple(shares[:STYLES]), percent=True))
+    return [chart for chart in charts if _has_values(chart)]
+
+
+def _loss_unit(unit: str) -> str:
+    return "nats per trained token" if unit == TRAINED_TOKENS else f"mean of the {unit.replace('_', ' ')}"
 
 
 def _rates(history: History) -> Chart:
@@ -143,6 +174,7 @@ def _others(history: History, *, eval_too: bool) -> Iterator[str]:
         key
         for key in keys
         if key not in known
+        and OF_DATASET not in key
         and not key.startswith(kinds)
         and not key.endswith(_UNSHOWN_ENDS)
         and not (key.startswith("eval_") and key.endswith("_per_second"))

@@ -10,7 +10,8 @@ from typing import Any
 from qwenvl.evaluate.answer_log import Answered
 from qwenvl.models.trainable.freezing import ModuleSummary
 from qwenvl.report.answers import OpenMedia, answers_section
-from qwenvl.report.curves import TRAINED_TOKENS, History, evaluation_charts, series, training_charts
+from qwenvl.report.chart import Chart
+from qwenvl.report.curves import TRAINED_TOKENS, History, dataset_charts, evaluation_charts, series, training_charts
 from qwenvl.report.html import build_page, figures, table
 from qwenvl.report.scales import short
 
@@ -99,6 +100,7 @@ def build_run_page(run: Run) -> str:
         f"<p>{escape(run.status)}</p>{_tiles(run.history)}",
         _warnings(run),
         f"<section><h2>Curves</h2>{figures(charts)}</section>",
+        _by_dataset(dataset_charts(run.history, unit)),
         answers_section(run.answers, run.open_media),
         _data(run.data),
         _modules(run.setup),
@@ -140,6 +142,10 @@ def _warnings(run: Run) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
+
+
+def _by_dataset(charts: Sequence[Chart]) -> str:
+    return f'<section class="by-dataset"><h2>By dataset</h2>{figures(charts)}</section>' if charts else ""
 
 
 def _data(data: Data) -> str:

@@ -14,6 +14,9 @@ The trainer divides the sum by the total weight of the units of the whole optimi
 accumulation steps. So the loss of any task is independent of how samples are split, padded or packed, as long as
 ``compute`` returns a sum over units that do not attend to each other.
 
+Losses by dataset and by sample come from the same pass: ``compute`` leaves the addends of its sum in the outputs, as
+``unit_losses``, and ``prepare`` says in ``sample_of_unit`` which sample of the batch each belongs to.
+
 Parameters of a task belong in a Readout (:mod:`qwenvl.models.task_module`), which runs inside the model's ``forward``,
 where the hooks of DeepSpeed and FSDP work. Its weights are saved as ``task_head.safetensors`` beside the model's, and
 its config as ``task.json`` (:mod:`qwenvl.tasks.files`). A new task needs a ``TargetReader``, an ``Objective``, a
@@ -27,12 +30,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from qwenvl.data.encoding.targets import TargetReader
 from qwenvl.models.loss.causal_lm import Balance, count_targets, prepare_inputs, run_model, total_weight, with_balance
 from qwenvl.models.task_module import Readout
+from qwenvl.utils.distributed import zeros_for_sums
 
 
 class Objective:
@@ -71,6 +77,7 @@ class Objective:
             ``readout_inputs`` (a dict; its tensors are moved to the device) instead of ``kept_positions`` and
             ``targets``. ``sample_targets`` may stay in the batch: the model does not get it. DeepSpeed may round
             floating-point tensors when it moves them: keep targets as numbers or arrays until the loss is computed.
+            ``sample_of_unit`` int64 [units] is the place in the batch of each unit's sample.
         """
         return prepare_inputs(batch)
 
@@ -93,12 +100,17 @@ class Objective:
             batch: Batch from :meth:`prepare`, on the device.
 
         Returns:
-            (float32 [], outputs for :meth:`records`). Where the batch says ``output_router_logits``, the outputs hold
-            ``router_logits``, for the auxiliary loss of a mixture of experts.
+            (float32 [], outputs for :meth:`records`). The outputs have an attribute ``unit_losses``, float32 [units]
+            without a graph, the addends of the sum; without it, there is no loss by dataset. Where the batch says
+            ``output_router_logits``, they hold ``router_logits``, for the auxiliary loss of a mixture of experts.
         """
-        output = run_model(model, batch)
+        targets: Tensor = batch["targets"]
+        losses = torch.zeros(targets.shape, device=targets.device)
+        # as integers, since DeepSpeed and FSDP2 copy floating-point inputs to round them
+        output = run_model(model, {**batch, "row_losses": losses.view(torch.int32)})
         # without our head, a stock model silently ignores the arguments that it does not know
         assert output.logits.dim() == 0, "call qwenvl.models.forward.install first"
+        output.unit_losses = losses
         return output.logits, output
 
     def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
@@ -110,7 +122,10 @@ class Objective:
         return None
 
     def records(self, output: Any, batch: Mapping[str, Any]) -> list[Any]:
-        """Return the records of an evaluated batch for :meth:`metrics`, as values that can be sent to other ranks."""
+        """Return a record for each unit of an evaluated batch, or none, for :meth:`metrics`.
+
+        Records are values that can be sent to other ranks.
+        """
         del output, batch
         return []
 
@@ -160,3 +175,27 @@ def batch_loss(
         batch = {**batch, "output_router_logits": True}
     loss, output = objective.compute(model, batch)
     return with_balance(loss / units, output, batch, balance), output
+
+
+def weights_of_samples(batch: Mapping[str, Any]) -> np.ndarray:
+    """Return the total weight of the units of each sample in a prepared batch on the host: float64 [samples]."""
+    weights: Tensor | None = batch.get("target_weights")
+    factors = None if weights is None else weights.view(torch.float32).numpy()
+    return np.bincount(batch["sample_of_unit"].numpy(), factors, batch["num_samples"]).astype(np.float64)
+
+
+def losses_of_samples(output: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    """Return the loss of each sample in a batch, summed over its units, without waiting for the device.
+
+    Args:
+        output: Outputs of ``objective.compute``.
+        batch: The prepared batch, on the device.
+
+    Returns:
+        float64 [samples], without a graph; None if the objective does not tell the losses of its units.
+    """
+    losses: Tensor | None = getattr(output, "unit_losses", None)
+    if losses is None:
+        return None
+    sums = zeros_for_sums(batch["num_samples"], losses.device)
+    return sums.index_add_(0, batch["sample_of_unit"], losses.detach().to(sums.dtype))

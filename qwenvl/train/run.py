@@ -171,6 +171,7 @@ def _take_up_records(trainer: Trainer, checkpoint: str | None) -> None:
         return
     trainer.data_report.take_up()
     trainer.running_loss.take_up(checkpoint)
+    trainer.dataset_losses.take_up(checkpoint)
     if is_main_process():
         trainer.answers.take_up(read_step(checkpoint))
 

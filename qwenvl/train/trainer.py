@@ -34,7 +34,7 @@ from qwenvl.models.trainable.param_groups import parameter_groups
 from qwenvl.models.vision.grid_inputs import grid_describer
 from qwenvl.profiling.profiler import Phase
 from qwenvl.profiling.throughput import measure_batch
-from qwenvl.tasks.objective import Objective, batch_loss
+from qwenvl.tasks.objective import Objective, batch_loss, losses_of_samples
 from qwenvl.train.callbacks.freeze_unused_vision import UnusedVision
 from qwenvl.train.callbacks.generation_eval import GenerationEval
 from qwenvl.train.callbacks.learning_rates import LearningRates
@@ -45,6 +45,7 @@ from qwenvl.train.callbacks.speed_monitor import SpeedMonitor
 from qwenvl.train.callbacks.watchdog import Watchdog
 from qwenvl.train.checkpointing_trainer import CheckpointingTrainer, Records
 from qwenvl.train.dataloader import PreparingCollator, build_loader
+from qwenvl.train.dataset_losses import DatasetLosses, by_dataset, dataset_names
 from qwenvl.train.eval_prompts import EvalPrompts
 from qwenvl.train.records.skipped_samples import DataReport
 from qwenvl.train.running_loss import RunningLoss
@@ -97,6 +98,7 @@ class Trainer(CheckpointingTrainer):
         self._generation_eval = GenerationEval(prompts, self.answers, self._watchdog) if prompts else None
         self._learning_rates = LearningRates(args.learning_rate)
         self.running_loss = RunningLoss(args.device)
+        self.dataset_losses = DatasetLosses(dataset_names(self.train_dataset), self.objective.unit, args.device)
         self._step_guard = StepGuard(args.max_bad_steps)
         self._samples: list[str] = []  # origins of the current step's samples
         self._units = 0.0  # units of the current step, which divide its loss
@@ -129,11 +131,13 @@ class Trainer(CheckpointingTrainer):
     def save_position(self, folder: Path) -> None:
         """Write the position in the data, the description of their order, and the loss that is not logged yet."""
         self.running_loss.save(folder, writes=self.args.should_save)
+        self.dataset_losses.save(folder, self._sum_over_ranks, writes=self.args.should_save)
         super().save_position(folder)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         """Start or restore the state of the run, also when ``--auto_find_batch_size`` restarts it."""
         self.running_loss.start_over()
+        self.dataset_losses.start_over()
         self.current_flos = 0
         return super()._init_training_state(*args)
 
@@ -176,13 +180,17 @@ class Trainer(CheckpointingTrainer):
         self._units = units if self.args.average_tokens_across_devices else here_units
         self._unused_vision.begin_step(self.optimizer, has_media=with_media > 0)
         self.stop_request.begin_step(agreed=stop > 0)
+        for batch in batches:
+            self.dataset_losses.count(batch, batch.pop("origins"))
         self.speed.count(batches)
         return batches, self._units
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Check the batches of a step, and return this rank's units; the caller then waits for the other ranks."""
         del device
-        self._samples = [sample for batch in batch_samples for sample in self._receive(batch)]
+        for batch in batch_samples:
+            self._receive(batch)
+        self._samples = [str(origin) for batch in batch_samples for origin in batch["origins"]]
         shapes = [(tuple(batch["input_ids"].shape), batch.get("media", ())) for batch in batch_samples]
         lines = "".join(f"\n  {sample}" for sample in self._samples)
         self._watchdog.watch(f"step {self.state.global_step + 1}, batches of {shapes}, with the samples{lines}")
@@ -205,7 +213,9 @@ class Trainer(CheckpointingTrainer):
         # A step in which every sample was skipped has no units: its loss is zero, not NaN.
         units = float(num_items_in_batch) or 1.0
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        loss, _ = batch_loss(self.objective, model, inputs, units=units, balance=self._balance(ranks))
+        loss, output = batch_loss(self.objective, model, inputs, units=units, balance=self._balance(ranks))
+        if not self.args.use_liger_kernel:  # whose kernel tells no losses of tokens
+            self.dataset_losses.add(losses_of_samples(output, inputs), inputs)
         self.speed.profile.enter(Phase.BACKWARD)
         return loss * ranks
 
@@ -277,6 +287,7 @@ class Trainer(CheckpointingTrainer):
         ):  # fp16 adjusts its scale by such steps
             self._step_guard.skipped(step, loss.item(), value, self._samples)
         self.running_loss.end_step(taken=taken)
+        self.dataset_losses.end_step(taken=taken)
         return norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -332,27 +343,37 @@ class Trainer(CheckpointingTrainer):
         model = self._wrap_model(self.model, training=False)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        totals, records = zeros_for_sums(3, self.args.device), list[Any]()
+        totals, records = zeros_for_sums(3, self.args.device), list[tuple[str, Any]]()
+        rows: Any = dataloader.dataset
+        losses = DatasetLosses(dataset_names(rows), self.objective.unit, self.args.device)
         for batch in dataloader:
             self.leave_if_asked_to_stop()
             self._receive(batch)
             totals[1] += batch["total_weight"]
             totals[2] += batch["num_units"]
+            origins = batch.pop("origins")
+            losses.count(batch, origins)
+            datasets = [origins[place].dataset for place in batch["sample_of_unit"].tolist()]
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss, output = batch_loss(self.objective, model, inputs, units=1.0)
             totals[0] += loss
-            records += self.objective.records(output, inputs)
+            losses.add(losses_of_samples(output, inputs), inputs)
+            records += zip(datasets, self.objective.records(output, inputs), strict=False)  # no or all units
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        loss_sum, weight, units = self.accelerator.reduce(totals, reduction="sum").tolist()
+        losses.end_step(taken=True)
+        loss_sum, weight, units = self._sum_over_ranks(totals).tolist()
         records = list(itertools.chain(*gather_objects(records)))
+        of_all = [record for _, record in records]
         if self.is_world_process_zero():
-            self.objective.draw(records, Path(self.args.output_dir))
+            self.objective.draw(of_all, Path(self.args.output_dir))
         found = {
             "loss": loss_sum / weight if weight else math.nan,  # 0 would count as the best loss
             self.objective.unit: int(units),
-            **self.objective.metrics(records),
+            **self.objective.metrics(of_all),
             **(self._generation_eval.run(self) if self._generation_eval else {}),
+            **losses.take(self._sum_over_ranks),
+            **by_dataset(records, self.objective.metrics),
         }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return EvalLoopOutput(
@@ -382,19 +403,24 @@ class Trainer(CheckpointingTrainer):
         if "loss" in logs:
             figures = self.speed.throughput.take(self.accelerator.gather)
             logs = {**logs, **self._learning_rates.of_parts, **figures, **self.running_loss.take(mean)}
+            logs |= self.dataset_losses.take(self._sum_over_ranks)
         if "train_loss" in logs:
             logs = {**logs, "train_loss": self.running_loss.of_run(mean)}
         super().log(logs, start_time)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(values, reduction="sum")
+        return total
 
     def _over_ranks(self, *numbers: float) -> list[float]:
         """Return the sums over the ranks; of a bool, the number of ranks with True. Every rank must call it."""
         sums = zeros_for_sums(len(numbers), self.args.device)
         sums += torch.tensor([float(number) for number in numbers], dtype=sums.dtype, device=sums.device)
-        found: list[float] = self.accelerator.reduce(sums, reduction="sum").tolist()
+        found: list[float] = self._sum_over_ranks(sums).tolist()
         return found
 
-    def _receive(self, batch: dict[str, Any]) -> list[str]:
-        """Remove the entries of a batch that are not for the model; return the origins of its samples.
+    def _receive(self, batch: dict[str, Any]) -> None:
+        """Remove the events and the error of a batch.
 
         Raises:
             SampleError: A sample of the batch must stop the run.
@@ -403,4 +429,3 @@ class Trainer(CheckpointingTrainer):
         error = batch.pop("error")
         if error is not None:
             raise error
-        return [str(origin) for origin in batch.pop("origins")]

@@ -66,7 +66,8 @@ class PairLoss(Objective):
         rejected = [Item((EncodedSample(tokens),)) for tokens in batch["sample_targets"]]
         other = for_model(Collator(0, flatten="cu_seq_lens_q" in batch)(rejected or [Item()]))
         shown = {name: batch[name] for name in ("pixels", "media") if name in batch}
-        return prepare_inputs(batch) | {"rejected": prepare_inputs(other | shown)}
+        pairs = torch.arange(len(batch["sample_targets"]))
+        return prepare_inputs(batch) | {"rejected": prepare_inputs(other | shown), "sample_of_unit": pairs}
 
     def count(self, batch: Mapping[str, Any]) -> int:
         return len(batch["sample_targets"])
@@ -77,11 +78,11 @@ class PairLoss(Objective):
         with torch.no_grad():
             before, _ = preference(self.reference, better, batch["rejected"])
         losses = -functional.logsigmoid(BETA * (margin - before))
-        return losses.sum(), SimpleNamespace(losses=losses, router_logits=outputs.get("router_logits"))
+        return losses.sum(), SimpleNamespace(unit_losses=losses.detach(), router_logits=outputs.get("router_logits"))
 
     def records(self, output: Any, batch: Mapping[str, Any]) -> list[float]:
         del batch
-        return list(map(float, output.losses))
+        return list(map(float, output.unit_losses))
 
     def metrics(self, records: Sequence[float]) -> dict[str, float]:
         return {"worst_pair": max(records)}

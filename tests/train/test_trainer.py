@@ -136,7 +136,7 @@ class TestStep:
 
     def test_the_ranks_are_told_of_pictures_and_of_requests_to_stop(self, trainer_of: Open) -> None:
         """A step of text alone leaves the tower where it is: its rates are 0 until the optimizer's step."""
-        trainer = trainer_of()
+        trainer = trainer_of(dataset_use="pictures,text")
         loaders = [trainer_of(dataset_use=name).get_train_dataloader() for name in ("pictures", "text")]
         rates = []
         for loader, received in zip(loaders, (False, True), strict=True):

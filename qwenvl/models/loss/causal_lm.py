@@ -19,7 +19,8 @@ IGNORED_LABEL = -100
 
 _OWN_KEYS = frozenset(
     # attention_mask: rows are padded on the right, where causal attention never looks; stock models read it on the host
-    "pixels media vision_rows vision_grids num_samples sample_targets total_weight num_units attention_mask".split()
+    "pixels media vision_rows vision_grids num_samples sample_targets total_weight num_units attention_mask "
+    "sample_of_unit dataset_of_sample".split()
 )
 
 
@@ -39,8 +40,9 @@ def prepare_inputs(batch: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         The batch without ``labels`` and ``loss_weights``, with ``kept_positions`` int64 [n], indices into the flattened
-        rows; ``targets`` int64 [n]; ``segments``; and, if any is not 1, ``target_weights`` int32 [n]: float32 factors
-        reinterpreted as integers, because DeepSpeed and FSDP2 round floating-point inputs to the model's type.
+        rows; ``targets`` int64 [n]; ``sample_of_unit`` int64 [n], the place of each target's sample in the batch;
+        ``segments``; and, if any is not 1, ``target_weights`` int32 [n]: float32 factors reinterpreted as integers,
+        because DeepSpeed and FSDP2 round floating-point inputs to the model's type.
     """
     batch = dict(batch)
     labels: Tensor = batch.pop("labels")
@@ -49,11 +51,28 @@ def prepare_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     kept[:, :-1] = labels[:, 1:] != IGNORED_LABEL
     if weights is not None:
         batch["target_weights"] = weights[:, 1:][kept[:, :-1]].view(torch.int32)
+    positions = kept.flatten().nonzero().squeeze(1)
     return batch | {
-        "kept_positions": kept.flatten().nonzero().squeeze(1),
+        "kept_positions": positions,
         "targets": labels[:, 1:][kept[:, :-1]],
+        "sample_of_unit": _sample_of_positions(batch, positions, labels.shape[1]),
         "segments": segments_of(batch, labels),
     }
+
+
+def _sample_of_positions(batch: Mapping[str, Any], positions: Tensor, width: int) -> Tensor:
+    """Return the number of the sample in the batch of each of some positions in the flattened rows."""
+    borders: Tensor | None = batch.get("cu_seq_lens_q")
+    if borders is None:
+        return positions // width
+    return torch.bucketize(positions, borders[1:].long(), right=True)
+
+
+def sample_lengths(batch: Mapping[str, Any]) -> Tensor:
+    """Return the number of tokens of each usable sample of a batch of the collator: int64 [samples]."""
+    mask: Tensor | None = batch.get("attention_mask")
+    lengths = mask.sum(1) if mask is not None else batch["cu_seq_lens_q"].diff().long()
+    return lengths[: batch["num_samples"]]
 
 
 def count_targets(batch: Mapping[str, Any]) -> int:

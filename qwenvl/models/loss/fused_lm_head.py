@@ -22,9 +22,9 @@ from qwenvl.models.token_rows import ROWS, index_of, with_rows
 CHUNK_ELEMENTS = 1 << 27
 """Number of logits in memory at a time: 883 rows of 151,936 columns, 0.5 GB in float32."""
 
-SummedLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(hidden states [n, H], weight [V, H], targets int64 [n], factors float32 [n] or None for 1) -> sum of factor x cross
-entropy, float32, in nats."""
+SummedLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""(hidden states [n, H], weight [V, H], targets int64 [n], factors float32 [n] or None for 1, row losses float32 [n] to
+fill or None) -> sum of factor x cross entropy, float32, in nats."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -37,6 +37,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         factors: Tensor | None,
+        row_losses: Tensor | None,
         rows: int,
         dtype: torch.dtype,
     ) -> Tensor:
@@ -50,7 +51,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             states = hidden[part].to(dtype)
             logits = states @ matrix.T
             scale = None if factors is None else factors[part].to(total.dtype)
-            total += _cross_entropy(logits.to(total.dtype), targets[part], scale)
+            losses = _cross_entropy(logits.to(total.dtype), targets[part], scale)
+            total += losses.sum()
+            if row_losses is not None:
+                row_losses[part] = losses
             if not (needs_hidden or needs_weight):
                 continue
             slope = _gradient_of_logits(logits, targets[part], scale)
@@ -65,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if part is None else part.mul_(grad.to(part.dtype)) for part in ctx.saved_tensors)
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -74,10 +78,9 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
-    """Return the sum of cross entropy, each row times its factor."""
-    if factors is None:
-        return functional.cross_entropy(logits, targets, reduction="sum")
-    return functional.cross_entropy(logits, targets, reduction="none") @ factors
+    """Return the cross entropy of each row times its factor, [n]."""
+    losses = functional.cross_entropy(logits, targets, reduction="none")
+    return losses if factors is None else losses * factors
 
 
 def _gradient_of_logits(logits: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
@@ -102,6 +105,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     factors: Tensor | None = None,
+    row_losses: Tensor | None = None,
     *,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
@@ -114,6 +118,7 @@ def linear_cross_entropy(
         weight: [V, H], weight of the projection.
         targets: int64 [n], the token that each row predicts, 0 to V - 1.
         factors: float32 [n], factor of each row's cross entropy; None if all are 1.
+        row_losses: float32 [n], to be filled with the addends of the result, without a graph; None if not wanted.
         chunk_elements: Number of logits in memory at a time.
 
     Returns:
@@ -123,7 +128,7 @@ def linear_cross_entropy(
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
     rows = max(1, chunk_elements // len(weight))
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, factors, rows, dtype)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, factors, row_losses, rows, dtype)
     return total
 
 
@@ -143,8 +148,9 @@ class LossHead(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         self.summed_loss = summed_loss
-        self.targets: Tensor | None = None  # this and the two below are for the next call only
+        self.targets: Tensor | None = None  # this and the three below are for the next call only
         self.target_weights: Tensor | None = None
+        self.row_losses: Tensor | None = None
         self.passed: Tensor | None = None  # output of the call, if a task has a module of its own
         self.row_ids: list[int] = []
         self.rows: nn.Parameter | None
@@ -166,10 +172,12 @@ class LossHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V]; or, with ``targets`` set, the summed cross entropy of all rows, float32 scalar.
 
-        ``target_weights`` are float32 factors of the rows, reinterpreted as int32 [n].
+        ``target_weights`` are float32 factors of the rows, reinterpreted as int32 [n]; so is ``row_losses``, which is
+        filled with the addends of the sum.
         """
         targets, self.targets = self.targets, None
         weights, self.target_weights = self.target_weights, None
+        row_losses, self.row_losses = self.row_losses, None
         passed, self.passed = self.passed, None
         if passed is not None:
             return passed
@@ -179,4 +187,5 @@ class LossHead(nn.Linear):
         if targets is None:
             return functional.linear(hidden, weight)
         factors = None if weights is None else weights.view(torch.float32)
-        return self.summed_loss(hidden.flatten(0, -2), weight, targets, factors)
+        addends = None if row_losses is None else row_losses.view(torch.float32)
+        return self.summed_loss(hidden.flatten(0, -2), weight, targets, factors, addends)

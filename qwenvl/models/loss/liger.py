@@ -15,8 +15,9 @@ from qwenvl.utils.errors import UserError
 def open_liger_loss() -> SummedLoss:
     """Return Liger Kernel's loss in the form of :func:`qwenvl.models.loss.fused_lm_head.linear_cross_entropy`.
 
-    Its kernel does not support factors of rows, and divides by zero where there are no rows: for a batch with loss
-    weights or without trained tokens, that function computes the loss.
+    Its kernel supports no factors of rows, returns no losses of rows, and divides by zero where there are no rows: for a
+    batch with loss weights or without trained tokens, and where row losses are wanted without gradients (in
+    evaluations), that function computes the loss. In training, row losses stay as they are.
 
     Raises:
         UserError: There is no CUDA device, or the package is missing or too old.
@@ -40,9 +41,16 @@ def load_liger_loss() -> SummedLoss:
         ) from error
     function = module.LigerFusedLinearCrossEntropyFunction
 
-    def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None = None) -> Tensor:
-        if factors is not None or not len(hidden):
-            return linear_cross_entropy(hidden, weight, targets, factors)
+    def summed_loss(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        factors: Tensor | None = None,
+        row_losses: Tensor | None = None,
+    ) -> Tensor:
+        told = row_losses is not None and not torch.is_grad_enabled()
+        if factors is not None or told or not len(hidden):
+            return linear_cross_entropy(hidden, weight, targets, factors, row_losses)
         # positional, as autograd functions are called: no bias, no class weights, -100 ignored, no z-loss, no smoothing
         outcome = function.apply(hidden, weight, targets, None, None, -100, 0.0, 0.0, "sum")
         total: Tensor = outcome[0] if isinstance(outcome, tuple) else outcome

@@ -61,7 +61,8 @@ class Grounding(Objective):
         prepared = prepare_inputs(batch)
         for name in ("kept_positions", "targets"):
             prepared.pop(name)
-        return prepared | {"readout_inputs": inputs}
+        samples = [number for number, of_sample in enumerate(regions) for _ in of_sample]
+        return prepared | {"readout_inputs": inputs, "sample_of_unit": torch.tensor(samples, dtype=torch.long)}
 
     def count(self, batch: Mapping[str, Any]) -> int:
         """Return the number of phrases of a batch."""
@@ -70,12 +71,18 @@ class Grounding(Objective):
     def compute(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """Return the summed loss of all masks, coarse and from SAM with equal weight, and the model's output."""
         output = run_model(model, batch)
-        losses = [
-            mask_loss(logits, copy_to_device(torch.from_numpy(target), logits.device))
+        found = [
+            torch.stack(
+                [
+                    mask_loss(logits, copy_to_device(torch.from_numpy(target), logits.device))
+                    for logits, target in zip(masks, region.targets, strict=True)
+                ]
+            ).sum()
             for region, masks in self._masks(output.logits, batch)
-            for logits, target in zip(masks, region.targets, strict=True)
         ]
-        return torch.stack(losses).sum() if losses else output.logits.sum(), output
+        losses = torch.stack(found) if found else output.logits.new_zeros(0)
+        output.unit_losses = losses.detach()
+        return losses.sum() if found else output.logits.sum(), output
 
     def records(self, output: Any, batch: Mapping[str, Any]) -> list[MaskRecord]:
         """Return comparisons of the finest masks, in pixels of the images as they are shown."""

@@ -1,4 +1,4 @@
-"""The losses of heads. Each is a sum over samples, so that it does not depend on how batches are split.
+"""The losses of heads. Each sample has its own, so that they do not depend on how batches are split.
 
 Cross entropy; focal loss (Lin et al., 2017, "Focal Loss for Dense Object Detection", arXiv 1708.02002, equation 4;
 without its alpha, which class weights stand for); squared error; Huber's loss (Huber, 1964); binary cross entropy of
@@ -20,16 +20,14 @@ from qwenvl.tasks.heads.head import HeadSpec
 from qwenvl.utils.devices import copy_to_device
 
 
-def summed_loss(spec: HeadSpec, scores: Tensor, targets: Sequence[Any]) -> Tensor:
-    """Return the loss summed over samples, float32 [] (float64 for scores of it).
+def sample_losses(spec: HeadSpec, scores: Tensor, targets: Sequence[Any]) -> Tensor:
+    """Return the loss of each sample, float32 [samples] (float64 for scores of it).
 
     Args:
         spec: Config of the head.
         scores: [units, outputs].
         targets: Target of each sample, from :class:`qwenvl.tasks.heads.labels.LabelReader`.
     """
-    if not targets:  # zero that is still connected to the graph
-        return scores.sum()
     losses: dict[str, Callable[[HeadSpec, Tensor, Sequence[Any]], Tensor]] = {
         "classification": _of_classes,
         "multilabel": _of_labels,
@@ -45,25 +43,25 @@ def _like(scores: Tensor, numbers: Sequence[float]) -> Tensor:
 
 
 def _of_classes(spec: HeadSpec, scores: Tensor, targets: Sequence[int]) -> Tensor:
-    """Return the sum of w_y (1 - p_y)^gamma (-log p_y); unlike torch's mean, it is not divided by the weights."""
+    """Return w_y (1 - p_y)^gamma (-log p_y); unlike in torch's mean, it is not divided by the weights."""
     wanted = copy_to_device(torch.tensor(list(targets)), scores.device)
     loss = functional.cross_entropy(scores, wanted, reduction="none")
     if spec.loss == "focal":
         loss = (1 - (-loss).exp()) ** spec.focal_gamma * loss
     if spec.class_weights:
         loss = loss * _like(scores, spec.class_weights)[wanted]
-    return loss.sum()
+    return loss
 
 
 def _of_labels(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
-    """Return the sum over samples of the mean over classes; class weights apply to the positive labels only."""
+    """Return the mean over classes of each sample; class weights apply to the positive labels only."""
     wanted = many_hot(targets, spec.outputs, scores)
     loss = functional.binary_cross_entropy_with_logits(scores, wanted, reduction="none")
     if spec.loss == "focal":
         loss = (1 - (-loss).exp()) ** spec.focal_gamma * loss
     if spec.class_weights:
         loss = torch.where(wanted > 0, loss * _like(scores, spec.class_weights), loss)
-    return loss.mean(1).sum()
+    return loss.mean(1)
 
 
 def many_hot(targets: Sequence[Sequence[int]], classes: int, like: Tensor) -> Tensor:
@@ -75,7 +73,7 @@ def many_hot(targets: Sequence[Sequence[int]], classes: int, like: Tensor) -> Te
 
 
 def _of_numbers(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[float]]) -> Tensor:
-    """Return the sum over samples of the mean over the numbers of a label, in standard deviations."""
+    """Return the mean over the numbers of each sample's label, in standard deviations."""
     wanted = torch.tensor(list(targets), dtype=torch.float64)
     wanted = (wanted - torch.tensor(spec.means)) / torch.tensor(spec.deviations)
     wanted = copy_to_device(wanted.to(scores.dtype), scores.device)
@@ -83,14 +81,14 @@ def _of_numbers(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[float
         loss = functional.huber_loss(scores, wanted, reduction="none", delta=spec.huber_delta)
     else:
         loss = (scores - wanted).square()
-    return loss.mean(1).sum()
+    return loss.mean(1)
 
 
 def _of_ranks(spec: HeadSpec, scores: Tensor, targets: Sequence[Sequence[float]]) -> Tensor:
-    """Return the sum over samples of a ranking loss among the images of one sample."""
+    """Return the ranking loss among the images of each sample."""
     parts = scores.squeeze(1).split([len(one) for one in targets])
     of_sample = listnet if spec.loss == "listnet" else pairwise
-    return torch.stack([of_sample(part, _like(part, one)) for part, one in zip(parts, targets, strict=True)]).sum()
+    return torch.stack([of_sample(part, _like(part, one)) for part, one in zip(parts, targets, strict=True)])
 
 
 def pairwise(scores: Tensor, relevances: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from qwenvl.models.loss.causal_lm import run_model, segments_of
 from qwenvl.tasks.heads.confusion import confusion_svg
 from qwenvl.tasks.heads.head import HeadSpec, TaskHead, layer_number
-from qwenvl.tasks.heads.losses import summed_loss
+from qwenvl.tasks.heads.losses import sample_losses
 from qwenvl.tasks.heads.metrics import (
     classification_metrics,
     confusion_matrix,
@@ -60,7 +61,10 @@ class HeadObjective(Objective):
         mask[batch["vision_rows"].numpy()] = True
         by_image = self.spec.task == "ranking"
         pooled = pooled_rows(self.spec.pooling, token_places(batch), mask, by_image=by_image)
-        return batch | {"readout_inputs": {"rows": pooled.rows, "lengths": pooled.lengths}}
+        return batch | {
+            "readout_inputs": {"rows": pooled.rows, "lengths": pooled.lengths},
+            "sample_of_unit": torch.arange(len(batch["sample_targets"])),
+        }
 
     def count(self, batch: Mapping[str, Any]) -> int:
         """Return the number of samples of a batch."""
@@ -69,7 +73,12 @@ class HeadObjective(Objective):
     def compute(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """Return the loss summed over the samples of a batch, and the model's output with the head's scores."""
         output = run_model(model, batch)
-        return summed_loss(self.spec, output.logits, batch["sample_targets"]), output
+        if not batch["sample_targets"]:
+            output.unit_losses = output.logits.new_zeros(0)
+            return output.logits.sum(), output  # zero that is still connected to the graph
+        losses = sample_losses(self.spec, output.logits, batch["sample_targets"])
+        output.unit_losses = losses.detach()
+        return losses.sum(), output
 
     def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Return the scores of the samples of a batch, [units, outputs]."""

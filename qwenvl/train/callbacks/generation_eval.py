@@ -21,6 +21,7 @@ from qwenvl.metrics.predictions import Prediction
 from qwenvl.models.attention.packed import stock_attention
 from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs, total_weight
 from qwenvl.train.callbacks.watchdog import Watchdog
+from qwenvl.train.dataset_losses import by_dataset
 from qwenvl.train.eval_prompts import EvalPrompts
 from qwenvl.utils.distributed import gather_objects, zeros_for_sums
 
@@ -44,7 +45,7 @@ class GenerationEval:
         lines = self._answer(trainer)
         if trainer.is_world_process_zero():
             self._answers.add(trainer.state.global_step, lines)
-        found = _metrics(lines)
+        found = _metrics(lines) | by_dataset(((line.dataset, line) for line in lines), _metrics)
         if trainer.args.eval_blind:
             sums = {view: self._loss_sums(trainer, view) for view in VIEWS}
             found |= {f"loss_{view}": loss / tokens if tokens else math.nan for view, (loss, tokens) in sums.items()}

@@ -16,7 +16,7 @@ from sklearn import metrics as sklearn_metrics
 
 from qwenvl.tasks.heads.confusion import confusion_svg
 from qwenvl.tasks.heads.head import HeadSpec
-from qwenvl.tasks.heads.losses import summed_loss
+from qwenvl.tasks.heads.losses import sample_losses
 from qwenvl.tasks.heads.metrics import (
     average_precision,
     classification_metrics,
@@ -139,7 +139,7 @@ def test_a_loss_is_the_sum_of_those_of_its_samples(name: str) -> None:
     head, targets, per_sample = CASES[name]
     lengths = [1] * len(targets) if per_sample else [len(one) for one in targets]
     values = np.random.default_rng(0).normal(size=(sum(lengths), 3 if per_sample else 1))
-    found = summed_loss(head, torch.tensor(values), targets).item()
+    found = sample_losses(head, torch.tensor(values), targets).sum().item()
     rows = [part[0] if per_sample else part[:, 0] for part in np.split(values, np.cumsum(lengths)[:-1])]
     assert found == pytest.approx(sum(by_hand(head, *one) for one in zip(rows, targets, strict=True)), rel=1e-6)
 
@@ -148,8 +148,9 @@ def test_a_loss_is_the_sum_of_those_of_its_samples(name: str) -> None:
 def test_a_batch_without_samples_has_a_loss_of_zero_that_is_connected(name: str) -> None:
     head = CASES[name][0]
     values = torch.zeros(0, 3 if CASES[name][2] else 1, requires_grad=True)
-    loss = summed_loss(head, values, [])
-    assert loss.item() == 0 and loss.requires_grad
+    batch = {"sample_targets": [], "vision_mask": None, "num_vision_tokens": 0}
+    loss, output = HeadObjective(head).compute(lambda **_: SimpleNamespace(logits=values), batch)
+    assert loss.item() == 0 and loss.requires_grad and output.unit_losses.shape == (0,)
     assert HeadObjective(head).records(SimpleNamespace(logits=values.detach()), {"sample_targets": []}) == []
     assert HeadObjective(head).metrics([]) == {}
 
