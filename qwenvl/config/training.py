@@ -113,6 +113,13 @@ class TrainingArguments(EvaluationArguments, ExportArguments, transformers.Train
             "for MFU. Default: the bfloat16 peak from the data sheet for known devices; otherwise no MFU is logged."
         },
     )
+    log_sample_losses: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the loss of each sample each time it is trained, from the forward pass that runs anyway, in "
+            "sample_losses.parquet of the output folder. tools/rank_samples.py finds wrong labels by it."
+        },
+    )
     profile_steps: int = field(
         default=0,
         metadata={

@@ -68,6 +68,11 @@ def check_together(
             "--torch_compile with --deepspeed or --fsdp is not supported: they gather the weights of a layer while it "
             "runs. Leave one of them out."
         )
+    if training.log_sample_losses and training.use_liger_kernel:
+        raise UserError(
+            "--log_sample_losses True with --use_liger_kernel True: Liger Kernel's loss does not tell the losses of "
+            "single tokens. Leave --use_liger_kernel out: our own loss in chunks does."
+        )
     _check_choice("torch_compile_backend", training.torch_compile_backend, _compile_backends)
     _check_choice("torch_compile_mode", training.torch_compile_mode, _compile_modes)
     if training.neftune_noise_alpha and data.data_flatten:

@@ -121,6 +121,7 @@ def _find_checkpoint(parsed: ParsedArguments, engine: Engine) -> tuple[str | Non
 
 def _finish(parsed: ParsedArguments, trainer: Trainer, data: RunData, report: RunReport) -> int:
     """Save the model and write the report; return the exit code."""
+    trainer.sample_losses.write()
     if trainer.stop_request.stopped_at is not None:
         stopped = f"Stopped on request after step {trainer.stop_request.stopped_at} of {trainer.state.max_steps}"
         logger.info(
@@ -172,6 +173,7 @@ def _take_up_records(trainer: Trainer, checkpoint: str | None) -> None:
     trainer.data_report.take_up()
     trainer.running_loss.take_up(checkpoint)
     trainer.dataset_losses.take_up(checkpoint)
+    trainer.sample_losses.take_up(read_step(checkpoint))
     if is_main_process():
         trainer.answers.take_up(read_step(checkpoint))
 

@@ -47,6 +47,7 @@ from qwenvl.train.checkpointing_trainer import CheckpointingTrainer, Records
 from qwenvl.train.dataloader import PreparingCollator, build_loader
 from qwenvl.train.dataset_losses import DatasetLosses, by_dataset, dataset_names
 from qwenvl.train.eval_prompts import EvalPrompts
+from qwenvl.train.records.sample_losses import SampleLosses
 from qwenvl.train.records.skipped_samples import DataReport
 from qwenvl.train.running_loss import RunningLoss
 from qwenvl.utils.distributed import gather_objects, zeros_for_sums
@@ -98,6 +99,7 @@ class Trainer(CheckpointingTrainer):
         self._generation_eval = GenerationEval(prompts, self.answers, self._watchdog) if prompts else None
         self._learning_rates = LearningRates(args.learning_rate)
         self.running_loss = RunningLoss(args.device)
+        self.sample_losses = SampleLosses(args.output_dir, args.log_sample_losses)
         self.dataset_losses = DatasetLosses(dataset_names(self.train_dataset), self.objective.unit, args.device)
         self._step_guard = StepGuard(args.max_bad_steps)
         self._samples: list[str] = []  # origins of the current step's samples
@@ -138,6 +140,7 @@ class Trainer(CheckpointingTrainer):
         """Start or restore the state of the run, also when ``--auto_find_batch_size`` restarts it."""
         self.running_loss.start_over()
         self.dataset_losses.start_over()
+        self.sample_losses.start_over()
         self.current_flos = 0
         return super()._init_training_state(*args)
 
@@ -145,6 +148,7 @@ class Trainer(CheckpointingTrainer):
         """Save a checkpoint, without time limit; the time does not count as training."""
         self._watchdog.rest()
         with self.speed.paused():
+            self.sample_losses.write()
             super()._save_checkpoint(model, trial)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,7 +185,9 @@ class Trainer(CheckpointingTrainer):
         self._unused_vision.begin_step(self.optimizer, has_media=with_media > 0)
         self.stop_request.begin_step(agreed=stop > 0)
         for batch in batches:
-            self.dataset_losses.count(batch, batch.pop("origins"))
+            origins = batch.pop("origins")
+            self.dataset_losses.count(batch, origins)
+            self.sample_losses.count(batch, origins)
         self.speed.count(batches)
         return batches, self._units
 
@@ -215,7 +221,9 @@ class Trainer(CheckpointingTrainer):
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         loss, output = batch_loss(self.objective, model, inputs, units=units, balance=self._balance(ranks))
         if not self.args.use_liger_kernel:  # whose kernel tells no losses of tokens
-            self.dataset_losses.add(losses_of_samples(output, inputs), inputs)
+            losses = losses_of_samples(output, inputs)
+            self.dataset_losses.add(losses, inputs)
+            self.sample_losses.add(losses)
         self.speed.profile.enter(Phase.BACKWARD)
         return loss * ranks
 
@@ -288,6 +296,7 @@ class Trainer(CheckpointingTrainer):
             self._step_guard.skipped(step, loss.item(), value, self._samples)
         self.running_loss.end_step(taken=taken)
         self.dataset_losses.end_step(taken=taken)
+        self.sample_losses.end_step(step, int(self.state.epoch or 0), taken=taken)
         return norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -404,6 +413,7 @@ class Trainer(CheckpointingTrainer):
             figures = self.speed.throughput.take(self.accelerator.gather)
             logs = {**logs, **self._learning_rates.of_parts, **figures, **self.running_loss.take(mean)}
             logs |= self.dataset_losses.take(self._sum_over_ranks)
+            self.sample_losses.collect()
         if "train_loss" in logs:
             logs = {**logs, "train_loss": self.running_loss.of_run(mean)}
         super().log(logs, start_time)

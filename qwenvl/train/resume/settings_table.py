@@ -213,6 +213,7 @@ TABLE = (
         "logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level",
         "log_level_replica include_num_input_tokens_seen disable_tqdm report_to run_name project trackio_space_id",
         "trackio_bucket_id trackio_static_space_id device_peak_tflops profile_steps skip_memory_metrics debug",
+        "log_sample_losses",
     ),
     _row(
         "control of the run",
