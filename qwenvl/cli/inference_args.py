@@ -40,8 +40,8 @@ _LIMIT = {"help": "As in training. Default: the value of the model's processor."
 
 
 @dataclass
-class AskArguments(ToolArguments):
-    """Flags of the tools that ask a model, besides those of all tools. Media limits default to the model's own."""
+class ModelArguments(ToolArguments):
+    """Flags of the tools that run a model, besides those of all tools. Media limits default to the model's own."""
 
     max_pixels: int | None = field(default=None, metadata=_LIMIT)  # type: ignore[assignment]
     min_pixels: int | None = field(default=None, metadata=_LIMIT)  # type: ignore[assignment]
@@ -50,6 +50,18 @@ class AskArguments(ToolArguments):
     video_max_pixels: int | None = field(default=None, metadata=_LIMIT)  # type: ignore[assignment]
     video_min_pixels: int | None = field(default=None, metadata=_LIMIT)  # type: ignore[assignment]
     video_fps: float | None = field(default=None, metadata=_LIMIT)  # type: ignore[assignment]
+    batch_size: int = field(default=16, metadata={"help": "Samples of a batch of each process."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda:1, ... Default: a GPU if there is one."})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "Type of the weights. auto: as saved."}
+    )
+    data_seed: int = field(default=0, metadata={"help": "Seed of the rows that name%%X takes; default as in training."})
+
+
+@dataclass
+class AskArguments(ModelArguments):
+    """Flags of the tools that ask a model, besides those of the tools that run one."""
+
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of an answer."})
     temperature: float = field(
         default=0.0,
@@ -59,12 +71,6 @@ class AskArguments(ToolArguments):
         default=1.0, metadata={"help": "Sample among the likeliest tokens up to this total probability, 0 to 1."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of sampling."})
-    batch_size: int = field(default=16, metadata={"help": "Samples of a generation batch of each process."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda:1, ... Default: a GPU if there is one."})
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "Type of the weights. auto: as saved."}
-    )
-    data_seed: int = field(default=0, metadata={"help": "Seed of the rows that name%%X takes; default as in training."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +89,7 @@ class AskArguments(ToolArguments):
         return Decoding(self.max_new_tokens, float(self.temperature), float(self.top_p))
 
 
-def open_asking_encoder(arguments: AskArguments) -> SampleEncoder:
+def open_asking_encoder(arguments: ModelArguments) -> SampleEncoder:
     """Return the encoder of samples for a model, with the model's own media limits unless flags override them.
 
     Raises:
@@ -173,7 +179,7 @@ def open_predictor(arguments: AskArguments, encoder: SampleEncoder) -> Any:
     return predictor.open(open_model(arguments, encoder), arguments.model_name_or_path)
 
 
-def open_model(arguments: AskArguments, encoder: SampleEncoder) -> ChatModel:
+def open_model(arguments: ModelArguments, encoder: SampleEncoder) -> ChatModel:
     """Open the model, to answer samples of an encoder.
 
     Raises:

@@ -37,6 +37,7 @@ COMMANDS = {
     "check": Command("qwenvl.cli.check_image.command", "find every problem of every sample before training"),
     "show": Command("qwenvl.cli.show_sample", "print samples as the model sees them, trained tokens in colour"),
     "view": Command("qwenvl.cli.view_data.command", "write a site that shows samples and statistics of their datasets"),
+    "rank": Command("qwenvl.cli.rank_samples.command", "list training samples, the most suspect first"),
     "advise": Command("qwenvl.cli.advise.command", "say which settings train a model on given GPUs, and how long"),
     "pack": Command("qwenvl.cli.pack_data", "plan which samples share a row, before training"),
     "predict": Command("qwenvl.cli.predict.command", "ask a model: the samples of datasets, one question, or a chat"),

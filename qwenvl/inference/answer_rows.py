@@ -17,7 +17,7 @@ from qwenvl.data.media.locate import absolute_source
 from qwenvl.data.media.resize import VisionSettings
 from qwenvl.data.types import ImageItem, Sample, Source, VideoItem
 from qwenvl.inference.generate import Answer, ChatModel, Decoding, generate
-from qwenvl.inference.loss import example_loss
+from qwenvl.inference.loss import example_loss, token_losses, weighted_sum
 from qwenvl.inference.other_images import Key, View, blank, fitted, key_of
 from qwenvl.inference.prompts import EvalExample, Prompt, open_example
 from qwenvl.metrics.boxes import read_boxes
@@ -152,6 +152,28 @@ def answer(
         answers = iter(generate(chat_model, prompts, decoding=job.decoding, batch_size=job.batch_size))
         write([line if one is None else _answered(job, chat_model, line, one, next(answers)) for line, one in lines])
         told(len(chunk))
+
+
+def measure(
+    job: Job,
+    indices: Sequence[int],
+    chat_model: ChatModel,
+    write: Callable[[Iterable[Prediction]], None],
+    told: Progress = lambda _: None,
+) -> None:
+    """Compute the losses of rows batch by batch, and ask nothing; the arguments are those of :func:`answer`."""
+    for start in range(0, len(indices), job.batch_size):
+        chunk = indices[start : start + job.batch_size]
+        lines = [_viewed(job, *line) for index in chunk for line in open_row(job, index)]
+        examples = [example for _, example in lines if example is not None]
+        losses = iter(token_losses(chat_model, examples) if examples else ())
+        write([line if one is None else _measured(line, one, next(losses)) for line, one in lines])
+        told(len(chunk))
+
+
+def _measured(line: Prediction, example: EvalExample, losses: torch.Tensor) -> Prediction:
+    loss, tokens = weighted_sum(losses, example)
+    return replace(line, loss=loss, trained_tokens=tokens)
 
 
 def _answered(job: Job, chat_model: ChatModel, line: Prediction, example: EvalExample, answer: Answer) -> Prediction:

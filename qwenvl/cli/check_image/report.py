@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from rich.cells import cell_len
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qwenvl.cli.check_image.tables import CheckedRows, Problem
+from qwenvl.cli.write_rows import dump, write_rows
 from qwenvl.data.sources.table import AnnotationTable
 
 HEADINGS = ("dataset", "problem", "samples", "first at", "reason")
@@ -76,59 +75,15 @@ class Summary:
 
 def write_problem(file: IO[str], problem: Problem) -> None:
     """Write a line of ``*_problems.jsonl``."""
-    file.write(_dump(problem.origin.record(problem.category, problem.reason)) + "\n")
+    file.write(dump(problem.origin.record(problem.category, problem.reason)) + "\n")
 
 
 def write_clean(summary: Summary, path: Path) -> int:
-    """Write the usable samples of a dataset as JSON lines; return the number of rows.
-
-    JSON lines are copied byte for byte. Other rows are serialized again with all of their fields: items of an indented
-    array, rows of Parquet files, packed rows without their bad members. Bytes, which JSON cannot hold, become data
-    URIs.
-    """
-    rows = 0
-    with path.open("wb") as file:
-        for row, samples in enumerate(np.concatenate(summary.samples).tolist()):
-            bad = [member for member in range(samples) if (row, member) in summary.bad]
-            if len(bad) == samples:
-                continue
-            text = summary.table.text(row) if not bad else None
-            if text is None or b"\n" in text or b"\r" in text:
-                text = _rewritten(summary.table, row, bad)
-            file.write(text + b"\n")
-            rows += 1
-    return rows
-
-
-def _rewritten(table: AnnotationTable, row: int, bad: list[int]) -> bytes:
-    samples = table[row]
-    records = [_as_json(sample.record) for member, sample in enumerate(samples) if member not in bad]
-    packed = samples[0].origin.member is not None
-    return _dump(records if packed else records[0]).encode()
-
-
-def _dump(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    # Half of a surrogate pair cannot be written as UTF-8; escaped, it can.
-    return text if text.isascii() or not any("\ud800" <= one <= "\udfff" for one in text) else json.dumps(value)
-
-
-def _as_json(value: Any) -> Any:
-    """Return a value in a form that JSON can hold: embedded media as data URIs, other objects as text."""
-    if isinstance(value, Mapping):
-        if isinstance(value.get("bytes"), bytes):
-            rest = {key: item for key, item in value.items() if key not in ("bytes", "path")}
-            return _as_json(rest) | {"url": _data_uri(value["bytes"])}
-        return {str(key): _as_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
-    if isinstance(value, bytes):
-        return _data_uri(value)
-    return value if value is None or isinstance(value, str | int | float) else str(value)
-
-
-def _data_uri(content: bytes) -> str:
-    return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
+    """Write the usable samples of a dataset as JSON lines; return the number of rows. See :func:`write_rows`."""
+    out: dict[int, set[int]] = {}
+    for row, member in summary.bad:
+        out.setdefault(row, set()).add(member)
+    return write_rows(summary.table, out, path)
 
 
 def show(summaries: list[Summary], notes: list[str], console: Console | None = None) -> None:

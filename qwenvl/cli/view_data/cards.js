@@ -3,6 +3,7 @@
 
 const cards = (() => {
   const FIRST_PIECES = 1500; // of a conversation; the rest is shown on request
+  const HEAT = [0.1, 0.5, 1, 2, 4]; // nats; from each on, a token has the next colour
   const SVG = "http://www.w3.org/2000/svg";
 
   function element(tag, attributes = {}, ...children) {
@@ -75,9 +76,11 @@ const cards = (() => {
         yield element("span", { class: "chip", title: `id ${id}` }, `${token} × ${count}`);
         continue;
       }
-      for (const [text, ids, special] of content) {
-        const names = [kind === 1 ? "trained" : "", special ? "special" : ""].filter(Boolean).join(" ");
-        yield element("span", { title: `id ${ids}`, ...(names && { class: names }) }, text);
+      for (const [text, ids, special, loss] of content) {
+        const heat = loss === undefined ? "" : `heat h${HEAT.filter((least) => loss >= least).length}`;
+        const names = [kind === 1 ? "trained" : "", special ? "special" : "", heat].filter(Boolean).join(" ");
+        const title = loss === undefined ? `id ${ids}` : `id ${ids}, loss ${loss} nats`;
+        yield element("span", { title, ...(names && { class: names }) }, text);
       }
     }
   }
@@ -110,6 +113,7 @@ const cards = (() => {
         `${sample.trained.toLocaleString("en")} trained${vision}`));
     }
     const made = element("article", { class: "card sample", tabindex: "-1", "data-number": number }, head);
+    if (sample.rank) made.append(ranking.buttons(sample.rank));
     for (const [category, reason] of sample.problems) {
       made.append(element("p", { class: "problem" }, element("strong", {}, category), ` ${reason}`));
     }

@@ -14,17 +14,19 @@ _LONGEST_CHARACTER = 8  # tokens; a text may hold the replacement character itse
 PLAIN, TRAINED, VISION = 0, 1, 2
 
 
-def pieces_of(tokens: Tokens, tokenizer: Any) -> list[list[Any]]:
+def pieces_of(tokens: Tokens, tokenizer: Any, losses: Sequence[float] | None = None) -> list[list[Any]]:
     """Return the stretches of a sample, in order.
 
     Each is ``[PLAIN or TRAINED, [[text, ids, is a special token], ...]]``, or ``[VISION, [token, id, count]]`` for a
     run of placeholders. The texts add up to the model's input; ``ids`` are separated by spaces, and there are several
-    if a character takes several tokens.
+    if a character takes several tokens. With ``losses``, trained pieces have a fourth element: their greatest loss.
 
     Args:
         tokens: Tokens of the sample.
         tokenizer: Tokenizer of the checkpoint.
+        losses: Loss of each trained token that is predicted, in nats; None for none.
     """
+    left = iter(losses or ())
     trained = (tokens.labels != IGNORE_INDEX).tolist()
     marks = zip(tokens.input_ids.tolist(), trained, tokens.vision_mask.tolist(), strict=True)
     special = set(tokenizer.all_special_ids)
@@ -36,7 +38,11 @@ def pieces_of(tokens: Tokens, tokenizer: Any) -> list[list[Any]]:
         if is_vision:
             stretches.append([VISION, [tokenizer.decode([same]), same, len(ids)]])
         else:
-            stretches.append([TRAINED if is_trained else PLAIN, _texts(ids, tokenizer, special)])
+            texts = _texts(ids, tokenizer, special)
+            if is_trained and losses is not None:
+                for text in texts:
+                    text.append(round(max(itertools.islice(left, len(text[1].split()))), 3))
+            stretches.append([TRAINED if is_trained else PLAIN, texts])
     return stretches
 
 
