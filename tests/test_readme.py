@@ -47,6 +47,7 @@ TOOL_FLAGS = (
     *("max_difference", "metric", "nproc_per_node", "prompt", "requests", "samples", "server", "write_clean"),
     *("gpus", "host_memory", "machine", "mfu", "model", "processor", "reserve", "step_tokens", "tokens"),  # advise.py
     *("minutes", "output", "part", "rehearse"),  # benchmarks/gpu.py
+    *("data", "decisions", "drop", "limit", "percent", "sample_losses"),  # rank_samples.py
 )
 DATA = PAGES["docs/data.md"]
 EVERYTHING = "\n".join(PAGES.values())

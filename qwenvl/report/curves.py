@@ -118,22 +118,22 @@ def drawn_keys(history: History) -> list[str]:
     known = [key for plan in _TRAINING for key in plan.names]
     rates = [RATE, *dict.fromkeys(key for line in history for key in line if key.startswith(PART_RATE))]
     others = [*_others(history, eval_too=False), *_others(history, eval_too=True)]
-    losses = [
-        key for line in history for key in line if key.partition(OF_DATASET)[0] in known[:2] and OF_DATASET in key
-    ]
+    logged = dict.fromkeys(key for line in history for key in line if OF_DATASET in key)
+    losses = [key for key in logged if key.partition(OF_DATASET)[0] in known[:2]]
     return list(dict.fromkeys([*known[:2], *losses, *rates, *known[2:], *others]))
 
 
 def dataset_charts(history: History, unit: str = TRAINED_TOKENS) -> list[Chart]:
     """Return charts of single datasets: of each its loss, and its scores if evaluations give any.
 
-    The values are those with keys such as ``loss/apples``. With a single dataset, the other charts show the same.
+    The values are those with keys such as ``loss/apples``. Where training and evaluation have a single dataset each,
+    the other charts show the same.
     """
     keys = [key for key in dict.fromkeys(key for line in history for key in line) if OF_DATASET in key]
     names = list(dict.fromkeys(key.partition(OF_DATASET)[2] for key in keys))
     figures = list(dict.fromkeys(key.partition(OF_DATASET)[0] for key in keys))
     charts = []
-    for name in names if len(names) > 1 else ():
+    for name in names if len(keys) > len(figures) else ():
         losses = {f"{key}{OF_DATASET}{name}": text for key, text in _TRAINING[0].names.items()}
         charts.append(_chart(history, _Plan(f"Loss: {name}", losses, _loss_unit(unit), log=True)))
         found = {one: series(history, f"{one}{OF_DATASET}{name}") for one in figures if one.startswith("eval_")}

@@ -23,8 +23,10 @@ from qwenvl.utils.errors import Origin
 FILE_NAME = "dataset_losses.json"
 
 
-def dataset_names(dataset: ConversationDataset) -> tuple[str, ...]:
-    """Return the registry names of a dataset's tables; the place of a name is the number of its dataset."""
+def dataset_names(dataset: Any) -> tuple[str, ...]:
+    """Return the registry names of a dataset's tables, in order; none for data of another kind."""
+    if not isinstance(dataset, ConversationDataset):
+        return ()
     return tuple(table.table.spec.name for table in dataset.tables)
 
 

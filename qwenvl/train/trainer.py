@@ -353,8 +353,8 @@ class Trainer(CheckpointingTrainer):
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         totals, records = zeros_for_sums(3, self.args.device), list[tuple[str, Any]]()
-        rows: Any = dataloader.dataset
-        losses = DatasetLosses(dataset_names(rows), self.objective.unit, self.args.device)
+        names = dataset_names(getattr(dataloader, "dataset", None))
+        losses = DatasetLosses(names, self.objective.unit, self.args.device)
         for batch in dataloader:
             self.leave_if_asked_to_stop()
             self._receive(batch)

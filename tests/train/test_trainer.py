@@ -374,7 +374,11 @@ def test_running_loss_and_position_are_saved(trainer_of: Open, tmp_path: Path) -
     trainer.running_loss.add(torch.tensor(3.0))
     trainer.running_loss.end_step(taken=True)
     trainer.save_position(tmp_path)
-    assert {file.name for file in tmp_path.glob("*.json")} == {"running_loss.json", "sampler_state.json"}
+    assert {file.name for file in tmp_path.glob("*.json")} == {
+        "dataset_losses.json",
+        "running_loss.json",
+        "sampler_state.json",
+    }
     again = trainer_of()
     again.running_loss.take_up(str(tmp_path))
     assert again.running_loss.of_run(lambda total: total) == 3.0

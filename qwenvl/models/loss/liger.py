@@ -15,8 +15,8 @@ from qwenvl.utils.errors import UserError
 def open_liger_loss() -> SummedLoss:
     """Return Liger Kernel's loss in the form of :func:`qwenvl.models.loss.fused_lm_head.linear_cross_entropy`.
 
-    Its kernel supports no factors of rows, returns no losses of rows, and divides by zero where there are no rows: for a
-    batch with loss weights or without trained tokens, and where row losses are wanted without gradients (in
+    Its kernel supports no factors of rows, returns no losses of rows, and divides by zero where there are no rows: for
+    a batch with loss weights or without trained tokens, and where row losses are wanted without gradients (in
     evaluations), that function computes the loss. In training, row losses stay as they are.
 
     Raises:
