@@ -104,7 +104,7 @@ def run(arguments: MergeArguments) -> None:
     save(model, processor, arguments)
     carried = carried_tensors(read_source(base, **origin), model)
     carry_over(output, carried, shard_bytes(arguments.max_shard_size))
-    log_carried(carried, model.config)
+    log_carried(carried, model)
     follow_umask(output)
     check(model, processor, output, arguments.device)
     logger.info("Saved to %s. Stock transformers reads the same weights and logits from it.", output)

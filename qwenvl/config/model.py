@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +34,22 @@ class ModelArguments:
     )
     tune_mm_vision: bool = field(
         default=False, metadata={"help": "Train the vision encoder, without its mergers (see tune_mm_mlp)."}
+    )
+    train_mtp: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the layer for multi-token prediction (mtp.*) of Qwen3.5 and newer checkpoints, the draft "
+            "model of speculative decoding, at learning_rate, on the same tokens; its loss is logged as mtp_loss. With "
+            "tune_mm_llm, tune_mm_mlp and tune_mm_vision False it alone is trained, and the model stays as it is. "
+            "Without this flag the layer is saved as it was."
+        },
+    )
+    mtp_loss_weight: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of the loss of train_mtp, whose gradient also reaches the trained parts of the model. 0.1 "
+            "is the default of Megatron-LM."
+        },
     )
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
@@ -77,6 +94,8 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        if not 0 < self.mtp_loss_weight < math.inf:
+            raise UserError(f"--mtp_loss_weight {self.mtp_loss_weight:g} must be above 0 and finite.")
         if self.rope_scaling is None:
             for name in ("rope_factor", "rope_native_length"):
                 if getattr(self, name) is not None:

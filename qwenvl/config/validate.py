@@ -51,7 +51,9 @@ def check_together(
     Raises:
         UserError: nothing is trained, evaluation is asked for without data, or a flag is not supported.
     """
-    _check_trained_parts(model, adapters, data, has_head=tasks.task is not None)
+    _check_trained_parts(model, adapters, data, has_head=tasks.task is not None or model.train_mtp)
+    if model.train_mtp:
+        _check_mtp(adapters, tasks)
     if tasks.task is not None:
         _check_task(tasks.task, data, training)
     if tasks.task == "grounding":
@@ -145,6 +147,20 @@ def _check_task(task: str, data: DataArguments, training: TrainingArguments) -> 
         flag = f"--loss_on {data.loss_on}" if data.loss_on != "all" else "--history last"
         raise UserError(
             f"{flag} is about the answers of a language model, and --task {task} learns none. Leave it out."
+        )
+
+
+def _check_mtp(adapters: AdapterArguments, tasks: TaskArguments) -> None:
+    if tasks.task is not None:
+        raise UserError(
+            f"--train_mtp True with --task {tasks.task}: the layer drafts answers, and the task learns none. Leave one "
+            "of them out."
+        )
+    if adapters.lora_enable:
+        raise UserError(
+            "--train_mtp True with --lora_enable True: a folder of adapters has no place for a whole layer. Train and "
+            "merge the adapters first (tools/merge_lora.py), then train the layer alone, on the merged folder: "
+            "--train_mtp True, with --tune_mm_llm, --tune_mm_mlp and --tune_mm_vision False."
         )
 
 
@@ -250,6 +266,8 @@ def log_without_effect(
     of_tasks = {field.name for field in fields(TaskArguments)}
     if tasks.task is None and (unused := sorted(given & of_tasks)):
         logger.warning("%s: no effect without --task.", ", ".join(f"--{name}" for name in unused))
+    if "mtp_loss_weight" in given and not model.train_mtp:
+        logger.warning("--mtp_loss_weight has no effect without --train_mtp True.")
     if "group_by_cost" in given and data.data_packing:
         logger.info("group_by_cost has no effect with packs: their steps are balanced without it.")
     if _has_evaluation_data(data) and not _evaluates(training) and tasks.task is None:  # which is at its end

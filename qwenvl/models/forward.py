@@ -16,6 +16,9 @@ hooks there take ours out of the call before the stock code sees them:
 A task with a module of its own passes ``readout_inputs`` in place of the last two: the module
 (:mod:`qwenvl.models.task_module`) runs after the language model, and ``lm_head`` returns the module's output.
 
+Training of the layer for multi-token prediction adds ``mtp_inputs`` (:mod:`qwenvl.tasks.multi_token`): the layer
+(:mod:`qwenvl.models.mtp.layer`) runs after the language model, and ``lm_head`` returns its loss besides the model's.
+
 Calls without these arguments, such as ``generate``, are not changed. Nothing is read back from the device: lengths,
 sizes and counts that the host needs come with the batch.
 """
@@ -35,6 +38,7 @@ from transformers import PreTrainedModel
 from qwenvl.models.attention.linear_segments import SegmentedLinearAttention, missing_kernels
 from qwenvl.models.attention.segments import sample_index
 from qwenvl.models.loss.fused_lm_head import LossHead, SummedLoss, linear_cross_entropy
+from qwenvl.models.mtp.layer import MultiTokenPrediction, full_attention, mtp_of
 from qwenvl.models.parts import decoder_layers, language_model, layout_of, output_head, vision_tower
 from qwenvl.models.task_module import Readout, attach
 from qwenvl.models.vision.grid_inputs import PatchProjection, grid_describer, place_grids, shown_grids
@@ -196,9 +200,12 @@ class _Hooks:
     head: LossHead
     patchify: Patchify
     readout: Readout | None = None
+    mtp: MultiTokenPrediction | None = None
     # set at the start of every call, so that nothing is left over from a call that failed
     kept_positions: Tensor | None = field(default=None, init=False)
     readout_inputs: Mapping[str, Any] | None = field(default=None, init=False)
+    mtp_inputs: Mapping[str, Tensor] | None = field(default=None, init=False)
+    layer_options: dict[str, Any] = field(default_factory=dict, init=False)
 
     def before(
         self, language_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -210,6 +217,7 @@ class _Hooks:
         self.head.target_weights = kwargs.pop("target_weights", None)
         self.head.row_losses = kwargs.pop("row_losses", None)
         self.head.passed = None
+        self.head.mtp_inputs = self.mtp_inputs = kwargs.pop("mtp_inputs", None)
         self.readout_inputs = kwargs.pop("readout_inputs", None)
         if self.readout_inputs is not None:
             assert self.readout is not None, "a batch of a task, for a model without its module"
@@ -221,8 +229,16 @@ class _Hooks:
             kwargs.setdefault("seq_idx", sample_index(kwargs["cu_seq_lens_q"], kwargs["inputs_embeds"].shape[1]))
         return args, kwargs
 
-    def after(self, language_model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Keep the hidden states of the kept positions, those of all sequences in one row [1, n, H]."""
+    def note_options(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note how the language model calls a layer with full attention: rotary positions, mask, sample borders."""
+        if self.mtp_inputs is not None:
+            self.layer_options = kwargs
+
+    def after(self, language_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Keep the hidden states of the kept positions, those of all sequences in one row [1, n, H].
+
+        Those of the MTP layer follow them in the same row.
+        """
         kept, self.kept_positions = self.kept_positions, None
         inputs, self.readout_inputs = self.readout_inputs, None
         if inputs is not None:
@@ -230,9 +246,28 @@ class _Hooks:
             self.head.passed = self.readout(output, inputs)
             output.last_hidden_state = output.last_hidden_state[:, :0]
         elif kept is not None:
-            rows = output.last_hidden_state.flatten(0, 1)
-            output.last_hidden_state = rows.index_select(0, kept.to(rows.device)).unsqueeze(0)
+            rows = _rows(output.last_hidden_state, kept)
+            if self.mtp_inputs is not None:
+                self.head.model_trains = rows.requires_grad
+                rows = torch.cat([rows, self._draft(kwargs["inputs_embeds"], output.last_hidden_state)])
+            output.last_hidden_state = rows.unsqueeze(0)
         return output
+
+    def _draft(self, inputs_embeds: Tensor, hidden_states: Tensor) -> Tensor:
+        """Return the kept rows [m, H] of the MTP layer.
+
+        The last position of a sample gets the first embedding of the next one. No other position attends to it, and it
+        is never kept.
+        """
+        inputs, self.mtp_inputs = self.mtp_inputs, None
+        options, self.layer_options = self.layer_options, {}
+        assert self.mtp is not None and inputs is not None, "a batch for the MTP layer, for a model without it"
+        return _rows(self.mtp(inputs_embeds.roll(-1, dims=1), hidden_states, **options), inputs["positions"])
+
+
+def _rows(states: Tensor, positions: Tensor) -> Tensor:
+    """Return [n, H], the rows of [B, T, H] at indices [n] into the B x T rows."""
+    return states.flatten(0, 1).index_select(0, positions.to(states.device))
 
 
 @dataclass(frozen=True)
@@ -282,15 +317,23 @@ def install(
         stock.append(_replace(model, layout.patches, PatchProjection(model.get_submodule(layout.patches))))
     if missing_kernels():
         stock += _separate_linear_attention(model)
-    hooks = _Hooks(vision_tower(model), head, patchify, readout)
+    hooks = _Hooks(vision_tower(model), head, patchify, readout, mtp_of(model))
     if readout is not None:
         attach(model, readout)
     handles = (
         text.register_forward_pre_hook(hooks.before, with_kwargs=True),
-        text.register_forward_hook(hooks.after),
+        text.register_forward_hook(hooks.after, with_kwargs=True),
         *(() if readout is None else readout.watch(text)),
+        *_watch_layer(text, hooks),
     )
     return Installed(handles, tuple(stock))
+
+
+def _watch_layer(language_model: Any, hooks: _Hooks) -> Iterator[RemovableHandle]:
+    """Note the options of a layer for the MTP layer, which is of the same kind; nothing for a model without it."""
+    if hooks.mtp is not None:
+        layer = language_model.layers[full_attention(language_model)]
+        yield layer.register_forward_pre_hook(hooks.note_options, with_kwargs=True)
 
 
 def _replace(model: nn.Module, path: str, layer: nn.Module) -> tuple[nn.Module, str, nn.Module]:

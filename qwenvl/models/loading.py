@@ -18,6 +18,9 @@ from qwenvl.families import get_family, register_classes
 from qwenvl.models.attention.linear_segments import import_obstacle
 from qwenvl.models.attention.varlen import varlen_obstacle
 from qwenvl.models.moe_checkpoint import experts_read_as_stored, weight_files
+from qwenvl.models.mtp import files as mtp_files
+from qwenvl.models.mtp.layer import MTP, MultiTokenPrediction, is_mtp, mtp_of
+from qwenvl.models.parts import language_model
 from qwenvl.models.precision import read_dtype
 from qwenvl.models.quantization import (
     dequantizing,
@@ -26,7 +29,7 @@ from qwenvl.models.quantization import (
     refuse_quantized,
     require_whole_blocks,
 )
-from qwenvl.models.task_module import is_readout
+from qwenvl.models.task_module import add_unsaved, is_readout
 from qwenvl.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -132,6 +135,25 @@ def _shapes_of(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation
     return model.eval()
 
 
+def add_mtp(model: Any, model_name_or_path: str, dtype: torch.dtype, **origin: Any) -> None:
+    """Add the checkpoint's layer for multi-token prediction to a model, to be trained.
+
+    Args:
+        model: Stock model loaded from the checkpoint, on the meta device or not; its attention is set.
+        model_name_or_path: Folder or repository of the checkpoint.
+        dtype: Data type of the layer's weights.
+        origin: Keyword arguments of ``from_pretrained`` for downloads.
+
+    Raises:
+        UserError: The checkpoint has no such layer, or one of another form.
+    """
+    with torch.device(next(model.parameters()).device):
+        layer = MultiTokenPrediction(language_model(model)).to(dtype)
+    if not has_no_weights(model_name_or_path):  # else a dry run, from shapes
+        mtp_files.load(layer, weight_files(model_name_or_path, origin), model_name_or_path)
+    add_unsaved(model, MTP, layer)
+
+
 def keep_float32(model: PreTrainedModel, path: str, origin: Mapping[str, Any]) -> None:
     """Restore the tensors that a half-precision checkpoint stores in float32.
 
@@ -198,11 +220,14 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
     saved = load_model(folder, dtype=model.dtype, attn_implementation="sdpa")
     try:
         unknown = model.load_state_dict(saved.state_dict(), strict=False)
-        missing = [name for name in unknown.missing_keys if not is_readout(name)]
+        missing = [name for name in unknown.missing_keys if not (is_readout(name) or is_mtp(name))]
         if missing or unknown.unexpected_keys:
             raise RuntimeError(f"missing {missing}, unexpected {unknown.unexpected_keys}")
     except RuntimeError as error:
         raise UserError(f"{folder} was saved from another model than the one in training: {error}") from error
+    mtp = mtp_of(model)
+    if mtp is not None:
+        mtp_files.load(mtp, weight_files(folder, {}), folder)
 
 
 def read_model_type(model_name_or_path: str, cache_dir: str | None = None) -> str:

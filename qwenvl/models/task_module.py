@@ -83,8 +83,13 @@ def is_readout(name: str) -> bool:
 def attach(model: Any, readout: Readout) -> None:
     """Make a readout a submodule of a model, on its device; ``save_pretrained`` leaves it out of the model's files."""
     device = next(model.parameters()).device
-    model.add_module(NAME, readout.to(device) if device.type != "meta" else readout.to_empty(device=device))
-    ignored = {f"{NAME}.{name}" for name in readout.state_dict()}
+    add_unsaved(model, NAME, readout.to(device) if device.type != "meta" else readout.to_empty(device=device))
+
+
+def add_unsaved(model: Any, name: str, module: nn.Module) -> None:
+    """Add a submodule that ``save_pretrained`` leaves out of the model's files."""
+    model.add_module(name, module)
+    ignored = {f"{name}.{part}" for part in module.state_dict()}
     model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *ignored}
 
 

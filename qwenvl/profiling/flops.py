@@ -20,6 +20,7 @@ from qwenvl.models.lora.adapters import adapter_sizes, trains_whole
 from qwenvl.models.trainable.freezing import parameter_modules
 
 Part = Literal["vision", "merger", "language"]
+_AnyPart = Literal["vision", "merger", "language", "mtp"]
 
 _CHUNK = 64
 """Number of tokens in a chunk of the linear attention kernels."""
@@ -31,7 +32,7 @@ class Flops:
 
     Args:
         vision: Operations of the vision tower with its mergers.
-        language: Operations of the language model with its vocabulary projection.
+        language: Operations of the language model with its vocabulary projection, and of the MTP layer.
     """
 
     vision: Mapping[str, float]
@@ -65,14 +66,16 @@ class Trained:
         merger: Whether the mergers are trained in full.
         language: Whether the language model is trained in full.
         adapters: Number of elements of the adapters in each part; 0 if not known yet.
+        mtp: Whether the layer for multi-token prediction is trained.
     """
 
     vision: bool = True
     merger: bool = True
     language: bool = True
     adapters: Mapping[Part, int] = field(default_factory=dict)
+    mtp: bool = False
 
-    def any_of(self, part: Part) -> bool:
+    def any_of(self, part: _AnyPart) -> bool:
         """Whether a part has trainable parameters."""
         return bool(getattr(self, part)) or part in self.adapters
 
@@ -89,7 +92,7 @@ class Product:
             gradient; ``adapters``: activations and weights of adapters; ``attention``: activations and activations.
     """
 
-    part: Part
+    part: _AnyPart
     measure: str
     forward: float
     kind: Literal["weights", "pixels", "adapters", "attention"] = "weights"
@@ -109,6 +112,8 @@ def training_flops(config: Any, family: Family, trained: Trained, *, causal: boo
             attention, rather than the whole square.
     """
     computed = (*products(config, family, causal=causal), *_adapters(config.vision_config, trained))
+    if trained.mtp:
+        computed += tuple(_mtp(config.get_text_config(), family, 0.5 if causal else 1.0, trained))
     return _sum((product, 1 + _backward(product, trained)) for product in computed)
 
 
@@ -133,14 +138,14 @@ def _sum(weighed: Iterator[tuple[Product, int]]) -> Flops:
     vision: dict[str, float] = {}
     language: dict[str, float] = {}
     for product, passes in weighed:
-        flops = language if product.part == "language" else vision
+        flops = language if product.part in ("language", "mtp") else vision
         flops[product.measure] = flops.get(product.measure, 0.0) + product.forward * passes
     return Flops(vision, language)
 
 
 def _backward(product: Product, trained: Trained) -> int:
     """Return the number of products of the same size in the backward pass: 0 to 2."""
-    parts: tuple[Part, ...] = ("vision", "merger", "language")
+    parts: tuple[_AnyPart, ...] = ("vision", "merger", "language", "mtp")
     reached = any(trained.any_of(part) for part in parts[: parts.index(product.part) + 1])  # gradients pass through
     if product.kind == "attention":
         return 2 * reached
@@ -182,20 +187,37 @@ def _language(config: Any, family: Family, share: float) -> Iterator[Product]:
         family: Family of the model.
         share: Computed share of the square of attention, 0 to 1.
     """
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     layers = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     linear = sum(kind == "linear_attention" for kind in layers)
     full = len(layers) - linear
-    gated = 2 if family.linear_attention else 1  # Qwen3.5 projects a gate beside each query
-    attention = config.hidden_size * ((gated + 1) * queries + 2 * keys)
-    yield Product("language", "tokens", 2.0 * full * attention)
-    yield Product("language", "tokens_squared", 4.0 * full * queries * share, "attention")
+    yield from _full_attention("language", config, family, full, share)
     if linear:
         yield from _linear_attention(config, linear)
     matrices = sum(_feed_forward(config, family, layer) for layer in range(config.num_hidden_layers))
     yield Product("language", "tokens", 2.0 * matrices)
     yield Product("language", "trained_tokens", 2.0 * config.hidden_size * config.vocab_size)
+
+
+def _mtp(config: Any, family: Family, share: float, trained: Trained) -> Iterator[Product]:
+    """Yield the products of the layer for multi-token prediction, with its share of the vocabulary projection.
+
+    Backward through the projection is one product if its weight is frozen, as for inputs without a gradient.
+    """
+    yield Product("mtp", "tokens", 2.0 * 2 * config.hidden_size**2)
+    yield from _full_attention("mtp", config, family, 1, share)
+    yield Product("mtp", "tokens", 2.0 * _feed_forward(config, family, config.num_hidden_layers - 1))
+    projection = 2.0 * config.hidden_size * config.vocab_size
+    yield Product("mtp", "trained_tokens", projection, "weights" if trained.language else "pixels")
+
+
+def _full_attention(part: _AnyPart, config: Any, family: Family, layers: int, share: float) -> Iterator[Product]:
+    """Yield the products of a number of full attention layers; ``share`` as in :func:`_language`."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    gated = 2 if family.linear_attention else 1  # Qwen3.5 projects a gate beside each query
+    attention = config.hidden_size * ((gated + 1) * queries + 2 * keys)
+    yield Product(part, "tokens", 2.0 * layers * attention)
+    yield Product(part, "tokens_squared", 4.0 * layers * queries * share, "attention")
 
 
 def _linear_attention(config: Any, layers: int) -> Iterator[Product]:
@@ -233,5 +255,5 @@ def flops_of(model: Any) -> Flops:
     adapters = adapter_sizes(model, per_token=True)
     groups = parameter_modules(model)
     whole = {groups[name] for name, value in model.named_parameters() if value.requires_grad and trains_whole(name)}
-    trained = Trained("vision" in whole, "merger" in whole, "language" in whole, adapters)
+    trained = Trained("vision" in whole, "merger" in whole, "language" in whole, adapters, "mtp" in whole)
     return training_flops(model.config, get_family(model.config.model_type), trained)

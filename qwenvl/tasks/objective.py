@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -47,10 +48,12 @@ class Objective:
     Attributes:
         unit: Unit that the loss is averaged over: a plural noun for logs.
         attention: Attention implementation that the language model must have; None for any.
+        apart: Losses that logs show by themselves rather than in ``loss``, and their weights in the sum.
     """
 
     unit = "trained_tokens"
     attention: str | None = None
+    apart: Mapping[str, float] = MappingProxyType({})
 
     def build_readout(self, config: PretrainedConfig) -> Readout | None:
         """Return the module that is trained with a model of this config; None for language modelling.
@@ -104,14 +107,15 @@ class Objective:
             without a graph, the addends of the sum; without it, there is no loss by dataset. Where the batch says
             ``output_router_logits``, they hold ``router_logits``, for the auxiliary loss of a mixture of experts.
         """
-        targets: Tensor = batch["targets"]
-        losses = torch.zeros(targets.shape, device=targets.device)
-        # as integers, since DeepSpeed and FSDP2 copy floating-point inputs to round them
-        output = run_model(model, {**batch, "row_losses": losses.view(torch.int32)})
+        output = run_with_unit_losses(model, batch)
         # without our head, a stock model silently ignores the arguments that it does not know
         assert output.logits.dim() == 0, "call qwenvl.models.forward.install first"
-        output.unit_losses = losses
         return output.logits, output
+
+    def losses_apart(self, output: Any) -> Mapping[str, Tensor]:
+        """Return the losses :attr:`apart`, summed over the units and not weighted, float32 [], from the outputs."""
+        del output
+        return {}
 
     def scores(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
         """Return the scores of a prepared batch, float32, which a saved folder has to reproduce; None for no scores.
@@ -136,6 +140,21 @@ class Objective:
 
     def draw(self, records: Sequence[Any], folder: Path) -> None:
         """Write figures, such as a confusion matrix, to the output folder. Only rank 0 calls it."""
+
+
+def run_with_unit_losses(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Run a prepared batch of language modelling; return the model's output, with ``unit_losses``.
+
+    Args:
+        model: Model with :func:`qwenvl.models.forward.install`, wrapped or not.
+        batch: Batch from :meth:`Objective.prepare`, on the device.
+    """
+    targets: Tensor = batch["targets"]
+    losses = torch.zeros(targets.shape, device=targets.device)
+    # as integers, since DeepSpeed and FSDP2 copy floating-point inputs to round them
+    output = run_model(model, {**batch, "row_losses": losses.view(torch.int32)})
+    output.unit_losses = losses
+    return output
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from qwenvl.tasks.grounding import predict as grounding_predict
 from qwenvl.tasks.heads import build as heads
 from qwenvl.tasks.heads import labelling
 from qwenvl.tasks.heads import predict as heads_predict
+from qwenvl.tasks.multi_token import MultiTokenObjective
 from qwenvl.tasks.objective import Task
 from qwenvl.utils.errors import UserError
 
@@ -96,6 +97,8 @@ def open_task(
         UserError: the settings or the data do not fit the task.
     """
     name = parsed.tasks.task
+    if parsed.model.train_mtp:
+        return Task(MultiTokenObjective(parsed.model.mtp_loss_weight))
     return Task() if name is None else TASKS[name].open(parsed, config, train, held_out, encoder)
 
 

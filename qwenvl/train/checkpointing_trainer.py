@@ -26,7 +26,7 @@ from qwenvl.models.lora import files as adapter_files
 from qwenvl.models.lora.adapters import has_adapters
 from qwenvl.models.task_module import readout_of
 from qwenvl.tasks import files as task_files
-from qwenvl.train.checkpoint import float32_parts
+from qwenvl.train.checkpoint import float32_parts, trained_mtp
 from qwenvl.train.checkpoint.carried_tensors import carried_tensors, carry_over
 from qwenvl.train.checkpoint.folder import published, refused_state_named, write_records
 from qwenvl.train.checkpoint.folder_check import Header
@@ -93,7 +93,9 @@ class CheckpointingTrainer(transformers.Trainer):
         self.card: Card | None = None
         self._hasher = BackgroundHasher()
         self.forgets_best = False  # whether metrics of a resumed run are not comparable with earlier ones
-        self._of_task: Mapping[str, Tensor] = {}  # gathered from all ranks, for the rank that writes
+        # gathered from all ranks, for the rank that writes
+        self._of_task: Mapping[str, Tensor] = {}
+        self._of_mtp: Mapping[str, Tensor] = {}
         self._in_float32: Mapping[str, Tensor] = {}
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -196,6 +198,7 @@ class CheckpointingTrainer(transformers.Trainer):
         can open. With adapters, only saved weights are gathered, never the frozen ones.
         """
         self._of_task = task_files.collect(self.model)
+        self._of_mtp = trained_mtp.collect(self.model)
         if self.is_deepspeed_enabled and not has_adapters(self.model):
             self._in_float32 = float32_parts.collect(self.model, self._records.source or {})
         if has_adapters(self.model):
@@ -309,6 +312,15 @@ class CheckpointingTrainer(transformers.Trainer):
             tensors = carried_tensors(self._records.source or {}, self.model)
             carry_over(folder, tensors, shard_bytes(self.args.max_shard_size))
 
+    def _save_mtp(self, folder: Path) -> None:
+        """Add the layer for multi-token prediction that was trained; a finished model's in the type of its weights.
+
+        Trained alone, it is in float32 beside a model in half precision, and resumes from that.
+        """
+        finished = self._drafts is None and self.args.save_dtype == "auto"
+        tensors = {name: value.to(self.model.dtype) if finished else value for name, value in self._of_mtp.items()}
+        trained_mtp.save(folder, tensors, self._records.source or {}, shard_bytes(self.args.max_shard_size))
+
     def _name_best(self, being_saved: int | None = None) -> None:
         """Set the best checkpoint to its final path: the Trainer sets a path among the drafts.
 
@@ -329,8 +341,9 @@ class CheckpointingTrainer(transformers.Trainer):
             else:
                 if state_dict is not None:
                     tie_gathered(self.model, state_dict)
-                    state_dict = {**task_files.without_task(state_dict), **self._in_float32}
+                    state_dict = {**trained_mtp.without_mtp(task_files.without_task(state_dict)), **self._in_float32}
                 super()._save(output_dir, state_dict=state_dict)
+                self._save_mtp(Path(folder))
             task_files.save(self.model, folder, self._of_task)
             self._processor.save_pretrained(folder)
             write_client_forms(Path(folder))

@@ -18,7 +18,7 @@ from qwenvl.data.encoding.processor import (
     processor_limits,
     with_training_limits,
 )
-from qwenvl.families import Family, get_family
+from qwenvl.families import FAMILIES, Family, get_family
 from qwenvl.metrics.registry import METRICS
 from qwenvl.models.attention.linear_segments import PACKAGES, missing_kernels
 from qwenvl.models.loading import read_trainable
@@ -70,10 +70,7 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
         _require_launcher(engine, args.dry_run)
         _refuse_engine(engine, family)
     settings_yaml = arguments_to_yaml(parsed)
-    if args.router_aux_loss_coef and not family.moe:
-        raise UserError(
-            f"--router_aux_loss_coef {args.router_aux_loss_coef:g}: {family.model_type} has no experts. Leave it out."
-        )
+    _refuse_other_families(parsed, family)
     config = open_config(parsed)
     if parsed.data.data_flatten:
         _warn_slow_packing(family)
@@ -89,7 +86,7 @@ def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     model = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective)
     source = read_source(parsed.model.model_name_or_path, cache_dir=args.cache_dir)
     if not parsed.adapters.lora_enable:
-        log_carried(carried_tensors(source, model), config)
+        log_carried(carried_tensors(source, model), model)
     serving = describe_serving(data.encoder, [table.table.spec for table in data.train.tables])
     used = [asdict(rows) for rows in used_rows(data)]
     records = Records(settings_yaml, processor_limits(data.processor), source, serving, used)
@@ -267,6 +264,17 @@ def _refuse_engine(engine: Engine, family: Family) -> None:
         raise UserError(
             f"--{engine} with {family.model_type}: its encoders run once per image size, so that ranks with sharded "
             f"weights would wait for each other. Train it with DDP: leave --{engine} out."
+        )
+
+
+def _refuse_other_families(parsed: ParsedArguments, family: Family) -> None:
+    coefficient = parsed.training.router_aux_loss_coef
+    if coefficient and not family.moe:
+        raise UserError(f"--router_aux_loss_coef {coefficient:g}: {family.model_type} has no experts. Leave it out.")
+    if parsed.model.train_mtp and not family.mtp:
+        raise UserError(
+            f"--train_mtp True: checkpoints of {family.model_type} have no layer for multi-token prediction; those of "
+            f"{' and '.join(one.model_type for one in FAMILIES.values() if one.mtp)} have one. Leave it out."
         )
 
 

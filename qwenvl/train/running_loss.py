@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +25,39 @@ class RunningLoss:
 
     Args:
         device: Device of the losses.
+        apart: Names of losses that the log shows besides ``loss``.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._step, self._sum = torch.zeros((), device=device), torch.zeros((), device=device)
+    def __init__(self, device: torch.device, apart: Sequence[str] = ()) -> None:
+        self._apart = tuple(apart)
+        # the loss, then those apart
+        self._step, self._sum = (torch.zeros(1 + len(apart), device=device) for _ in range(2))
         self._beginning: dict[str, Any] = {}
         self.start_over()
 
     def start_over(self) -> None:
         """Reset to the sums of the checkpoint that the run resumed from, or to zero."""
         state = self._beginning
-        sums = state.get("sums", [0.0])
         self._step.zero_()
-        self._sum.fill_(sums[rank()] if len(sums) == world_size() else sum(sums) / len(sums))
+        sums = [state.get("sums", [0.0]), *(state.get("apart", {}).get(name, [0.0]) for name in self._apart)]
+        self._sum.copy_(torch.tensor([_share(each) for each in sums]))
         self._steps, self._skipped = state.get("steps", 0), state.get("skipped", 0)
         self._logged_sum, self._logged_steps = state.get("logged_sum", 0.0), state.get("logged_steps", 0)
 
     @property
     def of_step(self) -> Tensor:
         """This rank's loss of the current step: float32 []."""
-        return self._step
+        return self._step[0]
 
-    def add(self, loss: Tensor) -> None:
-        """Add the loss of a micro-batch: float32 [], this rank's part of the loss of the optimizer step."""
-        self._step += loss.detach()
+    def add(self, loss: Tensor, apart: Mapping[str, Tensor] | None = None) -> None:
+        """Add the loss of a micro-batch.
+
+        Args:
+            loss: float32 [], this rank's part of the loss of the optimizer step.
+            apart: The losses apart, likewise, by name.
+        """
+        losses = [loss, *((apart or {})[name] for name in self._apart)]
+        self._step += torch.stack([each.detach().to(self._step) for each in losses])
 
     def end_step(self, *, taken: bool) -> None:
         """Add the loss of the step to the sum, or drop it if the step was skipped."""
@@ -63,12 +72,14 @@ class RunningLoss:
         """Return the figures since the last call, and reset them; every rank must call it.
 
         Returns:
-            ``loss``, the mean over the steps taken, NaN if there were none; ``skipped_steps``, if there are any.
+            ``loss`` and the losses apart, means over the steps taken, NaN if there were none; ``skipped_steps``, if
+            there are any.
         """
-        total = mean_over_ranks(self._sum).item()
+        totals = mean_over_ranks(self._sum).tolist()
+        means = [total / self._steps if self._steps else math.nan for total in totals]
         skipped = {"skipped_steps": self._skipped} if self._skipped else {}
-        figures = {"loss": total / self._steps if self._steps else math.nan, **skipped}
-        self._logged_sum += total
+        figures = {**dict(zip(("loss", *self._apart), means, strict=True)), **skipped}
+        self._logged_sum += totals[0]
         self._logged_steps += self._steps
         self._sum.zero_()
         self._steps = self._skipped = 0
@@ -79,17 +90,18 @@ class RunningLoss:
 
         NaN if no step was taken; every rank must call it.
         """
-        total, steps = mean_over_ranks(self._sum).item() + self._logged_sum, self._steps + self._logged_steps
+        total, steps = mean_over_ranks(self._sum)[0].item() + self._logged_sum, self._steps + self._logged_steps
         return total / steps if steps else math.nan
 
     def save(self, folder: Path, *, writes: bool) -> None:
         """Write the sums to a checkpoint; every rank must call it, and ranks with ``writes`` write."""
-        sums = gather_objects(self._sum.item())
+        sums, *apart = zip(*gather_objects(self._sum.tolist()), strict=True)
         if writes:
             state = {
                 "steps": self._steps,
                 "skipped": self._skipped,
                 "sums": sums,
+                **({"apart": dict(zip(self._apart, apart, strict=True))} if apart else {}),
                 "logged_steps": self._logged_steps,
                 "logged_sum": self._logged_sum,
             }
@@ -101,3 +113,8 @@ class RunningLoss:
         if path.exists():
             self._beginning = json.loads(path.read_text(encoding="utf-8"))
             self.start_over()
+
+
+def _share(sums: Sequence[float]) -> float:
+    """Return this rank's sum of those of the ranks that saved them; their mean for another number of ranks."""
+    return sums[rank()] if len(sums) == world_size() else sum(sums) / len(sums)

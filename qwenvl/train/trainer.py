@@ -98,9 +98,10 @@ class Trainer(CheckpointingTrainer):
         self.answers = AnswerLog(output_dir)
         self._generation_eval = GenerationEval(prompts, self.answers, self._watchdog) if prompts else None
         self._learning_rates = LearningRates(args.learning_rate)
-        self.running_loss = RunningLoss(args.device)
+        self.running_loss = RunningLoss(args.device, tuple(self.objective.apart))
         self.sample_losses = SampleLosses(args.output_dir, args.log_sample_losses)
         self.dataset_losses = DatasetLosses(dataset_names(self.train_dataset), self.objective.unit, args.device)
+        self._apart: dict[str, Tensor] = {}  # losses of the current micro-batch that are logged by themselves
         self._step_guard = StepGuard(args.max_bad_steps)
         self._samples: list[str] = []  # origins of the current step's samples
         self._units = 0.0  # units of the current step, which divide its loss
@@ -224,6 +225,7 @@ class Trainer(CheckpointingTrainer):
             losses = losses_of_samples(output, inputs)
             self.dataset_losses.add(losses, inputs)
             self.sample_losses.add(losses)
+        self._apart = {name: part * (ranks / units) for name, part in self.objective.losses_apart(output).items()}
         self.speed.profile.enter(Phase.BACKWARD)
         return loss * ranks
 
@@ -257,7 +259,8 @@ class Trainer(CheckpointingTrainer):
     ) -> Tensor:
         """Run one micro-batch; the optimizer follows after the last one of a step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.running_loss.add(loss)
+        weighted = sum(self.objective.apart[name] * part for name, part in self._apart.items())
+        self.running_loss.add(loss - weighted, self._apart)
         self.speed.profile.enter(Phase.OPTIMIZER if self.accelerator.sync_gradients else Phase.OTHER)
         return loss
 
@@ -352,7 +355,8 @@ class Trainer(CheckpointingTrainer):
         model = self._wrap_model(self.model, training=False)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        totals, records = zeros_for_sums(3, self.args.device), list[tuple[str, Any]]()
+        apart = tuple(self.objective.apart)
+        totals, records = zeros_for_sums(3 + len(apart), self.args.device), list[tuple[str, Any]]()
         names = dataset_names(getattr(dataloader, "dataset", None))
         losses = DatasetLosses(names, self.objective.unit, self.args.device)
         for batch in dataloader:
@@ -368,10 +372,13 @@ class Trainer(CheckpointingTrainer):
                 loss, output = batch_loss(self.objective, model, inputs, units=1.0)
             totals[0] += loss
             losses.add(losses_of_samples(output, inputs), inputs)
+            parts = self.objective.losses_apart(output)
+            for place, name in enumerate(apart, 3):
+                totals[place] += parts[name]
             records += zip(datasets, self.objective.records(output, inputs), strict=False)  # no or all units
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         losses.end_step(taken=True)
-        loss_sum, weight, units = self._sum_over_ranks(totals).tolist()
+        loss_sum, weight, units, *sums = self._sum_over_ranks(totals).tolist()
         records = list(itertools.chain(*gather_objects(records)))
         of_all = [record for _, record in records]
         if self.is_world_process_zero():
@@ -379,6 +386,7 @@ class Trainer(CheckpointingTrainer):
         found = {
             "loss": loss_sum / weight if weight else math.nan,  # 0 would count as the best loss
             self.objective.unit: int(units),
+            **{name: total / weight if weight else math.nan for name, total in zip(apart, sums, strict=True)},
             **self.objective.metrics(of_all),
             **(self._generation_eval.run(self) if self._generation_eval else {}),
             **losses.take(self._sum_over_ranks),

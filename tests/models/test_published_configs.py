@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl.families import get_family
-from qwenvl.models.mtp import MTP, MultiTokenPrediction
+from qwenvl.models.mtp.layer import MTP, MultiTokenPrediction
 
 NAMES = (
     *("Qwen3-VL-2B-Instruct", "Qwen3-VL-4B-Instruct", "Qwen3-VL-8B-Instruct", "Qwen3-VL-32B-Instruct"),

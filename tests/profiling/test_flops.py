@@ -22,7 +22,8 @@ from qwenvl.data.types import ImageItem
 from qwenvl.families import FAMILIES, get_family
 from qwenvl.models.forward import install
 from qwenvl.models.lora.adapters import AdapterSettings, adapter_sizes, add_adapters
-from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
+from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs, run_model
+from qwenvl.models.mtp.layer import MultiTokenPrediction
 from qwenvl.models.trainable.freezing import set_model
 from qwenvl.profiling.flops import Trained, training_flops
 from tests.patches import patchify_of
@@ -126,6 +127,33 @@ def test_flops_are_what_torch_counts(family: str, trained: Trained, build: Calla
     model.zero_grad()
     both = training_flops(model.config, get_family(family), trained, causal=False)
     assert both.count(measures) == pytest.approx(count_products(counter), rel=exactness[1])
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_flops_of_the_mtp_layer_are_what_torch_counts(
+    family: str, alone: bool, build: Callable[[str], PreTrainedModel], tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """What training it adds: a language model that is trained too, or frozen below it."""
+    found, expected = [], []
+    for mtp in (False, True):
+        model: Any = AutoModelForImageTextToText.from_config(build(family).config, attn_implementation="eager")
+        model.set_experts_implementation("eager")
+        model.requires_grad_(not alone)
+        if mtp:
+            model.add_module("mtp", MultiTokenPrediction(model.model.language_model))
+        install(model, patchify_of(tiny_checkpoint(family)), plain_loss)
+        batch, measures = one_batch(model)
+        positions, targets = batch["kept_positions"] - 1, batch["targets"]
+        batch |= {"mtp_inputs": {"positions": positions, "targets": targets}} if mtp else {}
+        with FlopCounterMode(display=False) as counter:
+            loss = run_model(model, batch).logits.sum()
+            if loss.requires_grad:
+                loss.backward()
+        trained = Trained(not alone, not alone, not alone, mtp=mtp)
+        found.append(count_products(counter))
+        expected.append(training_flops(model.config, get_family(family), trained, causal=False).count(measures))
+    assert expected[1] - expected[0] == pytest.approx(found[1] - found[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}], ids=str)

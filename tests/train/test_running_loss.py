@@ -39,6 +39,26 @@ def test_skipped_steps_are_in_neither_mean() -> None:
     assert running.of_run(same) == 4.0
 
 
+def test_losses_apart_are_logged_beside_the_loss_and_resumed(tmp_path: Path) -> None:
+    def more(running: RunningLoss, loss: float, mtp: float) -> None:
+        running.add(torch.tensor(loss), {"mtp_loss": torch.tensor(mtp)})
+        running.end_step(taken=True)
+
+    first = RunningLoss(torch.device("cpu"), ["mtp_loss"])
+    more(first, 1.0, 10.0)
+    assert first.take(same) == {"loss": 1.0, "mtp_loss": 10.0}
+    more(first, 2.0, 20.0)
+    first.save(tmp_path, writes=True)
+    for apart, wanted in ((["mtp_loss"], {"loss": 3.0, "mtp_loss": 30.0}), ([], {"loss": 3.0})):
+        second = RunningLoss(torch.device("cpu"), apart)
+        second.take_up(str(tmp_path))
+        second.add(torch.tensor(4.0), {"mtp_loss": torch.tensor(40.0)})
+        assert second.of_step.item() == 4.0
+        second.end_step(taken=True)
+        assert second.take(same) == wanted
+        assert second.of_run(same) == 7.0 / 3
+
+
 def test_without_a_taken_step_there_is_no_mean() -> None:
     running = taken(math.inf)
     assert math.isnan(running.of_run(same)) and math.isnan(running.take(same)["loss"])

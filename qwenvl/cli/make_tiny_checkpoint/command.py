@@ -31,7 +31,7 @@ from qwenvl.cli.make_tiny_checkpoint.processor import TEMPLATES, Template, build
 from qwenvl.cli.make_tiny_checkpoint.shapes import Size, build_config
 from qwenvl.cli.make_tiny_checkpoint.tokenizer import build_tokenizer
 from qwenvl.families import FAMILIES, get_family
-from qwenvl.models.mtp import MTP, MultiTokenPrediction
+from qwenvl.models.mtp.layer import MTP, MultiTokenPrediction
 from qwenvl.models.parts import language_model, layout_of, vision_tower
 from qwenvl.utils.permissions import follow_umask
 

@@ -241,7 +241,7 @@ def adapter_sizes(model: PreTrainedModel, *, per_token: bool = False) -> dict[Pa
     for name, parameter in model.named_parameters():
         if is_adapter(name) and ".lora_magnitude_vector" not in name:
             part = groups[name]
-            assert part != "head", "adapters sit in the model's own layers"
+            assert part != "head" and part != "mtp", "adapters sit in the model's own layers"
             size = full_size(parameter)
             if per_token and peft_name(name) != name:
                 size = size * text.num_experts_per_tok // text.num_experts

@@ -9,7 +9,7 @@ Liger Kernel's fused linear cross entropy (Hsu et al., 2024, arXiv 2410.10989, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,6 +151,8 @@ class LossHead(nn.Linear):
         self.targets: Tensor | None = None  # this and the three below are for the next call only
         self.target_weights: Tensor | None = None
         self.row_losses: Tensor | None = None
+        self.mtp_inputs: Mapping[str, Tensor] | None = None  # of the rows of the MTP layer, after those of the model
+        self.model_trains = True  # whether the rows before those of the MTP layer need a gradient
         self.passed: Tensor | None = None  # output of the call, if a task has a module of its own
         self.row_ids: list[int] = []
         self.rows: nn.Parameter | None
@@ -173,11 +175,14 @@ class LossHead(nn.Linear):
         """Return logits [..., V]; or, with ``targets`` set, the summed cross entropy of all rows, float32 scalar.
 
         ``target_weights`` are float32 factors of the rows, reinterpreted as int32 [n]; so is ``row_losses``, which is
-        filled with the addends of the sum.
+        filled with the addends of the sum. With ``mtp_inputs`` (``targets`` int64 [m] and, if any is not 1, ``weights``
+        as above) the last m rows are those of the MTP layer, and the result is [2]: the sum of the rows before them,
+        and theirs.
         """
         targets, self.targets = self.targets, None
         weights, self.target_weights = self.target_weights, None
         row_losses, self.row_losses = self.row_losses, None
+        mtp, self.mtp_inputs = self.mtp_inputs, None
         passed, self.passed = self.passed, None
         if passed is not None:
             return passed
@@ -186,6 +191,18 @@ class LossHead(nn.Linear):
             weight = with_rows(weight, self.row_index, self.rows)
         if targets is None:
             return functional.linear(hidden, weight)
-        factors = None if weights is None else weights.view(torch.float32)
-        addends = None if row_losses is None else row_losses.view(torch.float32)
-        return self.summed_loss(hidden.flatten(0, -2), weight, targets, factors, addends)
+        rows = hidden.flatten(0, -2)
+        if mtp is None:
+            return self._summed(rows, weight, targets, weights, row_losses)
+        own, drafts = rows.tensor_split([len(targets)])
+        losses = (
+            self._summed(own if self.model_trains else own.detach(), weight, targets, weights, row_losses),
+            self._summed(drafts, weight, mtp["targets"], mtp.get("weights")),
+        )
+        return torch.stack(losses)
+
+    def _summed(
+        self, rows: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, row_losses: Tensor | None = None
+    ) -> Tensor:
+        factors, addends = (None if one is None else one.view(torch.float32) for one in (weights, row_losses))
+        return self.summed_loss(rows, weight, targets, factors, addends)

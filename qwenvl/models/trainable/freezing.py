@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from qwenvl.models.mtp.layer import is_mtp, mtp_of
 from qwenvl.models.parts import language_model, mergers, output_head, vision_tower
 from qwenvl.models.task_module import Readout, is_readout, readout_of
 from qwenvl.models.trainable.sharded_params import full_size
 from qwenvl.utils.errors import UserError
 
-ModuleGroup = Literal["vision", "merger", "language", "head"]
-GROUPS: tuple[ModuleGroup, ...] = ("vision", "merger", "language", "head")
+ModuleGroup = Literal["vision", "merger", "language", "mtp", "head"]
+GROUPS: tuple[ModuleGroup, ...] = ("vision", "merger", "language", "mtp", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,8 @@ def parameter_modules(model: PreTrainedModel) -> dict[str, ModuleGroup]:
     """Return the module group of every parameter, by its name.
 
     ``merger``: the mergers, including DeepStack's. ``vision``: the rest of the tower. ``head``: the module of a task
-    (:mod:`qwenvl.models.task_module`). ``language``: everything else: language model, embeddings, ``lm_head`` (tied or
-    not).
+    (:mod:`qwenvl.models.task_module`). ``mtp``: the layer for multi-token prediction, in a model that trains it.
+    ``language``: everything else: language model, embeddings, ``lm_head`` (tied or not).
 
     The group depends on the module that holds a parameter, not on its name; a tied tensor appears once.
     """
@@ -50,7 +51,7 @@ def parameter_modules(model: PreTrainedModel) -> dict[str, ModuleGroup]:
     for name, parameter in model.named_parameters():
         key = id(parameter)
         part: ModuleGroup = "merger" if key in merger else "vision" if key in vision else "language"
-        groups[name] = "head" if is_readout(name) else part
+        groups[name] = "head" if is_readout(name) else "mtp" if is_mtp(name) else part
     return groups
 
 
@@ -64,7 +65,7 @@ def set_model(
         tune_mm_vision: Whether to train the vision tower except its mergers.
         tune_mm_mlp: Whether to train the mergers, including DeepStack's.
         tune_mm_llm: Whether to train the language model, its embeddings and ``lm_head``, tied or not.
-        adapted: Whether adapters or the module of a task will train, so that the switches may all be off.
+        adapted: Whether adapters, the MTP layer or the module of a task train, so that the switches may all be off.
 
     Returns:
         A summary of each module group.
@@ -73,7 +74,7 @@ def set_model(
         UserError: No parameter is trainable.
     """
     switches: dict[ModuleGroup, bool] = {"vision": tune_mm_vision, "merger": tune_mm_mlp, "language": tune_mm_llm}
-    switches["head"] = True
+    switches["head"] = switches["mtp"] = True
     groups = parameter_modules(model)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # quantized weights cannot train
@@ -176,6 +177,10 @@ def configure_checkpointing(model: PreTrainedModel, parts: CheckpointedParts | N
     for module, checkpointed in wanted.items():
         if not checkpointed:
             _disable_checkpointing(module)
+    mtp = mtp_of(model)
+    layers: Any = () if mtp is None else mtp.layers  # of the language model's kind, but outside of it
+    for layer in layers:
+        layer.gradient_checkpointing = parts in ("language", "both")
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:

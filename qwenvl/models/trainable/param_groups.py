@@ -22,7 +22,7 @@ def module_learning_rates(
     """Return each module group's peak learning rate; None means ``learning_rate``, and 0 means 0.
 
     Args:
-        learning_rate: Learning rate of the language model.
+        learning_rate: Learning rate of the language model and of the MTP layer.
         mm_projector_lr: Learning rate of the mergers.
         vision_tower_lr: Learning rate of the vision tower without its mergers.
         head_lr: Learning rate of a task's module.
@@ -31,6 +31,7 @@ def module_learning_rates(
         "vision": learning_rate if vision_tower_lr is None else vision_tower_lr,
         "merger": learning_rate if mm_projector_lr is None else mm_projector_lr,
         "language": learning_rate,
+        "mtp": learning_rate,
         "head": learning_rate if head_lr is None else head_lr,
     }
 

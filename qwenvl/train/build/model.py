@@ -14,7 +14,7 @@ from qwenvl.families import get_family
 from qwenvl.models.attention.packed import attend_by_segments, refuse_unknown_switches
 from qwenvl.models.attention.varlen import torch_kernel
 from qwenvl.models.forward import install
-from qwenvl.models.loading import choose_attention, load_model
+from qwenvl.models.loading import add_mtp, choose_attention, load_model
 from qwenvl.models.lora.adapters import AdapterSettings, add_adapters, trained_in_float32
 from qwenvl.models.lora.files import describe_base
 from qwenvl.models.lora.new_tokens import make_room, train_rows
@@ -70,6 +70,8 @@ def open_model(
     if by_segments:
         kernel = torch_kernel() if attention == "varlen" else None
         attend_by_segments(model, kernel, stock_tower=not hasattr(vision_tower(model), "grid_describer"))
+    if arguments.train_mtp:
+        add_mtp(model, arguments.model_name_or_path, weight_types(parsed)[1], **origin_options(parsed))
     return prepare_model(model, parsed, patchify, tokens, objective)
 
 
@@ -112,7 +114,7 @@ def _choose_trained_parts(model: PreTrainedModel, parsed: ParsedArguments, reado
         tune_mm_vision=arguments.tune_mm_vision,
         tune_mm_mlp=arguments.tune_mm_mlp,
         tune_mm_llm=arguments.tune_mm_llm,
-        adapted=parsed.adapters.lora_enable or readout is not None,
+        adapted=parsed.adapters.lora_enable or arguments.train_mtp or readout is not None,
     )
     if readout is not None:
         readout.to(weight_types(parsed)[1])
@@ -122,8 +124,8 @@ def _choose_trained_parts(model: PreTrainedModel, parsed: ParsedArguments, reado
 def weight_types(parsed: ParsedArguments) -> tuple[torch.dtype, torch.dtype]:
     """Return the data types of frozen weights and of trainable weights."""
     args, model = parsed.training, parsed.model
-    head_alone = parsed.tasks.task is not None and not (model.tune_mm_llm or model.tune_mm_mlp or model.tune_mm_vision)
-    adapted = parsed.adapters.lora_enable or head_alone
+    frozen = not (model.tune_mm_llm or model.tune_mm_mlp or model.tune_mm_vision)
+    adapted = parsed.adapters.lora_enable or (frozen and (parsed.tasks.task is not None or model.train_mtp))
     masters = bool(args.deepspeed) or (adapted and not args.fsdp)
     dtype = resolve_dtype(parsed.model.model_dtype, bf16=args.bf16, fp16=args.fp16, masters=masters)
     return dtype, torch.float32 if adapted and not args.deepspeed else dtype

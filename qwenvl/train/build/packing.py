@@ -79,7 +79,8 @@ def arrange(
     seed = args.seed if args.data_seed is None else args.data_seed
     switches = parsed.model
     adapters = dict.fromkeys(parsed.adapters.adapted_parts, 0)
-    trained = Trained(switches.tune_mm_vision, switches.tune_mm_mlp, switches.tune_mm_llm, adapters)
+    tuned = (switches.tune_mm_vision, switches.tune_mm_mlp, switches.tune_mm_llm)
+    trained = Trained(*tuned, adapters, switches.train_mtp)
     flops = training_flops(config, family, trained)
     if arguments.data_packing:
         plan, source = _plan(rows, parsed, flops)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwenvl.train.checkpoint.folder_check import Header
+from qwenvl.models.mtp.layer import is_mtp, mtp_of
+from qwenvl.train.checkpoint.folder_check import Header, read_headers
 from qwenvl.train.checkpoint.weight_files import add_tensors, write_json
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ MTP_LAYERS = "mtp_num_hidden_layers"
 def carried_tensors(source: Mapping[str, Header], model: Any) -> dict[str, Header]:
     """Return the tensors of a checkpoint that transformers ignores when it loads the model.
 
+    Not the layer for multi-token prediction of a model that trains it (``--train_mtp``), which is saved with it.
     An FP8 checkpoint gives none: the model was dequantized, and FP8 tensors next to it would be misread.
 
     Args:
@@ -34,6 +36,8 @@ def carried_tensors(source: Mapping[str, Header], model: Any) -> dict[str, Heade
     """
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     found = {name: header for name, header in source.items() if any(pattern.search(name) for pattern in patterns)}
+    if mtp_of(model) is not None:
+        found = {name: header for name, header in found.items() if not is_mtp(name)}
     return {} if any(header.dtype.startswith("F8") for header in found.values()) else found
 
 
@@ -50,7 +54,7 @@ def carry_over(folder: Path, tensors: Mapping[str, Header], max_bytes: int) -> N
     """
     if tensors:
         add_tensors(folder, tensors, max_bytes)
-    layers = _count_mtp_layers(tensors)
+    layers = _count_mtp_layers(read_headers(sorted(folder.glob("model*.safetensors"))))
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     text_config = config.get("text_config", config)
@@ -59,17 +63,19 @@ def carry_over(folder: Path, tensors: Mapping[str, Header], max_bytes: int) -> N
         write_json(path, config)
 
 
-def log_carried(tensors: Mapping[str, Header], config: Any) -> None:
+def log_carried(tensors: Mapping[str, Header], model: Any) -> None:
     """Log, at the start of a run, the tensors that saved folders will hold in addition to the trained model.
 
     Args:
         tensors: Result of :func:`carried_tensors`.
-        config: Config of the model; its text config may give a number of layers for multi-token prediction.
+        model: Model to train; its text config may give a number of layers for multi-token prediction.
     """
     if tensors:
         prefixes = ", ".join(sorted({f"{name.partition('.')[0]}.*" for name in tensors}))
         logger.info("Saved bit for bit as in the checkpoint, not trained: %d tensors (%s).", len(tensors), prefixes)
-    layers = getattr(config.get_text_config(), MTP_LAYERS, 0) or 0
+    if mtp_of(model) is not None:
+        return
+    layers = getattr(model.config.get_text_config(), MTP_LAYERS, 0) or 0
     if layers != _count_mtp_layers(tensors):
         logger.warning(
             "config.json says %s %d, but %d such layers (mtp.layers.*) of the checkpoint can be saved with the model, "
@@ -78,5 +84,5 @@ def log_carried(tensors: Mapping[str, Header], config: Any) -> None:
         )
 
 
-def _count_mtp_layers(tensors: Mapping[str, Header]) -> int:
+def _count_mtp_layers(tensors: Collection[str]) -> int:
     return len({found[1] for name in tensors if (found := _MTP_LAYER.match(name))})

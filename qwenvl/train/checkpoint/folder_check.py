@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from qwenvl.families import ModelLayout, get_family
 from qwenvl.models.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from qwenvl.models.mtp.layer import is_mtp
 from qwenvl.utils.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -154,7 +155,10 @@ def _tensor(headers: Mapping[str, Header], name: str) -> torch.Tensor:
 def _dtype_problems(
     config: Mapping[str, Any], headers: Mapping[str, Header], source: Mapping[str, Header]
 ) -> list[str]:
-    """Report tensors whose data type is neither the config's nor that of the starting checkpoint."""
+    """Report tensors whose data type is neither the config's nor that of the starting checkpoint.
+
+    A layer for multi-token prediction that is trained alone is in float32 until it is finished.
+    """
     said = config.get("dtype", config.get("torch_dtype"))
     other = [
         f"{name} ({DTYPES[header.dtype]})"
@@ -162,6 +166,7 @@ def _dtype_problems(
         if header.dtype in DTYPES
         and DTYPES[header.dtype] != said
         and (name not in source or source[name].dtype != header.dtype)
+        and not (is_mtp(name) and header.dtype == "F32")
     ]
     return [f"config.json says {said}, but tensors are of another precision: {_listed(other)}"] if other else []
 

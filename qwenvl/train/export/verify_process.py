@@ -35,6 +35,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from qwenvl.families import register_classes_of
 from qwenvl.models.fingerprints import adapter_scales, differing, listed, opened_tensors
 from qwenvl.models.float32 import computing_in_float32
+from qwenvl.models.mtp.files import read_tensors
+from qwenvl.models.mtp.layer import is_mtp
 from qwenvl.models.quantization import dequantizing, finish_dequantizing
 from qwenvl.models.rope_scaling import read_extension
 from qwenvl.models.task_module import NAME
@@ -102,6 +104,8 @@ def check_weights(folder: Path, model: Any, known: Mapping[str, Any]) -> list[st
     """Return the problems of the weights: every tensor must be bit-identical to that of training."""
     task = load_file(folder / task_files.WEIGHTS_FILE) if task_files.is_task_folder(folder) else {}
     found = opened_tensors(model) | {f"{NAME}.{name}": tensor for name, tensor in task.items()}
+    if any(map(is_mtp, known["tensors"])):  # transformers does not open the trained layer
+        found |= read_tensors(sorted(folder.glob("model*.safetensors")))
     wrong = differing(known["tensors"], found)
     problems = [f"{len(wrong)} tensors are not those of training: {listed(wrong)}"] if wrong else []
     scales = adapter_scales(model)

@@ -71,7 +71,7 @@ TABLE = (
         "takes effect",
         "",
         "lora_dropout neftune_noise_alpha router_aux_loss_coef average_tokens_across_devices",
-        "task_loss class_weights focal_gamma huber_delta",
+        "task_loss class_weights focal_gamma huber_delta mtp_loss_weight",
     ),
     _row(
         "how samples are presented",
@@ -111,7 +111,7 @@ TABLE = (
         "trained parts",
         "refused",
         "the optimizer's state belongs to the parts that were trained",
-        "tune_mm_llm tune_mm_mlp tune_mm_vision",
+        "tune_mm_llm tune_mm_mlp tune_mm_vision train_mtp",
     ),
     _row(
         "adapters",
