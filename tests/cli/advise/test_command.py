@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks.step_samples import make_config
+from qwenvl.cli.advise.candidates import candidates
 from qwenvl.cli.advise.choice import Limits, choose
 from qwenvl.cli.advise.command import PAGE, AdviseArguments, advise, command_of, limits_of, main, open_estimator
 from qwenvl.config import parse_arguments
@@ -135,19 +136,22 @@ def test_qlora_holds_the_linear_layers_of_the_language_model_in_four_bits(
 def test_shorter_packs_leave_no_row_out(
     words: int, fits: bool, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    turns = [{"from": "human", "value": "Count."}, {"from": "gpt", "value": "one " * words}]
-    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns}] * 8))
+    turns = [
+        [{"from": "human", "value": "Count."}, {"from": "gpt", "value": "one " * length}] for length in (300, words)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": each} for each in turns] * 4))
     (tmp_path / "registry.py").write_text(
         f"data_dict = {{'mixed': {{'annotation_path': '{tmp_path}/rows.json', 'data_path': ''}}}}\n"
     )
     given = arguments(tiny_checkpoint("qwen3_vl"), tmp_path / "registry.py", tmp_path, model_max_length=2048)
-    estimator, limits = open_estimator(given), replace(limits_of(given), reserve=0)
-    best = choose(estimator, limits, ["merger"]).fitting["merger"][-1]  # of the last engine, the smallest
-    assert best.candidate.pack == 2048
-    smaller: Limits = replace(limits, reserve=limits.gpus.usable - int(0.8 * best.all))
-    found = choose(estimator, smaller, ["merger"]).fitting.get("merger", ())
-    assert [one.candidate.pack for one in found] == ([1024] * len(found) if fits else [])
-    assert bool(found) == fits
+    estimator, limits = open_estimator(given), limits_of(given)
+    least = [
+        min(estimator.estimate(one, 1.0).all for one in candidates("merger", 4, [pack], 4096, sharded=True))
+        for pack in (1024, 2048)
+    ]
+    between: Limits = replace(limits, reserve=limits.gpus.usable - sum(least) // 2)
+    found = choose(estimator, between, ["merger"]).fitting.get("merger", ())
+    assert {one.candidate.pack for one in found} == ({1024} if fits else set())
 
 
 @pytest.mark.parametrize(
