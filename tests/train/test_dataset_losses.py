@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
+from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.train.dataset_losses import FILE_NAME, DatasetLosses, by_dataset
 from qwenvl.train.trainer import Trainer
 from qwenvl.utils.errors import Origin
@@ -46,10 +46,10 @@ def alone(trainer: Trainer) -> dict[str, float]:
     total, trained, tokens = 0.0, 0, 0
     with torch.no_grad():
         for batch in trainer.get_train_dataloader():
-            trained += int((batch["labels"][:, 1:] != -100).sum())
+            trained += batch["num_units"]
             tokens += int(batch["attention_mask"].sum()) * (batch["num_samples"] > 0)
             kept = {name: value for name, value in batch.items() if name not in ("events", "error", "origins")}
-            total += causal_loss(trainer.model, prepare_inputs(kept), num_trained_tokens=1.0).item()
+            total += causal_loss(trainer.model, kept, num_trained_tokens=1.0).item()
     return dict(zip(FIGURES, (total / trained, trained, tokens), strict=True))
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
+from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.train.records.sample_losses import FILE_NAME, SampleLosses, read_sample_losses
 from qwenvl.train.trainer import Trainer
 from qwenvl.utils.errors import Origin, UserError
@@ -44,8 +44,8 @@ def alone(trainer_of: Callable[..., Trainer]) -> dict[int, tuple[float, int]]:
     with torch.no_grad():
         for batch in trainer.get_train_dataloader():
             kept = {name: value for name, value in batch.items() if name not in ("events", "error", "origins")}
-            loss = causal_loss(trainer.model, prepare_inputs(kept), num_trained_tokens=1.0).item()
-            found[batch["origins"][0].line] = (loss, int((batch["labels"][:, 1:] != -100).sum()))
+            loss = causal_loss(trainer.model, kept, num_trained_tokens=1.0).item()
+            found[batch["origins"][0].line] = (loss, batch["num_units"])
     return found
 
 
