@@ -148,7 +148,7 @@ def test_a_loss_is_the_sum_of_those_of_its_samples(name: str) -> None:
 def test_a_batch_without_samples_has_a_loss_of_zero_that_is_connected(name: str) -> None:
     head = CASES[name][0]
     values = torch.zeros(0, 3 if CASES[name][2] else 1, requires_grad=True)
-    batch = {"sample_targets": [], "vision_mask": None, "num_vision_tokens": 0}
+    batch = {"sample_targets": [], "vision_rows": torch.zeros(0, dtype=torch.long)}
     loss, output = HeadObjective(head).compute(lambda **_: SimpleNamespace(logits=values), batch)
     assert loss.item() == 0 and loss.requires_grad and output.unit_losses.shape == (0,)
     assert HeadObjective(head).records(SimpleNamespace(logits=values.detach()), {"sample_targets": []}) == []
