@@ -83,7 +83,7 @@ MODELS = (
     Model(
         "qwen3vl_235b_a22b",
         "Qwen/Qwen3-VL-235B-A22B-Instruct",
-        needs="Needs 64 GPUs of 80 GB or more.",
+        needs="Needs 64 GPUs of 141 GB, or 64 of 80 GB with configs/zero3_offload.json.",
         **_EXPERTS,
     ),
     Model("qwen3_5_0_8b", "Qwen/Qwen3.5-0.8B", engine="zero2"),
