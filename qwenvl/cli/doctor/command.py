@@ -21,7 +21,7 @@ from rich.text import Text
 
 from qwenvl import __version__
 from qwenvl.cli.doctor.findings import Finding, Level
-from qwenvl.cli.doctor.machine import check_devices, check_host, check_launcher
+from qwenvl.cli.doctor.machine import check_compilers, check_devices, check_host, check_launcher
 from qwenvl.cli.doctor.packages import check_known_bad, check_optional, check_python, check_required, check_video
 from qwenvl.cli.doctor.trial import check_network, check_training
 from qwenvl.utils.logging import setup_logging
@@ -54,7 +54,7 @@ def examine(*, train: bool) -> Iterator[Finding]:
     """Yield the results of all checks that need one process."""
     for check in (check_python, check_required, check_known_bad, check_optional, check_video):
         yield from check()
-    for check in (check_devices, check_host, check_launcher):
+    for check in (check_devices, check_host, check_compilers, check_launcher):
         yield from check()
     if train:
         yield from check_training()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch.utils.cpp_extension import CUDA_HOME
 
 from qwenvl.cli.doctor.findings import Finding
 from qwenvl.models.loading import choose_attention
@@ -97,6 +98,17 @@ def _check_shared_memory() -> Iterator[Finding]:
 
 def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def check_compilers() -> Iterator[Finding]:
+    """Yield the compilers with which DeepSpeed builds its AdamW for the CPU, at the first step with offload."""
+    compiler = os.environ.get("CXX", "c++")
+    missing = [] if shutil.which(compiler) else [f"a C++ compiler ({compiler})"]
+    if torch.version.cuda and (CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists()):
+        missing.append(f"nvcc of CUDA {torch.version.cuda}")
+    advice = "needed by configs/zero3_offload.json; set CUDA_HOME, or load the cluster's CUDA module" if missing else ""
+    found = f"missing: {', '.join(missing)}" if missing else "found"
+    yield Finding("note" if missing else "good", "compilers for offload", found, advice)
 
 
 def check_launcher() -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwenvl.cli.doctor import command as doctor
-from qwenvl.cli.doctor import packages
+from qwenvl.cli.doctor import machine, packages
 from qwenvl.cli.doctor.findings import Finding
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -45,6 +45,15 @@ def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(tmp_path)
     found = next(finding for finding in packages.check_optional() if finding.what == "flash-attn")
     assert found.level == "warning" and "undefined symbol" in found.found
+
+
+def test_missing_compilers_of_offload_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(machine, "CUDA_HOME", None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (found,) = machine.check_compilers()
+    assert found.found == "missing: a C++ compiler (no-such-compiler), nvcc of CUDA 13.0"
+    assert "configs/zero3_offload.json" in found.advice
 
 
 def test_failing_training_is_bad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
