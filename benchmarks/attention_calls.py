@@ -28,9 +28,10 @@ from qwenvl.data.collator import Collator
 from qwenvl.data.encoding.encoded import Item
 from qwenvl.models.attention.packed import attend_by_segments
 from qwenvl.models.forward import install
-from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
+from qwenvl.models.loss.causal_lm import prepare_inputs
 from qwenvl.models.trainable.freezing import configure_checkpointing
 from qwenvl.models.vision.patchify import Patchify
+from qwenvl.tasks.objective import causal_loss
 
 # of SDPA on a CPU, and of the stand-in
 _FORWARD = ("aten::scaled_dot_product_attention", "varlen")

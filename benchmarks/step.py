@@ -55,10 +55,11 @@ from qwenvl.models.attention.varlen import torch_kernel
 from qwenvl.models.forward import install
 from qwenvl.models.loading import choose_attention
 from qwenvl.models.lora.adapters import AdapterSettings, adapter_sizes, add_adapters
-from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
+from qwenvl.models.loss.causal_lm import prepare_inputs
 from qwenvl.models.trainable.freezing import configure_checkpointing, set_model
 from qwenvl.models.vision.patchify import Patchify
 from qwenvl.profiling.flops import Trained, training_flops
+from qwenvl.tasks.objective import causal_loss
 
 FAMILY = "qwen3_vl"
 WAYS = ("ours", "plain", "sorted")

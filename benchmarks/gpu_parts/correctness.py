@@ -16,8 +16,8 @@ from qwenvl.config import arguments_to_yaml, parse_arguments
 from qwenvl.data.collator import for_model
 from qwenvl.data.encoding.processor import processor_limits
 from qwenvl.families import FAMILIES, get_family
-from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.profiling.sync_counter import SyncCounter
+from qwenvl.tasks.objective import causal_loss
 from qwenvl.train.build.data import open_config, open_data
 from qwenvl.train.build.model import open_model
 from qwenvl.train.checkpointing_trainer import Records

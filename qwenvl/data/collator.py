@@ -1,4 +1,4 @@
-"""Collate encoded samples to one model batch: padded rows, or one flattened row."""
+"""Collate encoded samples to one model batch: rows padded on the right, or one flattened row."""
 
 from __future__ import annotations
 

@@ -196,6 +196,34 @@ def batch_loss(
     return with_balance(loss / units, output, batch, balance), output
 
 
+def causal_loss(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    num_trained_tokens: Tensor | float,
+    balance: Balance | None = None,
+) -> Tensor:
+    """Run a batch of language modelling and return its part of the loss.
+
+    The vocabulary projection runs on the trained positions only. A batch without a trained token gives zero, still
+    connected to every parameter, so that its rank takes part in each collective.
+
+    Args:
+        model: Model with :func:`qwenvl.models.forward.install`, wrapped or not.
+        batch: Batch from :func:`qwenvl.models.loss.causal_lm.prepare_inputs`, on the device.
+        num_trained_tokens: Divisor: the trained tokens (:func:`qwenvl.models.loss.causal_lm.total_weight`) of the whole
+            optimizer step, over all ranks and accumulation steps, so that the sum of the parts does not depend on the
+            split.
+        balance: Auxiliary loss of a mixture of experts to add; None for none.
+
+    Returns:
+        float32 scalar: sum of weight x cross entropy over the batch's trained tokens, in nats, /
+        ``num_trained_tokens``; with ``balance``, plus its coefficient x the batch's auxiliary loss summed over tokens /
+        ``num_tokens``.
+    """
+    return batch_loss(Objective(), model, batch, units=num_trained_tokens, balance=balance)[0]
+
+
 def weights_of_samples(batch: Mapping[str, Any]) -> np.ndarray:
     """Return the total weight of the units of each sample in a prepared batch on the host: float64 [samples]."""
     weights: Tensor | None = batch.get("target_weights")

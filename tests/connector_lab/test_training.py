@@ -21,8 +21,9 @@ from qwenvl.data.types import Sample
 from qwenvl.inference.generate import ChatModel, encode_prompts
 from qwenvl.inference.prompts import open_example
 from qwenvl.models.forward import install
-from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs
+from qwenvl.models.loss.causal_lm import prepare_inputs
 from qwenvl.models.vision.patchify import Patchify
+from qwenvl.tasks.objective import causal_loss
 from qwenvl.train.run import run
 from qwenvl.utils.errors import Origin, UserError
 from tests.e2e.runs import (

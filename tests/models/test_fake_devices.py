@@ -18,9 +18,9 @@ from qwenvl.models.attention.packed import attend_by_segments
 from qwenvl.models.attention.varlen import torch_kernel
 from qwenvl.models.lora.adapters import AdapterSettings, add_adapters
 from qwenvl.models.lora.new_tokens import train_rows
-from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.models.vision.grid_inputs import grid_describer, shown_grids
 from qwenvl.models.vision.patchify import Patchify
+from qwenvl.tasks.objective import causal_loss
 from tests.patches import patchify_of
 
 CUDA = torch.device("cuda")

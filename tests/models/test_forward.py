@@ -18,10 +18,10 @@ from qwenvl.models import forward
 from qwenvl.models.attention.packed import attend_by_segments
 from qwenvl.models.attention.segments import sample_index
 from qwenvl.models.forward import VisionFeatures, encode, place
-from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.models.task_module import Readout
 from qwenvl.models.vision.inputs import VisionInputs
 from qwenvl.models.vision.patchify import Patchify
+from qwenvl.tasks.objective import causal_loss
 from tests.patches import install, patchify_of
 
 

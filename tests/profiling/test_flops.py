@@ -22,10 +22,11 @@ from qwenvl.data.types import ImageItem
 from qwenvl.families import FAMILIES, get_family
 from qwenvl.models.forward import install
 from qwenvl.models.lora.adapters import AdapterSettings, adapter_sizes, add_adapters
-from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs, run_model
+from qwenvl.models.loss.causal_lm import prepare_inputs, run_model
 from qwenvl.models.mtp.layer import MultiTokenPrediction
 from qwenvl.models.trainable.freezing import set_model
 from qwenvl.profiling.flops import Trained, training_flops
+from qwenvl.tasks.objective import causal_loss
 from tests.patches import patchify_of
 
 GRIDS = ((1, 16, 24), (3, 16, 8), (1, 8, 8))  # whole windows of Qwen2.5-VL

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from qwenvl.models.attention.packed import attend_by_segments
-from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.models.trainable.freezing import configure_checkpointing
 from qwenvl.models.vision.grid_inputs import grid_describer, shown_grids
 from qwenvl.profiling.sync_counter import SyncCounter
+from qwenvl.tasks.objective import causal_loss
 from tests.e2e.runs import flags, torchrun
 from tests.patches import install, patchify_of
 

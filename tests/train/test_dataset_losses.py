@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenvl.models.loss.causal_lm import causal_loss
+from qwenvl.tasks.objective import causal_loss
 from qwenvl.train.dataset_losses import FILE_NAME, DatasetLosses, by_dataset
 from qwenvl.train.trainer import Trainer
 from qwenvl.utils.errors import Origin

@@ -21,10 +21,10 @@ from transformers import TrainerCallback, TrainerState
 
 from qwenvl.data.collator import for_model
 from qwenvl.data.encoding.encoded import Item
-from qwenvl.models.loss.causal_lm import causal_loss, run_model
+from qwenvl.models.loss.causal_lm import run_model
 from qwenvl.models.loss.moe_aux_loss import sample_of_tokens, summed_balance
 from qwenvl.models.trainable.activation_offload import SMALL
-from qwenvl.tasks.objective import Objective
+from qwenvl.tasks.objective import Objective, causal_loss
 from qwenvl.train.trainer import Trainer
 from qwenvl.utils.errors import SampleError, UserError
 from tests.e2e.runs import LORA

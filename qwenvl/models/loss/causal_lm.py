@@ -1,4 +1,4 @@
-"""The training loss: cross entropy summed over trained tokens, divided by a count from the caller."""
+"""Inputs of the training loss, which is summed over trained tokens; :mod:`qwenvl.tasks.objective` divides it."""
 
 from __future__ import annotations
 
@@ -115,17 +115,8 @@ def count_tokens(batch: Mapping[str, Any]) -> int:
     return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
 
 
-def causal_loss(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    *,
-    num_trained_tokens: Tensor | float,
-    balance: Balance | None = None,
-) -> Tensor:
-    """Run a batch and return its part of the loss.
-
-    The vocabulary projection runs on the trained positions only. A batch without a trained token gives zero, still
-    connected to every parameter, so that its rank takes part in each collective.
+def run_model(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Run a batch that was prepared for a model; return the model's output.
 
     Args:
         model: Model after :func:`qwenvl.models.forward.install`, wrapped or not.
@@ -133,30 +124,7 @@ def causal_loss(
             ``vision_rows`` int64 [n], the indices of the visual tokens in the flattened rows; ``kept_positions``,
             ``targets`` and ``segments``; ``pixels`` and ``media`` with media (see
             :class:`~qwenvl.models.vision.inputs.VisionInputs`), ``attention_mask`` if padded, ``cu_seq_lens_q`` and the
-            like if flattened.
-        num_trained_tokens: Divisor: the trained tokens (:func:`total_weight`) of the whole optimizer step, over all
-            ranks and accumulation steps, so that the sum of the parts does not depend on the split.
-        balance: Settings of a mixture's auxiliary loss, which is added; None for none.
-
-    Returns:
-        float32 scalar: sum of weight x cross entropy over the batch's trained tokens, in nats, /
-        ``num_trained_tokens``; with ``balance``, plus its coefficient x the batch's auxiliary loss summed over tokens /
-        ``num_tokens``.
-    """
-    if balance is not None:
-        batch = {**batch, "output_router_logits": True}
-    output = run_model(model, batch)
-    # without our head, a stock model silently accepts unknown arguments
-    assert output.logits.dim() == 0, "call qwenvl.models.forward.install first"
-    return with_balance(output.logits / num_trained_tokens, output, batch, balance)
-
-
-def run_model(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """Run a batch that was prepared for a model; return the model's output.
-
-    Args:
-        model: Model after :func:`qwenvl.models.forward.install`, wrapped or not.
-        batch: Batch of :func:`causal_loss`, or with ``readout_inputs`` in place of kept positions and targets. With
+            like if flattened. Or one with ``readout_inputs`` in place of kept positions and targets. With
             ``output_router_logits``, the output holds ``router_logits`` of a mixture of experts.
     """
     return model(

@@ -19,7 +19,8 @@ from qwenvl.inference.generate import Answer, Decoding, generate
 from qwenvl.inference.other_images import VIEWS, View
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.models.attention.packed import stock_attention
-from qwenvl.models.loss.causal_lm import causal_loss, prepare_inputs, total_weight
+from qwenvl.models.loss.causal_lm import prepare_inputs, total_weight
+from qwenvl.tasks.objective import causal_loss
 from qwenvl.train.callbacks.watchdog import Watchdog
 from qwenvl.train.dataset_losses import by_dataset
 from qwenvl.train.eval_prompts import EvalPrompts

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl.models.attention.packed import attend_by_segments, refuse_unknown_switches, segmented_attention
 from qwenvl.models.attention.segments import Segments
-from qwenvl.models.loss.causal_lm import causal_loss
+from qwenvl.tasks.objective import causal_loss
 from qwenvl.utils.errors import UserError
 from tests.patches import install
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from qwenvl.models.attention.packed import attend_by_segments, segmented_attention
 from qwenvl.models.attention.probe import AttentionProbe, Look
 from qwenvl.models.attention.segments import Segments
-from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.tasks.grounding.module import GroundingReadout, GroundingSettings
 from qwenvl.tasks.grounding.sam import MaskRefiner
+from qwenvl.tasks.objective import causal_loss
 from tests.models.conftest import StockSample
 from tests.patches import install
 from tests.tasks.grounding.sam import save_tiny_sam

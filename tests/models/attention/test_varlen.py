@@ -16,8 +16,8 @@ from qwenvl.models.attention import varlen
 from qwenvl.models.attention.packed import attend_by_segments, segmented_attention, stock_attention
 from qwenvl.models.attention.segments import Segments
 from qwenvl.models.attention.varlen import torch_kernel, varlen_attention, varlen_obstacle
-from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.models.trainable.freezing import configure_checkpointing
+from qwenvl.tasks.objective import causal_loss
 from qwenvl.utils.errors import UserError
 from tests.models.attention.reference import ReferenceKernel
 from tests.patches import install

@@ -14,15 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from qwenvl.models.attention.packed import attend_by_segments
-from qwenvl.models.loss.causal_lm import (
-    GradientWatch,
-    causal_loss,
-    count_tokens,
-    prepare_inputs,
-    run_model,
-    total_weight,
-)
+from qwenvl.models.loss.causal_lm import GradientWatch, count_tokens, prepare_inputs, run_model, total_weight
 from qwenvl.models.trainable.freezing import parameter_modules
+from qwenvl.tasks.objective import causal_loss
 from tests.models.conftest import BATCHES
 from tests.patches import install
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
-from qwenvl.models.loss.causal_lm import Balance, causal_loss
+from qwenvl.models.loss.causal_lm import Balance
 from qwenvl.models.loss.moe_aux_loss import sample_of_tokens, summed_balance
 from qwenvl.models.trainable.freezing import configure_checkpointing
+from qwenvl.tasks.objective import causal_loss
 from tests.patches import install
 
 FAMILIES = ["qwen3_vl_moe", "qwen3_5_moe"]

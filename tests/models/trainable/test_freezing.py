@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from qwenvl.models.loss.causal_lm import GradientWatch, causal_loss
+from qwenvl.models.loss.causal_lm import GradientWatch
 from qwenvl.models.task_module import Readout, attach
 from qwenvl.models.trainable.freezing import (
     checkpointed_parts,
@@ -22,6 +22,7 @@ from qwenvl.models.trainable.freezing import (
     set_model,
     summarize,
 )
+from qwenvl.tasks.objective import causal_loss
 from qwenvl.utils.errors import UserError
 from tests.patches import install
 

@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from qwenvl.config import parse_arguments
 from qwenvl.data.collator import for_model
 from qwenvl.families import FAMILIES, get_family
-from qwenvl.models.loss.causal_lm import causal_loss
 from qwenvl.profiling.activation_memory import measure_step
 from qwenvl.profiling.state_memory import StateMemory, StateSharding, estimate_states
+from qwenvl.tasks.objective import causal_loss
 from qwenvl.train.build.data import open_config, open_data
 from qwenvl.train.build.model import open_model, weight_types
 from qwenvl.train.checkpointing_trainer import Records

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from qwenvl.models.loss.causal_lm import causal_loss
+from qwenvl.tasks.objective import causal_loss
 from qwenvl.train.records.sample_losses import FILE_NAME, SampleLosses, read_sample_losses
 from qwenvl.train.trainer import Trainer
 from qwenvl.utils.errors import Origin, UserError
