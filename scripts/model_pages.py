@@ -111,7 +111,7 @@ def _page_of(model: Model) -> str:
 
 def _recipe(model: Model) -> str:
     engine = "ZeRO-3" if model.engine == "zero3" else "ZeRO-2"
-    needs = model.needs.removeprefix("Needs ").rstrip(".") or "8 GPUs of 80 GB or fewer"
+    needs = model.needs.removeprefix("Needs ").rstrip(".") or "at most 8 GPUs of 80 GB"
     name = f"`sft_{model.name}`, `lora_{model.name}`"
     return f"| {model.title} | {name} | {model.rate} | {model.batch} x {model.accumulation} | {engine} | {needs} |"
 

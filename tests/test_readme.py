@@ -40,7 +40,7 @@ from scripts.flags_page import page as flags_page
 from tests.serving.chat_server import StockModel, listening
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FILES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+FILES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")))
 PAGES = {path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 TOOL_FLAGS = (
     *("all", "base", "bind", "blind", "decode", "duplicates", "format", "help", "image", "json"),
@@ -295,6 +295,7 @@ def test_the_readme_is_short() -> None:
 
 def test_every_page_is_linked_from_the_readme() -> None:
     linked = set(re.findall(r"\]\((docs/\w+\.md)", PAGES["README.md"]))
+    linked |= {f"docs/{name}" for name in re.findall(r"\]\((models/\w+\.md)", PAGES["docs/models.md"])}
     assert linked == PAGES.keys() - {"README.md"}
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,6 +31,7 @@ from qwenvl.cli.data_args import ToolArguments, chosen_datasets, family_and_conf
 from qwenvl.config import DataArguments
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
+from qwenvl.config.parsing.recipes import read_recipe
 from qwenvl.data.dataset import open_tables
 from qwenvl.data.encoding.encoded import EncodedSample, Plan
 from qwenvl.data.encoding.processor import build_encoder, open_processor, processor_limits, with_training_limits
@@ -48,6 +48,7 @@ from qwenvl.serving.programs import Model, program_lines, program_notes
 from qwenvl.serving.readers import working_reader
 from qwenvl.serving.server import Server, compare_prompts
 from qwenvl.train.export.client_forms import VIDEO_TEMPLATE
+from qwenvl.train.resume.settings import SETTINGS_FILE
 from qwenvl.utils.errors import SampleError, UserError
 from qwenvl.utils.logging import setup_logging
 
@@ -124,7 +125,7 @@ def read_arguments(argv: Sequence[str]) -> ServingArguments:
     arguments = parse_class(ServingArguments, argv, PAGE)
     if not arguments.model_name_or_path:
         raise UserError("--model_name_or_path is missing: the folder that is to be served.")
-    recorded = read_recipe(arguments.model_name_or_path)
+    recorded = recorded_settings(arguments.model_name_or_path)
     names = [one.name for one in fields(DataArguments) if one.name.startswith("video_")]
     flags: list[str] = []
     for name in (*RECORDED, *names):
@@ -134,19 +135,14 @@ def read_arguments(argv: Sequence[str]) -> ServingArguments:
     return parse_class(ServingArguments, [*flags, *argv], PAGE)
 
 
-def read_recipe(folder: str) -> dict[str, Any]:
+def recorded_settings(folder: str) -> dict[str, Any]:
     """Return the settings of the training that saved a folder; empty for any other folder.
 
     Raises:
         UserError: the record cannot be read.
     """
-    recipe = Path(folder) / "training_args.yaml"
-    if not recipe.is_file():
-        return {}
-    try:
-        return dict(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{recipe} is not YAML ({error}). Restore it, or remove it and give the flags.") from error
+    recipe = Path(folder) / SETTINGS_FILE
+    return read_recipe(str(recipe)) if recipe.is_file() else {}
 
 
 def open_trained(arguments: ServingArguments, processor: Any) -> Any:
@@ -154,7 +150,7 @@ def open_trained(arguments: ServingArguments, processor: Any) -> Any:
 
     Added tokens are in the saved one alone.
     """
-    recorded = read_recipe(arguments.model_name_or_path)
+    recorded = recorded_settings(arguments.model_name_or_path)
     start = str(recorded.get("model_name_or_path", ""))
     if not Path(start, "config.json").is_file() or recorded.get("additional_tokens"):
         logger.info("Chat template, tokenizer and normalisation of training are taken to be those of the folder.")

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if not given or given[0].startswith("-"):
         asked = given[:1] in (["-h"], ["--help"])
-        (sys.stdout if asked else sys.stderr).write(f"usage: serve OUTPUT [flags of vllm serve]\n\n{__doc__}")
+        (sys.stdout if asked else sys.stderr).write(f"usage: qwenvl serve OUTPUT [flags of vllm serve]\n\n{__doc__}")
         return 0 if asked else 2
     try:
         words, environment = command_of(given[0], given[1:])

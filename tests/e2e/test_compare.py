@@ -101,3 +101,13 @@ def test_what_is_no_run_is_said(
     assert main([*(str(runs / name) for name in names), "--output", str(tmp_path / "page.html")]) == 2
     assert message in caplog.text
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(("name", "content"), [("training_args.yaml", "seed: ["), ("trainer_state.json", "{")])
+def test_a_damaged_record_is_named(
+    runs: Path, name: str, content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(runs / "a", tmp_path / "a")
+    (tmp_path / "a" / name).write_text(content)
+    assert main([str(runs / "b"), str(tmp_path / "a"), "--output", str(tmp_path / "page.html")]) == 2
+    assert str(tmp_path / "a" / name) in caplog.text

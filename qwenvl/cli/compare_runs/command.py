@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from qwenvl.cli.compare_runs.records import read_runs
@@ -28,6 +27,7 @@ from qwenvl.report.compare_page import RunRecord, build_compare_page, difference
 from qwenvl.utils.cache import replacing
 from qwenvl.utils.errors import UserError
 from qwenvl.utils.logging import setup_logging
+from qwenvl.utils.tables import as_text, table
 
 logger = logging.getLogger("qwenvl.compare")
 
@@ -68,26 +68,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(runs: Sequence[RunRecord], path: Path) -> None:
     """Print the tables."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
     names = [run.name for run in runs]
     different = differences(runs)
-    console.print(_table("Results", ("", *names), results(runs)))
+    texts = range(len(names) + 2)
+    parts: list[Table | str] = [table("Results", ("", *names), results(runs), words=texts)]
     if different:
-        console.print(_table("What differs", ("", "", *names), different))
+        parts.append(table("What differs", ("", "", *names), different, words=texts))
     else:
-        console.print("Nothing differs in settings, data and versions.")
-    console.print(f"Page with the curves: {path.resolve()}", markup=False, soft_wrap=True)
-
-
-def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+        parts.append("Nothing differs in settings, data and versions.")
+    parts.append(f"Page with the curves: {path.resolve()}")
+    sys.stdout.write(as_text(*parts, stream=sys.stdout) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from qwenvl.config.parsing.recipes import read_recipe
 from qwenvl.evaluate.answer_log import AnswerLog
 from qwenvl.evaluate.scoring import evaluate
 from qwenvl.metrics.bootstrap import Interval
@@ -28,7 +27,7 @@ def read_runs(folders: Sequence[str]) -> list[RunRecord]:
     """Read the records of runs; each is named by what its folder's path does not share with the others.
 
     Raises:
-        UserError: Fewer than two folders, the same one twice, or one that is not the output of a run.
+        UserError: Fewer than two folders, the same one twice, or one that is not the output of a run, or is damaged.
     """
     paths = [Path(folder).resolve() for folder in folders]
     if len(paths) < 2:
@@ -50,7 +49,7 @@ def _read(folder: Path, name: str) -> RunRecord:
             f"{folder} is not the output of a training run: neither it nor a checkpoint-* in it has {_STATE} and "
             f"{SETTINGS_FILE}."
         )
-    settings = yaml.safe_load((place / SETTINGS_FILE).read_text(encoding="utf-8")) or {}
+    settings = read_recipe(str(place / SETTINGS_FILE))
     return RunRecord(
         name,
         {key: setting_text(value) for key, value in settings.items() if key not in _NAMES_OF_RUNS},

@@ -22,6 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from qwenvl.families import FAMILIES, OLDER_NAMES, ModelLayout, get_family
 from qwenvl.models.loading import read_model_type
 from qwenvl.models.moe_checkpoint import weight_files
+from qwenvl.train.checkpoint.weight_files import write_json
 from qwenvl.utils.errors import UserError
 
 BLOCK = 128
@@ -76,7 +77,7 @@ def write_fp8(folder: Path, output: Path) -> int:
         size += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) > 1:
         record = {"metadata": {"total_size": size}, "weight_map": index}
-        (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(output / SAFE_WEIGHTS_INDEX_NAME, record)
     _write_config(folder, output, _kept(shapes, chosen, layout))
     return len(chosen)
 
@@ -122,4 +123,4 @@ def _write_config(folder: Path, output: Path, kept: list[str]) -> None:
         "weight_block_size": [BLOCK, BLOCK],
         "modules_to_not_convert": kept,
     }
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "config.json", config)

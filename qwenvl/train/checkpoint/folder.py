@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from qwenvl.models.lora.files import start_anew
 from qwenvl.train.checkpoint import manifest
-from qwenvl.train.checkpoint.weight_files import remove_older_weights
+from qwenvl.train.checkpoint.weight_files import remove_older_weights, write_json
 from qwenvl.train.records.run_info import DATA_FILE, VERSIONS_FILE, find_versions
 from qwenvl.train.records.serving import SERVING
 from qwenvl.utils.distributed import rank, wait_for_all
@@ -271,11 +271,7 @@ def write_records(
     """
     path = Path(folder)
     (path / "training_args.yaml").write_text(settings_yaml, encoding="utf-8")
-    _write_json(path / "original_processor_limits.json", original_limits)
-    _write_json(path / SERVING, serving)
-    _write_json(path / DATA_FILE, list(data))
-    _write_json(path / VERSIONS_FILE, find_versions())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(path / "original_processor_limits.json", original_limits)
+    write_json(path / SERVING, serving)
+    write_json(path / DATA_FILE, list(data))
+    write_json(path / VERSIONS_FILE, find_versions())

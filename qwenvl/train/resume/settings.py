@@ -9,11 +9,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qwenvl.config import AdapterArguments, all_settings
 from qwenvl.config.lora import target_parts
 from qwenvl.config.parsing.fields import Setting, convert
+from qwenvl.config.parsing.recipes import read_recipe
 from qwenvl.config.training import default_optimizer
 from qwenvl.models.lora.files import start_anew
 from qwenvl.train.checkpoint.folder import read_step
@@ -136,8 +135,8 @@ def _read_saved(checkpoint: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(_converted(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, all_settings()))
-    except (yaml.YAMLError, ValueError, AttributeError) as error:  # UserError is a ValueError
+        return dict(_converted(read_recipe(str(path)), all_settings()))
+    except ValueError as error:  # UserError is one
         raise UserError(f"{path} cannot be read: {error}. It was written with the checkpoint: restore it.") from error
 
 
