@@ -14,7 +14,7 @@ from qwenvl.config import ParsedArguments, parse_arguments
 _WHOLE = {"tune_mm_llm": True, "tune_mm_mlp": True, "tune_mm_vision": True, "learning_rate": "1e-5"}
 _LORA = {
     "lora_enable": True,
-    "lora_target": "language",
+    "lora_target": "language,experts",
     "lora_r": 64,
     "lora_alpha": 128,
     "tune_mm_llm": False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from qwenvl.train.dry_run.report import gib, memory_parts
 
 _SHORTEST_PACK = 1024
 _MOST_GPUS = 4096
-_SMALLER = {"all parts": "LoRA", "language, merger": "LoRA", "LoRA": "QLoRA"}
+_SMALLER = {"all parts": ("LoRA", "QLoRA"), "language, merger": ("LoRA", "QLoRA"), "LoRA": ("QLoRA",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +110,9 @@ def _all(states: StateMemory, step: StepMemory) -> int:
 def _what_would(kind: str, estimator: Estimator, limits: Limits) -> str:
     """Return what would fit in the place of settings that do not."""
     found = [*_more_gpus(kind, estimator, limits), *_more_host_memory(kind, estimator, limits)]
-    if kind in _SMALLER:
-        found.append(_SMALLER[kind])
-    if not found:
-        return "GPUs of more memory"
-    return "; or ".join(found)
+    smaller = (one for one in _SMALLER.get(kind, ()) if any(_fitting(one, limits.gpus.count, estimator, limits)))
+    found += itertools.islice(smaller, 1)
+    return "; or ".join(found) or "GPUs of more memory"
 
 
 def _more_gpus(kind: str, estimator: Estimator, limits: Limits) -> Iterator[str]:

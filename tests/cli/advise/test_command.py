@@ -17,10 +17,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks.step_samples import make_config
 from qwenvl.cli.advise.candidates import candidates
+from qwenvl.cli.advise.candidates import KINDS
 from qwenvl.cli.advise.choice import Limits, choose
 from qwenvl.cli.advise.command import PAGE, AdviseArguments, advise, command_of, limits_of, main, open_estimator
 from qwenvl.config import parse_arguments
 from qwenvl.config.parsing.parser import parse_class
+from qwenvl.config.parsing.recipes import read_recipe
 from qwenvl.families import FAMILIES
 from qwenvl.train.train_qwen import main as train
 from tests.e2e.runs import REPOSITORY, SETTINGS
@@ -91,6 +93,14 @@ def test_every_command_is_accepted_by_training(
             assert parsed.training.gradient_accumulation_steps == max(1, round(2**18 / 2048 / one.candidate.gpus))
 
 
+def test_lora_is_that_of_the_recipes() -> None:
+    """Of mixtures: in models without experts the target has no effect."""
+    recipe = read_recipe("configs/lora_qwen3vl_30b_a3b.yaml")
+    assert {name: str(recipe[name]) for name in KINDS["LoRA"]} == {
+        name: str(value) for name, value in KINDS["LoRA"].items()
+    }
+
+
 def test_the_launcher_takes_the_command(tiny_checkpoint: Callable[[str], Path]) -> None:
     given = AdviseArguments(model=str(tiny_checkpoint("qwen3_vl") / "config.json"), gpus="16xH100", options=1)
     command = command_of(given, advise(given).fitting["all parts"][0])
@@ -116,6 +126,15 @@ def test_what_would_fit_fits_and_half_of_it_does_not(tmp_path: Path) -> None:
     assert host is not None
     with_host = replace(limits, host=int(float(host[1]) * GIB) + GIB)
     assert choose(estimator, with_host, ["all parts"]).fitting["all parts"][0].candidate.engine.offloads
+
+
+def test_a_smaller_kind_of_training_that_does_not_fit_either_is_not_named(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    given = AdviseArguments(model=str(tiny_checkpoint("qwen3_vl") / "config.json"), gpus="1xL4", options=1)
+    estimator, limits = open_estimator(given), limits_of(given)
+    full = replace(limits, reserve=limits.gpus.usable)
+    assert choose(estimator, full, ["all parts"]).missing["all parts"] == "GPUs of more memory"
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe"])
