@@ -16,8 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks.step_samples import make_config
-from qwenvl.cli.advise.candidates import candidates
-from qwenvl.cli.advise.candidates import KINDS
+from qwenvl.cli.advise.candidates import KINDS, candidates
 from qwenvl.cli.advise.choice import Limits, choose
 from qwenvl.cli.advise.command import PAGE, AdviseArguments, advise, command_of, limits_of, main, open_estimator
 from qwenvl.config import parse_arguments
