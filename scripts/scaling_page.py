@@ -20,7 +20,7 @@ from qwenvl.cli.advise.estimate import Estimate
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 MODELS = (
     *("Qwen3-VL-2B-Instruct", "Qwen3-VL-8B-Instruct", "Qwen3-VL-32B-Instruct"),
-    *("Qwen3-VL-30B-A3B-Instruct", "Qwen3-VL-235B-A22B-Instruct"),
+    *("Qwen3-VL-30B-A3B-Instruct", "Qwen3-VL-235B-A22B-Instruct", "Qwen3.5-9B"),
 )
 COUNTS = (1, 8, 64)
 GPUS = ("RTX-4090-24G", "L40S-48G", "H100-80G", "H200-141G")
