@@ -103,7 +103,7 @@ def run(arguments: MergeArguments) -> None:
     )
     save(model, processor, arguments)
     carried = carried_tensors(read_source(base, **origin), model)
-    carry_over(output, carried, shard_bytes(arguments.max_shard_size))
+    carry_over(output, carried, shard_bytes(arguments.max_shard_size), model.dtype)
     log_carried(carried, model)
     follow_umask(output)
     check(model, processor, output, arguments.device)

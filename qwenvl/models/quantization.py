@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from qwenvl.families import FAMILIES, ModelLayout
 from qwenvl.utils.errors import UserError
+
+SCALES = "_scale_inv"
+"""End of the name of the scales of an FP8 weight, after the weight's own name."""
 
 
 def quantization(bits: int, layout: ModelLayout) -> Any:
@@ -119,6 +123,19 @@ def _fp8_rule(conversion: Any) -> bool:
     return any(isinstance(one, Fp8Dequantize) for one in getattr(conversion, "operations", None) or ())
 
 
+def dequantize(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight that FP8 values and their scales stand for, rounded once, as transformers does.
+
+    Args:
+        weight: FP8 [rows, columns].
+        scales: Floating-point scale of each block, [rows / block rows, columns / block columns].
+        dtype: Data type of the result.
+    """
+    for dim, (size, count) in enumerate(zip(weight.shape, scales.shape, strict=True)):
+        scales = scales.repeat_interleave(size // count, dim)
+    return (weight.float() * scales.float()).to(dtype)
+
+
 def require_whole_blocks(files: Sequence[str], block: Sequence[int], named: str) -> None:
     """Check that FP8 weights are divided into whole blocks; with others, transformers infers a wrong block size.
 
@@ -132,8 +149,8 @@ def require_whole_blocks(files: Sequence[str], block: Sequence[int], named: str)
     """
     for file in files:
         with safe_open(file, "pt") as tensors:
-            for scales in (name for name in tensors.keys() if name.endswith("_scale_inv")):  # noqa: SIM118  not a dict
-                weight = scales.removesuffix("_scale_inv")
+            for scales in (name for name in tensors.keys() if name.endswith(SCALES)):  # noqa: SIM118  not a dict
+                weight = scales.removesuffix(SCALES)
                 shape, grid = (tensors.get_slice(name).get_shape() for name in (weight, scales))
                 if not all(_whole(*sizes) for sizes in zip(shape, grid, block, strict=True)):
                     raise UserError(

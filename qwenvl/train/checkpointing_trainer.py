@@ -310,7 +310,7 @@ class CheckpointingTrainer(transformers.Trainer):
         """Add the starting checkpoint's tensors that transformers does not load to the weights in a folder."""
         if not has_adapters(self.model):
             tensors = carried_tensors(self._records.source or {}, self.model)
-            carry_over(folder, tensors, shard_bytes(self.args.max_shard_size))
+            carry_over(folder, tensors, shard_bytes(self.args.max_shard_size), self.model.dtype)
 
     def _save_mtp(self, folder: Path) -> None:
         """Add the layer for multi-token prediction that was trained; a finished model's in the type of its weights.

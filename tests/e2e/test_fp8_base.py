@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl.cli.merge_lora import main as merge_main
 from qwenvl.cli.predict import command as predict
-from qwenvl.models.loading import load_model
+from qwenvl.models.loading import add_mtp, load_model
+from qwenvl.train.checkpoint.carried_tensors import carried_tensors
+from qwenvl.train.checkpoint.folder_check import read_headers
 from qwenvl.utils.errors import UserError
 from tests.e2e.runs import LORA, equal_bits, flags, history, train, weights
 
@@ -24,13 +26,14 @@ BLOCK = 16
 Made = tuple[Path, Path]
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weight in FP8, the scale of each block, and by hand what both stand for."""
     rows, columns = weight.shape
     blocks = weight.float().reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-    scales = blocks.abs().amax((1, 3)) / 448
+    scales = (blocks.abs().amax((1, 3)) / 448).to(scale_dtype)
     small = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
-    return small.reshape(weight.shape), scales, (small.float() * scales[:, None, :, None]).reshape(weight.shape)
+    dequantized = small.float() * scales.float()[:, None, :, None]
+    return small.reshape(weight.shape), scales, dequantized.reshape(weight.shape)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,48 @@ def test_parts_in_float32_stay_so(
     merged = weights(tmp_path / "merged")
     assert {name for name, tensor in merged.items() if tensor.dtype == torch.float32} == wide
     assert all(torch.equal(merged[name], whole[name]) for name in wide)
+
+
+def test_the_layer_for_multi_token_prediction_is_merged_dequantized(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As published, projections are in FP8 with scales in bfloat16, and ``mtp.fc`` and norms are in bfloat16."""
+    source, fp8, merged = tiny_checkpoint("qwen3_5"), tmp_path / "fp8", tmp_path / "merged"
+    small, wanted = dict[str, Tensor](), dict[str, Tensor]()
+    for name, tensor in load_file(source / "model.safetensors").items():
+        small[name] = wanted[name] = tensor.to(torch.bfloat16)
+        if name.endswith("_proj.weight") and ("language_model.layers" in name or name.startswith("mtp.")):
+            small[name], small[f"{name}_scale_inv"], dequantized = quantize(tensor, torch.bfloat16)
+            wanted[name] = dequantized.to(torch.bfloat16)
+    wanted = {name: tensor for name, tensor in wanted.items() if name.startswith("mtp.")}
+    write(source, fp8, small, quantized=True)
+    adapter = train(fp8, tmp_path / "adapter", registry, **{**LORA, "max_steps": 1, "bf16": True})
+    assert merge_main(["--adapter", str(adapter), "--output", str(merged)]) == 0
+    assert "Saved bit for bit as in the checkpoint, not trained: 8 tensors (mtp.*)." in caplog.text
+    assert "Saved dequantized (scale x weight), not trained: 7 tensors (mtp.*)." in caplog.text
+    found = {name: tensor for name, tensor in weights(merged).items() if name.startswith("mtp.")}
+    assert found.keys() == wanted.keys()
+    assert all(found[name].dtype == torch.bfloat16 and torch.equal(found[name], wanted[name]) for name in wanted)
+    placed = json.loads((merged / "model.safetensors.index.json").read_text())["weight_map"]
+    assert placed == {name: file.name for file in merged.glob("*.safetensors") for name in load_file(file)}
+    assert json.loads((merged / "config.json").read_text())["text_config"]["mtp_num_hidden_layers"] == 1
+    model = load_model(str(merged), dtype=torch.bfloat16, attn_implementation="sdpa")
+    add_mtp(model, str(merged), torch.bfloat16)
+    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in wanted.items())
+
+
+def test_a_layer_for_multi_token_prediction_without_scales_is_left_out(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    tensors = load_file(tiny_checkpoint("qwen3_5") / "model.safetensors")
+    name = "mtp.layers.0.mlp.down_proj.weight"
+    tensors[name], tensors[f"{name}_scale_inv"], _ = quantize(tensors[name])
+    save_file(tensors, tmp_path / "model.safetensors")
+    headers = read_headers([tmp_path / "model.safetensors"])
+    model = load_model(str(tiny_checkpoint("qwen3_5")), dtype=torch.float32, attn_implementation="sdpa", on_meta=True)
+    assert carried_tensors(headers, model).keys() == {key for key in tensors if key.startswith("mtp.")}
+    del headers[f"{name}_scale_inv"]
+    assert not carried_tensors(headers, model)
 
 
 def is_wide(name: str) -> bool:
