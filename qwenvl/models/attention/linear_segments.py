@@ -42,7 +42,11 @@ class SegmentedLinearAttention(nn.Module):
         super().__init__()
         self._parameters, self._modules, self._buffers = layer._parameters, layer._modules, layer._buffers
         self._stock = (layer,)  # in a tuple, it is no submodule
-        self._functions = sys.modules[type(layer).__module__]
+
+    @property
+    def _functions(self) -> Any:
+        """Module of the stock layer's functions. Not an attribute: a copy of the model would have to copy it."""
+        return sys.modules[type(self._stock[0]).__module__]
 
     def forward(self, hidden_states: Tensor, segments: Segments | None = None, **options: Any) -> Tensor:
         """Return [B, T, H].
