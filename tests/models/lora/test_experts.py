@@ -222,6 +222,7 @@ def test_names_in_files_are_those_of_nested_wrappers() -> None:
 
 def test_experts_of_a_mixture_are_counted(load_tiny: Any) -> None:
     assert count_experts(load_tiny("qwen3_vl")) == 0
+    assert count_experts(load_tiny("qwen3_5")) == 0, "convolutions of linear attention are no stacked experts"
     model = load_tiny("qwen3_vl_moe")
     text = model.config.text_config
     each = 3 * text.hidden_size * text.moe_intermediate_size
