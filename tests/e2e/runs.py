@@ -23,6 +23,8 @@ from qwenvl.families import get_family
 from qwenvl.train.build.data import open_config, open_data
 from qwenvl.train.build.model import open_model
 from qwenvl.train.checkpointing_trainer import Records
+from qwenvl.train.records.sample_losses import FILE_NAME as SAMPLE_LOSSES
+from qwenvl.train.records.sample_losses import read_sample_losses
 from qwenvl.train.run import build_trainer
 from qwenvl.train.train_qwen import main
 from qwenvl.train.trainer import Trainer
@@ -232,3 +234,22 @@ def open_trainer(model: Path, output: Path, registry: Path, **settings: Any) -> 
     opened = open_model(parsed, data.processor, config, data.added_tokens, objective=data.objective)
     records = Records(arguments_to_yaml(parsed), processor_limits(data.processor))
     return build_trainer(parsed, opened, data, records)
+
+
+def losses_alone(trainer: Trainer) -> dict[int, tuple[float, int]]:
+    """Return (loss, units) of each training sample by its line, from batches of one sample in the objective itself."""
+    found = {}
+    with torch.no_grad():
+        for batch in trainer.get_train_dataloader():
+            loss, _ = trainer.objective.compute(trainer.model, batch)
+            (origin,) = batch["origins"]
+            found[origin.line] = (float(loss), int(batch["num_units"]))
+    return found
+
+
+def logged_losses(folder: Path) -> dict[int, tuple[float, float]]:
+    """Return (loss, units) by line of a run of one epoch with ``--log_sample_losses``; no line stands there twice."""
+    rows = read_sample_losses(folder / SAMPLE_LOSSES).to_pylist()
+    found = {row["line"]: (row["loss"], row["tokens"]) for row in rows}
+    assert len(found) == len(rows)
+    return found

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.cli.check_image.command import main as check
 from qwenvl.config.tasks import LOSSES, METRICS, TaskName
 from qwenvl.tasks.files import RECORD_FILE
+from qwenvl.tasks.objective import Task
 from qwenvl.tasks.registry import TASKS, saved_predictor
 from qwenvl.utils.errors import UserError
-from tests.e2e.runs import equal_bits, history, read_annotations, train, weights
-from tests.tasks.pairs import BETA, PAIRS
+from tests.e2e.runs import (
+    equal_bits,
+    history,
+    logged_losses,
+    losses_alone,
+    open_trainer,
+    read_annotations,
+    train,
+    weights,
+)
+from tests.tasks.pairs import BETA, PAIRS, PairLoss
 
 PAIR_RUN: dict[str, Any] = {"task": "classification", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
 
@@ -96,6 +108,47 @@ def test_it_does_not_depend_on_how_pairs_are_split(
     for key in ("loss", "eval_loss", "eval_worst_pair"):
         assert history(other, key) == pytest.approx(history(one, key), rel=2e-4), key
     assert set(history(other, "eval_pairs")) == {4}
+
+
+class MovedReference(PairLoss):
+    """Compares with weights that the model does not start from, so that the first losses differ."""
+
+    def begin(self, model: nn.Module) -> None:
+        super().begin(model)
+        with torch.no_grad():
+            for parameter in self.reference.parameters():
+                parameter.mul_(0.9)
+
+
+def open_moved(*arguments: Any) -> Task:
+    return Task(MovedReference(), PAIRS.open(*arguments).targets)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"per_device_train_batch_size": 11},
+        {"per_device_train_batch_size": 4, "data_flatten": True, "gradient_accumulation_steps": 3},
+        {"data_packing": True, "model_max_length": 256, "gradient_accumulation_steps": 11},
+    ],
+    ids=["padded", "flattened", "packed"],
+)
+def test_the_losses_of_samples_are_those_of_their_pairs_alone(
+    layout: dict[str, Any],
+    pairs: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(TASKS, "classification", replace(PAIRS, open=open_moved))
+    model, settings = tiny_checkpoint("qwen3_vl"), {**PAIR_RUN, "max_steps": 1, "save_strategy": "no"}
+    alone = losses_alone(open_trainer(model, tmp_path / "alone", pairs, **settings, per_device_train_batch_size=1))
+    assert len(alone) == 11 and {units for _, units in alone.values()} == {1}
+    assert len({round(loss, 3) for loss, _ in alone.values()}) > 5
+    found = logged_losses(train(model, tmp_path / "run", pairs, **settings, **layout, log_sample_losses=True))
+    assert found.keys() == alone.keys()
+    for line, expected in alone.items():
+        assert found[line] == pytest.approx(expected, rel=1e-4), line
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])

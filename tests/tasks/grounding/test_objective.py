@@ -24,7 +24,16 @@ from qwenvl.tasks.grounding.metrics import compare_masks, mask_metrics
 from qwenvl.tasks.grounding.predict import open_grounder
 from qwenvl.tasks.grounding.unet import MaskUNet
 from qwenvl.train.train_qwen import main
-from tests.e2e.runs import flags, history, read_annotations, run_on_two_ranks, weights
+from tests.e2e.runs import (
+    flags,
+    history,
+    logged_losses,
+    losses_alone,
+    open_trainer,
+    read_annotations,
+    run_on_two_ranks,
+    weights,
+)
 from tests.e2e.runs import train as train_here
 from tests.tasks.grounding.sam import save_tiny_sam
 
@@ -119,6 +128,27 @@ def test_masks_do_not_depend_on_how_samples_are_laid_out(train, tiny_checkpoint)
     before = weights(tiny_checkpoint("qwen3_vl"))
     assert model.keys() == before.keys()
     assert all(model[name].equal(before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"per_device_train_batch_size": 9},
+        {"per_device_train_batch_size": 3, "data_flatten": True, "gradient_accumulation_steps": 3},
+        {"data_packing": True, "model_max_length": 256, "gradient_accumulation_steps": 9},
+    ],
+    ids=["padded", "flattened", "packed"],
+)
+def test_the_losses_of_samples_are_those_of_their_phrases_alone(
+    layout: dict[str, Any], train, tiny_checkpoint, scenes, tmp_path
+) -> None:
+    single = {**TASK, "per_device_train_batch_size": 1}
+    alone = losses_alone(open_trainer(tiny_checkpoint("qwen3_vl"), tmp_path / "alone", scenes, **single))
+    assert [phrases for _, phrases in (alone[line] for line in sorted(alone))] == [1, 3, 2, 1, 2, 3, 1, 2, 2]
+    found = logged_losses(train("run", **layout, max_steps=1, log_sample_losses=True))
+    assert found.keys() == alone.keys()
+    for line, expected in alone.items():
+        assert found[line] == pytest.approx(expected, rel=1e-4), line
 
 
 @pytest.mark.parametrize("with_sam", [False, True], ids=["coarse", "sam"])
