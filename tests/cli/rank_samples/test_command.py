@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,29 @@ from qwenvl.inference.loss import example_loss
 from qwenvl.inference.other_images import find_partners, key_of
 from qwenvl.train.records.sample_losses import FILE_NAME, SCHEMA
 from tests.browser import dom, needs_chromium
+from tests.e2e.runs import REPOSITORY, kill_tree, torchrun
+
+SCRIPT = """
+import sys
+from qwenvl.cli.rank_samples.command import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+HANGING = """
+import sys, time
+
+written = []
+
+
+def hang(event, arguments):
+    if event == "open" and "losses_blank.jsonl.part-" in str(arguments[0]) and arguments[1] == "a":
+        written.append(1)
+        time.sleep(6000 if len(written) == 3 else 0)
+
+
+sys.addaudithook(hang)
+"""
+"""Lines before :data:`SCRIPT` that let it hang before its third sample with a blank image is written."""
 
 COUNT = 12
 WRONG = 5
@@ -165,6 +192,43 @@ def test_a_scoring_pass_has_the_losses_of_single_samples_and_goes_on(
     rank(*flags)
     assert (output / "losses_shown.jsonl").read_text().splitlines()[:7] == [line.strip() for line in written[:7]]
     assert [line["line"] for line in ranking(output)] == [line["line"] for line in lines]
+
+
+@pytest.mark.slow
+def test_two_processes_rank_as_one_and_go_on_after_they_were_killed(
+    data: Path, rank: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    given = ["--model_name_or_path", tiny_checkpoint("qwen3_vl"), "--dataset_use", "pets,packs", "--batch_size", 1]
+    given += ["--limit", 2]
+    alone = rank(*given, output="alone")
+    (data / "rank.py").write_text(SCRIPT)
+    (data / "hang.py").write_text(HANGING + SCRIPT)
+    flags = {
+        name: list(map(str, [*given, "--dataset_registry", data / "registry.py", "--output", data / name]))
+        for name in ("shared", "killed")
+    }
+    torchrun(data / "rank.py", *flags["shared"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    parts = [data / f"killed/losses_blank.jsonl.part-{number}" for number in (0, 1)]
+    with subprocess.Popen([*command, str(data / "hang.py"), *flags["killed"]], env=environment) as process:
+        try:
+            deadline = time.monotonic() + 900
+            while not all(part.exists() and part.stat().st_size for part in parts):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            kill_tree(process)
+    assert not (data / "killed/ranking.jsonl").exists() and (data / "killed/losses_shown.jsonl").exists()
+    begun = [line for part in parts for line in part.read_text().splitlines()]
+    assert 2 <= len(begun) < COUNT
+    torchrun(data / "rank.py", *flags["killed"])
+    names = [path.relative_to(alone) for path in alone.rglob("*") if path.is_file()]
+    assert Path("ranking.jsonl") in names and Path("page/index.html") in names
+    for name in names:
+        for other in ("shared", "killed"):
+            assert (data / other / name).read_bytes() == (alone / name).read_bytes(), (other, name)
+    assert not list(data.rglob("*.part-*"))
 
 
 @needs_chromium
