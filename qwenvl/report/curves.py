@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qwenvl.config.rules.best_metric import OF_DATASET
 from qwenvl.report.chart import STYLES, Chart, Line, Point
 
 History = Sequence[Mapping[str, Any]]
@@ -56,9 +57,6 @@ _BLIND = _Plan(
     "nats per trained token",
     log=True,
 )
-OF_DATASET = "/"
-"""Between the name of a figure and that of its dataset: ``loss/apples``."""
-
 RATE = "learning_rate"
 PART_RATE = f"{RATE}_"
 """Prefix of the keys of learning rates of single parts."""
@@ -140,9 +138,11 @@ def dataset_charts(history: History, unit: str = TRAINED_TOKENS) -> list[Chart]:
         shares = [
             Line(_title(key), points)
             for key, points in found.items()
-            if key != "eval_loss" and points and all(0 <= value <= 1 for _, value in points)
+            if key != "eval_loss" and key not in _BLIND.names and points and all(0 <= value <= 1 for _, value in points)
         ]
         charts.append(Chart(f"Scores: {name}", tuple(shares[:STYLES]), percent=True))
+        blind = {f"{key}{OF_DATASET}{name}": text for key, text in _BLIND.names.items()}
+        charts.append(_chart(history, replace(_BLIND, title=f"{_BLIND.title}: {name}", names=blind)))
     return [chart for chart in charts if _has_values(chart)]
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwenvl.config.rules.best_metric import OF_DATASET
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.models.loss.causal_lm import sample_lengths
-from qwenvl.report.curves import OF_DATASET
 from qwenvl.tasks.objective import weights_of_samples
 from qwenvl.utils.devices import copy_to_device
 from qwenvl.utils.distributed import rank, zeros_for_sums

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from qwenvl.config.rules.best_metric import OF_DATASET
 from qwenvl.data.dataset import ConversationDataset
 from qwenvl.data.encoding.encoded import EncodedSample
 from qwenvl.evaluate.scoring import evaluate
@@ -83,13 +84,19 @@ class EvalPrompts:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics of the expected answers."""
-        return sorted({scores.metric.name for scores in evaluate(self.lines)})
+        """Names of the metrics of the expected answers, and of those of single datasets."""
+        pairs = [(scores.metric.name, scores.dataset) for scores in evaluate(self.lines)]
+        return sorted({name for name, _ in pairs} | {f"{name}{OF_DATASET}{dataset}" for name, dataset in pairs})
 
     @property
     def comparable(self) -> list[int]:
         """Numbers of the samples whose media can be swapped with another sample's."""
         return sorted(self._partners)
+
+    @property
+    def compared(self) -> list[str]:
+        """Names of the datasets of :attr:`comparable`."""
+        return sorted({self.lines[number].dataset for number in self.comparable})
 
     def chat_model(self, model: Any) -> ChatModel:
         """Return an chat_model, which renders prompts as in training."""

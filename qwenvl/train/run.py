@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from qwenvl.config import ParsedArguments, TrainingArguments, arguments_to_yaml
-from qwenvl.config.rules.best_metric import available_metrics, require_metric
+from qwenvl.config.rules.best_metric import OF_DATASET, OF_VIEWS, available_metrics, require_metric
 from qwenvl.data.collator import Collator
 from qwenvl.data.encoding.processor import (
     processor_limits,
@@ -64,7 +64,8 @@ def run(parsed: ParsedArguments) -> int:
 def _run(parsed: ParsedArguments, warnings: Sequence[str]) -> int:
     args = parsed.training
     engine = _engine(args)
-    _require_best_metric(parsed, METRICS)
+    if args.eval_generate:
+        _require_best_metric(parsed, METRICS)
     family = _family(parsed, engine)
     if engine != "plain":
         _require_launcher(engine, args.dry_run)
@@ -215,26 +216,33 @@ def _eval_prompts(parsed: ParsedArguments, data: RunData) -> EvalPrompts | None:
     """Choose the samples that the model answers at evaluations; None without ``--eval_generate``.
 
     Raises:
-        UserError: ``--metric_for_best_model`` is not among the metrics of their answers.
+        UserError: ``--metric_for_best_model`` is not among the metrics of evaluations.
     """
     args = parsed.training
-    if not args.eval_generate or data.evaluation is None:
+    if data.evaluation is None:
+        return None
+    datasets = dict.fromkeys(table.table.spec.name for table in data.evaluation.tables if len(table.rows))
+    if not args.eval_generate:
+        _require_best_metric(parsed, (), datasets)
         return None
     prompts = EvalPrompts(data.evaluation, data.processor, args.eval_generate, args.data_seed or 0)
     advice = " The expected answers determine the available metrics."
-    _require_best_metric(parsed, prompts.metrics, advice)
+    views = [f"{name}{OF_DATASET}{one}" for one in prompts.compared for name in OF_VIEWS if args.eval_blind]
+    _require_best_metric(parsed, [*prompts.metrics, *views], datasets, advice)
     return prompts
 
 
-def _require_best_metric(parsed: ParsedArguments, answers: Iterable[str], advice: str = "") -> None:
-    """Check that evaluations report ``--metric_for_best_model``, if they generate answers.
+def _require_best_metric(
+    parsed: ParsedArguments, answers: Iterable[str], datasets: Iterable[str] = (), advice: str = ""
+) -> None:
+    """Check that evaluations report ``--metric_for_best_model``, and that of a dataset where datasets are known.
 
     Raises:
         UserError: It is neither one of the task's metrics nor one of the answers'.
     """
     args = parsed.training
-    if args.eval_generate and args.metric_for_best_model is not None:
-        available = available_metrics(parsed.tasks.metrics, answers, blind=args.eval_blind)
+    if args.metric_for_best_model is not None:
+        available = available_metrics(parsed.tasks.metrics, answers, blind=args.eval_blind, datasets=datasets)
         require_metric(args.metric_for_best_model, available, advice)
 
 

@@ -58,7 +58,8 @@ WORKS: dict[str, str] = {
     "save_strategy": "`best` needs an evaluation; its metric is the loss unless `metric_for_best_model` names another.",
     "save_total_limit": "1 or more.",
     "load_best_model_at_end": "",
-    "metric_for_best_model": "With or without `eval_`; a name that no evaluation computes is refused.",
+    "metric_for_best_model": "With or without `eval_`, of all datasets or of one (`loss/NAME`); a name that no "
+    "evaluation computes is refused.",
     "greater_is_better": "Default: false for losses and errors (`mae`, `rmse`), true for all others.",
     "data_seed": "Seed of the order, of sampled shares of datasets and of the held-out split. Default: 0.",
     "ddp_find_unused_parameters": "Not needed: every rank uses every part.",

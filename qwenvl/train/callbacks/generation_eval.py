@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Trainer
 
+from qwenvl.config.rules.best_metric import OF_DATASET
 from qwenvl.data.collator import for_model
 from qwenvl.data.encoding.encoded import Item
 from qwenvl.evaluate.answer_log import AnswerLog
@@ -20,9 +22,9 @@ from qwenvl.inference.other_images import VIEWS, View
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.models.attention.packed import stock_attention
 from qwenvl.models.loss.causal_lm import prepare_inputs, total_weight
-from qwenvl.tasks.objective import causal_loss
+from qwenvl.tasks.objective import losses_of_samples, run_with_unit_losses
 from qwenvl.train.callbacks.watchdog import Watchdog
-from qwenvl.train.dataset_losses import by_dataset
+from qwenvl.train.dataset_losses import DatasetLosses, by_dataset
 from qwenvl.train.eval_prompts import EvalPrompts
 from qwenvl.utils.distributed import gather_objects, zeros_for_sums
 
@@ -48,8 +50,8 @@ class GenerationEval:
             self._answers.add(trainer.state.global_step, lines)
         found = _metrics(lines) | by_dataset(((line.dataset, line) for line in lines), _metrics)
         if trainer.args.eval_blind:
-            sums = {view: self._loss_sums(trainer, view) for view in VIEWS}
-            found |= {f"loss_{view}": loss / tokens if tokens else math.nan for view, (loss, tokens) in sums.items()}
+            for view in VIEWS:
+                found |= self._losses(trainer, view)
         return found
 
     def _answer(self, trainer: Trainer) -> list[Prediction]:
@@ -69,22 +71,33 @@ class GenerationEval:
             mine += list(zip(one.asked, answers, strict=True))[: one.counted]
         return self.prompts.answered(list(itertools.chain(*gather_objects(mine))))
 
-    def _loss_sums(self, trainer: Trainer, view: View) -> list[float]:
-        """Return [summed loss, trained tokens] of one view of the samples, with teacher forcing."""
+    def _losses(self, trainer: Trainer, view: View) -> dict[str, float]:
+        """Return the loss of one view of the samples, and that of each dataset, with teacher forcing."""
         batch, ranks = trainer.args.eval_batch_size, trainer.args.world_size
         numbers, totals = self.prompts.comparable, zeros_for_sums(2, trainer.args.device)
+        losses = DatasetLosses(self.prompts.compared, "tokens", trainer.args.device)
         for start in range(0, len(numbers), batch * ranks):
             trainer.leave_if_asked_to_stop()
             self._watchdog.watch(f"evaluation after step {trainer.state.global_step}, images {view}")
             mine = numbers[start : start + batch * ranks][trainer.args.process_index :: ranks]
             items = [Item((self.prompts.view(number, view),)) for number in mine]
-            collated = for_model(trainer.data_collator(items or [Item()]))  # an empty batch keeps ranks in lockstep
+            whole = trainer.data_collator(items or [Item()])  # an empty batch keeps ranks in lockstep
+            collated = for_model(whole)
             totals[1] += total_weight(collated)
-            inputs = trainer._prepare_inputs(prepare_inputs(collated))
+            prepared = prepare_inputs(collated)
+            losses.count(prepared, whole["origins"])
+            inputs = trainer._prepare_inputs(prepared)
             with torch.no_grad(), trainer.compute_loss_context_manager():
-                totals[0] += causal_loss(trainer.model, inputs, num_trained_tokens=1.0)
-        sums: list[float] = trainer.accelerator.reduce(totals, reduction="sum").tolist()
-        return sums
+                output = run_with_unit_losses(trainer.model, inputs)
+            totals[0] += output.logits
+            losses.add(losses_of_samples(output, inputs), inputs)
+        losses.end_step(taken=True)
+        sum_over_ranks = partial(trainer.accelerator.reduce, reduction="sum")
+        loss, tokens = sum_over_ranks(totals).tolist()
+        of_single = losses.take(sum_over_ranks)
+        named = {key: value for key, value in of_single.items() if key.startswith(f"loss{OF_DATASET}")}
+        named["loss"] = loss / tokens if tokens else math.nan
+        return {key.replace("loss", f"loss_{view}", 1): value for key, value in named.items()}
 
 
 def _is_zero3(trainer: Trainer) -> bool:

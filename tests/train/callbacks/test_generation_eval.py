@@ -102,6 +102,59 @@ def test_evaluation_of_the_folder_says_the_same_as_training(
         assert trained[f"eval_loss_{view}"] == [pytest.approx(blind["losses"][view]["value"], rel=1e-4)], view
 
 
+def test_losses_by_image_shown_are_by_dataset_too_and_can_choose_the_best(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the tool finds them for each dataset of the saved folder."""
+    (spec,) = parse_dataset_use("mixed", load_registry(str(registry)))
+    entries = {
+        name: {"annotation_path": str(Path(spec.data_path) / f"{name}.json"), "data_path": spec.data_path}
+        for name in ("mixed", "pictures", "text")
+    }
+    (tmp_path / "registry.py").write_text(f"data_dict = {entries!r}\n")
+    best = "eval_loss_blank/pictures"
+    settings = {**ASKING, "eval_dataset_use": "mixed,pictures,text", "eval_generate": 50, "max_steps": 4}
+    settings |= {"metric_for_best_model": best, "save_strategy": "best"}
+    folder = train(tiny_checkpoint("qwen3_vl"), tmp_path / "run", tmp_path / "registry.py", **settings)
+    monkeypatch.chdir(tmp_path)
+    asked = ["--model_name_or_path", str(folder), "--dataset_registry", str(tmp_path / "registry.py")]
+    asked += ["--dataset_use", "mixed,pictures,text", "--blind", "--max_new_tokens", "4", "--device", "cpu"]
+    assert evaluate(asked) == 0
+    blind = {one["name"]: one for one in json.loads(Path("evaluation/evaluation.json").read_text())["blind"]}
+    for name in ("mixed", "pictures"):
+        for view in ("shown", "blank", "swapped"):
+            found = history(folder, f"eval_loss_{view}/{name}")
+            assert len(found) == 2 and found[-1] == pytest.approx(blind[name]["losses"][view]["value"], rel=1e-4)
+    assert history(folder, "eval_loss_blank/text") == []
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["best_metric"] == min(history(folder, best)) and len(set(history(folder, best))) == 2
+    page = (folder / "report.html").read_text()
+    assert "Loss by image shown: mixed" in page and "Loss by image shown: pictures" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "metric", "known"),
+    [
+        ({"eval_generate": 0, "eval_blind": False}, "loss/mixd", "compute: loss/mixed. Did you mean 'loss/mixed'"),
+        ({"eval_blind": False}, "chrf/text", "compute: chrf/mixed, loss/mixed."),
+        ({}, "eval_loss_blank/text", "chrf/mixed, loss_shown/mixed, loss_blank/mixed, loss_swapped/mixed, loss/mixed."),
+        ({"eval_generate": 0, "eval_blind": False}, "chrf/mixed", "compute: loss. Metrics of answers need"),
+    ],
+)
+def test_a_best_metric_of_a_dataset_that_is_not_evaluated_is_refused(
+    changes: dict[str, Any],
+    metric: str,
+    known: str,
+    fail: Callable[[list[str]], str],
+    tiny_checkpoint: Callable[[str], Path],
+    registry: Path,
+    tmp_path: Path,
+) -> None:
+    settings = {**ASKING, **changes, "metric_for_best_model": metric}
+    message = fail(flags(tiny_checkpoint("qwen3_vl"), tmp_path, registry, **settings))
+    assert message.startswith(f"--metric_for_best_model {metric} is not one that") and known in message
+
+
 def test_rows_that_cannot_be_asked_are_passed_over(
     tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +220,8 @@ def test_two_ranks_ask_like_one_process(
         found, expected = figures(runs[f"{engine}-asking"]), figures(alone)
         for key in KEYS:
             assert found[key] == pytest.approx(expected[key], rel=1e-3), (engine, key)
+        of_dataset = history(runs[f"{engine}-asking"], "eval_loss_swapped/mixed")
+        assert of_dataset == pytest.approx(expected["eval_loss_swapped"], rel=1e-3), engine
         asked, asked_alone = (AnswerLog(folder).read() for folder in (runs[f"{engine}-asking"], alone))
         assert [(one.step, one.line.index) for one in asked] == [(one.step, one.line.index) for one in asked_alone]
         assert (runs[f"{engine}-asking"] / "report.html").exists()
