@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import string
@@ -28,6 +29,7 @@ from qwenvl.inference.generate import processor_folder
 from qwenvl.inference.loss import token_losses
 from qwenvl.inference.prompts import EvalExample, open_example
 from qwenvl.report.html import style
+from qwenvl.utils.cache import fingerprint
 from qwenvl.utils.errors import SampleError, UserError
 
 logger = logging.getLogger("qwenvl.rank_samples")
@@ -75,8 +77,9 @@ def write_page(
         for look in _looks(sample, encoder):
             files.add(_record(presenter, one, look, losses.get(one.key)) | {"rank": _rank(number, one, drop)})
     files.close(TITLE)
+    ranking = fingerprint(*((json.dumps(one.as_dict()), one.key in drop) for one in ranked))
     shown = f"token losses under {model}" if losses else "without losses of tokens: the model cannot be opened"
-    _write_files(folder, f"The first {len(ranked):,} samples of the list; {shown}.")
+    _write_files(folder, ranking, f"The first {len(ranked):,} samples of the list; {shown}.")
     return folder / "index.html"
 
 
@@ -145,10 +148,11 @@ def _rank(number: int, one: Ranked, drop: set[Key]) -> dict[str, Any]:
     return {"number": number, "score": line["score"], "figures": figures, "place": place, "keep": one.key not in drop}
 
 
-def _write_files(folder: Path, lead: str) -> None:
+def _write_files(folder: Path, ranking: str, lead: str) -> None:
     here, viewer = Path(__file__).parent, Path(site.__file__).parent
     values = {
         "title": TITLE,
+        "ranking": ranking,
         "lead": escape(lead),
         "style": style() + "".join(one.read_text("utf-8") for one in (viewer / "viewer.css", here / "ranking.css")),
     }

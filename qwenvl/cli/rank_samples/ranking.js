@@ -1,12 +1,33 @@
 "use strict";
-// Buttons that keep or drop a sample, and the file of the decisions.
+// Buttons that keep or drop a sample, and the file of the decisions. The browser remembers them for this ranking.
 
 const ranking = (() => {
-  const decisions = new Map(); // place of a sample as text -> whether it is kept, where that differs from the list
+  const stored = `decisions ${document.body.dataset.ranking}`; // file:// pages share one storage
+  const decisions = recall(); // place of a sample as text -> whether it is kept, where that differs from the list
   const status = document.getElementById("decided");
 
+  function recall() {
+    try {
+      return new Map(JSON.parse(localStorage.getItem(stored) ?? "[]"));
+    } catch { // no storage: some browsers have none for files
+      return new Map();
+    }
+  }
+
+  function remember() {
+    try {
+      if (decisions.size) localStorage.setItem(stored, JSON.stringify([...decisions]));
+      else localStorage.removeItem(stored);
+      return "remembered by this browser";
+    } catch {
+      return "lost when this page is reloaded";
+    }
+  }
+
   function say() {
-    status.textContent = `${decisions.size.toLocaleString("en")} decided otherwise than the list`;
+    const made = `${decisions.size.toLocaleString("en")} decided otherwise than the list`;
+    const told = remember();
+    status.textContent = decisions.size ? `${made}, ${told}` : made;
   }
 
   function buttons(rank) {

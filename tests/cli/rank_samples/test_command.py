@@ -50,6 +50,17 @@ sys.addaudithook(hang)
 """
 """Lines before :data:`SCRIPT` that let it hang before its third sample with a blank image is written."""
 
+CLICK = """
+const observer = new MutationObserver(() => {
+  const button = document.querySelector(".ranked button.keep");
+  if (!button) return;
+  observer.disconnect();
+  button.click();
+});
+observer.observe(document.body, { childList: true, subtree: true });
+"""
+"""A script that keeps the first sample of the page, which the list drops."""
+
 COUNT = 12
 WRONG = 5
 """Line of the sample whose loss stays high."""
@@ -245,6 +256,26 @@ def test_the_page_shows_samples_losses_of_tokens_and_buttons(
     index = (output / "page/data/samples_0.js").read_text()
     pieces = re.findall(r'\["[^"]*","\d+",[01],([\d.]+)\]', index)
     assert len(pieces) > COUNT and all(float(loss) > 0 for loss in pieces)
+
+
+@needs_chromium
+def test_the_browser_remembers_the_decisions_of_a_ranking_and_of_no_other(
+    data: Path, rank: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """One click on a copy of the page; then the page is opened anew, and that of another list."""
+    run = data / "run"
+    shutil.copytree(tiny_checkpoint("qwen3_vl"), run)
+    losses = write_losses(data, run / FILE_NAME)
+    page = rank("--sample_losses", losses) / "page/index.html"
+    other = rank("--sample_losses", losses, "--drop", "forgotten", output="other") / "page/index.html"
+    clicking = page.read_text().replace("</body>", '<script src="click.js"></script></body>')
+    (page.parent / "click.html").write_text(clicking)
+    (page.parent / "click.js").write_text(CLICK)
+    told = []
+    for opened in (page, page.parent / "click.html", page, other):
+        told += re.findall(r"\d+ decided otherwise.*", dom(opened, "", data / "profile").text)
+    none, one = "0 decided otherwise than the list", "1 decided otherwise than the list, remembered by this browser"
+    assert told == [none, one, one, none]
 
 
 def test_bad_input_is_named(data: Path, fails: Callable[..., str]) -> None:
