@@ -114,7 +114,7 @@ def test_losses_by_image_shown_are_by_dataset_too_and_can_choose_the_best(
     (tmp_path / "registry.py").write_text(f"data_dict = {entries!r}\n")
     best = "eval_loss_blank/pictures"
     settings = {**ASKING, "eval_dataset_use": "mixed,pictures,text", "eval_generate": 50, "max_steps": 4}
-    settings |= {"metric_for_best_model": best, "save_strategy": "best"}
+    settings |= {"metric_for_best_model": best, "save_strategy": "best", "per_device_eval_batch_size": 5}
     folder = train(tiny_checkpoint("qwen3_vl"), tmp_path / "run", tmp_path / "registry.py", **settings)
     monkeypatch.chdir(tmp_path)
     asked = ["--model_name_or_path", str(folder), "--dataset_registry", str(tmp_path / "registry.py")]
