@@ -119,6 +119,8 @@ def zero(tmp_path: Path) -> Callable[..., Path]:
         settings = json.loads((REPOSITORY / "configs" / f"{name}.json").read_text())
         optimization = settings["zero_optimization"]
         optimization["stage"] = stage or optimization["stage"]
+        if stage == 1:
+            settings.pop("data_types", None)  # float32 sums of gradients are refused there
         if optimization["stage"] == 3:
             optimization["stage3_param_persistence_threshold"] = 0  # or a tiny model is never sharded
         if "offload_optimizer" in optimization:
@@ -282,7 +284,7 @@ encode = vision.encode
 def encode_pictures_only(visual, patchify, inputs):
     if inputs.pixels is not None:
         return encode(visual, patchify, inputs)
-    nothing = inputs.mask.new_zeros((0, visual.config.out_hidden_size), dtype=visual.dtype)
+    nothing = inputs.rows.new_zeros((0, visual.config.out_hidden_size), dtype=visual.dtype)
     return vision.VisionFeatures(nothing, (nothing,) * len(visual.config.deepstack_visual_indexes))
 
 

@@ -54,4 +54,4 @@ def test_dry_runs_without_weights(
     text = next(record.message for record in caplog.records if record.message.startswith("Dry run"))
     (parameters,) = re.findall(r"^parameters +([\d,]+)$", text, re.MULTILINE)
     billions = float(re.search(r"-([\d.]+)B", name)[1])  # first of "-35B-A3B"
-    assert int(parameters.replace(",", "")) / 1e9 == pytest.approx(billions, rel=0.15)
+    assert int(parameters.replace(",", "")) / 1e9 == pytest.approx(billions, rel=0.2)

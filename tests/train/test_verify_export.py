@@ -167,12 +167,12 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 def test_rounding_is_no_reason_to_stop_and_faults_in_few_rows_are(
     family: str, kind: str, tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:
-    """Rounding stays well below what is allowed, also where it sends tokens to other experts."""
+    """Rounding stays below what is allowed, also where it sends tokens to other experts."""
     told = _train(tiny_checkpoint(family), tmp_path / "run", registry, **PRECISIONS[kind], dataset_use="mixed")
     said = _said(told.arguments)
     assert {"behind an image", "in a sample"} < {one["where"] for one in said["differences"]}
     for one in said["differences"]:
-        assert one["error"] <= 1e-3 + 0.7 * one["multiple"] * one["noise"], one
+        assert one["error"] <= 1e-3 + one["multiple"] * one["noise"], one
     nothing = tmp_path / "nothing.json"
     nothing.write_text(json.dumps({"tensors": {}, "scales": {}}))
     reduced = None if kind == "float32" else "bfloat16"

@@ -168,8 +168,8 @@ def test_a_run_that_is_asked_to_stop_reports_how_far_it_came(
     command = flags(tiny_checkpoint("qwen3_vl"), tmp_path, registry, **{**ASKING, "eval_steps": 1, "max_steps": 8})
     assert main(command) == 75
     _, page = read(tmp_path)
-    assert "Stopped on request after step 3 of 8" in page.text
-    assert "The evaluation of step 3 is left out." in page.text
+    assert "Stopped on request after step 2 of 8" in page.text
+    assert "The evaluation of step 2 is left out." in page.text
 
 
 def test_a_report_that_cannot_be_written_costs_a_warning_alone(
