@@ -87,7 +87,7 @@ def test_the_model_alone_is_pushed(
     expected = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"}
     expected |= {"original_processor_limits.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     expected |= {"preprocessor_config.json", "video_preprocessor_config.json", "chat_template_videos.jinja"}
-    assert set(last) == expected | {"training_args.yaml", "versions.json", "serving.json"}
+    assert set(last) == expected | {"training_args.yaml", "versions.json", "data.json", "serving.json"}
     assert all(last[name] == (output / name).read_bytes() for name in last)
     assert json.loads(last["config.json"])["dtype"] == "bfloat16"
     assert not [name for _, files in hub.commits for name in files if "/" in name or name.endswith((".pt", ".bin"))]
