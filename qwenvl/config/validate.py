@@ -72,7 +72,7 @@ def check_together(
         )
     if training.log_sample_losses and training.use_liger_kernel:
         raise UserError(
-            "--log_sample_losses True with --use_liger_kernel True: Liger Kernel's loss does not tell the losses of "
+            "--log_sample_losses True with --use_liger_kernel True: Liger Kernel's loss has no losses of "
             "single tokens. Leave --use_liger_kernel out: our own loss in chunks does."
         )
     _check_choice("torch_compile_backend", training.torch_compile_backend, _compile_backends)

@@ -30,6 +30,9 @@ from qwenvl.utils.errors import SampleError
 Progress = Callable[[int], None]
 """Called with the number of rows that this process has just answered."""
 
+Lines = Sequence[tuple[Prediction, EvalExample | None]]
+"""Lines of some rows, each with its opened sample; None where it has a problem."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -144,14 +147,14 @@ def answer(
         write: Function called with the lines of each batch.
         told: Function called with the number of rows of each batch.
     """
-    for start in range(0, len(indices), job.batch_size):
-        chunk = indices[start : start + job.batch_size]
-        lines = [_viewed(job, *line) for index in chunk for line in open_row(job, index)]
+
+    def respond(first: int, lines: Lines) -> list[Prediction]:
         prompts = [example.prompt for _, example in lines if example is not None]
-        torch.manual_seed(job.seed + chunk[0])  # so that sampled tokens do not depend on earlier batches
+        torch.manual_seed(job.seed + first)  # so that sampled tokens do not depend on earlier batches
         answers = iter(generate(chat_model, prompts, decoding=job.decoding, batch_size=job.batch_size))
-        write([line if one is None else _answered(job, chat_model, line, one, next(answers)) for line, one in lines])
-        told(len(chunk))
+        return [line if one is None else _answered(job, chat_model, line, one, next(answers)) for line, one in lines]
+
+    _by_batch(job, indices, respond, write, told)
 
 
 def measure(
@@ -162,12 +165,26 @@ def measure(
     told: Progress = lambda _: None,
 ) -> None:
     """Compute the losses of rows batch by batch, and ask nothing; the arguments are those of :func:`answer`."""
-    for start in range(0, len(indices), job.batch_size):
-        chunk = indices[start : start + job.batch_size]
-        lines = [_viewed(job, *line) for index in chunk for line in open_row(job, index)]
+
+    def respond(_: int, lines: Lines) -> list[Prediction]:
         examples = [example for _, example in lines if example is not None]
         losses = iter(token_losses(chat_model, examples) if examples else ())
-        write([line if one is None else _measured(line, one, next(losses)) for line, one in lines])
+        return [line if one is None else _measured(line, one, next(losses)) for line, one in lines]
+
+    _by_batch(job, indices, respond, write, told)
+
+
+def _by_batch(
+    job: Job,
+    indices: Sequence[int],
+    respond: Callable[[int, Lines], list[Prediction]],
+    write: Callable[[Iterable[Prediction]], None],
+    told: Progress,
+) -> None:
+    """Open the rows batch by batch, and write what ``respond`` returns for the first row's number and the lines."""
+    for start in range(0, len(indices), job.batch_size):
+        chunk = indices[start : start + job.batch_size]
+        write(respond(chunk[0], [_viewed(job, *line) for index in chunk for line in open_row(job, index)]))
         told(len(chunk))
 
 

@@ -156,10 +156,11 @@ def place(inputs_embeds: Tensor, rows: Tensor, features: VisionFeatures) -> dict
 def _with_rows(states: Tensor, rows: Tensor, features: Tensor) -> Tensor:
     """Return states [B, T, H] with some of their flattened rows replaced by features [n, H].
 
-    ``index_copy`` also keeps features of zero rows in the graph, so that text-only batches give zero gradients.
+    ``index_put`` also keeps features of zero rows in the graph, so that text-only batches give zero gradients. Its
+    result is no view: compiled layers would need another graph for one.
     """
-    moved = features.to(states.device, states.dtype)
-    return states.flatten(0, 1).index_copy(0, rows, moved).view_as(states)
+    places = (rows // states.shape[1], rows % states.shape[1])
+    return states.index_put(places, features.to(states.device, states.dtype))
 
 
 def _deepstack(inputs_embeds: Tensor, rows: Tensor, features: Sequence[Tensor]) -> dict[str, Any]:

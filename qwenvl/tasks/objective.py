@@ -239,7 +239,7 @@ def losses_of_samples(output: Any, batch: Mapping[str, Any]) -> Tensor | None:
         batch: The prepared batch, on the device.
 
     Returns:
-        float64 [samples], without a graph; None if the objective does not tell the losses of its units.
+        float64 [samples], without a graph; None if the objective gives no losses of its units.
     """
     losses: Tensor | None = getattr(output, "unit_losses", None)
     if losses is None:

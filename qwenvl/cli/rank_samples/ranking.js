@@ -25,7 +25,7 @@ const ranking = (() => {
   }
 
   function say() {
-    const made = `${decisions.size.toLocaleString("en")} decided otherwise than the list`;
+    const made = `${decisions.size.toLocaleString("en")} decided against the list`;
     const told = remember();
     status.textContent = decisions.size ? `${made}, ${told}` : made;
   }

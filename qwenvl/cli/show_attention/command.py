@@ -55,7 +55,7 @@ class AttentionArguments(AskArguments):
 
     output: str = field(default="attention.html", metadata={"help": "HTML file to write."})
     image: str | None = field(default=None, metadata={"help": "An image to ask about, instead of a dataset."})
-    prompt: str = field(default="Describe the picture.", metadata={"help": "Question about --image."})
+    prompt: str = field(default="Describe the image.", metadata={"help": "Question about --image."})
     answer: str | None = field(default=None, metadata={"help": "The answer about --image. Default: the model's."})
     phrases: str | None = field(default=None, metadata={"help": "Words of the answers, separated by commas."})
     layers: str | None = field(default=None, metadata={"help": "Numbers of layers, from 0, with commas. Default: all."})

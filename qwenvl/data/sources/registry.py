@@ -10,7 +10,7 @@ Its entries have one of two keys, and any of the others:
 ``hf_dataset``       dataset of the ``datasets`` library: a folder (``save_to_disk``, Parquet, JSON Lines, images), or a
                      name on the Hub; with ``split`` (``"train"`` if left out), ``config`` and ``revision``
 ``data_path``        folder of the media, or ``""``; with ``hf_dataset`` it may be left out
-``columns``          ``{"image": "picture"}``: the field ``image`` is called ``picture`` in the rows
+``columns``          ``{"image": "photo"}``: the field ``image`` is called ``photo`` in the rows
 ``allow_absolute``   absolute paths of media may lie outside ``data_path``
 ``bbox_format``      see :mod:`qwenvl.data.conversation.boxes.convert`
 ``history``          these three like the flags of the same names, which they override
@@ -262,7 +262,7 @@ def _hf_dataset(entry: Mapping[str, Any], base: Path, where: str) -> HuggingFace
 
 def _columns(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, Mapping) or not all(isinstance(name, str) and name for name in value.values()):
-        raise UserError(f'{where}: \'columns\' must be a dict such as {{"image": "picture"}}, not {value!r}.')
+        raise UserError(f'{where}: \'columns\' must be a dict such as {{"image": "photo"}}, not {value!r}.')
     for field in value:
         if field not in RECORD_FIELDS:
             hint = nearest(str(field), RECORD_FIELDS)

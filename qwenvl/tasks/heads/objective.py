@@ -25,7 +25,7 @@ from qwenvl.tasks.heads.metrics import (
 from qwenvl.tasks.heads.pooling import pooled_rows, token_places
 from qwenvl.tasks.objective import Objective
 
-PICTURE = "confusion_matrix.svg"
+FIGURE = "confusion_matrix.svg"
 
 
 class HeadObjective(Objective):
@@ -115,7 +115,7 @@ class HeadObjective(Objective):
             predicted = np.concatenate([one for one, _ in records]).argmax(1)
             expected = np.array([target for _, target in records])
             counts = confusion_matrix(predicted, expected, self.spec.outputs)
-            (folder / PICTURE).write_text(confusion_svg(counts, self.spec.classes), encoding="utf-8")
+            (folder / FIGURE).write_text(confusion_svg(counts, self.spec.classes), encoding="utf-8")
 
 
 def probabilities(spec: HeadSpec, scores: np.ndarray) -> np.ndarray:

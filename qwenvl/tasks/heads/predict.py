@@ -31,7 +31,7 @@ USAGE = """from qwenvl.tasks.heads.predict import open_task_model  # from this t
 
 model = open_task_model("{name}")
 turn = {{"role": "user", "content": [{{"type": "image", "image": "a.jpg"}}, {{"type": "text", "text": "..."}}]}}
-print(model.predict([[turn]]))"""
+predictions = model.predict([[turn]])"""
 """Lines of a model card."""
 
 

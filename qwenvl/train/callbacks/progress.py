@@ -66,9 +66,13 @@ def _shows_bars(args: TrainingArguments) -> bool:
 
 
 def describe(logs: dict[str, Any]) -> str:
-    """Return figures as ``name value``, numbers to four digits."""
+    """Return figures as ``name value``, numbers to four digits; counts of single datasets would make the line too long.
+
+    They are in ``trainer_state.json`` and TensorBoard.
+    """
+    counts = {name for name, value in logs.items() if "/" in name and isinstance(value, int)}
     texts = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in logs.items()}
-    return ", ".join(f"{name} {text}" for name, text in texts.items() if name != "total_flos")
+    return ", ".join(f"{name} {text}" for name, text in texts.items() if name not in {"total_flos", *counts})
 
 
 def follow(trainer: Trainer) -> None:

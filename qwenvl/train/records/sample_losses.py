@@ -116,7 +116,7 @@ class SampleLosses:
         """
         if self.wanted:
             if losses is None:
-                raise UserError("--log_sample_losses: this task does not tell the losses of its samples. Leave it out.")
+                raise UserError("--log_sample_losses: this task has no losses of single samples. Leave it out.")
             self._losses.append(losses)
 
     def end_step(self, step: int, epoch: int, *, taken: bool) -> None:

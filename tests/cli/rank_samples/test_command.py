@@ -273,8 +273,8 @@ def test_the_browser_remembers_the_decisions_of_a_ranking_and_of_no_other(
     (page.parent / "click.js").write_text(CLICK)
     told = []
     for opened in (page, page.parent / "click.html", page, other):
-        told += re.findall(r"\d+ decided otherwise.*", dom(opened, "", data / "profile").text)
-    none, one = "0 decided otherwise than the list", "1 decided otherwise than the list, remembered by this browser"
+        told += re.findall(r"\d+ decided against.*", dom(opened, "", data / "profile").text)
+    none, one = "0 decided against the list", "1 decided against the list, remembered by this browser"
     assert told == [none, one, one, none]
 
 

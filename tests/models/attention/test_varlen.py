@@ -196,7 +196,7 @@ def test_the_flash_path_of_transformers_trains_alike(family_name, load_tiny, mix
     assert {window for window, _ in kernel.calls} == {CAUSAL, WHOLE}
 
 
-@torch.library.custom_op("tests::attend", mutates_args=())
+@torch.library.custom_op("qwenvl::reference_attend", mutates_args=())
 def attend(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int) -> Tensor:
     """Stand for torch's kernel, which is an operator of its own too: dynamo does not look inside."""
     return value.repeat_interleave(query.shape[1] // key.shape[1], 1) + longest * 0.01
