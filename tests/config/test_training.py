@@ -72,8 +72,9 @@ def test_instruments_take_no_impossible_values(flag: str) -> None:
 
 def test_activations_are_offloaded_with_checkpointing_only() -> None:
     assert "without --gradient_checkpointing would copy" in rejected("--activation_offload")
-    for flag in ("--gradient_checkpointing", "--activation_checkpointing"):
-        assert parsed("--activation_offload", flag).training.activation_offload
+    assert parsed("--activation_offload", "--gradient_checkpointing").training.activation_offload
+    if hasattr(parsed().training, "activation_checkpointing"):  # transformers 5.20 and newer
+        assert parsed("--activation_offload", "--activation_checkpointing").training.activation_offload
 
 
 def test_a_hang_is_reported_before_collectives_time_out() -> None:
