@@ -4,8 +4,8 @@
 
 Writes into DIR what rank 0 of a ZeRO-3 run leaves at the given size: the weights in bfloat16, and its share of AdamW's
 float32 state, in files of at most 1.5 GB. Measures writing, publishing (the manifest, for which ranks wait), the hashes
-of every byte (in the background), the hash of whole files as earlier versions made it, and both kinds of check before a
-run resumes. Files are in the page cache, so that hashing is measured, not the disk. DIR is removed at the end.
+of every byte (in the background; in blocks, and of whole files for comparison), and both kinds of check before a run
+resumes. Files are in the page cache, so that hashing is measured, not the disk. DIR is removed at the end.
 
 ``--paper`` prints the table of large models from the rates below, without measuring anything.
 """
@@ -72,7 +72,7 @@ def measure(folder: Path, size: str, ranks: int) -> None:
     timed("check before resuming, fast", total, lambda: manifest.problem_of(folder, every_byte=False))
     timed("every byte, in blocks", total, lambda: manifest.add_blocks(folder))
     timed("check before resuming, full", total, lambda: manifest.problem_of(folder))
-    timed("every byte, a thread per file (before)", total, lambda: whole_files(files))
+    timed("every byte, a thread per file", total, lambda: whole_files(files))
 
 
 def write(folder: Path, weights: int, ranks: int) -> None:
@@ -115,7 +115,7 @@ def paper() -> Iterator[str]:
     """Yield the table of checkpoints of large models."""
     yield (
         "| model | engine | files | rank 0 writes | each rank writes | host memory of rank 0 | writing "
-        "| hashing, before | publishing |"
+        "| hash of every byte | publishing |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, billions, gpus in MODELS:
@@ -126,7 +126,7 @@ def paper() -> Iterator[str]:
         }.items():
             total = billions * (zero + each * gpus)
             writing = billions * zero / ONE_WRITER + billions * each * min(gpus, 8) / MACHINE
-            # before: 8 threads, and no more of them than large files
+            # 8 threads, and no more of them than large files
             hashing = max(total / HASH / 8, billions * 8 / HASH if engine.endswith("`FULL_STATE_DICT`") else 0)
             large = files + billions * zero / (FILE / 1e9)
             publishing = large * 64 * 2**20 / 1e9 / HASH / 8 + 1

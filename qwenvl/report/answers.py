@@ -15,6 +15,7 @@ from qwenvl.inference.other_images import Key, key_of
 from qwenvl.metrics.boxes import read_boxes
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.metrics.text import final_answer
+from qwenvl.report.html import shorten
 from qwenvl.report.images import SHOWN_FRAMES, image_tag, with_boxes
 
 SAMPLES = 8
@@ -103,9 +104,10 @@ def _card(number: int, line: Prediction, answers: Sequence[Answered | None], ope
         columns.append(_column(answered, drawing))
     images = "" if boxed else f'<div class="media">{_images(media)}</div>' if media else ""
     label = f"{line.dataset}, {line.id or f'line {line.line}'}"
+    question, expected = (escape(shorten(text, LONGEST_TEXT)) for text in (line.question, short_answer(line.expected)))
     return (
-        f'<article class="card learned">{images}<div><p class="question">{escape(_cut(line.question))}</p>'
-        f"<dl><dt>expected</dt><dd>{escape(_cut(short_answer(line.expected)))}</dd></dl>"
+        f'<article class="card learned">{images}<div><p class="question">{question}</p>'
+        f"<dl><dt>expected</dt><dd>{expected}</dd></dl>"
         f'<ol class="answers">{"".join(columns)}</ol><p class="note">{escape(label)}</p></div></article>'
     )
 
@@ -114,7 +116,7 @@ def _column(answered: Answered, drawing: str) -> str:
     kind, verdict = {1.0: ("right", "&#10003; right"), 0.0: ("wrong", "&#10007; wrong")}.get(
         answered.score, ("", f"{answered.score:.0%}")
     )
-    said = escape(_cut(short_answer(answered.line.prediction or ""))) or "(nothing)"
+    said = escape(shorten(short_answer(answered.line.prediction or ""), LONGEST_TEXT)) or "(nothing)"
     if answered.line.finish_reason == "length":
         verdict += ", cut"
     return (
@@ -149,8 +151,3 @@ def short_answer(answer: str) -> str:
     """Return boxes as four numbers each, and other answers unchanged."""
     boxes = read_boxes(final_answer(answer))
     return "; ".join(", ".join(f"{edge:g}" for edge in box) for box in boxes) if boxes else answer.strip()
-
-
-def _cut(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ..."

@@ -26,6 +26,12 @@ def build_page(title: str, *parts: str) -> str:
     return template.substitute(title=escape(title), style=style(), body="\n".join(part for part in parts if part))
 
 
+def shorten(text: str, longest: int) -> str:
+    """Return at most that many characters of a text, with a sign where it was cut."""
+    text = text.strip()
+    return text if len(text) <= longest else f"{text[:longest]} ..."
+
+
 def figures(charts: Sequence[Chart]) -> str:
     """Return charts beside and below each other; a sentence if there is none."""
     if not charts:

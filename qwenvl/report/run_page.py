@@ -12,7 +12,7 @@ from qwenvl.models.trainable.freezing import ModuleSummary
 from qwenvl.report.answers import OpenMedia, answers_section
 from qwenvl.report.chart import Chart
 from qwenvl.report.curves import TRAINED_TOKENS, History, dataset_charts, evaluation_charts, series, training_charts
-from qwenvl.report.html import build_page, figures, table
+from qwenvl.report.html import build_page, figures, shorten, table
 from qwenvl.report.scales import short
 
 LISTED = 30
@@ -135,13 +135,9 @@ def _warnings(run: Run) -> str:
         told.insert(0, f"{which} loss or gradient was not finite.")
     if not told:
         return ""
-    items = "".join(f"<li>{escape(_cut(text))}</li>" for text in told[:SHOWN_WARNINGS])
+    items = "".join(f"<li>{escape(shorten(text, _LONGEST_REASON))}</li>" for text in told[:SHOWN_WARNINGS])
     more = f'<p class="note">And {len(told) - SHOWN_WARNINGS:,} more.</p>' if len(told) > SHOWN_WARNINGS else ""
     return f'<section class="panel warned"><h2>Warnings</h2><ul>{items}</ul>{more}</section>'
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
 
 
 def _by_dataset(charts: Sequence[Chart]) -> str:
@@ -160,7 +156,12 @@ def _data(data: Data) -> str:
         parts.append('<p class="note">No sample was left out, cut or unusual.</p>')
     if data.left_out:
         lines = [
-            (one["dataset"], f"{one['file']}:{one['line']}", str(one.get("id") or ""), _cut(str(one["reason"])))
+            (
+                one["dataset"],
+                f"{one['file']}:{one['line']}",
+                str(one.get("id") or ""),
+                shorten(str(one["reason"]), _LONGEST_REASON),
+            )
             for one in data.left_out[:LISTED]
         ]
         listed = table(("Dataset", "Line", "Id", "Reason"), lines)

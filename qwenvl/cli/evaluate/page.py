@@ -16,7 +16,7 @@ from qwenvl.metrics.bootstrap import Interval
 from qwenvl.metrics.boxes import read_boxes
 from qwenvl.metrics.predictions import EMBEDDED, Prediction
 from qwenvl.metrics.text import final_answer
-from qwenvl.report.html import build_page, table
+from qwenvl.report.html import build_page, shorten, table
 from qwenvl.report.images import image_tag, video_frames, with_boxes
 from qwenvl.utils.errors import SampleError
 
@@ -155,19 +155,16 @@ def _card(line: Prediction, scored: Scored, others: OtherAnswers) -> str:
         for view, lines in others.items()
         if key_of(line) in lines and lines[key_of(line)].prediction is not None
     ]
-    listed = "".join(f"<dt>{name}</dt><dd>{escape(_cut(text)) or '(nothing)'}</dd>" for name, text in answers)
+    listed = "".join(
+        f"<dt>{name}</dt><dd>{escape(shorten(text, LONGEST_TEXT)) or '(nothing)'}</dd>" for name, text in answers
+    )
     label = f"#{line.line}" if line.id is None else line.id
     note = ("" if scored.readable else ", unreadable") + (", cut" if line.finish_reason == "length" else "")
     return (
         f'<div class="card"><div class="media">{_media(line)}</div>'
-        f'<p class="question">{escape(_cut(line.question))}</p><dl>{listed}</dl>'
+        f'<p class="question">{escape(shorten(line.question, LONGEST_TEXT))}</p><dl>{listed}</dl>'
         f'<p class="verdict">{scored.value:.2f}{note} <span class="note">{escape(label)}</span></p></div>'
     )
-
-
-def _cut(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ..."
 
 
 def _media(line: Prediction) -> str:
