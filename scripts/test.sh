@@ -10,7 +10,8 @@
 #                 is found, then with the newest releases on the newest Python; in environments of their own, .venv-oldest
 #                 and .venv-newest, and without FFmpeg. Remove .venv-newest to have releases that appeared after it was made.
 # --clients       only tests/clients: saved folders in vLLM (on the CPU), transformers 4.57 and lmms-eval, which get
-#                 environments of their own in .venv-clients; see scripts/clients.sh. About half an hour on two cores.
+#                 environments of their own in .venv-clients; see scripts/clients.sh. Writes what each test found into
+#                 docs/compatibility.md. About half an hour on two cores.
 # TEST_WORKERS=N  processes that share the tests (default 2; 0 runs them in one, for a debugger)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -71,7 +72,7 @@ fi
 use_environment dev
 if [[ -n "$clients" ]]; then
     use_clients
-    python -m pytest -n 0 tests/clients "${arguments[@]}"
+    CLIENTS_RECORD="$PWD/docs" python -m pytest -n 0 tests/clients "${arguments[@]}"
     exit
 fi
 stage "ruff check" ruff check .

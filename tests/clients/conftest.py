@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl.cli.make_tiny_checkpoint.command import build_tiny_checkpoint
+from tests.clients.recording import pytest_itemcollected, pytest_runtest_makereport  # noqa: F401  hooks
 from tests.e2e.runs import train
 
 ROWS: tuple[tuple[str, ...], ...] = ((), ("image",), ("image", "image"), ("video",), ("long",), ("video", "image"))

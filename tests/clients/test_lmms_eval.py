@@ -16,7 +16,15 @@ from datasets import Dataset, Features, Image, Value
 from qwenvl.cli.check_serving import main as check_serving
 from qwenvl.cli.predict.command import main as predict
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.client(
+        "lmms-eval",
+        kind="whole, 20 images of a local task, bfloat16",
+        result="the same 20 answers",
+        arguments="the line that `check_serving` prints, and `device_map=cpu`",
+    ),
+]
 
 TASK = """\
 task: local_rows

@@ -17,7 +17,7 @@ from qwenvl.data.types import ImageItem, TextPart, VideoItem
 from qwenvl.serving.inputs import asked
 from tests.clients.reference import Row, next_token, open_float32, rows_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.client("transformers", kind="whole", arguments="none; see below")]
 SCRIPT = Path(__file__).with_name("transformers4.py")
 
 

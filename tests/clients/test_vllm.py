@@ -25,7 +25,7 @@ from tests.clients.reference import log_probabilities, open_float32, rows_of
 from tests.clients.vllm_server import SETTINGS, ask, printed_command, serving
 from tests.e2e.runs import LORA
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.client("vLLM", arguments="those that `check_serving` prints")]
 
 Compare = Callable[..., str]
 
@@ -55,6 +55,7 @@ def compare(vllm: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFi
     return function
 
 
+@pytest.mark.client(kind="whole")
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_whole_models(family: str, trained: Callable[..., Path], compare: Compare) -> None:
     compare(trained(family), "mixed")
@@ -64,10 +65,14 @@ WIDE_HEADS = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
 """Smallest heads of linear attention that vLLM computes with on the CPU."""
 
 
+@pytest.mark.client(family="qwen3_5", kind="whole, heads of 32")
 def test_linear_attention(trained: Callable[..., Path], compare: Compare) -> None:
     compare(trained("qwen3_5", WIDE_HEADS), "mixed")
 
 
+@pytest.mark.client(
+    family="qwen3_5", kind="whole, `mtp.*` as draft", arguments="`speculative-config` with the method `mtp`"
+)
 def test_multi_token_prediction(trained: Callable[..., Path], compare: Compare, tmp_path: Path) -> None:
     """The carried layers draft tokens, which the model itself accepts or not: its answers stay the same."""
     folder = trained("qwen3_5", WIDE_HEADS)
@@ -75,17 +80,30 @@ def test_multi_token_prediction(trained: Callable[..., Path], compare: Compare, 
     assert "SpeculativeConfig(method='mtp'" in (tmp_path / "vllm.log").read_text()
 
 
-@pytest.mark.parametrize("settings", [{"bf16": True}, {"additional_tokens": "slowly"}], ids=["bf16", "new token"])
+BF16 = pytest.mark.client(kind="trained in bf16; images")
+NEW_TOKEN = pytest.mark.client(kind="whole, with a new token; images")
+
+
+@pytest.mark.client(family="qwen3_vl")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"bf16": True}, id="bf16", marks=BF16),
+        pytest.param({"additional_tokens": "slowly"}, id="new token", marks=NEW_TOKEN),
+    ],
+)
 def test_other_kinds_of_training(settings: dict[str, object], trained: Callable[..., Path], compare: Compare) -> None:
     compare(trained("qwen3_vl", **settings), "images")
 
 
+@pytest.mark.client(family="qwen3_vl", kind="merged LoRA")
 def test_merged_adapters(trained: Callable[..., Path], compare: Compare, tmp_path: Path) -> None:
     adapter = trained("qwen3_vl", **LORA, learning_rate=5e-3, video_max_frame_pixels=None)
     assert merge(["--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
     assert "--enable-lora" not in compare(tmp_path / "merged", "mixed")
 
 
+@pytest.mark.client(family="qwen3_vl", kind="whole, `tools/predict.py --server`", result="the same answers")
 def test_predictions(
     vllm: Path, trained: Callable[..., Path], registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +125,9 @@ def test_predictions(
     assert all(error.startswith("server: refused (400): ") and "5000" in error for error in errors), errors
 
 
+@pytest.mark.client(
+    kind="LoRA with other limits than its base", arguments="`mm-processor-kwargs`, `media-io-kwargs`, `lora-modules`"
+)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_adapters_with_other_limits_than_their_base(
     family: str, trained: Callable[..., Path], compare: Compare
@@ -148,6 +169,9 @@ save_file(found, output)
 """
 
 
+@pytest.mark.client(
+    family="qwen3_vl_moe", kind="LoRA of stacked experts, loaded, not served", arguments="as any adapter"
+)
 def test_adapters_of_stacked_experts(vllm: Path, trained: Callable[..., Path], tmp_path: Path) -> None:
     """Read by vLLM's own loader, with their rank in ``rank_pattern``; its kernels for them need a GPU."""
     adapter = trained("qwen3_vl_moe", **LORA, learning_rate=5e-3)
@@ -171,7 +195,17 @@ def test_adapters_of_stacked_experts(vllm: Path, trained: Callable[..., Path], t
 YARN: dict[str, object] = {"rope_scaling": "yarn", "rope_factor": 4, "rope_native_length": 64, "model_max_length": 256}
 
 
-@pytest.mark.parametrize(("family", "settings"), [("qwen2_5_vl", {}), ("qwen3_vl", LORA)])
+WHOLE_YARN = pytest.mark.client(kind="whole, with YaRN", arguments="`hf-overrides` with a quarter of the native length")
+LORA_YARN = pytest.mark.client(kind="LoRA with YaRN", arguments="`hf-overrides` with the context of training")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        pytest.param("qwen2_5_vl", {}, marks=WHOLE_YARN, id="whole"),
+        pytest.param("qwen3_vl", LORA, marks=LORA_YARN, id="LoRA"),
+    ],
+)
 def test_extended_contexts(
     family: str, settings: dict[str, object], trained: Callable[..., Path], compare: Compare
 ) -> None:
