@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qwenvl.data.encoding.encoded import Plan
@@ -21,9 +22,6 @@ from qwenvl.serving.inputs import ImageFacts, ModelInputs, Serving, image_facts
 
 State = Literal["equal", "known", "different", "not compared"]
 Way = Literal["apply_chat_template", "qwen-vl-utils"]
-
-MAX_LEVELS = 3.0
-"""Of 255: how far PIL's bicubic resize, which rounds after each of its two passes, is from torchvision's at most."""
 
 OUTER_MARKERS = (
     "the processor leaves the template's <|vision_start|> and <|vision_end|> standing around those of a video's "
@@ -37,6 +35,10 @@ _BEHIND_CLIPS = (
 )
 _CLIPPED = (
     "Pillow clips values of 16 bits at 255, which makes an image white; training scales them, so serve a copy of 8 bits"
+)
+_RESIZED_BY_PIL = (
+    "qwen-vl-utils resizes images by PIL, which rounds and clips between its two passes; training as the processor "
+    "does, by torchvision. PIL makes exactly these pixels of training's images"
 )
 _TIMESTAMP = re.compile(r"<\d+\.\d seconds>")
 _CONTEXT = 3  # tokens shown after the first one that differs
@@ -161,10 +163,6 @@ class Comparison:
         levels = self._levels(ours, theirs)
         share = float((ours != theirs).float().mean())
         detail = f"{share:.1%} of the values, by {levels:.1f} of 255 levels at most"
-        resized = any(isinstance(medium, ImagePlan) and medium.resized != medium.size for medium in self.plan.media)
-        if kind == "image" and self.way == "qwen-vl-utils" and resized and levels <= MAX_LEVELS:
-            reason = "qwen-vl-utils resizes images by PIL, training as the processor does, by torchvision"
-            return Finding(item, "known", f"{detail}: {reason}")
         return self._caused(item, kind, detail)
 
     def _caused(self, item: str, kind: str, detail: str) -> Finding:
@@ -204,11 +202,27 @@ def causes_of(way: Way, serving: Serving, plan: Plan, sample: Sample, served: Mo
             f"the frames have no constant rate: training writes their real times, {way} their numbers over the mean "
             "rate; give both a copy of constant rate (ffmpeg -fps_mode cfr)"
         )
+    if way == "qwen-vl-utils" and _is_resized_by_pil(serving, plan, sample, served.patches["image"]):
+        of_images.append(_RESIZED_BY_PIL)
     if way == "apply_chat_template":
         of_images += _told_settings(items, ImageItem)
         of_videos += _told_settings(items, VideoItem)
     found = {"image": of_images, "video": of_videos}
     return {kind: "; ".join(dict.fromkeys(filter(None, causes))) for kind, causes in found.items() if any(causes)}
+
+
+def _is_resized_by_pil(serving: Serving, plan: Plan, sample: Sample, served: Tensor | None) -> bool:
+    """Return whether patches are those of training's images, resized by PIL to training's sizes; of all, bit for bit."""
+    images = [medium for medium in plan.media if isinstance(medium, ImagePlan)]
+    if served is None or not any(image.resized != image.size for image in images):
+        return False
+    reader, shapes, pixels = serving.encoder.reader(sample), [], []
+    for image in images:
+        height, width = image.resized
+        resized = reader.read_image(image.item).resize((width, height), Image.Resampling.BICUBIC)
+        pixels.append(torch.from_numpy(np.array(resized)).flatten())
+        shapes.append((1, *image.grid))
+    return torch.equal(serving.patchify(torch.cat(pixels), shapes), served)
 
 
 def _transformers_reads(image: ImageFacts) -> str:

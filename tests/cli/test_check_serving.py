@@ -62,6 +62,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_video(folder / "long.mp4", frames=20, fps=1)
     encode(folder / "uneven.mp4", "libx264", UNEVEN)
     _draw_odd_images(folder)
+    Image.fromarray(generator.integers(0, 2, (70, 50, 3), dtype=np.uint8) * 255).save(folder / "noise.png")
     encoded = base64.b64encode((folder / "clip.mp4").read_bytes()).decode()
     sets = {
         "all": [
@@ -78,6 +79,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bytes": [_record("bytes", "<video>", video=f"data:video/mp4;base64,{encoded}")],
         "many": [_record("many", "<video>", video=[{"video": "clip.mp4", "nframes": 3, "video_end": 0.3}])],
         "bad": [_record("bad", "<image>", image="none.jpg")],
+        "noise": [_record("noise", "<image>", image="noise.png")],
         "uneven": [_record("uneven", "<video>", video="uneven.mp4")],
         **{name: [_record(name, "<image>", image=f"{name}.png")] for name in ODD_IMAGES},
     }
@@ -216,6 +218,29 @@ def test_another_normalisation_is_noticed(saved: Path, check: Check, tmp_path: P
     assert _states(printed, "apply_chat_template", "image pixels") == ["different"]
     assert _states(printed, "apply_chat_template", "video pixels") == ["equal"]
     assert re.search(r"100\.0% of the values, by \d+\.\d of 255 levels at most", printed)
+
+
+def test_a_small_shift_is_not_taken_for_the_rounding_of_another_resize(
+    saved: Path, check: Check, tmp_path: Path
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(saved, folder)
+    path = folder / "processor_config.json"
+    config = json.loads(path.read_text())
+    config["image_processor"]["image_mean"] = [mean + 1 / 255 for mean in config["image_processor"]["image_mean"]]
+    path.write_text(json.dumps(config))
+    code, printed = check(folder)
+    assert code == 1
+    assert _states(printed, "qwen-vl-utils", "image pixels") == ["different"]
+
+
+def test_noise_that_is_resized_by_pil_is_known(saved: Path, check: Check) -> None:
+    """Widened noise: PIL clips between its passes, so that values differ by far more than rounding."""
+    code, printed = check(saved, "noise")
+    assert code == 0, printed
+    assert _states(printed, "apply_chat_template", "image pixels") == ["equal"]
+    assert _states(printed, "qwen-vl-utils", "image pixels") == ["known"]
+    assert float(re.findall(r"by (\d+\.\d) of 255", printed)[0]) > 10
 
 
 @pytest.mark.parametrize(
