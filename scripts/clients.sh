@@ -60,7 +60,7 @@ use_clients() {
     CLIENTS_TRANSFORMERS4="${CLIENTS_TRANSFORMERS4:-$(make_client transformers4 \
         transformers==4.57.6 torch torchvision pillow)}" || _say "no transformers 4 here: its tests are skipped"
     CLIENTS_LMMS_EVAL="${CLIENTS_LMMS_EVAL:-$(make_client lmms-eval \
-        lmms-eval==0.7.3 'filelock<4' 'transformers==5.23.*' torch torchvision qwen-vl-utils)}" ||
+        lmms-eval==0.7.3 'filelock<4' 'transformers==5.23.*' torch torchvision qwen-vl-utils decord)}" ||
         _say "no lmms-eval here: its tests are skipped"
     export CLIENTS_VLLM CLIENTS_TRANSFORMERS4 CLIENTS_LMMS_EVAL
 }
