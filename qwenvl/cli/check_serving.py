@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import safe_open
 
-from qwenvl.cli.data_args import ToolArguments, chosen_datasets, family_and_config
+from qwenvl.cli.data_args import TRAINING_ALONE, ToolArguments, chosen_datasets, family_and_config
 from qwenvl.config import DataArguments
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
@@ -59,6 +59,7 @@ PAGE = HelpPage(
     "Compare what training feeds the model with what the folder's own processor and qwen-vl-utils make of the same "
     "samples, and print the arguments of vLLM and SGLang that keep it the same. Give training's own data flags; a "
     "folder that training saved knows them.",
+    TRAINING_ALONE | {"additional_tokens"},
 )
 WAYS: dict[Way, Any] = {"apply_chat_template": template_inputs, "qwen-vl-utils": utils_inputs}
 STYLES = {"equal": "green", "known": "yellow", "different": "bold red", "not compared": "yellow"}

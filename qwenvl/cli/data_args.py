@@ -18,6 +18,14 @@ from qwenvl.models.loading import read_model_type
 from qwenvl.models.lora.files import CONFIG_FILE, find_base, read_config
 from qwenvl.utils.errors import UserError
 
+TRAINING_ALONE = frozenset(
+    {
+        *("data_flatten", "data_packing", "packing_plan", "group_by_cost", "base_interval", "save_processor_limits"),
+        *("eval_dataset_use", "eval_ratio", "on_bad_sample"),
+    }
+)
+"""Data flags that training alone reads, but for the tools that take some of them out of this set."""
+
 
 @dataclass
 class ToolArguments(DataArguments):

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenvl.cli.data_args import chosen_datasets
-from qwenvl.cli.inference_args import AskArguments, open_asking_encoder
+from qwenvl.cli.inference_args import NOT_ASKED, AskArguments, open_asking_encoder
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
 from qwenvl.data.dataset import open_tables
@@ -40,6 +40,7 @@ PAGE = HelpPage(
     "evaluate_masks.py --model_name_or_path MODEL --dataset_use NAMES [--known_use NAMES]",
     "Score the masks that a model trained by --task grounding predicts against those of a dataset: mIoU, cIoU, and the "
     "share with an IoU above one half.",
+    NOT_ASKED | {"batch_size", "max_new_tokens", "temperature", "top_p", "seed"},
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from qwenvl.cli.data_args import ToolArguments, chosen_datasets
+from qwenvl.cli.data_args import TRAINING_ALONE, ToolArguments, chosen_datasets
 from qwenvl.config import DataArguments
 from qwenvl.data.dataset import open_tables
 from qwenvl.data.encoding.encoder import SampleEncoder
@@ -32,6 +32,8 @@ from qwenvl.utils.distributed import is_main_process
 from qwenvl.utils.errors import UserError
 
 ANY_LENGTH = 1 << 30
+NOT_ASKED = TRAINING_ALONE | {"additional_tokens", "overlength", "model_type"}
+"""Flags of all tools that those that run a model do not read: the folder decides, and no sample is too long."""
 _OF_THE_MODEL = (
     *("max_pixels", "min_pixels", "video_fps", "video_max_frames", "video_min_frames", "video_max_pixels"),
     *("video_min_pixels", "video_max_frame_pixels", "video_min_frame_pixels", "device", "dtype", "batch_size"),

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from qwenvl.cli.data_args import ToolArguments, chosen_datasets, family_and_config
+from qwenvl.cli.data_args import TRAINING_ALONE, ToolArguments, chosen_datasets, family_and_config
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
 from qwenvl.data.bin_packing import lower_bound
@@ -44,6 +44,7 @@ logger = logging.getLogger("qwenvl.pack_data")
 PAGE = HelpPage(
     "pack_data.py --model_name_or_path MODEL --dataset_use NAMES --model_max_length N --output FILE [--flag VALUE ...]",
     "Plan packs of samples before training, from exact lengths that need no decoding. Give the data flags of training.",
+    TRAINING_ALONE - {"eval_ratio", "on_bad_sample"},
 )
 
 

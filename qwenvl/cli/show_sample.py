@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from qwenvl.cli.data_args import ToolArguments, chosen_datasets, open_encoder
+from qwenvl.cli.data_args import TRAINING_ALONE, ToolArguments, chosen_datasets, open_encoder
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
 from qwenvl.data.conversation.chat_template import weight_lines
@@ -47,6 +47,7 @@ PAGE = HelpPage(
     "show_sample.py --model_name_or_path MODEL --dataset_use NAMES [--flag VALUE ...]",
     "Show samples as the model sees them: the rendered text with trained tokens in green, grids, positions, "
     "timestamps. With --json, write them to a file instead. Give the data flags of training to see the same.",
+    TRAINING_ALONE,
 )
 
 

@@ -33,7 +33,7 @@ from qwenvl.cli.check_image.near_duplicates import find_near_duplicates
 from qwenvl.cli.check_image.report import Summary, show, write_clean, write_problem
 from qwenvl.cli.check_image.samples import RESERVED_TOKENS, SampleChecker, default_settings
 from qwenvl.cli.check_image.tables import Problem, check_table, find_duplicates
-from qwenvl.cli.data_args import ToolArguments, chosen_datasets, open_encoder
+from qwenvl.cli.data_args import TRAINING_ALONE, ToolArguments, chosen_datasets, open_encoder
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
 from qwenvl.config.tasks import Pooling, TaskArguments, TaskName
@@ -56,6 +56,7 @@ PAGE = HelpPage(
     "Find every problem of every sample: missing and damaged files, tags, roles, boxes, lengths, duplicates. Writes "
     "NAME_problems.jsonl for each dataset. --duplicates finds near duplicates and leaks of evaluation data too. Exit "
     "code 1 if there are problems, 2 if nothing could be checked.",
+    TRAINING_ALONE - {"eval_dataset_use"},
 )
 
 

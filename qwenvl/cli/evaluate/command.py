@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenvl.cli.evaluate.page import OtherAnswers, build_evaluation_page, number, percent
-from qwenvl.cli.inference_args import AnswerArguments, answer_all, open_job, open_model, progress_bar
+from qwenvl.cli.inference_args import NOT_ASKED, AnswerArguments, answer_all, open_job, open_model, progress_bar
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
 from qwenvl.evaluate.image_ablation import ImageAblation
@@ -53,6 +53,7 @@ PAGE = HelpPage(
     "evaluate.py [--predictions FILE | --model_name_or_path MODEL --dataset_use NAMES] [--blind] [--flag VALUE ...]",
     "Score the answers of a model by dataset. Writes evaluation.json and evaluation.html, a page of the worst samples. "
     "With --blind, also find out whether the answers depend on the images.",
+    NOT_ASKED,
 )
 
 Views = Mapping[View, Sequence[Prediction]]

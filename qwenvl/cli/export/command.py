@@ -4,18 +4,19 @@
 
 fp8: the form of Qwen's published FP8 checkpoints, by transformers; half the size of bfloat16. The copy is opened again,
 answers held-out samples, and the unquantized model says how likely it finds each token of these answers. The figures
-are printed and stand in the copy's model card. A copy that differs by more than --max_difference is not kept.
+are printed and stand in the copy's model card. With --max_difference, a copy that differs by more is not kept.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from qwenvl.cli.data_args import chosen_datasets
 from qwenvl.cli.export.card import write_card
 from qwenvl.cli.export.check import Difference, answer, difference
 from qwenvl.cli.export.fp8 import require_quantizable, write_fp8
-from qwenvl.cli.inference_args import AskArguments, open_asking_encoder, open_model
+from qwenvl.cli.inference_args import NOT_ASKED, AskArguments, open_asking_encoder, open_model
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
 from qwenvl.data.dataset import open_tables
@@ -49,8 +50,8 @@ PAGE = HelpPage(
     "export.py --to fp8 --model_name_or_path FOLDER --output DIR --dataset_use NAMES [--flag VALUE ...]",
     "Write a quantized copy of a trained model, checked on held-out samples against the model that it was made from: "
     "its answers, and the log-probabilities of their tokens. The figures stand in its model card.",
+    NOT_ASKED | {"base", "batch_size", "temperature", "top_p", "seed"},
 )
-_WITHOUT_EFFECT = ("base", "batch_size", "temperature", "top_p", "seed")
 _COPIED = (".json", ".jinja", ".txt", ".yaml", ".model")
 _NOT_COPIED = ("config.json", "model.safetensors.index.json", "trainer_state.json")
 
@@ -62,20 +63,20 @@ class ExportArguments(AskArguments):
     to: Literal["fp8"] | None = field(default=None, metadata={"help": "Form of the copy."})
     output: str = field(default="", metadata={"help": "Folder to write; it must be new or empty."})
     samples: int = field(default=32, metadata={"help": "Held-out samples to compare, evenly spread; 0 for all."})
-    max_difference: float = field(
-        default=0.25,
-        metadata={"help": "Largest accepted mean difference of a token's log-probability, in nats."},
+    max_difference: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest accepted mean difference of a token's log-probability, in nats: a copy above it is not "
+            "kept. Default: no limit, as none suits every model; judge the reported figures."
+        },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.to is None or not self.output:
             raise UserError("Name the form and the folder of the copy: --to fp8 --output DIR.")
-        if self.samples < 0 or self.max_difference <= 0:
+        if self.samples < 0 or (self.max_difference is not None and self.max_difference <= 0):
             raise UserError("--samples must be 0 or more, and --max_difference above 0.")
-        for one in fields(self):
-            if one.name in _WITHOUT_EFFECT and getattr(self, one.name) != one.default:
-                raise UserError(f"--{one.name} has no effect here: a whole model answers greedily. Leave it out.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,17 +112,28 @@ def run(arguments: ExportArguments) -> None:
         found = compare(arguments, encoder, examples, copy)
         for name, value in found.lines():
             logger.info("%s: %s", name, value)
-        if not found.mean <= arguments.max_difference:
-            raise UserError(
-                f"The log-probabilities of the copy's tokens differ by {found.mean:.3g} nats on average, more than "
-                f"--max_difference {arguments.max_difference:g}: it is not kept."
-            )
+        require_close(found, arguments.max_difference)
         write_card(folder, copy, output, arguments.dataset_use or str(arguments.annotation_path), found)
         follow_umask(copy)
         if output.exists():
             output.rmdir()
         copy.rename(output)
     logger.info("Saved to %s.", output)
+
+
+def require_close(found: Difference, limit: float | None) -> None:
+    """Refuse a copy that differs by more than the user accepts, or whose log-probabilities are no numbers.
+
+    Raises:
+        UserError: It is not to be kept.
+    """
+    if not math.isfinite(found.mean):
+        raise UserError("Log-probabilities of the copy or of the model are not finite: the copy is not kept.")
+    if limit is not None and found.mean > limit:
+        raise UserError(
+            f"The log-probabilities of the copy's tokens differ by {found.mean:.3g} nats on average, more than "
+            f"--max_difference {limit:g}: it is not kept."
+        )
 
 
 def require_exportable(folder: Path) -> None:

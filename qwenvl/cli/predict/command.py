@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwenvl.cli.inference_args import (
+    NOT_ASKED,
     AnswerArguments,
     answer_all,
     open_asking_encoder,
@@ -64,6 +65,7 @@ PAGE = HelpPage(
     "predict.py --model_name_or_path MODEL [--dataset_use NAMES --output FILE | --prompt TEXT] [--flag VALUE ...]",
     "Ask a model: the samples of datasets (several processes by torchrun, resumable), one question about images and "
     "videos, or, if only a model is given, in a chat.",
+    NOT_ASKED,
 )
 
 

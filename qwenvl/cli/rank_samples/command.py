@@ -24,6 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from qwenvl.cli.inference_args import NOT_ASKED
 from qwenvl.cli.rank_samples.arguments import RankArguments
 from qwenvl.cli.rank_samples.evidence import read_evidence
 from qwenvl.cli.rank_samples.lists import Lists, apply_decisions, open_lists, read_decisions
@@ -43,6 +44,7 @@ PAGE = HelpPage(
     "rank_samples.py [--sample_losses FILE ...] [--model_name_or_path MODEL --dataset_use NAMES] --output DIR",
     "Rank training samples by how suspect they are, from their losses in training, from a model's losses with and "
     "without their images, or both. Writes ranking.jsonl, lists to train on, and a page.",
+    NOT_ASKED,
 )
 
 

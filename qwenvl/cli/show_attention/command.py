@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from qwenvl.cli.data_args import chosen_datasets
-from qwenvl.cli.inference_args import AskArguments, open_asking_encoder
+from qwenvl.cli.inference_args import NOT_ASKED, AskArguments, open_asking_encoder
 from qwenvl.cli.show_attention.page import Looked, Shown, attention_page
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
@@ -45,6 +45,7 @@ PAGE = HelpPage(
     "show_attention.py --model_name_or_path MODEL (--dataset_use NAMES | --image FILE --prompt TEXT) --output FILE",
     "Draw the attention of an answer's words over the image, for every phrase: of all layers and heads, or of some; "
     "and the masks that a model trained by --task grounding predicts.",
+    NOT_ASKED | {"batch_size", "seed"},
 )
 _SPEAKERS = ("user", "assistant")
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from qwenvl.cli.data_args import ToolArguments, chosen_datasets, open_encoder
+from qwenvl.cli.data_args import TRAINING_ALONE, ToolArguments, chosen_datasets, open_encoder
 from qwenvl.cli.view_data import datasets
 from qwenvl.cli.view_data.rows import MediaStatistics, choose
 from qwenvl.cli.view_data.samples import UNLIMITED
@@ -49,6 +49,7 @@ PAGE = HelpPage(
     "view_data.py --model_name_or_path MODEL --dataset_use NAMES --output DIR [--flag VALUE ...]",
     "Write a site (DIR/index.html) of samples as the model gets them: resized images, sampled frames, "
     "trained tokens, boxes, problems; and statistics of the datasets. Give the data flags of training.",
+    TRAINING_ALONE - {"eval_ratio", "data_packing", "packing_plan"},
 )
 
 

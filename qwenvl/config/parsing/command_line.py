@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import enum
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
@@ -22,10 +22,12 @@ class HelpPage:
     Args:
         usage: Name of the program, and its arguments.
         description: Description of the program.
+        unread: Fields of its dataclass that the program does not read: they are no flags of it.
     """
 
     usage: str
     description: str
+    unread: Collection[str] = ()
 
 
 TRAINING_PAGE = HelpPage(
@@ -67,6 +69,9 @@ def read_flags(
     """
     parser = build_parser(settings, groups, page)
     values, unknown = parser.parse_known_args([_with_underscores(token) for token in argv])
+    if without := [name for token in unknown if (name := _name(token)) in page.unread]:
+        flags = ", ".join(f"--{name}" for name in dict.fromkeys(without))
+        raise UserError(f"{flags}: no effect here, as this command does not read such settings. Leave out what is named.")
     if unknown:
         raise UserError(_unknown(unknown[0], settings))
     return vars(values)
@@ -126,6 +131,11 @@ def _with_underscores(token: str) -> str:
         return token
     name, equals, value = token[2:].partition("=")
     return "--" + name.replace("-", "_") + equals + value
+
+
+def _name(token: str) -> str:
+    """Return the name of a flag; empty for anything else."""
+    return token[2:].partition("=")[0] if token.startswith("--") else ""
 
 
 def _unknown(token: str, settings: Mapping[str, Setting]) -> str:

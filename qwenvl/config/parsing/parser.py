@@ -117,13 +117,13 @@ def parse_class(cls: type[T], argv: Sequence[str], page: HelpPage) -> T:
     Args:
         cls: Dataclass whose fields are the flags.
         argv: Command line without the program's name.
-        page: Top of its help page.
+        page: Top of its help page, and the fields that are no flags.
 
     Raises:
-        UserError: a flag is wrong.
+        UserError: a flag is wrong, or one of a field that the tool does not read.
         SystemExit: with status 0, after ``--help``.
     """
-    settings = settings_of(cls)
+    settings = {name: setting for name, setting in settings_of(cls).items() if name not in page.unread}
     given = _converted(read_flags(argv, settings, {cls: "flags"}, page), settings, where="--")
     return cls(**{name: value for name, value in given.items() if value is not None})
 

@@ -26,7 +26,10 @@ from qwenvl.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_NOT_OF_A_PLAN = ("data_flatten", "data_packing", "packing_plan", "group_by_cost", "eval_dataset_use", "base_interval")
+_NOT_OF_A_PLAN = (
+    *("data_flatten", "data_packing", "packing_plan", "group_by_cost", "eval_dataset_use", "base_interval"),
+    "save_processor_limits",
+)
 
 
 @dataclass(frozen=True)

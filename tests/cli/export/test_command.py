@@ -90,7 +90,6 @@ def test_a_copy_stands_for_the_weights_and_says_how_far_it_is_off(
 ) -> None:
     folder, output = wide(family), tmp_path / "fp8"
     arguments = ["--to", "fp8", "--model_name_or_path", str(folder), "--output", str(output), *data, "--device", "cpu"]
-    arguments += ["--max_difference", "1"]  # random weights, which nothing taught to bear rounding
     assert main(arguments) == 0, caplog.text
     whole, small = load_file(folder / "model.safetensors"), load_file(output / "model.safetensors")
     quantized = {name for name, tensor in small.items() if tensor.dtype == torch.float8_e4m3fn}
@@ -123,12 +122,25 @@ def test_a_copy_that_is_off_is_not_kept(
     assert not [path for path in tmp_path.iterdir() if "fp8" in path.name]
 
 
+def test_log_probabilities_that_are_no_numbers_are_not_kept(
+    wide: Callable[[str], Path], data: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = wide("qwen3_vl")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.language_model.norm.weight"] *= float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    arguments = ["--to", "fp8", "--model_name_or_path", str(folder), *data, "--device", "cpu"]
+    assert main([*arguments, "--output", str(tmp_path / "fp8")]) == 1
+    assert "are not finite: the copy is not kept" in caplog.text
+    assert not (tmp_path / "fp8").exists()
+
+
 @pytest.mark.parametrize(
     ("family", "more", "message"),
     [
         ("qwen3_vl_moe", [], "is a mixture of experts, whose FP8 no client was tried with"),
         ("qwen3_vl", [], "no layer of its language model has sides that are multiples of 128"),
-        ("qwen3_vl", ["--temperature", "1"], "--temperature has no effect here"),
+        ("qwen3_vl", ["--temperature", "1"], "--temperature: no effect here"),
         ("qwen3_vl", ["--max_difference", "0"], "--max_difference above 0"),
         ("qwen3_vl", ["--annotation_path", "none.json"], "none.json"),
     ],
