@@ -33,7 +33,7 @@ from qwenvl.utils.errors import UserError
 
 ANY_LENGTH = 1 << 30
 NOT_ASKED = TRAINING_ALONE | {"additional_tokens", "overlength", "model_type"}
-"""Flags of all tools that those that run a model do not read: the folder decides, and no sample is too long."""
+"""Flags that no tool reads which runs a model: its folder decides, and no sample is too long."""
 _OF_THE_MODEL = (
     *("max_pixels", "min_pixels", "video_fps", "video_max_frames", "video_min_frames", "video_max_pixels"),
     *("video_min_pixels", "video_max_frame_pixels", "video_min_frame_pixels", "device", "dtype", "batch_size"),

@@ -212,7 +212,7 @@ def causes_of(way: Way, serving: Serving, plan: Plan, sample: Sample, served: Mo
 
 
 def _is_resized_by_pil(serving: Serving, plan: Plan, sample: Sample, served: Tensor | None) -> bool:
-    """Return whether patches are those of training's images, resized by PIL to training's sizes; of all, bit for bit."""
+    """Return whether patches are those of training's images, all resized by PIL as planned, bit for bit."""
     images = [medium for medium in plan.media if isinstance(medium, ImagePlan)]
     if served is None or not any(image.resized != image.size for image in images):
         return False

@@ -39,6 +39,7 @@ PAGE = HelpPage(
     "advise.py --model CONFIG --gpus 8xH100-80G [--dataset_use NAMES] [--flag VALUE ...]",
     "Say which settings train a model on given GPUs, with memory by part, steps, hours and the command to copy. Give "
     "the data flags of training.",
+    {"data_flatten", "data_packing", "packing_plan", "base_interval"},
 )
 _SHORT = {
     "activations of the heaviest batch": "activations",
@@ -46,7 +47,6 @@ _SHORT = {
     "more than these three, in the optimizer's step": "step",
 }
 """Headings of the parts of memory whose names are long."""
-_NOT_OF_A_COMMAND = ("dataset_use", "data_flatten", "data_packing", "packing_plan")
 
 
 @dataclass
@@ -181,11 +181,10 @@ def _common(arguments: AdviseArguments, source: str) -> dict[str, Any]:
     data = {one.name: getattr(arguments, one.name) for one in fields(DataArguments)}
     defaults = DataArguments()
     changed = {name: value for name, value in data.items() if value != getattr(defaults, name)}
-    chosen = {name: value for name, value in changed.items() if name not in _NOT_OF_A_COMMAND}
     return {
         "model_name_or_path": source,
-        "dataset_use": arguments.dataset_use or "my_dataset",
-        **chosen,
+        "dataset_use": "my_dataset",
+        **changed,
         "num_train_epochs": arguments.num_train_epochs,
         "output_dir": arguments.output_dir,
     }

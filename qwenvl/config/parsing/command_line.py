@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import enum
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
@@ -27,7 +27,7 @@ class HelpPage:
 
     usage: str
     description: str
-    unread: Collection[str] = ()
+    unread: Set[str] = frozenset()
 
 
 TRAINING_PAGE = HelpPage(
@@ -71,7 +71,9 @@ def read_flags(
     values, unknown = parser.parse_known_args([_with_underscores(token) for token in argv])
     if without := [name for token in unknown if (name := _name(token)) in page.unread]:
         flags = ", ".join(f"--{name}" for name in dict.fromkeys(without))
-        raise UserError(f"{flags}: no effect here, as this command does not read such settings. Leave out what is named.")
+        raise UserError(
+            f"{flags}: no effect here, as this command does not read such settings. Leave out what is named."
+        )
     if unknown:
         raise UserError(_unknown(unknown[0], settings))
     return vars(values)
