@@ -4,7 +4,8 @@
 #   source scripts/clients.sh; use_clients     make those that are missing, and name them: CLIENTS_VLLM and so on
 #
 # CLIENTS=PATH         their folder (default .venv-clients in the repository)
-# CLIENTS_VLLM=PATH    that environment in place of a new one; so CLIENTS_TRANSFORMERS4, CLIENTS_LMMS_EVAL
+# CLIENTS_VLLM=PATH    that environment in place of a new one; so CLIENTS_TRANSFORMERS4, CLIENTS_LMMS_EVAL,
+#                      CLIENTS_MLX_VLM
 #
 # vLLM is the build for the CPU, which has wheels for Python 3.11 and 3.12 and wants a CPU build of torch: where pip is not
 # set up to find one, its environment cannot be made, and its tests are skipped.
@@ -62,5 +63,7 @@ use_clients() {
     CLIENTS_LMMS_EVAL="${CLIENTS_LMMS_EVAL:-$(make_client lmms-eval \
         lmms-eval==0.7.3 'filelock<4' 'transformers==5.23.*' torch torchvision qwen-vl-utils decord)}" ||
         _say "no lmms-eval here: its tests are skipped"
-    export CLIENTS_VLLM CLIENTS_TRANSFORMERS4 CLIENTS_LMMS_EVAL
+    CLIENTS_MLX_VLM="${CLIENTS_MLX_VLM:-$(make_client mlx-vlm mlx-vlm==0.7.10 'mlx[cpu]' torch torchvision)}" ||
+        _say "no mlx-vlm here: its tests are skipped"
+    export CLIENTS_VLLM CLIENTS_TRANSFORMERS4 CLIENTS_LMMS_EVAL CLIENTS_MLX_VLM
 }

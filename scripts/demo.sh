@@ -92,4 +92,4 @@ make_base
 make_data
 train "$@"
 make_report
-say "to serve it with vLLM: bash $root/scripts/serve.sh $DEMO_DIR/model"
+say "to serve it with vLLM: bash $(printf %q "$root/scripts/serve.sh") $(printf %q "$DEMO_DIR/model")"

@@ -43,6 +43,7 @@ class Client(NamedTuple):
 CLIENTS = {
     "vLLM": Client("CLIENTS_VLLM", ("vllm", "transformers")),
     "transformers": Client("CLIENTS_TRANSFORMERS4", ("transformers", "torch")),
+    "mlx-vlm": Client("CLIENTS_MLX_VLM", ("mlx-vlm", "mlx")),
     "lmms-eval": Client("CLIENTS_LMMS_EVAL", ("lmms-eval", "transformers")),
 }
 VERSIONS = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,14 @@ def test_the_demo_runs_and_a_second_run_reuses_what_exists(tmp_path: Path, envir
     assert any("eval_loss" in entry for entry in history)
     assert "</html>" in (demo / "report.html").read_text()
     assert "prediction" in first.stdout and "accuracy" in first.stdout
+
+    (served,) = [line for line in first.stderr.splitlines() if "to serve it with vLLM: " in line]
+    command = shlex.split(served.partition("vLLM: ")[2])
+    assert command == ["bash", str(REPOSITORY / "scripts" / "serve.sh"), str(demo / "model")]
+    printed = subprocess.run(
+        command, env=environment | {"DRY_RUN": "1", "PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert printed.returncode == 0 and shlex.split(printed.stdout)[:3] == ["vllm", "serve", str(demo / "model")]
 
     weights = demo / "model" / "model.safetensors"
     before = weights.stat().st_mtime_ns
