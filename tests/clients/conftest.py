@@ -1,8 +1,8 @@
 """Folders that the trainer saves, for the programs that people serve and evaluate them with.
 
 The programs have environments of their own, made by ``scripts/test.sh --clients`` or by hand; tests are skipped where
-the variable that names one is not set: CLIENTS_VLLM, CLIENTS_TRANSFORMERS4, CLIENTS_LMMS_EVAL and
-CLIENTS_MLX_VLM are virtual environments.
+the variable that names one is not set: CLIENTS_VLLM, CLIENTS_TRANSFORMERS4 and CLIENTS_LMMS_EVAL are virtual
+environments.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ def vllm() -> Path:
 
 
 @pytest.fixture(scope="session")
+def mlx_vlm() -> Path:
+    """Return the environment with mlx-vlm."""
+    return environment("CLIENTS_MLX_VLM")
+
+
+@pytest.fixture(scope="session")
 def transformers4() -> Path:
     """Return the environment with transformers 4.57."""
     return environment("CLIENTS_TRANSFORMERS4")
@@ -64,12 +70,6 @@ def transformers4() -> Path:
 def lmms_eval() -> Path:
     """Return the environment with lmms-eval."""
     return environment("CLIENTS_LMMS_EVAL")
-
-
-@pytest.fixture(scope="session")
-def mlx_vlm() -> Path:
-    """Return the environment with mlx-vlm."""
-    return environment("CLIENTS_MLX_VLM")
 
 
 @pytest.fixture(scope="session")
