@@ -11,10 +11,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
+from qwenvl.data.encoding.encoder import SampleEncoder
 from qwenvl.data.media.locate import MediaSources
-from qwenvl.data.types import Conversation
+from qwenvl.data.types import Conversation, Source
 from qwenvl.inference.answer_rows import Job, Progress, open_row, with_answer
-from qwenvl.inference.generate import Answer
+from qwenvl.inference.generate import Answer, Decoding
 from qwenvl.inference.prompts import EvalExample
 from qwenvl.metrics.predictions import Prediction
 from qwenvl.serving.compare import own_settings
@@ -92,24 +93,44 @@ def request_of(job: Job, line: Prediction, example: EvalExample) -> dict[str, An
     Raises:
         SampleError: A request cannot hold its media.
     """
-    prompt, sample, template = example.prompt, example.sample, job.encoder.template
-    items = [plan.item for plan in prompt.plans]
+    items = [plan.item for plan in example.prompt.plans]
     own = sorted({name for item in items for name in own_settings(item)})
     reason = f"the sample has {', '.join(own)} of its own, which a request does not hold" if own else ""
     if reason := not_for_requests(items) or reason:
         raise SampleError(CATEGORY, f"{reason}. Ask the model without --server.")
-    locate = MediaSources(sample.data_path, job.encoder.allow_remote, sample.allow_absolute).locate
+    request = asking(job.encoder, example, locate_of(job.encoder, example), job.decoding)
+    if job.decoding.temperature:  # top_k: a folder's own may be set, and is not used without a server either
+        request |= {"top_p": job.decoding.top_p, "top_k": 0, "seed": job.seed + line.index}
+    return request
+
+
+def locate_of(encoder: SampleEncoder, example: EvalExample) -> Callable[[Source], str | bytes]:
+    """Return the function that finds the media of a sample."""
+    sample = example.sample
+    return MediaSources(sample.data_path, encoder.allow_remote, sample.allow_absolute).locate
+
+
+def asking(
+    encoder: SampleEncoder, example: EvalExample, locate: Callable[[Source], str | bytes], decoding: Decoding
+) -> dict[str, Any]:
+    """Return the chat request of a sample without settings of token sampling.
+
+    Args:
+        encoder: Encoder that opened the sample.
+        example: Sample.
+        locate: Function that finds a medium; called for each of them, in order.
+        decoding: Length of the answer, and its temperature.
+    """
+    prompt = example.prompt
     conversation = Conversation(prompt.messages, prompt.tools, template_kwargs=prompt.arguments)
     request = {
         "messages": [as_request(message, locate) for message in prompt.messages],
-        "max_tokens": job.decoding.max_new_tokens,
-        "temperature": job.decoding.temperature,
-        "chat_template_kwargs": template.arguments(conversation, None),
+        "max_tokens": decoding.max_new_tokens,
+        "temperature": decoding.temperature,
+        "chat_template_kwargs": encoder.template.arguments(conversation, None),
     }
     if prompt.tools:  # the call stays text, as the template writes it
         request |= {"tools": [dict(tool) for tool in prompt.tools], "tool_choice": "none"}
-    if job.decoding.temperature:  # top_k: a folder's own may be set, and is not used without a server either
-        request |= {"top_p": job.decoding.top_p, "top_k": 0, "seed": job.seed + line.index}
     return request
 
 

@@ -54,11 +54,25 @@ def program_notes(served: Served, model: Model) -> list[str]:
         )
     if model.moe:
         found.append('lmms-eval takes a folder for a mixture of experts by its name alone: it has to hold "A3B" or so.')
-    found.append(
-        "The lines of SGLang, VLMEvalKit and llama.cpp follow their sources and were not run (docs/compatibility.md)."
-    )
+    found.append("The lines of SGLang and VLMEvalKit follow their sources and were not run (docs/compatibility.md).")
+    found += _llama_notes(served, model)
     if served.videos:
         found.append("llama.cpp samples no videos: send frames as images.")
+    return found
+
+
+def _llama_notes(served: Served, model: Model) -> list[str]:
+    image, token = served.limits["image_processor"]["size"], model.factor**2
+    found = [
+        "llama.cpp fits an image into its size with black edges, and rounds a half the other way: send images that "
+        "have the size of training already, or expect other answers (docs/compatibility.md)."
+    ]
+    if image["shortest_edge"] % token or image["longest_edge"] % token:
+        side = model.factor
+        found.append(
+            f"llama.cpp counts limits in whole tokens of {side} x {side} pixels, which those of training are not "
+            "multiples of: images at the limits may get other sizes."
+        )
     return found
 
 
@@ -93,7 +107,31 @@ def _vlmevalkit(served: Served, model: Model, folder: str) -> str:
 
 
 def _llama_cpp(served: Served, model: Model) -> str:
-    image, token = served.limits["image_processor"]["size"], model.factor**2
-    words = ["llama-server", "-m", "MODEL.gguf", "--mmproj", "MMPROJ.gguf", "-c", str(served.max_length)]
-    words += ["--image-min-tokens", str(-(-image["shortest_edge"] // token))]
-    return shlex.join([*words, "--image-max-tokens", str(image["longest_edge"] // token)])
+    image = served.limits["image_processor"]["size"]
+    tokens = whole_tokens(image["shortest_edge"], image["longest_edge"], model.factor)
+    return shlex.join(["llama-server", *llama_flags("MODEL.gguf", "MMPROJ.gguf", served.max_length, tokens)])
+
+
+def whole_tokens(min_pixels: int, max_pixels: int, factor: int) -> tuple[int, int]:
+    """Return the limits of an image in whole tokens, which llama.cpp counts them in.
+
+    Args:
+        min_pixels: Lower limit in pixels.
+        max_pixels: Upper limit in pixels.
+        factor: Side of a token in pixels.
+    """
+    return -(-min_pixels // factor**2), max_pixels // factor**2
+
+
+def llama_flags(model: str, mmproj: str, context: int | None, tokens: tuple[int, int]) -> list[str]:
+    """Return the arguments of llama.cpp's server.
+
+    Args:
+        model: GGUF file of the language model.
+        mmproj: GGUF file of the vision tower.
+        context: Most tokens of a prompt and its answer; None for the model's own context.
+        tokens: Limits of an image in tokens.
+    """
+    limits = ["--image-min-tokens", str(tokens[0]), "--image-max-tokens", str(tokens[1])]
+    length = [] if context is None else ["-c", str(context)]
+    return ["-m", model, "--mmproj", mmproj, *length, *limits]

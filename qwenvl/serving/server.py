@@ -96,14 +96,18 @@ class Server:
             RefusedError: The server refuses the request.
             UserError: The server does not answer.
         """
+        choice: Mapping[str, Any] = self.complete(request)["choices"][0]
+        return choice
+
+    def complete(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the whole answer to a chat request, with the number of its tokens; see :meth:`chat`."""
         url = f"{self.url}/v1/chat/completions"
-        found = _answer(url, {"model": self.model, **request}, _SECONDS_OF_AN_ANSWER)
+        found: Mapping[str, Any] = _answer(url, {"model": self.model, **request}, _SECONDS_OF_AN_ANSWER)
         try:
-            choice: Mapping[str, Any] = found["choices"][0]
-            assert isinstance(choice["message"], dict)
+            assert isinstance(found["choices"][0]["message"], dict)
         except (TypeError, KeyError, IndexError, AssertionError) as error:
             raise UserError(f"--server: {url} does not answer as an OpenAI-compatible server.") from error
-        return choice
+        return found
 
     def prompt_ids(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
@@ -10,30 +12,55 @@ import yaml
 from qwenvl.cli.export.check import Difference
 from qwenvl.train.export.model_card import MARKER
 
-_FP8 = """The linear layers of the language model have FP8 weights (e4m3) with a scale for each block of 128 x 128, in
-the form of Qwen's published FP8 checkpoints; the vision tower, embeddings and output projection are not quantized.
-Servers also round activations to FP8; these figures were computed with dequantized weights and do not hold that."""
+
+@dataclass(frozen=True)
+class Described:
+    """What a card says of a copy's form.
+
+    Args:
+        form: Name of the form.
+        suffix: Suffix of its files of weights.
+        about: Paragraphs on how it was made and is read.
+    """
+
+    form: str
+    suffix: str
+    about: str
 
 
-def write_card(folder: Path, copy: Path, output: Path, samples: str, found: Difference) -> None:
+def write_card(
+    folder: Path, copy: Path, output: Path, described: Described, samples: str, found: Mapping[str, Difference]
+) -> None:
     """Write the card.
 
     Args:
         folder: Folder of the whole model.
         copy: Folder of the quantized one.
         output: Name that the copy gets.
+        described: Its form.
         samples: Names of the datasets that were compared.
-        found: Difference of the two models.
+        found: Difference of the two models, by the way the quantized one was asked.
     """
-    sizes = [sum(file.stat().st_size for file in one.glob("*.safetensors")) / 2**30 for one in (folder, copy)]
-    front = yaml.safe_dump({"pipeline_tag": "image-text-to-text", "tags": ["qwenvl", "fp8"]}, sort_keys=False)
-    rows = "\n".join(f"| {name} | {value} |" for name, value in found.lines())
+    before, after = _size(folder, "safetensors"), _size(copy, described.suffix)
+    tags = ["qwenvl", described.form]
+    front = yaml.safe_dump({"pipeline_tag": "image-text-to-text", "tags": tags}, sort_keys=False)
     parts = [
         f"---\n{front}---\n\n{MARKER}",
-        f"# {output.name}\n\n`{folder}` in FP8: {sizes[1]:.2f} GiB of weights, {sizes[0]:.2f} before.",
-        _FP8,
+        f"# {output.name}\n\n`{folder}` in {described.form.upper()}: {after:.2f} GiB of weights, {before:.2f} before.",
+        described.about,
         f"## Difference from the unquantized model\n\nGreedy answers to samples of `{samples}`, and the log-probability"
-        f" that each model gives to their tokens:\n\n| | value |\n| --- | --- |\n{rows}",
+        f" that each model gives to their tokens:\n\n{_table(found)}",
         f"Made and compared with transformers {transformers.__version__}.",
     ]
     (copy / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _size(folder: Path, suffix: str) -> float:
+    return sum(file.stat().st_size for file in folder.glob(f"*.{suffix}")) / 2**30
+
+
+def _table(found: Mapping[str, Difference]) -> str:
+    columns = [dict(one.lines()) for one in found.values()]
+    rows = [["", *found], ["---"] * (len(found) + 1)]
+    rows += [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

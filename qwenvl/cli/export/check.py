@@ -6,7 +6,7 @@ these answers behind the same prompt, and its own answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,6 @@ class Heard:
     prompt_tokens: int
 
 
-Reader = Callable[[EvalExample], Heard]
-
-
 @dataclass(frozen=True)
 class Difference:
     """Difference of a quantized model from the one it was made from.
@@ -43,6 +40,7 @@ class Difference:
     Args:
         samples: Number of compared samples.
         tokens: Number of compared tokens.
+        same_prompt: Number of samples whose prompts have the same number of tokens.
         same: Number of samples whose whole answers are the same.
         same_first: Number of samples whose answers begin with the same token.
         mean: Mean absolute difference of a token's log-probability, in nats.
@@ -52,6 +50,7 @@ class Difference:
 
     samples: int
     tokens: int
+    same_prompt: int
     same: int
     same_first: int
     mean: float
@@ -63,34 +62,47 @@ class Difference:
         return [
             ("samples", f"{self.samples:,}"),
             ("tokens of answers", f"{self.tokens:,}"),
-            ("same answer", f"{self.same:,} ({100 * self.same / self.samples:.1f}%)"),
-            ("same first token", f"{self.same_first:,} ({100 * self.same_first / self.samples:.1f}%)"),
+            ("same number of prompt tokens", self._share(self.same_prompt)),
+            ("same answer", self._share(self.same)),
+            ("same first token", self._share(self.same_first)),
             ("log-probability of a token, mean difference", f"{self.mean:.4f} nats"),
             ("log-probability of a token, largest difference", f"{self.largest:.4f} nats"),
             ("log-probability of a token, unquantized minus quantized", f"{self.shift:+.4f} nats"),
         ]
 
+    def _share(self, count: int) -> str:
+        return f"{count:,} ({100 * count / self.samples:.1f}%)"
 
-def difference(examples: Sequence[EvalExample], heard: Sequence[Heard], whole: ChatModel, tokens: int) -> Difference:
-    """Compare answers of a quantized model with the whole model.
 
-    Args:
-        examples: Samples.
-        heard: Answer of the quantized model to each.
-        whole: Model that it was made from.
-        tokens: Most tokens of an answer.
+def require_same_prompts(heard: Sequence[Heard], own: Sequence[Heard]) -> None:
+    """Refuse a quantized model whose prompts have other numbers of tokens.
 
     Raises:
-        UserError: The quantized model was asked other prompts than the whole one would be, or says nothing.
+        UserError: One has.
     """
-    own = [answer(whole, example.prompt, tokens) for example in examples]
     for found, one in zip(heard, own, strict=True):
         if found.prompt_tokens != one.prompt_tokens:
             raise UserError(
                 f"The quantized model was asked {found.prompt_tokens} tokens where the whole one is asked "
                 f"{one.prompt_tokens}: its reader has other limits or another template. It is not kept."
             )
-    scored = [answer(whole, example.prompt, tokens, found.ids) for example, found in zip(examples, heard, strict=True)]
+
+
+def difference(
+    examples: Sequence[EvalExample], heard: Sequence[Heard], own: Sequence[Heard], whole: ChatModel
+) -> Difference:
+    """Compare answers of a quantized model with the whole model.
+
+    Args:
+        examples: Samples.
+        heard: Answer of the quantized model to each.
+        own: Answer of the whole model to each.
+        whole: Model that the quantized one was made from.
+
+    Raises:
+        UserError: The quantized model says nothing.
+    """
+    scored = [answer(whole, example.prompt, 1, found.ids) for example, found in zip(examples, heard, strict=True)]
     pairs = [
         (exact, found)
         for one, other in zip(scored, heard, strict=True)
@@ -103,6 +115,7 @@ def difference(examples: Sequence[EvalExample], heard: Sequence[Heard], whole: C
     return Difference(
         samples=len(both),
         tokens=len(apart),
+        same_prompt=sum(found.prompt_tokens == one.prompt_tokens for found, one in both),
         same=sum(found.ids == one.ids for found, one in both),
         same_first=sum(found.ids[:1] == one.ids[:1] for found, one in both),
         mean=float(np.abs(apart).mean()),

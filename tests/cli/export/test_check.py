@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwenvl.cli.export.check import Heard, answer, difference
+from qwenvl.cli.export.check import Heard, answer, difference, require_same_prompts
 from qwenvl.cli.inference_args import AskArguments, open_asking_encoder, open_model
 from qwenvl.data.types import Origin, Sample
 from qwenvl.inference.generate import ChatModel, encode_prompts
@@ -64,21 +64,21 @@ def test_log_probabilities_are_those_of_the_tokens_behind_the_prompt(
 def test_figures_are_those_of_the_tokens(opened: tuple[ChatModel, list[EvalExample]]) -> None:
     whole, examples = opened
     heard = [answer(whole, example.prompt, 4) for example in examples]
-    found = difference(examples, heard, whole, 4)
-    assert (found.samples, found.tokens, found.same, found.same_first) == (3, 12, 3, 3)
+    found = difference(examples, heard, heard, whole)
+    assert (found.samples, found.tokens, found.same_prompt, found.same, found.same_first) == (3, 12, 3, 3, 3)
     assert found.largest < 1e-5
     surer = [replace(one, logprobs=tuple(value + 0.5 for value in one.logprobs)) for one in heard]
-    surer[0] = Heard(surer[0].ids[:2], surer[0].logprobs[:2], surer[0].prompt_tokens)
-    found = difference(examples, surer, whole, 4)
-    assert (found.tokens, found.same, found.same_first) == (10, 2, 3)
+    surer[0] = Heard(surer[0].ids[:2], surer[0].logprobs[:2], surer[0].prompt_tokens + 1)
+    found = difference(examples, surer, heard, whole)
+    assert (found.tokens, found.same_prompt, found.same, found.same_first) == (10, 2, 2, 3)
     assert (found.mean, found.largest, found.shift) == pytest.approx((0.5, 0.5, -0.5), abs=1e-4)
 
 
 def test_other_prompts_and_empty_answers_are_not_compared(opened: tuple[ChatModel, list[EvalExample]]) -> None:
     whole, examples = opened
     heard = [answer(whole, example.prompt, 2) for example in examples]
-    longer = [replace(one, prompt_tokens=one.prompt_tokens + 1) for one in heard]
+    require_same_prompts(heard, heard)
     with pytest.raises(UserError, match="has other limits or another template"):
-        difference(examples, longer, whole, 2)
+        require_same_prompts([replace(one, prompt_tokens=one.prompt_tokens + 1) for one in heard], heard)
     with pytest.raises(UserError, match="nothing to compare"):
-        difference(examples, [Heard((), (), one.prompt_tokens) for one in heard], whole, 2)
+        difference(examples, [Heard((), (), one.prompt_tokens) for one in heard], heard, whole)
