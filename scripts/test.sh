@@ -9,8 +9,8 @@
 # --versions      only the tests of tests/core.txt, twice: with the lower bounds of requirements.txt on the oldest Python that
 #                 is found, then with the newest releases on the newest Python; in environments of their own, .venv-oldest
 #                 and .venv-newest, and without FFmpeg. Remove .venv-newest to have releases that appeared after it was made.
-# --clients       only tests/clients: saved folders in vLLM (on the CPU), transformers 4.57 and lmms-eval, which get
-#                 environments of their own in .venv-clients; see scripts/clients.sh. Writes what each test found into
+# --clients       only tests/clients: saved folders in vLLM (on the CPU), transformers 4.57, lmms-eval and llama.cpp, which
+#                 get environments of their own in .venv-clients; see scripts/clients.sh. Writes what each test found into
 #                 docs/compatibility.md. About half an hour on two cores.
 # TEST_WORKERS=N  processes that share the tests (default 2; 0 runs them in one, for a debugger)
 set -euo pipefail

@@ -1,8 +1,8 @@
 """Folders that the trainer saves, for the programs that people serve and evaluate them with.
 
 The programs have environments of their own, made by ``scripts/test.sh --clients`` or by hand; tests are skipped where
-the variable that names one is not set: CLIENTS_VLLM, CLIENTS_TRANSFORMERS4 and CLIENTS_LMMS_EVAL are virtual
-environments.
+the variable that names one is not set: CLIENTS_VLLM, CLIENTS_TRANSFORMERS4, CLIENTS_LMMS_EVAL and CLIENTS_LLAMA_CPP
+are virtual environments.
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ def transformers4() -> Path:
 def lmms_eval() -> Path:
     """Return the environment with lmms-eval."""
     return environment("CLIENTS_LMMS_EVAL")
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Path:
+    """Return the environment with llama.cpp's server, as ``bin/llama-server``, and its converter in ``llama.cpp``."""
+    return environment("CLIENTS_LLAMA_CPP")
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ CLIENTS = {
     "transformers": Client("CLIENTS_TRANSFORMERS4", ("transformers", "torch")),
     "mlx-vlm": Client("CLIENTS_MLX_VLM", ("mlx-vlm", "mlx")),
     "lmms-eval": Client("CLIENTS_LMMS_EVAL", ("lmms-eval", "transformers")),
+    "llama.cpp of xllamacpp": Client("CLIENTS_LLAMA_CPP", ("xllamacpp",)),
 }
 VERSIONS = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
 

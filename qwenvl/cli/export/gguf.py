@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl.data.media.resize import VisionSettings
-from qwenvl.families import FAMILIES
 from qwenvl.models.moe_checkpoint import stored_transposed
 from qwenvl.serving.programs import whole_tokens
 from qwenvl.utils.errors import UserError
@@ -17,6 +16,8 @@ from qwenvl.utils.errors import UserError
 CONVERTER = "convert_hf_to_gguf.py"
 TRIED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 """Families whose GGUF files llama.cpp was tried with (docs/compatibility.md)."""
+
+TRIED_WITH_YARN = ("qwen2_5_vl", "qwen3_vl")
 
 
 def require_convertible(config: Mapping[str, Any], folder: str) -> None:
@@ -26,11 +27,12 @@ def require_convertible(config: Mapping[str, Any], folder: str) -> None:
         UserError: Family, context or layout of experts are such.
     """
     model_type = str(config.get("model_type"))
-    if model_type not in TRIED or model_type not in FAMILIES:
+    if model_type not in TRIED:
         raise UserError(f"{folder} has model_type {model_type!r}, whose GGUF files llama.cpp was not tried with.")
     text = config.get("text_config", config)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if (kind := rope.get("rope_type", "default")) not in ("default", "mrope"):
+    tried = ("default", "mrope", "yarn") if model_type in TRIED_WITH_YARN else ("default", "mrope")
+    if (kind := rope.get("rope_type", "default")) not in tried:
         raise UserError(
             f"{folder} has rope_type {kind!r}, which llama.cpp was not tried with in this family. Use vLLM."
         )
