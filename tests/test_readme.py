@@ -46,6 +46,7 @@ TOOL_FLAGS = (
     *("all", "base", "bind", "blind", "decode", "duplicates", "format", "help", "image", "json"),
     *("max_difference", "metric", "nproc_per_node", "prompt", "requests", "samples", "server", "write_clean"),
     *("gpus", "host_memory", "machine", "mfu", "model", "processor", "reserve", "step_tokens", "tokens"),  # advise.py
+    *("gguf_type", "llama_cpp", "llama_python"),  # export.py
     *("minutes", "output", "part", "rehearse"),  # benchmarks/gpu.py
     *("data", "decisions", "drop", "limit", "percent", "sample_losses"),  # rank_samples.py
 )

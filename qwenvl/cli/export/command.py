@@ -108,7 +108,7 @@ def require_close(found: Difference, limit: float | None) -> None:
 
 
 def exportable_config(folder: Path) -> dict[str, Any]:
-    """Return the config of a folder; refuse those that are not whole models of words.
+    """Return the config of a folder, which has to be that of a whole model that answers in words.
 
     Raises:
         UserError: It is such a folder.

@@ -93,8 +93,8 @@ def listen(server: Server, encoder: SampleEncoder, example: EvalExample, tokens:
         prompt_tokens = int(found["usage"]["prompt_tokens"])
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"--llama_server: its answers lack {error}: it is another server, or a release before those that were "
-            "tried (docs/compatibility.md)."
+            f"--llama_server: its answers lack {error}: it is another server, or an older release than the "
+            "tried ones (docs/compatibility.md)."
         ) from error
     said = said[:-1] if choice.get("finish_reason") == "stop" else said  # the token that ends the turn
     return Heard(tuple(token for token, _ in said), tuple(value for _, value in said), prompt_tokens)
