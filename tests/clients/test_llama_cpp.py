@@ -52,13 +52,13 @@ def limits(family: str) -> dict[str, str]:
 def exported(llama_cpp: Path, registry: Path, tmp_path: Path) -> Export:
     """Return a function of a folder that makes a GGUF copy; returns its folder and its model card."""
 
-    def function(folder: Path, *more: str) -> tuple[Path, str]:
+    def function(folder: Path, *more: str, code: int = 0) -> tuple[Path, str]:
         flags = ["--to", "gguf", "--model_name_or_path", str(folder), "--output", str(tmp_path / "copy")]
         flags += ["--dataset_registry", str(registry), "--dataset_use", "rows", "--samples", "0", "--device", "cpu"]
         flags += ["--max_new_tokens", "12", "--llama_python", str(llama_cpp / "bin/python")]
         flags += ["--llama_cpp", str(converter(llama_cpp, folder, tmp_path / "llama.cpp"))]
-        assert export([*flags, "--llama_server", str(llama_cpp / "bin/llama-server"), *more]) == 0
-        return tmp_path / "copy", (tmp_path / "copy/README.md").read_text()
+        assert export([*flags, "--llama_server", str(llama_cpp / "bin/llama-server"), *more]) == code
+        return tmp_path / "copy", (tmp_path / "copy/README.md").read_text() if code == 0 else ""
 
     return function
 
@@ -112,6 +112,23 @@ def test_copies_stand_for_the_model(
     assert {file.name for file in copy.iterdir()} == {"README.md", "copy.gguf", "mmproj-copy.gguf"}
     assert "--image-min-tokens 4 --image-max-tokens 9" in card
     require_same(card)
+
+
+@pytest.mark.client(family="qwen3_vl", kind="whole, served with other limits", result="the copy is refused")
+def test_a_server_with_other_limits_is_noticed(
+    llama_cpp: Path,
+    trained: Callable[..., Path],
+    exported: Export,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = tmp_path / "llama-server"
+    server.write_text(f'#!/bin/sh\nexec "{llama_cpp}/bin/llama-server" "$@" --image-max-tokens 5\n')
+    server.chmod(0o755)
+    folder = trained("qwen3_vl", **TRAINING, **limits("qwen3_vl"))
+    copy, _ = exported(folder, "--llama_server", str(server), code=1)
+    assert "its reader has other limits or another template. It is not kept." in caplog.text
+    assert not copy.exists()
 
 
 @pytest.mark.client(family="qwen3_vl")
