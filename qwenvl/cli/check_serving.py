@@ -40,6 +40,7 @@ from qwenvl.families import get_family
 from qwenvl.models.loading import read_model_type
 from qwenvl.models.lora.files import find_base
 from qwenvl.models.moe_checkpoint import stored_transposed
+from qwenvl.models.mtp.layer import is_mtp
 from qwenvl.models.rope_scaling import context_length, read_extension
 from qwenvl.serving.commands import Adapter, Served, notes, sglang_command, vllm_command
 from qwenvl.serving.compare import Comparison, Finding, State, Way, causes_of
@@ -343,7 +344,17 @@ def describe(
         requests=requests,
         rope=dict(serving.config.get_text_config().rope_parameters),
         video_template=str(template) if template.is_file() else "",
+        drafts=adapter is None and _has_mtp(Path(arguments.model_name_or_path)),
     )
+
+
+def _has_mtp(folder: Path) -> bool:
+    """Return whether the files of a folder hold a layer for multi-token prediction; of a repository's name, False."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if any(map(is_mtp, tensors.keys())):
+                return True
+    return False
 
 
 def show_commands(console: Console, served: Served, model: Model, rows: Sequence[Any]) -> None:
@@ -369,5 +380,6 @@ def expert_notes(served: Served, model: Model) -> list[str]:
         return []
     return [
         "Its experts are stored as [experts, out, in], as stock transformers saves them; vLLM and llama.cpp read the "
-        "published layout, [experts, in, out], alone: train from a published checkpoint, whose layout is kept."
+        "published layout, [experts, in, out], alone, and vLLM norm_topk_prob in the config: folders that this trainer "
+        "saves have both."
     ]

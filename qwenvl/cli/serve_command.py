@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qwenvl.cli.check_serving import compare_limits, describe, open_serving, read_arguments
-from qwenvl.serving.commands import vllm_words
+from qwenvl.serving.commands import DRAFTS, WITHOUT_PREFIXES, vllm_words
 from qwenvl.utils.errors import UserError
 from qwenvl.utils.logging import setup_logging
 
@@ -65,10 +65,13 @@ def command_of(folder: str, flags: Sequence[str]) -> tuple[list[str], dict[str, 
         raise UserError(f"{adapter.obstacle}: merge the adapter (tools/merge_lora.py) and serve the merged folder.")
     carried = compare_limits(serving).state == "equal"
     served = replace(describe(arguments, serving, adapter, (), carried=carried), counts={})
-    words = [os.environ.get("VLLM") or "vllm", *vllm_words(served)[1:], *flags]
+    words = [os.environ.get("VLLM") or "vllm", *vllm_words(served)[1:]]
     if shutil.which("nvidia-smi"):
-        return words, dict(os.environ)
-    return [*words, "--enforce-eager"], {**_WITHOUT_GPU, **os.environ}
+        return [*words, *flags], dict(os.environ)
+    words += ["--enforce-eager"]
+    if served.drafts and any(flag.startswith(DRAFTS[0]) for flag in flags):
+        words += [WITHOUT_PREFIXES]
+    return [*words, *flags], {**_WITHOUT_GPU, **os.environ}
 
 
 if __name__ == "__main__":

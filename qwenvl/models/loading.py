@@ -17,7 +17,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from qwenvl.families import get_family, register_classes
 from qwenvl.models.attention.linear_segments import import_obstacle
 from qwenvl.models.attention.varlen import varlen_obstacle
-from qwenvl.models.moe_checkpoint import experts_read_as_stored, weight_files
+from qwenvl.models.moe_checkpoint import experts_read_as_stored, save_experts_as_published, weight_files
 from qwenvl.models.mtp import files as mtp_files
 from qwenvl.models.mtp.layer import MTP, MultiTokenPrediction, is_mtp, mtp_of
 from qwenvl.models.parts import language_model
@@ -114,6 +114,7 @@ def load_model(
     model: PreTrainedModel = loaded[0]
     _refuse_incomplete(model_name_or_path, loaded[1])
     _save_as_read(model)
+    save_experts_as_published(model, get_family(own["model_type"]).model_type)
     if is_fp8(own):
         _finish_fp8(model_name_or_path, model, dtype)
     if not on_meta and not is_deepspeed_zero3_enabled():
@@ -195,7 +196,7 @@ def _finish_fp8(path: str, model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _save_as_read(model: PreTrainedModel) -> None:
-    """Make ``save_pretrained`` give weights the names and layout of the files they came from.
+    """Make ``save_pretrained`` give weights the names of the files they came from.
 
     transformers records on the model how names and layouts were converted on loading, and reverts that on saving.
     Under ZeRO-3 it records every conversion it knows, used or not, and would save names that no checkpoint has.

@@ -3,12 +3,13 @@
 Qwen3-VL-MoE was published with [experts, in, out]; transformers computes with [experts, out, in], and stock
 ``save_pretrained`` writes that. transformers recognises the layout by comparing shapes with the parameter in memory,
 which fails if both layouts have the same shape (square experts) or if ZeRO-3 has left no shape to compare with.
+Servers read the published layout alone, so that is what is saved.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,8 +29,7 @@ logger = logging.getLogger(__name__)
 def experts_read_as_stored(model_name_or_path: str, model_type: str, **origin: Any) -> Iterator[None]:
     """Make ``from_pretrained`` transpose experts if, and only if, the files store them transposed.
 
-    While the context is open, transformers' registry has another rule for the model type. The rule that was used stays
-    with the model, so that ``save_pretrained`` writes the layout that was read.
+    While the context is open, transformers' registry has another rule for the model type.
 
     Args:
         model_name_or_path: Folder, or repository on the Hugging Face hub.
@@ -40,21 +40,52 @@ def experts_read_as_stored(model_name_or_path: str, model_type: str, **origin: A
         UserError: The files mix both layouts.
     """
     usual = get_checkpoint_conversion_mapping(model_type) or []
-    undecided = [rule for rule in usual if any(map(_goes_by_shape, getattr(rule, "operations", ())))]
+    undecided = _undecided(usual)
     transposed = stored_transposed(model_name_or_path, model_type, origin) if undecided else None
     if transposed is None:
         yield
         return
     before = get_checkpoint_conversion_mapping(model_type)
-    for rule in undecided:
-        for operation in filter(_goes_by_shape, rule.operations):
-            operation.check_dims = False
+    _decide(undecided)
     rules = usual if transposed else [rule for rule in usual if rule not in undecided]
     register_checkpoint_conversion_mapping(model_type, rules, overwrite=True)
     try:
         yield
     finally:
         register_checkpoint_conversion_mapping(model_type, before, overwrite=True)
+
+
+def save_experts_as_published(model: Any, model_type: str) -> None:
+    """Make ``save_pretrained`` write a family's experts in its published layout, also where another one was read.
+
+    Not square experts that were read from the other one: stock transformers would take them for that.
+
+    Args:
+        model: Model from ``from_pretrained``; its record of conversions is changed in place.
+        model_type: Model type of the checkpoint.
+    """
+    rules = _undecided(get_checkpoint_conversion_mapping(model_type) or [])
+    recorded = {pattern for rule in model._weight_conversions for pattern in rule.source_patterns}
+    absent = [rule for rule in rules if not recorded.intersection(rule.source_patterns)]
+    if absent and not _are_square(model.config.get_text_config()):
+        _decide(absent)
+        model._weight_conversions = [*model._weight_conversions, *absent]
+
+
+def _undecided(rules: Iterable[Any]) -> list[Any]:
+    return [rule for rule in rules if any(map(_goes_by_shape, getattr(rule, "operations", ())))]
+
+
+def _decide(rules: Iterable[Any]) -> None:
+    """Make rules that go by shape transpose always."""
+    for rule in rules:
+        for operation in filter(_goes_by_shape, rule.operations):
+            operation.check_dims = False
+
+
+def _are_square(config: PreTrainedConfig) -> bool:
+    """Return whether one of the experts' projections is a square matrix."""
+    return bool(config.hidden_size in (config.moe_intermediate_size, 2 * config.moe_intermediate_size))
 
 
 def _goes_by_shape(operation: Any) -> bool:
@@ -81,7 +112,7 @@ def stored_transposed(path: str, model_type: str, origin: dict[str, Any]) -> boo
             "[experts, out, in]. Use a checkpoint that stores all of them in one layout."
         )
     transposed = next(iter(found), None)
-    if transposed and hidden in (width, 2 * width):
+    if transposed and _are_square(config):
         logger.warning(
             "%s: some of its experts are square. They are read and saved as [experts, in, out], as published; stock "
             "transformers cannot recognise the layout of square experts, and computes with the wrong one.",

@@ -26,6 +26,13 @@ CLIP_TOKEN = 28
 VLLM_POSITIONS_FACTOR = 4
 """``positions_factor`` of ``MRotaryEmbedding`` of Qwen2-VL and Qwen2.5-VL."""
 
+DRAFTS = ("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}')
+"""Flags of ``vllm serve`` that draft tokens with a model's layer for multi-token prediction."""
+
+WITHOUT_PREFIXES = "--no-enable-prefix-caching"
+"""Flag that drafts need on the CPU: the copy of linear attention's states between cached prefixes is a Triton kernel
+(``run_fused_precopy`` of ``vllm/v1/worker/mamba_utils.py``), which the build for the CPU does not have."""
+
 SGLANG_MAX_PIXELS = 16384 * 28 * 28
 """Above it SGLang shrinks images itself, unless ``SGLANG_IMAGE_MAX_PIXELS`` says otherwise."""
 
@@ -67,6 +74,7 @@ class Served:
         rope: Rotary settings of the text config.
         video_template: File of the chat template that writes videos as training has them; empty where the processor's
             own does.
+        drafts: Whether its files hold a layer for multi-token prediction.
     """
 
     folder: str
@@ -79,6 +87,7 @@ class Served:
     requests: Mapping[str, int] = field(default_factory=dict)
     rope: Mapping[str, Any] = field(default_factory=dict)
     video_template: str = ""
+    drafts: bool = False
 
     @property
     def videos(self) -> bool:
@@ -173,6 +182,11 @@ def notes(served: Served) -> list[str]:
         )
     if served.carried and not served.adapter:
         found.append("The folder's processor carries the limits of training: vLLM needs none of its own.")
+    if served.drafts:
+        found.append(
+            f"The folder holds a layer for multi-token prediction: {shlex.join(DRAFTS)} makes vLLM draft tokens with it, "
+            f"which changes its speed alone. On the CPU this needs {WITHOUT_PREFIXES} too."
+        )
     if served.videos:
         found.append("vLLM samples frames itself, by --media-io-kwargs alone; the processor's own limits do not count.")
         if served.video_template:

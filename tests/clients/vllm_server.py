@@ -34,19 +34,20 @@ def printed_command(printed: str) -> list[str]:
 
 
 @contextmanager
-def serving(environment: Path, command: Sequence[str], log: Path) -> Iterator[str]:
+def serving(environment: Path, command: Sequence[str], log: Path, dtype: str = "float32") -> Iterator[str]:
     """Start a server; yield its address once it answers.
 
     Args:
         environment: Virtual environment with vLLM.
         command: Words of :func:`printed_command`.
         log: File for what it prints.
+        dtype: Type that it computes with.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [str(environment / "bin" / command[0]), *command[1:]]
-    words += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32"]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", dtype]
     with log.open("w") as file:
         process = subprocess.Popen(words, env=os.environ | SETTINGS, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -62,10 +63,22 @@ def serving(environment: Path, command: Sequence[str], log: Path) -> Iterator[st
 
 def _is_up(address: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5):
-            return True
+        read(f"{address}/health")
     except OSError:
         return False
+    return True
+
+
+def read(url: str) -> str:
+    """Return the text at an address."""
+    with urllib.request.urlopen(url, timeout=5) as reply:
+        text: str = reply.read().decode()
+    return text
+
+
+def counted(metrics: str, name: str) -> float:
+    """Return the sum of a counter of the page ``/metrics``."""
+    return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(f"{name}{{"))
 
 
 def ask(

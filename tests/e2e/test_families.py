@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.families import FAMILIES, get_family
-from tests.e2e.runs import changed, history, train, weights
+from tests.e2e.runs import changed, equal_bits, history, train, weights
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is here?"}]}]
 
@@ -33,11 +34,12 @@ def test_family_trains_saves_and_reloads(
     family: str,
     layout: str,
     tiny_checkpoint: Callable[[str], Path],
+    publish: Callable[[str], Path],
     registry: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    checkpoint = tiny_checkpoint(family)
+    checkpoint = publish(family) if family == "qwen3_vl_moe" else tiny_checkpoint(family)  # in the layout of what is saved
     # All samples in every step, so that the losses of the steps can be compared.
     settings = {"data_flatten": layout == "flattened", "per_device_train_batch_size": 11}
     folder = train(checkpoint, tmp_path / "out", registry, **settings)
@@ -50,6 +52,19 @@ def test_family_trains_saves_and_reloads(
     losses = history(folder)
     assert len(losses) == 3 and losses[0] > losses[1] > losses[2]
     assert _answers(folder, registry.parent / "1-0.png")
+
+
+def test_experts_that_stock_transformers_saved_are_saved_as_published(
+    tiny_checkpoint: Callable[[str], Path], publish: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """vLLM and llama.cpp read that layout alone, and vLLM needs ``norm_topk_prob``; tests/clients serves such folders."""
+    family, saved = "qwen3_vl_moe", []
+    for checkpoint in (tiny_checkpoint(family), publish(family)):
+        folder = train(checkpoint, tmp_path / str(len(saved)), registry, max_steps=1)
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        assert text["norm_topk_prob"] is True and text["num_experts"] == text["num_local_experts"]
+        saved.append(folder)
+    assert equal_bits(*saved)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe"])

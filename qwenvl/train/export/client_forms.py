@@ -55,6 +55,8 @@ def _with_older_names(config: dict[str, Any]) -> None:
         text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     if "num_local_experts" in text:
         text["num_experts"] = text["num_local_experts"]
+        # vLLM reads it without a default; transformers, which has no such setting, computes as if it were there
+        text["norm_topk_prob"] = True
     config["vision_config"]["model_type"] = config["model_type"]
 
 
