@@ -69,7 +69,7 @@ def command_of(folder: str, flags: Sequence[str]) -> tuple[list[str], dict[str, 
     if shutil.which("nvidia-smi"):
         return [*words, *flags], dict(os.environ)
     words += ["--enforce-eager"]
-    if served.drafts and any(flag.startswith(DRAFTS[0]) for flag in flags):
+    if serving.encoder.settings.family.linear_attention and any(flag.startswith(DRAFTS[0]) for flag in flags):
         words += [WITHOUT_PREFIXES]
     return [*words, *flags], {**_WITHOUT_GPU, **os.environ}
 

@@ -162,19 +162,7 @@ def sglang_command(served: Served) -> str:
 
 def notes(served: Served) -> list[str]:
     """Return what the arguments alone do not settle, a sentence each."""
-    found = []
-    if served.adapter and served.adapter.obstacle:
-        found.append(f"{served.adapter.obstacle}: merge the adapter (tools/merge_lora.py) and serve the merged folder.")
-    if served.adapter and served.adapter.for_experts:
-        found.append(
-            "The adapter has matrices of stacked experts (target_parameters), which vLLM loads on GPUs alone and "
-            "SGLang does not know: for SGLang, and on CPUs, merge the adapter (tools/merge_lora.py)."
-        )
-    if served.adapter and served.adapter.extension:
-        found.append(
-            "The adapter was trained with a context that its base does not have: vLLM takes it from --hf-overrides; "
-            "for SGLang and other programs, merge the adapter (tools/merge_lora.py)."
-        )
+    found = _adapter_notes(served.adapter) if served.adapter else []
     if served.clips and served.rope.get("rope_type") == "yarn":
         found.append(
             "vLLM computes YaRN of this family with 4 x the native length: --hf-overrides names a quarter of it, which "
@@ -184,8 +172,8 @@ def notes(served: Served) -> list[str]:
         found.append("The folder's processor carries the limits of training: vLLM needs none of its own.")
     if served.drafts:
         found.append(
-            f"The folder holds a layer for multi-token prediction: {shlex.join(DRAFTS)} makes vLLM draft tokens with it, "
-            f"which changes its speed alone. On the CPU this needs {WITHOUT_PREFIXES} too."
+            f"The folder holds a layer for multi-token prediction: {shlex.join(DRAFTS)} makes vLLM draft tokens with "
+            f"it, which changes its speed alone. On the CPU this needs {WITHOUT_PREFIXES} too."
         )
     if served.videos:
         found.append("vLLM samples frames itself, by --media-io-kwargs alone; the processor's own limits do not count.")
@@ -212,6 +200,23 @@ def notes(served: Served) -> list[str]:
         if arguments != "{}"
     ]
     found.append("The numbers of images and videos are the most of the samples looked at.")
+    return found
+
+
+def _adapter_notes(adapter: Adapter) -> list[str]:
+    found = []
+    if adapter.obstacle:
+        found.append(f"{adapter.obstacle}: merge the adapter (tools/merge_lora.py) and serve the merged folder.")
+    if adapter.for_experts:
+        found.append(
+            "The adapter has matrices of stacked experts (target_parameters), which vLLM loads on GPUs alone and "
+            "SGLang does not know: for SGLang, and on CPUs, merge the adapter (tools/merge_lora.py)."
+        )
+    if adapter.extension:
+        found.append(
+            "The adapter was trained with a context that its base does not have: vLLM takes it from --hf-overrides; "
+            "for SGLang and other programs, merge the adapter (tools/merge_lora.py)."
+        )
     return found
 
 

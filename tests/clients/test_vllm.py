@@ -10,7 +10,8 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,12 @@ from qwenvl.cli.merge_lora import main as merge
 from qwenvl.cli.predict.command import main as predict
 from qwenvl.serving.commands import DRAFTS, WITHOUT_PREFIXES
 from tests.clients.reference import log_probabilities, open_float32, rows_of
-from tests.clients.vllm_server import SETTINGS, ask, counted, printed_command, read, serving
-from tests.e2e.runs import LORA
+from tests.clients.vllm_server import SETTINGS, ask, counted, printed_command, read, running, serving
+from tests.e2e.runs import LORA, REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.client("vLLM", arguments="those that `check_serving` prints")]
 
+Check = Callable[[Path, str, str, float], None]
 Compare = Callable[..., str]
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
@@ -41,28 +43,40 @@ ROUNDED = "exact, but for the rounding of bfloat16"
 
 
 @pytest.fixture
-def compare(vllm: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Compare:
+def check(registry: Path, capsys: pytest.CaptureFixture[str]) -> Check:
+    """Return a function of a folder, a dataset and a server's address that holds its answers against the folder."""
+
+    def function(folder: Path, dataset: str, address: str, tolerance: float) -> None:
+        data = ["--dataset_registry", str(registry), "--dataset_use", dataset]
+        model, rows = open_float32(folder), list(rows_of(folder, *data))
+        capsys.readouterr()
+        assert main(["--model_name_or_path", str(folder), *data, "--server", address]) == 0
+        said = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  server ")]
+        assert [words[:4] for words in said] == [["server", "prompt", "ids", "equal"]] * len(rows), said
+        name = "adapter" if (folder / "adapter_config.json").is_file() else str(folder)
+        for row in rows:
+            answer = ask(address, name, row.messages(), row.arguments())
+            assert answer["prompt"] == row.inputs().input_ids.tolist(), row.name
+            own = log_probabilities(model, row, answer["answer"])
+            assert answer["logprobs"] == pytest.approx(own, abs=tolerance), row.name
+
+    return function
+
+
+@pytest.fixture
+def compare(vllm: Path, registry: Path, check: Check, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Compare:
     """Return a function of a folder and a dataset that holds them against vLLM; returns what the tool printed.
 
     What the server counted is written to ``metrics.txt``.
     """
 
     def function(folder: Path, dataset: str, *more: str, dtype: str = "float32") -> str:
-        data = ["--dataset_registry", str(registry), "--dataset_use", dataset]
         capsys.readouterr()
+        data = ["--dataset_registry", str(registry), "--dataset_use", dataset]
         assert main(["--model_name_or_path", str(folder), *data]) == 0
         printed = capsys.readouterr().out
-        model, rows = open_float32(folder), list(rows_of(folder, *data))
         with serving(vllm, [*printed_command(printed), *more], tmp_path / "vllm.log", dtype) as address:
-            assert main(["--model_name_or_path", str(folder), *data, "--server", address]) == 0
-            said = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  server ")]
-            assert [words[:4] for words in said] == [["server", "prompt", "ids", "equal"]] * len(rows), said
-            name = "adapter" if (folder / "adapter_config.json").is_file() else str(folder)
-            for row in rows:
-                answer = ask(address, name, row.messages(), row.arguments())
-                assert answer["prompt"] == row.inputs().input_ids.tolist(), row.name
-                own = log_probabilities(model, row, answer["answer"])
-                assert answer["logprobs"] == pytest.approx(own, abs=TOLERANCES[dtype]), row.name
+            check(folder, dataset, address, TOLERANCES[dtype])
             (tmp_path / "metrics.txt").write_text(read(f"{address}/metrics"))
         return printed
 
@@ -125,9 +139,34 @@ def test_multi_token_prediction(
     printed = compare(folder, "mixed", *DRAFTS, WITHOUT_PREFIXES, dtype="bfloat16")
     assert f"{shlex.join(DRAFTS)} makes vLLM draft tokens" in printed and f"needs {WITHOUT_PREFIXES} too" in printed
     metrics = (tmp_path / "metrics.txt").read_text()
-    drafted, accepted = (counted(metrics, f"vllm:spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted"))
+    drafted, accepted = (
+        counted(metrics, f"vllm:spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted")
+    )
     assert drafted > 0
     assert (accepted / drafted > 0.5) == bool(settings)
+
+
+@pytest.mark.client(family="qwen3_5", result=ROUNDED, arguments="`scripts/serve.sh`, which gives all")
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        pytest.param({}, DRAFTS, id="whole", marks=CARRIED),
+        pytest.param({**LORA, "learning_rate": 5e-3}, (), id="adapters", marks=ADAPTERS),
+    ],
+)
+def test_the_script_that_serves(
+    settings: dict[str, object],
+    flags: Sequence[str],
+    vllm: Path,
+    trained: Callable[..., Path],
+    check: Check,
+    tmp_path: Path,
+) -> None:
+    folder = trained("qwen3_5", PUBLISHED_HEADS, **settings)
+    command = ["bash", str(REPOSITORY / "scripts" / "serve.sh"), str(folder), *flags]
+    variables = {"VLLM": str(vllm / "bin" / "vllm"), "PYTHON": sys.executable}
+    with running(command, tmp_path / "vllm.log", **variables) as address:
+        check(folder, "mixed", address, TOLERANCES["bfloat16"])
 
 
 BF16 = pytest.mark.client(kind="trained in bf16; images")

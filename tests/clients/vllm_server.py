@@ -43,13 +43,26 @@ def serving(environment: Path, command: Sequence[str], log: Path, dtype: str = "
         log: File for what it prints.
         dtype: Type that it computes with.
     """
+    words = [str(environment / "bin" / command[0]), *command[1:], "--enforce-eager", "--dtype", dtype]
+    with running(words, log) as address:
+        yield address
+
+
+@contextmanager
+def running(command: Sequence[str], log: Path, **variables: str) -> Iterator[str]:
+    """Start a server; yield its address once it answers.
+
+    Args:
+        command: Words that take further flags of ``vllm serve``.
+        log: File for what it prints.
+        variables: Environment variables.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [str(environment / "bin" / command[0]), *command[1:]]
-    words += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", dtype]
+    words = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as file:
-        process = subprocess.Popen(words, env=os.environ | SETTINGS, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(words, env=os.environ | SETTINGS | variables, stdout=file, stderr=subprocess.STDOUT)
     try:
         address = f"http://127.0.0.1:{port}"
         while not _is_up(address):

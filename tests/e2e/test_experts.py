@@ -1,4 +1,4 @@
-"""Mixtures of experts under ZeRO-3: any routing trains, and every layout of files loads and is saved as it was."""
+"""Mixtures of experts under ZeRO-3: any routing trains, every layout of files loads, the published ones are saved."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_experts_train_under_zero3_from_every_layout_and_with_any_routing(
         alone = train(model, tmp_path / "alone" / name, routed, **SETTINGS, gradient_accumulation_steps=2)
         assert history(tmp_path / name) == pytest.approx(history(alone), rel=1e-5), name
         assert largest_difference(tmp_path / name, alone) < 1e-5, name
-        before, after = weights(model), weights(tmp_path / name)
+        before, after = weights(official if name == "resaved" else model), weights(tmp_path / name)
         assert {key: tensor.shape for key, tensor in before.items()} == {k: t.shape for k, t in after.items()}, name
         experts = [key for key in before if ".experts." in key and not key.startswith("mtp.")]
         assert all((before[key] - after[key]).abs().max() > 1e-4 for key in experts), name

@@ -39,7 +39,7 @@ def test_family_trains_saves_and_reloads(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    checkpoint = publish(family) if family == "qwen3_vl_moe" else tiny_checkpoint(family)  # in the layout of what is saved
+    checkpoint = publish(family) if family == "qwen3_vl_moe" else tiny_checkpoint(family)  # the layout that is saved
     # All samples in every step, so that the losses of the steps can be compared.
     settings = {"data_flatten": layout == "flattened", "per_device_train_batch_size": 11}
     folder = train(checkpoint, tmp_path / "out", registry, **settings)
@@ -57,7 +57,7 @@ def test_family_trains_saves_and_reloads(
 def test_experts_that_stock_transformers_saved_are_saved_as_published(
     tiny_checkpoint: Callable[[str], Path], publish: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:
-    """vLLM and llama.cpp read that layout alone, and vLLM needs ``norm_topk_prob``; tests/clients serves such folders."""
+    """vLLM and llama.cpp read that layout alone, and vLLM needs ``norm_topk_prob``; tests/clients serves them."""
     family, saved = "qwen3_vl_moe", []
     for checkpoint in (tiny_checkpoint(family), publish(family)):
         folder = train(checkpoint, tmp_path / str(len(saved)), registry, max_steps=1)

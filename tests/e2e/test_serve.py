@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from qwenvl.cli.main import main
+from qwenvl.serving.commands import DRAFTS, WITHOUT_PREFIXES
 from tests.e2e.runs import LORA, REPOSITORY, train
 
 
@@ -56,3 +58,17 @@ def test_adapters_are_served_beside_their_base_or_refused(
     assert done.returncode == 1
     assert "adapters of the vision tower or its merger: merge the adapter" in done.stderr
     assert "Traceback" not in serve(str(tmp_path / "none")).stderr
+
+
+def test_drafts_come_without_cached_prefixes_where_there_is_no_gpu(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
+) -> None:
+    """tests/clients asks such a server."""
+    base = tiny_checkpoint("qwen3_5")
+    whole = train(base, tmp_path / "whole", registry, max_steps=1)
+    adapter = train(base, tmp_path / "adapter", registry, max_steps=1, **LORA)
+    alone = shutil.which("nvidia-smi") is None
+    for folder, flags, expected in ((whole, DRAFTS, alone), (whole, (), False), (adapter, DRAFTS, alone)):
+        words = shlex.split(serve(str(folder), *flags).stdout)
+        assert (WITHOUT_PREFIXES in words) == expected
+        assert words[len(words) - len(flags) :] == list(flags)
