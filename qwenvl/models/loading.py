@@ -113,8 +113,7 @@ def load_model(
         raise UserError(_explain_missing_weights(model_name_or_path, error)) from error
     model: PreTrainedModel = loaded[0]
     _refuse_incomplete(model_name_or_path, loaded[1])
-    _save_as_read(model)
-    save_experts_as_published(model, get_family(own["model_type"]).model_type)
+    _set_saved_form(model, get_family(own["model_type"]).model_type)
     if is_fp8(own):
         _finish_fp8(model_name_or_path, model, dtype)
     if not on_meta and not is_deepspeed_zero3_enabled():
@@ -195,14 +194,15 @@ def _finish_fp8(path: str, model: PreTrainedModel, dtype: torch.dtype) -> None:
     logger.info("%s: FP8 weights, dequantized: %.1f GiB as %s.", path, size, str(dtype).removeprefix("torch."))
 
 
-def _save_as_read(model: PreTrainedModel) -> None:
-    """Make ``save_pretrained`` give weights the names of the files they came from.
+def _set_saved_form(model: PreTrainedModel, model_type: str) -> None:
+    """Make ``save_pretrained`` give weights the names of their files, and experts the published layout.
 
     transformers records on the model how names and layouts were converted on loading, and reverts that on saving.
     Under ZeRO-3 it records every conversion it knows, used or not, and would save names that no checkpoint has.
     """
     conversions = getattr(model, "_weight_conversions", None) or ()
     model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+    save_experts_as_published(model, model_type)
 
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:

@@ -123,7 +123,9 @@ CARRIED = pytest.mark.client(kind="whole, `mtp.*` as draft")
 TRAINED = pytest.mark.client(kind="whole, `mtp.*` trained with it, as draft; more than half of the drafts accepted")
 
 
-@pytest.mark.client(family="qwen3_5", result=ROUNDED, arguments=f"`{shlex.join((*DRAFTS, WITHOUT_PREFIXES))}`")
+@pytest.mark.client(
+    family="qwen3_5", result=ROUNDED, arguments=f"`vllm serve {shlex.join((*DRAFTS, WITHOUT_PREFIXES))}`"
+)
 @pytest.mark.parametrize(
     "settings",
     [
