@@ -26,8 +26,9 @@ class ExportArguments:
     save_dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
         metadata={
-            "help": "Precision of the weights of the finished model; auto is the training precision. Checkpoints "
-            "always keep it, so that a resumed run continues exactly."
+            "help": "Precision of the weights of the finished model; auto is that of each tensor in the starting "
+            "checkpoint, never wider than in training. Adapters and checkpoints keep the training precision, so that a "
+            "resumed run continues exactly."
         },
     )
     max_shard_size: str = field(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,16 +45,18 @@ def fingerprints(model: nn.Module, opened_dtype: torch.dtype) -> Fingerprints:
     }
 
 
-def trained_fingerprints(model: Any, save_dtype: str, opened_dtype: torch.dtype) -> Fingerprints:
+def trained_fingerprints(
+    model: Any, saved_dtypes: Callable[[str, torch.dtype], Iterable[torch.dtype]], opened_dtype: torch.dtype
+) -> Fingerprints:
     """Return the fingerprints of a model in training, by the names of :func:`opened_tensors`; every rank calls it.
 
     Args:
         model: Unwrapped model; its parameters may be sharded.
-        save_dtype: Data type of its files; ``auto`` for each tensor's own.
-        opened_dtype: Data type in which PEFT opens the modules beside adapters.
+        saved_dtypes: Function of a parameter's name and data type that returns those it may have in the files.
+        opened_dtype: Data type in which the folder is opened, or the modules beside adapters by PEFT.
 
     Returns:
-        On the main process, fingerprints of every parameter in the type of its file and, where that is wider, in
+        On the main process, fingerprints of every parameter in the types of its file and, where those are wider, in
         ``opened_dtype``; an empty dictionary on other processes.
     """
     renamed = {id(value): name for name, value in saved_names(model).items()} if has_adapters(model) else {}
@@ -65,16 +67,11 @@ def trained_fingerprints(model: Any, save_dtype: str, opened_dtype: torch.dtype)
             tensor = _without_rows(full_tensor_cpu(parameter), replaced.get(id(parameter), ()))
             if is_main_process():
                 saved = parameter.requires_grad or not renamed
-                dtypes = {_saved_dtype(tensor, save_dtype if saved else "auto")}
+                dtypes = set(saved_dtypes(own_name, tensor.dtype)) if saved else {tensor.dtype}
                 dtypes |= {opened_dtype} if opened_dtype.itemsize < min(dtype.itemsize for dtype in dtypes) else set()
                 name = renamed.get(id(parameter), own_name)
                 found[name] = {_name_of(dtype): checksum(tensor, dtype) for dtype in dtypes}
     return found
-
-
-def _saved_dtype(tensor: Tensor, save_dtype: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, save_dtype) if save_dtype != "auto" else tensor.dtype
-    return dtype
 
 
 def _name_of(dtype: torch.dtype) -> str:

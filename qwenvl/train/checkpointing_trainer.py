@@ -31,6 +31,7 @@ from qwenvl.train.checkpoint.carried_tensors import carried_tensors, carry_over
 from qwenvl.train.checkpoint.folder import published, refused_state_named, write_records
 from qwenvl.train.checkpoint.folder_check import Header
 from qwenvl.train.checkpoint.manifest import BackgroundHasher
+from qwenvl.train.checkpoint.saved_types import SavedTypes
 from qwenvl.train.checkpoint.sharding import fsdp_precision, shard_on_cpu, tie_gathered
 from qwenvl.train.checkpoint.validate import require_whole
 from qwenvl.train.checkpoint.weight_files import rewrite_weights
@@ -239,8 +240,15 @@ class CheckpointingTrainer(transformers.Trainer):
         with published(self.args.output_dir, None, writes=self.args.should_save) as folder:
             self.save_model(str(folder), _internal_call=True)
             if self.args.should_save:
-                rewrite_weights(folder, self.args.save_dtype, shard_bytes(self.args.max_shard_size))
-                self._carry_over(folder)
+                types, own = self.saved_types, self.model.dtype
+                if types.asked == "auto" and types.usual(own) != own:
+                    logger.info(
+                        "Weights are saved in %s, as in the starting checkpoint, and rounded from %s once "
+                        "(--save_dtype float32 keeps all digits, as checkpoints do).",
+                        *(str(one).removeprefix("torch.") for one in (types.usual(own), own)),
+                    )
+                rewrite_weights(folder, types, shard_bytes(self.args.max_shard_size))
+                self._carry_over(folder, types.usual(own))
         if self.args.should_save:
             require_whole(self.args.output_dir, self._records.source)
             self.card = card
@@ -290,7 +298,7 @@ class CheckpointingTrainer(transformers.Trainer):
                 super()._save_checkpoint(model, trial)
                 self._name_best(being_saved=self.state.global_step)
                 if self.args.should_save:
-                    self._carry_over(draft)
+                    self._carry_over(draft, self.model.dtype)
                     self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
                 self.save_position(draft)
             finally:
@@ -306,11 +314,17 @@ class CheckpointingTrainer(transformers.Trainer):
                 self._hasher.add(Path(self.args.output_dir) / name)
         wait_for_all()
 
-    def _carry_over(self, folder: Path) -> None:
+    @property
+    def saved_types(self) -> SavedTypes:
+        """Data types of the finished model's weights; adapters are saved as they are trained."""
+        source = {} if has_adapters(self.model) else self._records.source or {}
+        return SavedTypes(self.args.save_dtype, source)
+
+    def _carry_over(self, folder: Path, dtype: torch.dtype) -> None:
         """Add the starting checkpoint's tensors that transformers does not load to the weights in a folder."""
         if not has_adapters(self.model):
             tensors = carried_tensors(self._records.source or {}, self.model)
-            carry_over(folder, tensors, shard_bytes(self.args.max_shard_size), self.model.dtype)
+            carry_over(folder, tensors, shard_bytes(self.args.max_shard_size), dtype)
 
     def _save_mtp(self, folder: Path) -> None:
         """Add the layer for multi-token prediction that was trained; a finished model's in the type of its weights.

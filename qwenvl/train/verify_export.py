@@ -87,8 +87,10 @@ def verify_export(trainer: Trainer, datasets: Sequence[ConversationDataset | Non
             **found,
         }.items()
     }
+    types, own = trainer.saved_types, trainer.model.dtype
+    opened = own if has_adapters(trainer.model) else types.usual(own)
     known = {
-        "tensors": trained_fingerprints(trainer.model, args.save_dtype, trainer.model.dtype),
+        "tensors": trained_fingerprints(trainer.model, types.possible, opened),
         "scales": adapter_scales(trainer.model) if has_adapters(trainer.model) else {},
     }
     from_main_process(partial(_compare, folder, tensors, known, trainer))
@@ -212,11 +214,11 @@ def _allowed(one: Mapping[str, Any]) -> float:
 def _reduced_type(trainer: CheckpointingTrainer) -> str | None:
     """Return the half-precision type of training or of the files; None if both are float32."""
     args = trainer.args
-    types = {str(trainer.model.dtype).removeprefix("torch."), args.save_dtype}
-    if args.fp16 or "float16" in types:
+    types = {trainer.model.dtype, trainer.saved_types.usual(trainer.model.dtype)}
+    if args.fp16 or torch.float16 in types:
         return "float16"
     tensor_cores = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32  # fewer digits than float32
-    return "bfloat16" if args.bf16 or "bfloat16" in types or tensor_cores else None
+    return "bfloat16" if args.bf16 or torch.bfloat16 in types or tensor_cores else None
 
 
 def _report_unverified(folder: Path, *, insisted: bool) -> None:

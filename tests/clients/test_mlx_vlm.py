@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.client("mlx-vlm", kind="whole; text,
 SCRIPT = Path(__file__).with_name("mlx_answers.py")
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"])
 def test_prompts_and_answers(
     family: str, mlx_vlm: Path, trained: Callable[..., Path], registry: Path, tmp_path: Path
 ) -> None:

@@ -77,7 +77,7 @@ def types(folder: Path) -> dict[str, torch.dtype]:
 
 
 def test_tensors_have_the_types_of_the_source(half: Path, registry: Path, tmp_path: Path) -> None:
-    """Trained in bfloat16, merged after adapters were trained beside them, or cast at the end."""
+    """Trained in bfloat16, in float32, merged after adapters were trained beside them, or cast at the end."""
     source = types(half)
     wide = {name for name, dtype in source.items() if dtype == torch.float32}
     assert {name.rpartition("linear_attn.")[2] for name in wide} == {"A_log", "norm.weight"}
@@ -86,6 +86,12 @@ def test_tensors_have_the_types_of_the_source(half: Path, registry: Path, tmp_pa
     opened = dict(open_chat_model(str(trained), device="cpu").model.named_parameters())
     assert {name for name, value in opened.items() if value.dtype == torch.float32} == wide, "as servers compute"
     assert changed(half, trained) >= {name for name in wide if name.endswith("A_log")}
+    saved = {"save_strategy": "steps", "save_steps": 1, "verify_export": True}
+    masters = train(half, tmp_path / "masters", registry, **ONE_STEP, **saved, bf16=True)
+    assert types(masters) == source and json.loads((masters / "config.json").read_text())["dtype"] == "bfloat16"
+    kept = weights(masters / "checkpoint-1")
+    assert set(types(masters / "checkpoint-1").values()) == {torch.float32, torch.bfloat16}, "mtp.* as it was"
+    assert all(torch.equal(value, kept[name].to(value.dtype)) for name, value in weights(masters).items())
     adapter = train(half, tmp_path / "adapter", registry, **ONE_STEP, **LORA, bf16=True, verify_export=True)
     assert merge_main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
     assert types(tmp_path / "merged") == source

@@ -15,39 +15,45 @@ from safetensors.torch import save_file
 
 from qwenvl.models.lora.files import WEIGHTS_FILE
 from qwenvl.train.checkpoint.folder_check import DTYPES, INDEX, WEIGHTS, Header, read_headers
+from qwenvl.train.checkpoint.saved_types import SavedTypes
 
 _OF_A_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
-def rewrite_weights(folder: Path, dtype: str, max_bytes: int) -> None:
-    """Convert the weights in a folder to another data type, and split files that are too large.
+def rewrite_weights(folder: Path, types: SavedTypes, max_bytes: int) -> None:
+    """Convert the weights in a folder to other data types, and split files that are too large.
 
     One file is in memory at a time. An adapter stays a single file, which PEFT requires.
 
     Args:
         folder: Folder of a model or an adapter that was just saved.
-        dtype: Data type of the files: ``float32`` or ``bfloat16``; ``auto`` for no conversion.
+        types: Data types of the tensors in the files.
         max_bytes: Largest size of one file in bytes; a tensor is never split.
     """
     adapter = folder / WEIGHTS_FILE
     files = [adapter] if adapter.is_file() else sorted(folder.glob("model*.safetensors"))
     headers = read_headers(files)
-    shards = [list(headers)] if adapter.is_file() else list(_shards(headers, dtype, max_bytes))
-    changes = dtype != "auto" and any(DTYPES.get(header.dtype, dtype) != dtype for header in headers.values())
+    changes = _changes(headers, types)
+    shards = [list(headers)] if adapter.is_file() else list(_shards(headers, changes, max_bytes))
     if not changes and len(shards) <= len(files):
         return
     rewritten = folder / ".rewritten"
     rewritten.mkdir()
     names = [adapter.name] if adapter.is_file() else _file_names(len(shards))
     for name, tensors in zip(names, shards, strict=True):
-        save_file(dict(_read(headers, tensors, dtype)), rewritten / name, metadata={"format": "pt"})
+        save_file(dict(_read(headers, tensors, changes)), rewritten / name, metadata={"format": "pt"})
     for file in files:
         file.unlink()
     for name in names:
         (rewritten / name).replace(folder / name)
     shutil.rmtree(rewritten)
-    _describe(folder, dtype, names)
+    _describe(folder, names, types)
+
+
+def _changes(headers: Mapping[str, Header], types: SavedTypes) -> dict[str, torch.dtype]:
+    """Return the new types of the tensors that get another one."""
+    own = {name: _dtype(header) for name, header in headers.items() if header.dtype in DTYPES}
+    return {name: new for name, dtype in own.items() if (new := types.of(name, dtype)) != dtype}
 
 
 def add_tensors(folder: Path, tensors: Mapping[str, Header], max_bytes: int) -> None:
@@ -59,13 +65,13 @@ def add_tensors(folder: Path, tensors: Mapping[str, Header], max_bytes: int) -> 
         max_bytes: Largest size of one new file in bytes; a tensor is never split.
     """
     old = sorted(folder.glob("model*.safetensors"))
-    shards = list(_shards(tensors, "auto", max_bytes))
+    shards = list(_shards(tensors, {}, max_bytes))
     names = _file_names(len(old) + len(shards))
     for file, name in zip(old, names, strict=False):
         file.rename(folder / name)
     for shard, name in zip(shards, names[len(old) :], strict=True):
-        save_file(dict(_read(tensors, shard, "auto")), folder / name, metadata={"format": "pt"})
-    _describe(folder, "auto", names)
+        save_file(dict(_read(tensors, shard)), folder / name, metadata={"format": "pt"})
+    _describe(folder, names)
 
 
 def remove_older_weights(folder: Path, written: Sequence[str]) -> None:
@@ -82,12 +88,12 @@ def remove_older_weights(folder: Path, written: Sequence[str]) -> None:
             file.unlink()
 
 
-def _shards(headers: Mapping[str, Header], dtype: str, max_bytes: int) -> Iterator[list[str]]:
+def _shards(headers: Mapping[str, Header], changes: Mapping[str, torch.dtype], max_bytes: int) -> Iterator[list[str]]:
     """Yield the names of the tensors of each file, in order."""
     names: list[str] = []
     used = 0
     for name, header in headers.items():
-        size = _size(header, dtype)
+        size = _size(header, changes.get(name))
         if names and used + size > max_bytes:
             yield names
             names, used = [], 0
@@ -97,41 +103,45 @@ def _shards(headers: Mapping[str, Header], dtype: str, max_bytes: int) -> Iterat
         yield names
 
 
-def _size(header: Header, dtype: str) -> int:
-    element = {"float32": 4, "bfloat16": 2}.get(dtype) if header.dtype in DTYPES else None
-    if element is None:
-        element = _BYTES.get(header.dtype, 8)
-    return element * int(torch.Size(header.shape).numel())
+def _size(header: Header, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of a tensor, in another type if one is given."""
+    element = dtype.itemsize if dtype else _dtype(header).itemsize if header.dtype in DTYPES else 8
+    return element * torch.Size(header.shape).numel()
+
+
+def _dtype(header: Header) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, DTYPES[header.dtype])
+    return dtype
 
 
 def _file_names(count: int) -> list[str]:
     return [WEIGHTS] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
 
 
-def _read(headers: Mapping[str, Header], names: Sequence[str], dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(
+    headers: Mapping[str, Header], names: Sequence[str], changes: Mapping[str, torch.dtype] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     for name in names:
         with safe_open(headers[name].file, "pt") as tensors:
-            tensor = tensors.get_tensor(name)
-        if dtype != "auto" and tensor.is_floating_point():
-            tensor = tensor.to(getattr(torch, dtype))
-        yield name, tensor
+            yield name, tensors.get_tensor(name).to((changes or {}).get(name))
 
 
-def _describe(folder: Path, dtype: str, files: Sequence[str]) -> None:
-    """Write the index if there are several files, and the data type into the config."""
+def _describe(folder: Path, files: Sequence[str], types: SavedTypes | None = None) -> None:
+    """Write the index if there are several files, and the data type of most weights into the config."""
     headers = read_headers([folder / name for name in files])
     (folder / INDEX).unlink(missing_ok=True)
     if len(files) > 1:
         total = {
             "total_parameters": sum(int(torch.Size(header.shape).numel()) for header in headers.values()),
-            "total_size": sum(_size(header, "auto") for header in headers.values()),
+            "total_size": sum(_size(header) for header in headers.values()),
         }
         placed = {name: header.file.name for name, header in sorted(headers.items())}
         write_json(folder / INDEX, {"metadata": total, "weight_map": placed})
     config = folder / "config.json"
-    if dtype != "auto" and config.is_file():
+    if types is not None and config.is_file():
         said = json.loads(config.read_text(encoding="utf-8"))
-        write_json(config, _with_dtype(said, dtype))
+        dtype = types.usual(getattr(torch, said.get("dtype") or "float32"))
+        write_json(config, _with_dtype(said, str(dtype).removeprefix("torch.")))
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
