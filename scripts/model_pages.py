@@ -20,6 +20,7 @@ from transformers import AutoConfig, PretrainedConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
 
 from benchmarks.family_memory import build, states
+from qwenvl.profiling.device_specs import usable_bytes
 from scripts.recipes import MODELS, REPOSITORY, Model
 
 PAGES = {
@@ -69,10 +70,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 COUNTS = {"full": (1, 8, 32), "LoRA": (1, 8)}
 """Numbers of GPUs whose memory is shown."""
-GPUS = {"24 GB": 24, "48 GB": 48, "80 GB": 80, "141 GB": 140}
-"""Memory of a GPU in GiB, by its name."""
+GPUS = (24, 48, 80, 141)
+"""Memory of the GPUs of the table, in GB of the data sheet."""
 ROOM = 0.8
-"""Largest share of a GPU's memory for weights, gradients and optimizer; the rest is for activations."""
+"""Largest share of a GPU's usable memory for weights, gradients and optimizer; the rest is for activations."""
 
 
 def main() -> None:
@@ -126,7 +127,7 @@ def config_of(name: str, configs: Path) -> PretrainedConfig:
 def memory_table(configs: list[PretrainedConfig], names: tuple[str, ...]) -> str:
     """Return the table of memory by number and by kind of GPU."""
     columns = [f"{kind}, {count} GPU{'s' * (count > 1)}" for kind in COUNTS for count in COUNTS[kind]]
-    columns += [f"GPUs of {name}" for name in GPUS]
+    columns += [f"GPUs of {memory} GB" for memory in GPUS]
     lines = [f"| model | parameters | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(_memory(config, name))} |" for config, name in zip(configs, names, strict=True)]
     return "\n".join(lines)
@@ -139,17 +140,18 @@ def _memory(config: PretrainedConfig, name: str) -> Iterator[str]:
     for model, kind in ((full, "full"), (adapted, "LoRA")):
         shown = [f"{states(model, count):,.0f}" for count in COUNTS[kind]]
         yield from ("<1" if number == "0" else number for number in shown)
-    yield from (f"{fewest(full, room)} / {fewest(adapted, room)}" for room in GPUS.values())
+    yield from (f"{fewest(full, memory)} / {fewest(adapted, memory)}" for memory in GPUS)
 
 
-def fewest(model: Any, memory: float) -> int:
+def fewest(model: Any, memory: int) -> int:
     """Return the smallest power of two of GPUs that have room for the states of a model.
 
     Args:
         model: Model on the meta device with trainable parameters set.
-        memory: Memory of a GPU in GiB.
+        memory: Memory of a GPU, in GB of the data sheet.
     """
-    return next(count for count in (2**power for power in range(20)) if states(model, count) <= ROOM * memory)
+    room = ROOM * usable_bytes(memory) / 2**30
+    return next(count for count in (2**power for power in range(20)) if states(model, count) <= room)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,18 +80,30 @@ class Part:
     Args:
         items: Items, each run by itself.
         run: Function of the place and an item that returns its figures.
+        usual: Seconds of an item on a GPU. It does not start with less time left.
         seconds: Limit of an item.
+        together: Number of items run at a time; the first runs alone, as others may compare with it. More than 1 where
+            no figure is a time or the memory of a device.
         rehearsed: Items of a rehearsal; None for all.
     """
 
     items: Sequence[str]
     run: Callable[[Place, str], Row]
+    usual: float = 40.0
     seconds: float = 240.0
+    together: int = 1
     rehearsed: Sequence[str] | None = None
 
     def items_at(self, place: Place) -> Sequence[str]:
         """Return the items that run at a place."""
         return self.rehearsed if place.rehearsal and self.rehearsed is not None else self.items
+
+    def groups(self, items: Sequence[str], cores: int) -> list[Sequence[str]]:
+        """Return the given items of the part in groups that run at the same time, each item on 4 cores."""
+        size = max(1, min(self.together, cores // 4))
+        first = int([*items[:1]] == [*self.items[:1]])
+        rest = [items[start : start + size] for start in range(first, len(items), size)]
+        return [items[:1], *rest] if first else rest
 
 
 def require_package(name: str) -> None:
@@ -97,11 +112,20 @@ def require_package(name: str) -> None:
         raise SkippedError(f"{name} is not installed")
 
 
+@contextmanager
+def alone(place: Place) -> Iterator[None]:
+    """Let one process at a time make what several use."""
+    with (place.work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def tiny_checkpoint(place: Place, family: str) -> Path:
     """Return a tiny checkpoint of a family, made once."""
     folder = place.work / "tiny" / family
-    if not (folder / "model.safetensors").exists():
-        build_tiny_checkpoint(family, folder)
+    with alone(place):
+        if not (folder / "model.safetensors").exists():
+            build_tiny_checkpoint(family, folder)
     return folder
 
 
@@ -117,8 +141,13 @@ def noise(place: Place, name: str, rows: int, words: int, *, side: int, images: 
         images: Whether rows have images.
     """
     folder = place.work / "data" / name
-    if (folder / "registry.py").exists():
-        return folder / "registry.py"
+    with alone(place):
+        if not (folder / "registry.py").exists():
+            _make_noise(folder, rows, words, side, images=images)
+    return folder / "registry.py"
+
+
+def _make_noise(folder: Path, rows: int, words: int, side: int, *, images: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     random, records = np.random.default_rng(0), []
     for number in range(rows):
@@ -134,7 +163,6 @@ def noise(place: Place, name: str, rows: int, words: int, *, side: int, images: 
     (folder / "noise.json").write_text(json.dumps(records))
     entry = {"noise": {"annotation_path": str(folder / "noise.json"), "data_path": str(folder)}}
     (folder / "registry.py").write_text(f"data_dict = {entry!r}\n")
-    return folder / "registry.py"
 
 
 def flags(place: Place, model: Path, registry: Path, output: Path, **settings: Any) -> list[str]:
@@ -143,6 +171,12 @@ def flags(place: Place, model: Path, registry: Path, output: Path, **settings: A
     if place.rehearsal:
         named["use_cpu"] = True
     return [text for name, value in named.items() if value is not None for text in (f"--{name}", str(value))]
+
+
+def emptied(folder: Path) -> Path:
+    """Return an output folder without what an item that was stopped left there, from which training would resume."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def start(arguments: Sequence[str], *, ranked: bool = False) -> subprocess.Popen[str]:

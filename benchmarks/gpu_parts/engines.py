@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
-from benchmarks.gpu_parts.base import Part, Place, Row, flags, noise, start, tiny_checkpoint, train
+from benchmarks.gpu_parts.base import (
+    Part,
+    Place,
+    Row,
+    emptied,
+    flags,
+    noise,
+    require_package,
+    start,
+    tiny_checkpoint,
+    train,
+)
 from qwenvl.train.callbacks.preemption import EXIT_CODE
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -19,25 +31,29 @@ ENGINES: dict[str, dict[str, Any]] = {
     "FSDP2": {"fsdp": True, "fsdp_config": "configs/fsdp2.json"},
 }
 _STEPS = 40
-_CLOSE = 1e-4
-"""Largest difference of a weight; kernels that add in any order make two runs differ in their last digits."""
+_CLOSE = 0.01
+"""Largest difference, as a share of what training changed. Kernels that add in any order make two runs differ, most
+where a gradient is zero but for rounding, as AdamW's steps have one size. A run of one step less differs by 0.029."""
 
 
 def train_by(place: Place, engine: str) -> Row:
     """Train without a stop, and with one."""
     model, registry = tiny_checkpoint(place, "qwen3_vl"), noise(place, "tiny", 16, 40, side=64)
-    folder, ranked = place.work / "engines" / engine.replace(" ", "-"), engine != "one process"
+    folder, ranked = emptied(place.work / "engines" / engine.replace(" ", "-")), engine != "one process"
+    if "deepspeed" in ENGINES[engine]:
+        require_package("deepspeed")
     settings = {**ENGINES[engine], "max_steps": _STEPS, "save_strategy": "steps", "save_steps": 1000}
+    settings["learning_rate"] = 1e-4
     whole, stopped = folder / "whole", folder / "stopped"
     train(flags(place, model, registry, whole, **settings), ranked=ranked)
     again = flags(place, model, registry, stopped, **settings)
     step = _stop(again, stopped, ranked=ranked)
     train(again, ranked=ranked)
-    row: Row = {"stopped_at": step, "difference": largest_difference(whole, stopped)}
+    row: Row = {"stopped_at": step, "difference": difference(model, whole, stopped)}
     plain = folder.parent / "one-process" / "whole"
     if plain.is_dir():
-        row["from_one_process"] = largest_difference(whole, plain)
-    return {**row, "passed": row["difference"] <= _CLOSE and row.get("from_one_process", 0.0) <= 10 * _CLOSE}
+        row["from_one_process"] = difference(model, plain, whole)
+    return {**row, "passed": max(row["difference"], row.get("from_one_process", 0.0)) <= _CLOSE}
 
 
 def _stop(arguments: list[str], output: Path, *, ranked: bool) -> int:
@@ -59,11 +75,15 @@ def _stop(arguments: list[str], output: Path, *, ranked: bool) -> int:
     return max(int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*"))
 
 
-def largest_difference(one: Path, other: Path) -> float:
-    """Return the largest difference of a weight of two folders."""
-    left, right = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert left.keys() == right.keys()
-    return max(float((left[name].float() - right[name].float()).abs().max()) for name in left)
+def difference(start: Path, one: Path, other: Path) -> float:
+    """Return the norm of the difference of two folders' weights, over that of what training changed in the first."""
+    first, left, right = (load_file(folder / "model.safetensors") for folder in (start, one, other))
+    assert first.keys() == left.keys() == right.keys()
+    apart, changed = 0.0, 0.0
+    for name, weight in left.items():
+        apart += float((weight.double() - right[name].double()).square().sum())
+        changed += float((weight.double() - first[name].double()).square().sum())
+    return math.sqrt(apart / changed)
 
 
-PART = Part(tuple(ENGINES), train_by, rehearsed=("one process", "DDP"))
+PART = Part(tuple(ENGINES), train_by, usual=90.0, together=4, rehearsed=("one process", "DDP"))

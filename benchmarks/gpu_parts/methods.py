@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from benchmarks.gpu_parts.base import Part, Place, Row, flags, logged, noise, require_package, tiny_checkpoint, train
+from benchmarks.gpu_parts.base import (
+    Part,
+    Place,
+    Row,
+    emptied,
+    flags,
+    logged,
+    noise,
+    require_package,
+    tiny_checkpoint,
+    train,
+)
 
 _LORA = {
     "lora_enable": True,
@@ -40,7 +51,7 @@ def train_by(place: Place, method: str) -> Row:
         place.require_cuda(method)
         require_package(package)
     registry = noise(place, "tiny", 16, 40, side=64)
-    output = place.work / "methods" / method
+    output = emptied(place.work / "methods" / method)
     train(flags(place, tiny_checkpoint(place, "qwen3_vl"), registry, output, bf16=True, **settings))
     losses = logged(output, "loss")
     row: Row = {"first_loss": losses[0], "last_loss": losses[-1]}
@@ -50,4 +61,4 @@ def train_by(place: Place, method: str) -> Row:
     return {**row, "passed": all(map(math.isfinite, losses)) and row.get("from_bf16", 0.0) < _CLOSE}
 
 
-PART = Part(tuple(METHODS), train_by, rehearsed=("bf16", "LoRA", "QLoRA"))
+PART = Part(tuple(METHODS), train_by, together=4, rehearsed=("bf16", "LoRA", "QLoRA"))

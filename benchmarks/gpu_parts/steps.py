@@ -51,8 +51,8 @@ def _arguments(place: Place, size: str, contents: Sequence[str]) -> Namespace:
 
 PART = Part(
     (
-        *("2b ours", "2b plain", "2b sorted", "4b ours", "8b ours", "8b ours text", "8b plain", "8b ours loop"),
-        *("8b ours flash", "8b ours LoRA"),
+        *("8b ours", "8b plain", "8b ours text", "4b ours", "2b ours", "2b plain", "8b sorted", "2b sorted"),
+        *("8b ours loop", "8b ours flash", "8b ours LoRA"),
     ),
     measure,
     rehearsed=("tiny ours", "tiny ours text", "tiny plain"),

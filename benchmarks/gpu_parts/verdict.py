@@ -47,11 +47,12 @@ def verdicts(items: Mapping[str, Row], device: str) -> Iterator[tuple[str, str, 
         device: Name of the device.
     """
     for part, target in (
-        ("equality", "CPU and GPU agree in float32"),
-        ("waits", "no wait of the host in a micro-batch"),
-        ("engines", "a stopped run ends like one that was not"),
-        ("methods", "every method trains"),
-        ("attention", "all kinds of attention agree"),
+        ("doctor", "the doctor finds the machine ready"),
+        ("equality", "CPU and GPU agree in float32 within 1e-3, each family"),
+        ("waits", "no wait of the host in a micro-batch, each family"),
+        ("engines", "each engine: stopped by SIGTERM and resumed, it ends like one that was not stopped"),
+        ("methods", "every installed method trains"),
+        ("attention", "all kinds of attention agree, gradients too"),
     ):
         rows = [row for name, row in items.items() if name.startswith(f"{part}/") and row["status"] != "skipped"]
         good = sum(bool(row.get("passed")) for row in rows)
@@ -98,12 +99,27 @@ def _ratio(items: Mapping[str, Row], one: tuple[str, str], other: tuple[str, str
     return left / right if left and right else None
 
 
+def ratios(items: Mapping[str, Row]) -> dict[str, float]:
+    """Return speed and memory of our steps over those of others at the same size, by a description."""
+    found = {}
+    for size in ("2b", "8b"):
+        for other, called in (("plain", "stock path"), ("sorted", "stock path, sorted"), ("ours loop", "ours, loop")):
+            for name, what in (("trained_tokens_a_second", "trained tokens/s"), ("peak_gib", "peak memory")):
+                ratio = _ratio(items, (f"step/{size} ours", name), (f"step/{size} {other}", name))
+                if ratio is not None:
+                    found[f"{size.upper()}: {what}, ours over {called}"] = round(ratio, 3)
+    return found
+
+
 def as_markdown(report: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
     lines = ["# One GPU", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in report["machine"].items() if value is not None]
     lines += ["", "| target | found | verdict |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in report["verdicts"]]
+    if report["ratios"]:
+        lines += ["", "| ratio | |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in report["ratios"].items()]
     lines += ["", "| part | item | result | figures | seconds |", "|---|---|---|---|---|"]
     for name, row in report["items"].items():
         part, _, item = name.partition("/")

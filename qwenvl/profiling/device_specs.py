@@ -93,7 +93,12 @@ class GpuSet:
     @property
     def usable(self) -> int:
         """Bytes of each GPU that a program can use."""
-        return int(self.memory * _USABLE * 2**30)
+        return usable_bytes(self.memory)
+
+
+def usable_bytes(memory: int) -> int:
+    """Return the bytes that a program can use of a GPU whose data sheet says so many GB."""
+    return int(memory * _USABLE * 2**30)
 
 
 def known_peak(device_name: str) -> float | None:

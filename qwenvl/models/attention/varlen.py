@@ -4,9 +4,9 @@
     borders  int32 [n + 1]      start of each sample, and T: ``cu_seq_lens_q`` of the batch, ``cu_seqlens`` of the tower
     kernel   one launch a layer; the loop of :mod:`qwenvl.models.attention.packed` makes one for each sample
 
-torch 2.13 and later have the kernel (``torch.nn.attention.varlen``, flash attention inside), so that no package is
-needed. It runs on CUDA in bfloat16 and float16. transformers takes an implementation with "flash" in its name for one
-that gets all images of a vision tower in one call, with their borders, and makes no mask for it.
+torch has the kernel (``torch.nn.attention.varlen``, flash attention inside), so that no package is needed. It runs on
+CUDA in bfloat16 and float16. transformers takes an implementation with "flash" in its name for one that gets all images
+of a vision tower in one call, with their borders, and makes no mask for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qwenvl.utils.errors import UserError
 NAME = "flash_varlen"
 """Name of the attention in transformers' registry."""
 
-_OPTIONS = {"scale", "window_size", "enable_gqa"}
+_OPTIONS = {"scale", "window_size"}
 
 
 class VarlenKernel(Protocol):
@@ -67,8 +67,26 @@ def torch_kernel() -> VarlenKernel | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    kernel: Any = varlen_attn
-    return kernel if inspect.signature(varlen_attn).parameters.keys() >= _OPTIONS else None
+    return adapt_kernel(varlen_attn)
+
+
+def adapt_kernel(kernel: Any) -> VarlenKernel | None:
+    """Return torch's kernel with the options of :class:`VarlenKernel`; None if it lacks one.
+
+    torch 2.11 has no ``enable_gqa``, and lets heads share a key head without it; later ones want to be told.
+    """
+    named = inspect.signature(kernel).parameters.keys()
+    if not named >= _OPTIONS:
+        return None
+    if "enable_gqa" in named:
+        found: VarlenKernel = kernel
+        return found
+
+    def grouped_unasked(*tensors: Any, enable_gqa: bool, **options: Any) -> Any:
+        del enable_gqa
+        return kernel(*tensors, **options)
+
+    return grouped_unasked
 
 
 def varlen_obstacle(*, half_precision: bool = True) -> str:

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from qwenvl.models.attention import varlen
 from qwenvl.models.attention.packed import attend_by_segments, segmented_attention, stock_attention
 from qwenvl.models.attention.segments import Segments
-from qwenvl.models.attention.varlen import torch_kernel, varlen_attention, varlen_obstacle
+from qwenvl.models.attention.varlen import adapt_kernel, torch_kernel, varlen_attention, varlen_obstacle
 from qwenvl.models.trainable.freezing import configure_checkpointing
 from qwenvl.tasks.objective import causal_loss
 from qwenvl.utils.errors import UserError
@@ -37,6 +37,22 @@ def test_the_kernel_of_the_installed_torch_takes_what_it_is_given() -> None:
     assert [one.name for one in theirs if one.kind is one.POSITIONAL_OR_KEYWORD] == positional
     by_name = {one.name: one.default for one in theirs if one.kind is one.KEYWORD_ONLY}
     assert {one.name: one.default for one in ours if one.kind is one.KEYWORD_ONLY}.items() <= by_name.items()
+
+
+def test_the_kernel_of_an_older_torch_takes_heads_that_share_a_key_head_without_a_flag() -> None:
+    """``varlen_attn`` of torch 2.11; one without windows is none."""
+    given: list[dict[str, Any]] = []
+
+    def older(query: Tensor, *borders: Any, scale: float | None = None, window_size: Any = (-1, -1)) -> Tensor:
+        given.append({"scale": scale, "window_size": window_size})
+        return query
+
+    kernel = adapt_kernel(older)
+    assert kernel is not None
+    query, key, borders = torch.ones(3, 4, 8), torch.ones(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
+    kernel(query, key, key, borders, borders, 3, 3, scale=0.5, window_size=(-1, 0), enable_gqa=True)
+    assert given == [{"scale": 0.5, "window_size": (-1, 0)}]
+    assert adapt_kernel(lambda query, scale: query) is None
 
 
 def test_it_does_not_run_without_a_gpu() -> None:
