@@ -118,12 +118,13 @@ def measure_step(model: PreTrainedModel, batch: Mapping[str, Any], objective: Ob
 
     Args:
         model: Model on the meta device, ready for training (:func:`qwenvl.models.forward.install`); its attention is
-            replaced.
+            replaced, and it is left in training mode, without which layers are not checkpointed.
         batch: Batch prepared by the objective.
         objective: Objective of the training; None for language modelling.
     """
     AttentionInterface.register(NAME, _attention)
     model.set_attn_implementation(NAME)
+    model.train()
     moved = tree_map(lambda value: value.to("meta") if torch.is_tensor(value) else value, dict(batch))
     moved.pop("attention_mask", None)  # stock linear attention reads its values, which do not exist here
     memory = _LiveMemory()

@@ -92,7 +92,7 @@ def test_engines_share_out_the_memory_without_a_launcher(
 def test_memory_is_what_a_real_step_takes(
     family: str, settings: dict[str, Any], tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path
 ) -> None:
-    """Held against the allocations that torch's profiler sees in a real step on the CPU."""
+    """Held against the allocations that torch's profiler sees in a real step on the CPU, in training mode."""
     command = flags(tiny_checkpoint(family), tmp_path / "out", registry, **settings)
     parsed = parse_arguments(command)
     config = open_config(parsed)
@@ -101,8 +101,9 @@ def test_memory_is_what_a_real_step_takes(
         parsed, open_model(parsed, data.processor, config, data.added_tokens), data, Records("", {})
     )
     batch = next(iter(trainer.get_train_dataloader()))
-    batch, model = for_model(batch), trainer.model
-    on_meta = open_model(parsed, data.processor, config, data.added_tokens, on_meta=True)
+    batch, model = for_model(batch), trainer.model.train()
+    again = parse_arguments(command)  # opening a model takes gradient checkpointing out of the arguments
+    on_meta = open_model(again, data.processor, config, data.added_tokens, on_meta=True)
     step = measure_step(on_meta, batch)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -121,10 +122,25 @@ def test_memory_is_what_a_real_step_takes(
     assert states.optimizer == sum(sizes)
 
 
+def test_checkpointing_lowers_the_activations_of_the_dry_run(
+    tiny_checkpoint: Callable[[str], Path], registry: Path, tmp_path: Path, caplog: Any
+) -> None:
+    found = []
+    for checkpointed in (False, True):
+        caplog.clear()
+        settings = {"gradient_checkpointing": checkpointed, "data_flatten": True}
+        text = dry_run(caplog, flags(tiny_checkpoint("qwen3_vl"), tmp_path / "out", registry, **settings))
+        size = re.search(r"(?m)^activations of the heaviest batch +([\d.]+) MiB", text)
+        assert size is not None
+        found.append(float(size[1]))
+    assert found[1] < 0.7 * found[0]
+
+
 @pytest.mark.parametrize(
     ("sharding", "warned"),
     [
         (StateSharding("FSDP2", 3, 16), True),  # 10 GiB of weights on each of 8 ranks of this machine
+        (StateSharding("FSDP2", 3, 16, read_once=True), False),
         (StateSharding("DDP", 0, 4), False),
         (StateSharding("DDP", 0, 8), True),
         (StateSharding("ZeRO-3", 3, 8, masters=True), False),
@@ -135,7 +151,7 @@ def test_host_memory_for_loading_is_counted(
 ) -> None:
     shards = sharding.ranks if sharding.stage == 3 else 1
     warn_of_loading(StateMemory(10 * 2**30 // shards, 0, 0, 0), sharding, total=64 * 2**30)
-    assert ("10.00 GiB of host memory on each rank, 80.00 GiB on a machine of 8" in caplog.text) is warned
+    assert ("10.00 GiB of host memory on each rank that reads, 80.00 GiB on a machine of 8" in caplog.text) is warned
 
 
 def test_finds_what_would_fail_later(
