@@ -139,4 +139,6 @@ def _figures(row: Row) -> str:
 
 
 def _number(value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

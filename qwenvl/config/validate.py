@@ -15,7 +15,7 @@ from qwenvl.config.lora import AdapterArguments, Part, contradiction, target_par
 from qwenvl.config.model import ModelArguments
 from qwenvl.config.optimizers import check_optimizer
 from qwenvl.config.rules.best_metric import available_metrics, require_metric
-from qwenvl.config.rules.engines import read_settings
+from qwenvl.config.rules.engines import read_settings, reads_on_one_rank
 from qwenvl.config.rules.hf_arguments import WARNED
 from qwenvl.config.schedules import check_schedule
 from qwenvl.config.tasks import TaskArguments
@@ -70,6 +70,8 @@ def check_together(
             "--torch_compile with --deepspeed or --fsdp is not supported: they gather the weights of a layer while it "
             "runs. Leave one of them out."
         )
+    if reads_on_one_rank(training):
+        _check_reading(data, adapters, tasks, model)
     if training.log_sample_losses and training.use_liger_kernel:
         raise UserError(
             "--log_sample_losses True with --use_liger_kernel True: Liger Kernel's loss has no losses of "
@@ -212,6 +214,23 @@ def _check_trained_parts(
         raise UserError(
             "--additional_tokens: nothing would train their embeddings. Add --tune_mm_llm True, or --lora_enable True, "
             "which trains only their rows."
+        )
+
+
+def _check_reading(
+    data: DataArguments, adapters: AdapterArguments, tasks: TaskArguments, model: ModelArguments
+) -> None:
+    """Refuse what adds tensors to those of the checkpoint, which the ranks that read nothing would not have."""
+    given = {
+        "--lora_enable True": adapters.lora_enable,
+        f"--task {tasks.task}": tasks.task,
+        "--train_mtp True": model.train_mtp,
+        "--additional_tokens": data.additional_tokens,
+    }
+    for flag in (name for name, value in given.items() if value):
+        raise UserError(
+            f"{flag} with cpu_ram_efficient_loading in --fsdp_config: only the weights of a checkpoint are sent to the "
+            "other ranks. Write false, or use --deepspeed configs/zero3.json, which shards weights as they are read."
         )
 
 

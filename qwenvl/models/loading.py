@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
@@ -119,6 +120,28 @@ def load_model(
     if not on_meta and not is_deepspeed_zero3_enabled():
         keep_float32(model, model_name_or_path, origin)
     return model
+
+
+def load_shapes(
+    model_name_or_path: str, *, config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str, **origin: Any
+) -> PreTrainedModel:
+    """Return the model of a rank that reads no weights, which another one sends when the model is sharded.
+
+    Parameters have addresses, by which accelerate tells them apart, and no content: as nothing is written to them, they
+    take no memory. Buffers have their values. Arguments are those of :func:`load_model`.
+    """
+    with init_empty_weights():  # of parameters alone
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    buffers = dict(model.named_buffers())
+    model.to_empty(device="cpu")
+    for name, value in buffers.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, value)
+    model.tie_weights()
+    keep_float32(model, model_name_or_path, origin)
+    return model.eval()
 
 
 def has_no_weights(path: str) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qwenvl.config import TrainingArguments
-from qwenvl.config.rules.engines import read_settings
+from qwenvl.config.rules.engines import read_settings, reads_on_one_rank
 from qwenvl.models.lora.adapters import has_adapters
 from qwenvl.models.parts import decoder_layers, layout_of, output_head
 
@@ -43,6 +43,7 @@ class StateSharding:
         offloads_weights: Whether the weights are in host memory.
         sums_in_float32: Whether DeepSpeed adds up gradients in float32.
         bucket_bytes: Bytes of DeepSpeed's buffers for sums of gradients and, with stage 3, of gathered weights.
+        read_once: Whether only rank 0 reads the weights (FSDP2).
     """
 
     name: str
@@ -53,6 +54,7 @@ class StateSharding:
     offloads_weights: bool = False
     sums_in_float32: bool = False
     bucket_bytes: int = 0
+    read_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class StateMemory:
 def read_sharding(args: TrainingArguments, ranks: int) -> StateSharding:
     """Return how the flags shard a run over a number of devices."""
     if args.fsdp:
-        return StateSharding("FSDP2", 3, ranks)
+        return StateSharding("FSDP2", 3, ranks, read_once=reads_on_one_rank(args))
     if not args.deepspeed:
         return StateSharding("DDP" if ranks > 1 else "one process", 0, ranks)
     config = read_settings(args.deepspeed, "deepspeed")

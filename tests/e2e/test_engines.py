@@ -164,6 +164,8 @@ def test_fsdp2_trains_saves_and_resumes_like_one_process(
     older = publish("qwen2_5_vl")
     sharded = {**FSDP2, "fsdp_config": json.dumps({"state_dict_type": "SHARDED_STATE_DICT"})}
     commands = {case: command(case, case, **FSDP2) for case in ("padded", "frozen", "packed")}
+    once = json.dumps({"cpu_ram_efficient_loading": True})  # rank 1 reads no weights
+    commands["read once"] = command("read once", "padded", **{**FSDP2, "fsdp_config": once})
     commands["older"] = command("older", "padded", older, **sharded)
     for name, source, model, settings in (("resumed", "padded", None, FSDP2), ("again", "older", older, sharded)):
         resume = {"resume_from_checkpoint": tmp_path / source / "checkpoint-2"}
@@ -172,7 +174,7 @@ def test_fsdp2_trains_saves_and_resumes_like_one_process(
     for case in ("padded", "frozen", "packed"):
         require_alike(split[case], alone(case), tiny_checkpoint("qwen3_vl"))
     require_alike(split["older"], alone("padded", older), older)
-    for name, source in (("resumed", "padded"), ("again", "older")):
+    for name, source in (("resumed", "padded"), ("again", "older"), ("read once", "padded")):
         assert equal_bits(split[name], split[source])
         assert history(split[name]) == history(split[source])
     for name, single in (("padded", alone("padded")), ("older", alone("padded", older))):

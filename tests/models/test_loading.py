@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from qwenvl.models.loading import (
     choose_attention,
     flash_obstacles,
     load_model,
+    load_shapes,
 )
 from qwenvl.models.precision import resolve_dtype
 from qwenvl.utils.errors import UserError
@@ -52,6 +54,24 @@ def test_loads_what_the_config_says_with_every_weight(family_name, tiny_checkpoi
     for name, tensor in load_file(path / "model.safetensors").items():
         if name in state:  # experts are stored one by one in some families
             assert torch.equal(state[name], tensor), name
+
+
+def test_a_rank_that_reads_nothing_has_the_same_model_without_memory(family_name, tiny_checkpoint):
+    """``tests/e2e/test_engines.py`` trains with it."""
+    path = str(tiny_checkpoint(family_name))
+    config = AutoConfig.from_pretrained(path)
+    options = {"config": config, "dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    read, empty = load_model(path, **options), load_shapes(path, **options)
+    for kind in ("named_parameters", "named_buffers"):
+        found, wanted = (dict(getattr(model, kind)()) for model in (empty, read))
+        assert {name: (one.shape, one.dtype, one.device) for name, one in found.items()} == {
+            name: (one.shape, one.dtype, one.device) for name, one in wanted.items()
+        }
+    assert all(torch.equal(value, dict(empty.named_buffers())[name]) for name, value in read.named_buffers())
+    config.get_text_config().vocab_size = 2**22
+    before = psutil.Process().memory_info().rss
+    model = load_shapes(path, **options)
+    assert psutil.Process().memory_info().rss - before < sum(one.nbytes for one in model.parameters()) / 4
 
 
 def test_the_folder_name_decides_nothing(copy_checkpoint):

@@ -215,6 +215,13 @@ def check_fsdp(training: TrainingArguments) -> None:
         raise UserError("--fsdp cannot train with these settings:" + "".join(f"\n  {problem}" for problem in problems))
 
 
+def reads_on_one_rank(training: TrainingArguments) -> bool:
+    """Return whether only rank 0 reads the weights, and sends them to the others when they are sharded (FSDP2)."""
+    config = read_settings(training.fsdp_config or {}, "fsdp_config") if training.fsdp else {}
+    chosen = config.get("cpu_ram_efficient_loading", config.get("fsdp_cpu_ram_efficient_loading", False))
+    return str(chosen).lower() == "true"
+
+
 def offloading_backend(training: TrainingArguments) -> str | None:
     """Return the backend of a process group for FSDP2 with ``cpu_offload``; None for the default one.
 

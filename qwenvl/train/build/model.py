@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
 
 from qwenvl.config import ParsedArguments, TrainingArguments
+from qwenvl.config.rules.engines import reads_on_one_rank
 from qwenvl.data.encoding.processor import AddedTokens
 from qwenvl.families import get_family
 from qwenvl.models.attention.packed import attend_by_segments, refuse_unknown_switches
 from qwenvl.models.attention.varlen import torch_kernel
 from qwenvl.models.forward import install
-from qwenvl.models.loading import add_mtp, choose_attention, load_model
+from qwenvl.models.loading import add_mtp, choose_attention, load_model, load_shapes
 from qwenvl.models.lora.adapters import AdapterSettings, add_adapters, trained_in_float32
 from qwenvl.models.lora.files import describe_base
 from qwenvl.models.lora.new_tokens import make_room, train_rows
@@ -27,6 +28,7 @@ from qwenvl.models.task_module import Readout
 from qwenvl.models.trainable.freezing import configure_checkpointing, freeze_unused, refuse_unused, set_model
 from qwenvl.models.vision.patchify import Patchify
 from qwenvl.tasks.objective import Objective
+from qwenvl.utils.distributed import is_main_process
 
 
 def open_model(
@@ -58,15 +60,17 @@ def open_model(
     if by_segments:
         refuse_unknown_switches(config, shows_maps=objective.attention is not None)
     layout = get_family(config.model_type).layout
-    model = load_model(
-        arguments.model_name_or_path,
-        dtype=compute_type(parsed) if on_meta else dtype,
-        attn_implementation="sdpa" if by_segments else attention,
-        config=config,
-        quantization=None if on_meta else quantization(parsed.adapters.quantization_bit, layout),
-        on_meta=on_meta,
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": compute_type(parsed) if on_meta else dtype,
+        "attn_implementation": "sdpa" if by_segments else attention,
         **origin_options(parsed),
-    )
+    }
+    if reads_on_one_rank(args) and not on_meta and not is_main_process():
+        model = load_shapes(arguments.model_name_or_path, **options)
+    else:
+        quantized = None if on_meta else quantization(parsed.adapters.quantization_bit, layout)
+        model = load_model(arguments.model_name_or_path, quantization=quantized, on_meta=on_meta, **options)
     if by_segments:
         kernel = torch_kernel() if attention == "varlen" else None
         attend_by_segments(model, kernel, stock_tower=not hasattr(vision_tower(model), "grid_describer"))

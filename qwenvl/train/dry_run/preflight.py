@@ -218,12 +218,14 @@ def warn_of_loading(states: StateMemory, sharding: StateSharding, total: int) ->
         total: Host memory of the machine, in bytes.
     """
     here = min(sharding.ranks, int(os.environ.get("LOCAL_WORLD_SIZE", _DEVICES_A_MACHINE)))
+    here = 1 if sharding.read_once else here
     needed = loading_bytes(states, sharding)
     if here * needed > total:
+        once = ', or "cpu_ram_efficient_loading": true in a copy of configs/fsdp2.json, which reads them on one rank'
         logger.warning(
-            "Loading takes %s of host memory on each rank, %s on a machine of %d, and this one has %s. With more ranks "
-            "than fit, use --deepspeed configs/zero3.json, which shards weights as they are read.",
-            *(gib(needed), gib(here * needed), here, gib(total)),
+            "Loading takes %s of host memory on each rank that reads, %s on a machine of %d, and this one has %s. Use "
+            "--deepspeed configs/zero3.json, which shards weights as they are read%s.",
+            *(gib(needed), gib(here * needed), here, gib(total), "" if sharding.read_once else once),
         )
 
 

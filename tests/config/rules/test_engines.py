@@ -13,6 +13,7 @@ from qwenvl.config.rules.engines import offloading_backend, overlap_problem
 from tests.config.flags import parsed, rejected
 
 pytest.importorskip("deepspeed")
+_ONCE = '{"cpu_ram_efficient_loading": true}'
 ZERO2 = {"zero_optimization": {"stage": 2}}
 CONFLICTS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "micro batch": ({"train_micro_batch_size_per_gpu": 4}, [], "4 in the file, 8 by --per_device_train_batch_size"),
@@ -140,6 +141,11 @@ def test_the_fsdp_recipe_is_taken() -> None:
     [
         (["--fsdp", "--deepspeed", "configs/zero2.json"], "both shard the model"),
         (["--fsdp_config", "configs/fsdp2.json"], "no effect without --fsdp True"),
+        (["--fsdp", "--fsdp_config", _ONCE, "--train_mtp"], "--train_mtp True with cpu_ram_efficient_loading"),
+        (
+            ["--fsdp", "--fsdp_config", _ONCE, "--additional_tokens", "<a>"],
+            "--additional_tokens with cpu_ram_efficient",
+        ),
         (["--fsdp", "--fsdp_config", '{"version": 1}'], "only 2 is supported"),
         (["--fsdp", "--fsdp_config", '{"fsdp_version": 2, "wrap_policy": 1}'], "Did you mean 'auto_wrap_policy'?"),
         (["--fsdp", "--fsdp_config", '{"state_dict_type": "LOCAL"}'], "'LOCAL' in --fsdp_config is not one of FULL"),
