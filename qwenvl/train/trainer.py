@@ -432,6 +432,8 @@ class Trainer(CheckpointingTrainer):
 
     def _over_ranks(self, *numbers: float) -> list[float]:
         """Return the sums over the ranks; of a bool, the number of ranks with True. Every rank must call it."""
+        if self.args.world_size == 1:
+            return [float(number) for number in numbers]  # without waiting for the device
         sums = zeros_for_sums(len(numbers), self.args.device)
         sums += torch.tensor([float(number) for number in numbers], dtype=sums.dtype, device=sums.device)
         found: list[float] = self._sum_over_ranks(sums).tolist()

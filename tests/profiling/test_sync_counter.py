@@ -138,6 +138,13 @@ def test_the_trainer_adds_no_wait(settings, trainer_of):
     assert not second
 
 
+def test_a_single_process_needs_no_device_to_agree_with_itself(trainer_of):
+    trainer = trainer_of()
+    with SyncCounter((*trainer.model.parameters(),)) as counter:
+        assert trainer._over_ranks(True, 2.5) == [1.0, 2.5]
+    assert not counter.waits
+
+
 RUNNER = """
 import json, sys
 from pathlib import Path
