@@ -46,8 +46,8 @@ from qwenvl.serving.commands import Adapter, Served, notes, sglang_command, vllm
 from qwenvl.serving.compare import Comparison, Finding, State, Way, causes_of
 from qwenvl.serving.inputs import NOT_COMPARED, Serving, stock_target, template_inputs, training_inputs, utils_inputs
 from qwenvl.serving.programs import Model, program_lines, program_notes
-from qwenvl.serving.readers import working_reader
 from qwenvl.serving.server import Server, compare_prompts
+from qwenvl.serving.video_reader import working_reader
 from qwenvl.train.export.client_forms import VIDEO_TEMPLATE
 from qwenvl.train.resume.settings import SETTINGS_FILE
 from qwenvl.utils.errors import SampleError, UserError

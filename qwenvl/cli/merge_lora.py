@@ -23,12 +23,12 @@ from qwenvl.config.export import shard_bytes
 from qwenvl.config.parsing.command_line import HelpPage
 from qwenvl.config.parsing.parser import parse_class
 from qwenvl.data.encoding.processor import open_processor
+from qwenvl.models.adapter_merging import TOLERANCE, distance, logits_of, merge, open_adapted, sample_inputs
 from qwenvl.models.fingerprints import differing, fingerprints, listed
 from qwenvl.models.lora.files import find_base
-from qwenvl.models.merging import TOLERANCE, distance, logits_of, merge, open_adapted, sample_inputs
 from qwenvl.models.precision import read_dtype
 from qwenvl.train.checkpoint.carried_tensors import carried_tensors, carry_over, log_carried
-from qwenvl.train.checkpoint.validate import read_source
+from qwenvl.train.checkpoint.folder_check import read_source
 from qwenvl.train.export.client_forms import write_client_forms
 from qwenvl.utils.errors import UserError
 from qwenvl.utils.logging import setup_logging

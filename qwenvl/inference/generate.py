@@ -23,9 +23,9 @@ from qwenvl.data.media.resize import MediaPlan, VideoPlan
 from qwenvl.data.types import Conversation
 from qwenvl.inference.positions import clip_positions, needs_positions
 from qwenvl.inference.prompts import Prompt
+from qwenvl.models.adapter_merging import open_adapted
 from qwenvl.models.loading import keep_float32, load_model
 from qwenvl.models.lora.files import CONFIG_FILE, find_base, read_config
-from qwenvl.models.merging import open_adapted
 from qwenvl.models.precision import read_dtype
 from qwenvl.models.quantization import is_fp8, quantization_method
 from qwenvl.utils.distributed import local_rank

@@ -30,7 +30,7 @@ from qwenvl.data.media.reader import MediaReader
 from qwenvl.data.media.resize import VideoPlan
 from qwenvl.data.types import ImageItem, Message, Sample, Source, TextPart, VideoItem
 from qwenvl.models.vision.patchify import Patchify
-from qwenvl.serving.readers import reader_obstacle
+from qwenvl.serving.video_reader import reader_obstacle
 from qwenvl.utils.errors import SampleError
 
 NOT_COMPARED = "not_compared"

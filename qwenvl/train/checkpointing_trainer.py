@@ -29,11 +29,10 @@ from qwenvl.tasks import files as task_files
 from qwenvl.train.checkpoint import float32_parts, trained_mtp
 from qwenvl.train.checkpoint.carried_tensors import carried_tensors, carry_over
 from qwenvl.train.checkpoint.folder import published, refused_state_named, write_records
-from qwenvl.train.checkpoint.folder_check import Header
+from qwenvl.train.checkpoint.folder_check import Header, require_whole
 from qwenvl.train.checkpoint.manifest import BackgroundHasher
 from qwenvl.train.checkpoint.saved_types import SavedTypes
 from qwenvl.train.checkpoint.sharding import fsdp_precision, shard_on_cpu, tie_gathered
-from qwenvl.train.checkpoint.validate import require_whole
 from qwenvl.train.checkpoint.weight_files import rewrite_weights
 from qwenvl.train.export.client_forms import write_client_forms
 from qwenvl.train.export.hub import push_checkpoint, push_model

@@ -32,7 +32,7 @@ from qwenvl.train.callbacks import preemption as interruption
 from qwenvl.train.callbacks.run_report import RunReport, Sources, describe_setup
 from qwenvl.train.checkpoint.carried_tensors import carried_tensors, log_carried
 from qwenvl.train.checkpoint.folder import Engine, find_checkpoint, read_step, require_state_dict, require_writable
-from qwenvl.train.checkpoint.validate import read_source
+from qwenvl.train.checkpoint.folder_check import read_source
 from qwenvl.train.checkpointing_trainer import Records
 from qwenvl.train.dry_run.preflight import preflight
 from qwenvl.train.eval_prompts import EvalPrompts

@@ -29,7 +29,7 @@ from qwenvl.models.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from qwenvl.models.loss.causal_lm import prepare_inputs, run_model
 from qwenvl.models.moe_checkpoint import weight_files
 from qwenvl.models.vision.patchify import Patchify
-from qwenvl.train.checkpoint.validate import BLAME
+from qwenvl.train.checkpoint.folder_check import BLAME
 from qwenvl.train.checkpointing_trainer import CheckpointingTrainer
 from qwenvl.train.export.cases import Case, short_cases, stock_inputs
 from qwenvl.train.export.distance import compared_rows, content_of

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from qwenvl.cli.check_serving import main
 from qwenvl.data.media.video.decode import TorchcodecBackend
-from qwenvl.serving.readers import working_reader
+from qwenvl.serving.video_reader import working_reader
 from tests.data.clips import UNEVEN, encode
 from tests.data.conversation.test_thoughts import blind_to_think
 from tests.data.media.video.test_decode import make_video

@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText
 from qwenvl.cli.check_serving import open_serving, read_arguments, select_samples
 from qwenvl.data.encoding.encoded import EncodedSample, Plan
 from qwenvl.data.types import Sample
+from qwenvl.models.adapter_merging import open_adapted
 from qwenvl.models.lora.files import find_base
-from qwenvl.models.merging import open_adapted
 from qwenvl.serving.inputs import ModelInputs, Serving, arguments_of, asked, training_inputs
 from qwenvl.serving.server import as_request
 

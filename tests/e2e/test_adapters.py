@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.cli.merge_lora import main as merge_main
 from qwenvl.families import FAMILIES
-from qwenvl.models.merging import logits_of, sample_inputs
+from qwenvl.models.adapter_merging import logits_of, sample_inputs
 from qwenvl.train.train_qwen import main
 from tests.e2e.runs import LORA, changed, equal_bits, flags, history, read_annotations, train, weights
 

@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qwenvl.cli.check_serving import main
 from qwenvl.families import FAMILIES
-from qwenvl.models.merging import open_adapted
+from qwenvl.models.adapter_merging import open_adapted
 from qwenvl.models.rope_scaling import extend_context
 from qwenvl.serving.commands import Served, vllm_command
 from tests.e2e.runs import LORA, equal_bits, flags, history, train

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from qwenvl.train import run as setup
-from qwenvl.train.checkpoint.validate import read_source, require_whole
+from qwenvl.train.checkpoint.folder_check import read_source, require_whole
 from qwenvl.train.export import verify_process as export_check
 from qwenvl.train.train_qwen import main
 from qwenvl.train.trainer import Trainer

@@ -16,8 +16,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 
 from qwenvl.train.checkpoint.folder import problem_of
+from qwenvl.train.checkpoint.folder_check import read_source
 from qwenvl.train.checkpoint.manifest import BackgroundHasher
-from qwenvl.train.checkpoint.validate import read_source
 from qwenvl.train.trainer import Trainer
 from qwenvl.utils.errors import UserError
 from tests.e2e.runs import LORA, REPOSITORY, equal_bits, read_config, weights

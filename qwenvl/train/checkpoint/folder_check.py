@@ -1,4 +1,4 @@
-"""Check the contents of a saved folder from its small files and the headers of its weights, without loading them."""
+"""Check a saved folder from its small files and the headers of its weights, without loading them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from safetensors import SafetensorError, safe_open
 
 from qwenvl.families import ModelLayout, get_family
 from qwenvl.models.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from qwenvl.models.moe_checkpoint import weight_files
 from qwenvl.models.mtp.layer import is_mtp
 from qwenvl.utils.errors import UserError
 
+BLAME = (
+    "The folder was kept, but do not use it before the cause is known. versions.json says which transformers saved it: "
+    "try another version, or report it."
+)
+"""Advice about a folder with problems, for messages."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """Names of floating-point types in safetensors headers -> their names in configs."""
@@ -55,6 +61,27 @@ def read_headers(files: Collection[Path]) -> dict[str, Header]:
                 part = tensors.get_slice(name)
                 found[name] = Header(file, part.get_dtype(), tuple(part.get_shape()))
     return found
+
+
+def read_source(model_name_or_path: str, **origin: Any) -> dict[str, Header]:
+    """Return the tensors of the checkpoint that training starts from, from the headers of its files."""
+    return read_headers([Path(file) for file in weight_files(model_name_or_path, origin)])
+
+
+def require_whole(folder: str, source: Mapping[str, Header] | None) -> None:
+    """Check that a saved folder is self-contained; only small files and headers are read.
+
+    Args:
+        folder: Saved folder.
+        source: Result of :func:`read_source`; None if not known.
+
+    Raises:
+        UserError: Something is missing or wrong.
+    """
+    problems = problems_of(Path(folder), source)
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise UserError(f"{folder} was saved, but is not complete:{lines}\n{BLAME}")
 
 
 def problems_of(folder: Path, source: Mapping[str, Header] | None = None) -> list[str]:

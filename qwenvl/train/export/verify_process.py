@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.families import register_classes_of
 from qwenvl.models.fingerprints import adapter_scales, differing, listed, opened_tensors
-from qwenvl.models.float32 import computing_in_float32
+from qwenvl.models.float32_compute import computing_in_float32
 from qwenvl.models.mtp.files import read_tensors
 from qwenvl.models.mtp.layer import is_mtp
 from qwenvl.models.quantization import dequantizing, finish_dequantizing

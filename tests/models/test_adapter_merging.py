@@ -16,8 +16,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.cli.make_tiny_checkpoint.command import build_tiny_checkpoint
-from qwenvl.models import merging
-from qwenvl.models.merging import TOLERANCE, MergeReport, distance, logits_of, merge, open_adapted, sample_inputs
+from qwenvl.models import adapter_merging
+from qwenvl.models.adapter_merging import (
+    TOLERANCE,
+    MergeReport,
+    distance,
+    logits_of,
+    merge,
+    open_adapted,
+    sample_inputs,
+)
 from qwenvl.utils.errors import UserError
 
 SOUND = MergeReport(changed=3, unchanged=(), effect=0.5, error=1e-6, rounding=1e-3)
@@ -149,26 +157,26 @@ def folders(tiny_checkpoint, tmp_path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("error", [math.nan, math.inf, 1.1e-4])
 def test_logits_that_moved_by_more_than_rounding_are_refused(error):
     with pytest.raises(UserError, match=r"Merged weights give other logits.*Nothing was saved"):
-        merging._require_sound(replace(SOUND, error=error))
+        adapter_merging._require_sound(replace(SOUND, error=error))
 
 
 def test_what_rounding_explains_is_sound(caplog):
-    merging._require_sound(SOUND)
-    merging._require_sound(replace(SOUND, error=TOLERANCE))
-    merging._require_sound(replace(SOUND, rounding=SOUND.effect / 2))
+    adapter_merging._require_sound(SOUND)
+    adapter_merging._require_sound(replace(SOUND, error=TOLERANCE))
+    adapter_merging._require_sound(replace(SOUND, rounding=SOUND.effect / 2))
     assert not caplog.records
 
 
 def test_rounding_that_hides_the_adapters_is_said(caplog):
-    merging._require_sound(replace(SOUND, rounding=0.26))
+    adapter_merging._require_sound(replace(SOUND, rounding=0.26))
     assert "change the logits by 0.5 of their norm, and rounding the merged weights by 0.26" in caplog.text
 
 
 def test_weights_that_did_not_change_are_named_and_refused_if_none_did(caplog):
     names = tuple(f"layers.{number}" for number in range(8))
     with pytest.raises(UserError, match="None of the 8 adapted weights changed"):
-        merging._require_sound(replace(SOUND, changed=0, unchanged=names))
-    merging._require_sound(replace(SOUND, changed=1, unchanged=names))
+        adapter_merging._require_sound(replace(SOUND, changed=0, unchanged=names))
+    adapter_merging._require_sound(replace(SOUND, changed=1, unchanged=names))
     assert "8 adapted weights did not change: layers.0, " in caplog.text
     assert "layers.5" in caplog.text and "layers.6" not in caplog.text
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qwenvl.families import OLDER_NAMES
 from qwenvl.models.fingerprints import checksum
-from qwenvl.models.float32 import computing_in_float32
+from qwenvl.models.float32_compute import computing_in_float32
 from qwenvl.models.loading import load_model
 from qwenvl.models.lora.files import (
     CONFIG_FILE,

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl.families import FAMILIES
-from qwenvl.models.float32 import computing_in_float32
-from qwenvl.models.merging import sample_inputs
+from qwenvl.models.adapter_merging import sample_inputs
+from qwenvl.models.float32_compute import computing_in_float32
 
 
 @pytest.mark.parametrize("family", FAMILIES)
