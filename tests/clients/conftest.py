@@ -1,8 +1,8 @@
 """Folders that the trainer saves, for the programs that people serve and evaluate them with.
 
 The programs have environments of their own, made by ``scripts/test.sh --clients`` or by hand; tests are skipped where
-the variable that names one is not set: CLIENTS_VLLM, CLIENTS_TRANSFORMERS4, CLIENTS_LMMS_EVAL and CLIENTS_LLAMA_CPP
-are virtual environments.
+the variable that names one is not set: CLIENTS_VLLM, CLIENTS_TRANSFORMERS4, CLIENTS_LMMS_EVAL, CLIENTS_MLX_VLM and
+CLIENTS_LLAMA_CPP are virtual environments.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from qwenvl.cli.check_serving import main
 from qwenvl.cli.merge_lora import main as merge
 from qwenvl.cli.predict.command import main as predict
 from qwenvl.serving.commands import DRAFTS, WITHOUT_PREFIXES
-from tests.clients.reference import log_probabilities, open_float32, rows_of
+from tests.clients.reference import Row, log_probabilities, open_float32, rows_of
 from tests.clients.vllm_server import SETTINGS, ask, counted, printed_command, read, running, serving
 from tests.e2e.runs import LORA, REPOSITORY
 
@@ -48,19 +49,24 @@ def check(registry: Path, capsys: pytest.CaptureFixture[str]) -> Check:
 
     def function(folder: Path, dataset: str, address: str, tolerance: float) -> None:
         data = ["--dataset_registry", str(registry), "--dataset_use", dataset]
-        model, rows = open_float32(folder), list(rows_of(folder, *data))
+        rows = list(rows_of(folder, *data))
         capsys.readouterr()
         assert main(["--model_name_or_path", str(folder), *data, "--server", address]) == 0
         said = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  server ")]
         assert [words[:4] for words in said] == [["server", "prompt", "ids", "equal"]] * len(rows), said
         name = "adapter" if (folder / "adapter_config.json").is_file() else str(folder)
-        for row in rows:
-            answer = ask(address, name, row.messages(), row.arguments())
-            assert answer["prompt"] == row.inputs().input_ids.tolist(), row.name
-            own = log_probabilities(model, row, answer["answer"])
-            assert answer["logprobs"] == pytest.approx(own, abs=tolerance), row.name
+        hold(folder, rows, [ask(address, name, row.messages(), row.arguments()) for row in rows], tolerance)
 
     return function
+
+
+def hold(folder: Path, rows: Sequence[Row], answers: Sequence[Mapping[str, Any]], tolerance: float) -> None:
+    """Hold answers of vLLM against the folder: their prompts, and the log-probabilities of their tokens."""
+    model = open_float32(folder)
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer["prompt"] == row.inputs().input_ids.tolist(), row.name
+        own = log_probabilities(model, row, answer["answer"])
+        assert len(own) > 1 and answer["logprobs"] == pytest.approx(own, abs=tolerance), row.name
 
 
 @pytest.fixture
@@ -117,6 +123,42 @@ def test_linear_attention(
     """On the CPU vLLM computes linear attention in bfloat16 alone."""
     printed = compare(trained(family, PUBLISHED_HEADS, **settings), "mixed", dtype="bfloat16")
     assert ("--enable-lora" in printed) == bool(settings)
+
+
+OFFLINE_WHOLE = pytest.mark.client(kind="whole, without a server")
+OFFLINE_ADAPTERS = pytest.mark.client(kind="LoRA, without a server")
+OFFLINE = "the same as keyword arguments of `LLM`"
+
+
+@pytest.mark.client(arguments=OFFLINE)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *(pytest.param(name, {}, id=name, marks=OFFLINE_WHOLE) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+        pytest.param("qwen3_vl_moe", {}, id="qwen3_vl_moe", marks=OFFLINE_WHOLE),
+        pytest.param("qwen3_vl", {**LORA, "learning_rate": 5e-3}, id="adapters", marks=OFFLINE_ADAPTERS),
+        pytest.param("qwen3_5", {}, id="qwen3_5", marks=[OFFLINE_WHOLE, pytest.mark.client(result=ROUNDED)]),
+    ],
+)
+def test_without_a_server(
+    family: str,
+    settings: dict[str, object],
+    vllm: Path,
+    trained: Callable[..., Path],
+    registry: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    heads, dtype = (PUBLISHED_HEADS, "bfloat16") if family == "qwen3_5" else (None, "float32")
+    folder, data = trained(family, heads, **settings), ["--dataset_registry", str(registry), "--dataset_use", "mixed"]
+    assert main(["--model_name_or_path", str(folder), *data]) == 0
+    flags = [*printed_command(capsys.readouterr().out)[2:], "--enforce-eager", "--dtype", dtype]
+    rows, requests, answers = list(rows_of(folder, *data)), tmp_path / "requests.json", tmp_path / "answers.json"
+    requests.write_text(json.dumps([(row.messages(), row.arguments()) for row in rows]))
+    command = [vllm / "bin" / "python", Path(__file__).with_name("vllm_offline.py"), requests, answers, *flags]
+    done = subprocess.run(command, env=os.environ | SETTINGS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    hold(folder, rows, json.loads(answers.read_text()), TOLERANCES[dtype])
 
 
 @pytest.mark.client(family="qwen3_5", kind="whole, its layers of full attention alone, in float32")
