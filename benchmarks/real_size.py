@@ -1,13 +1,16 @@
 """Run all stages at a published size with random weights, without a GPU: build, train, verify, merge, generate.
 
-    python benchmarks/real_size.py --folder DIR [--size 2b|4b|8b|tiny] [--train lora|merger] [--keep]
+    python benchmarks/real_size.py --folder DIR [--size 2b|4b|8b|tiny] [--train lora|merger|mtp] [--keep]
+    python benchmarks/real_size.py --folder DIR --config config.json --processor FOLDER [--train ...] [--keep]
 
 Tiny checkpoints hide problems of size: rounding over many layers, several weight files, tied embeddings of a real
-vocabulary, time and memory. Builds a Qwen3-VL of the given size in bfloat16, in files of at most 2 GB, and some images
-with captions. Trains it for three steps of at most 256 tokens (``lora``: adapters of the language model; ``merger``:
-the mergers in full) with verification of the finished folder, merges the adapters, opens the result with stock
-transformers and generates. Prints a line of JSON per stage: wall seconds, CPU-seconds, and the peak memory of all its
-processes together. DIR needs room for twice the weights; it is removed at the end, unless ``--keep`` is given.
+vocabulary, time and memory. Builds a Qwen3-VL of the given size in bfloat16, in files of at most 2 GB, or the model
+of a published ``config.json`` with the tokenizer and processor of a folder, and some images with captions. Trains it
+for three steps of at most 256 tokens (``lora``: adapters of the language model; ``merger``: the mergers in full;
+``mtp``: the layer for multi-token prediction too) with verification of the finished folder, merges the adapters,
+opens the result with stock transformers and generates. Prints a line of JSON per stage: wall seconds, CPU-seconds,
+and the peak memory of all its processes together. DIR needs room for twice the weights; it is removed at the end,
+unless ``--keep`` is given.
 """
 
 from __future__ import annotations
@@ -29,11 +32,12 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any directory
 
 from benchmarks.step_samples import SIZES, make_config
+from qwenvl.cli.make_tiny_checkpoint.command import draw_model, save_model
 from qwenvl.cli.make_tiny_checkpoint.processor import build_processor
 from qwenvl.cli.make_tiny_checkpoint.tokenizer import build_tokenizer
 
@@ -42,6 +46,7 @@ FAMILY = "qwen3_vl"
 TRAINED = {
     "lora": {"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "learning_rate": 1e-4, "tune_mm_mlp": False},
     "merger": {"tune_mm_mlp": True, "learning_rate": 1e-5},
+    "mtp": {"tune_mm_mlp": True, "train_mtp": True, "learning_rate": 1e-5},
 }
 SETTINGS: dict[str, Any] = {
     "dataset_use": "captions",
@@ -62,7 +67,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def build(folder: Path, size: str) -> None:
-    """Write a checkpoint of random weights, images with captions, and a registry that names them."""
+    """Write a checkpoint of a size with random weights."""
     tokenizer, config = build_tokenizer(FAMILY), make_config(size)
     for name, token in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start")):
         setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
@@ -70,8 +75,21 @@ def build(folder: Path, size: str) -> None:
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = size in ("2b", "4b", "tiny")
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder / "base", max_shard_size="2GB")
-    build_processor(FAMILY, tokenizer, "instruct").save_pretrained(folder / "base")
+    model.save_pretrained(folder, max_shard_size="2GB")
+    build_processor(FAMILY, tokenizer, "instruct").save_pretrained(folder)
+
+
+def build_published(folder: Path, config: Path, processor: Path) -> None:
+    """Write a checkpoint of a published config with random weights."""
+    model, mtp = draw_model(AutoConfig.from_pretrained(config), 0, torch.bfloat16)
+    save_model(model, mtp, folder, torch.bfloat16)
+    for file in processor.iterdir():
+        if file.name != "config.json":
+            shutil.copyfile(file, folder / file.name)
+
+
+def write_data(folder: Path) -> None:
+    """Write images with captions, and a registry that names them."""
     random, rows = np.random.default_rng(0), []
     for number in range(8):
         pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -127,14 +145,17 @@ def _watch(pid: int, peak: list[int], ended: threading.Event) -> None:
             continue
 
 
-def stages(folder: Path, size: str, trained: str) -> dict[str, list[str]]:
+def stages(arguments: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     """Return the command of each stage, in order."""
-    own = [sys.executable, str(Path(__file__).resolve()), "--folder", str(folder), "--size", size, "--stage"]
+    trained = arguments.train
+    given = {"size": arguments.size, "config": arguments.config, "processor": arguments.processor}
+    flags = [text for name, value in given.items() if value for text in (f"--{name}", str(value))]
+    own = [sys.executable, str(Path(__file__).resolve()), "--folder", str(folder), *flags, "--stage"]
     settings = {**SETTINGS, **TRAINED[trained], "model_name_or_path": folder / "base", "output_dir": folder / "trained"}
     settings["dataset_registry"] = folder / "registry.py"
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     train = [sys.executable, str(REPOSITORY / "qwenvl" / "train" / "train_qwen.py"), *flags]
-    if trained == "merger":
+    if trained != "lora":
         return {"build": [*own, "build"], "train and verify": train, "open and generate": [*own, "trained"]}
     merge = [sys.executable, str(REPOSITORY / "tools" / "merge_lora.py")]
     merge += ["--adapter", str(folder / "trained"), "--output", str(folder / "merged")]
@@ -147,14 +168,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run all stages at a real size with random weights.")
     parser.add_argument("--folder", required=True, type=Path, help="folder for checkpoints; removed at the end")
     parser.add_argument("--size", default="2b", choices=list(SIZES))
+    parser.add_argument("--config", type=Path, help="published config.json in place of a size")
+    parser.add_argument("--processor", type=Path, help="folder with its tokenizer, chat template and processor")
     parser.add_argument("--train", default="lora", choices=list(TRAINED))
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints; an existing base is reused")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if (arguments.config is None) != (arguments.processor is None):
+        parser.error("--config and --processor go together")
     folder: Path = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "build":
-        build(folder, arguments.size)
+        write_data(folder)
+        if arguments.config is None:
+            build(folder / "base", arguments.size)
+        else:
+            build_published(folder / "base", arguments.config, arguments.processor)
     elif arguments.stage:
         open_and_generate(folder / arguments.stage, folder / "0.png")
     else:
@@ -163,7 +192,7 @@ def main() -> None:
 
 def run_stages(arguments: argparse.Namespace, folder: Path) -> None:
     """Run the stages in order, and remove their files."""
-    for stage, command in stages(folder, arguments.size, arguments.train).items():
+    for stage, command in stages(arguments, folder).items():
         if not (stage == "build" and (folder / "base").is_dir()):
             measure(stage, command, folder / f"{stage.replace(' ', '-')}.log")
     if not arguments.keep:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -60,28 +61,39 @@ def build_tiny_checkpoint(
         UserError: The family is unknown.
     """
     tokenizer = build_tokenizer(family)
-    config = build_config(family, tokenizer, size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-        mtp = _draw_mtp(model) if get_family(family).mtp else None
+    model, mtp = draw_model(build_config(family, tokenizer, size), seed)
     if size == "demo":
         _strengthen_positions(model)
-    _cast(model, dtype)
     model.generation_config = _generation_config(tokenizer)
+    save_model(model, mtp, output, dtype)
+    build_processor(family, tokenizer, template or default_template(family)).save_pretrained(output)
+    follow_umask(output)
+
+
+def draw_model(
+    config: PreTrainedConfig, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, MultiTokenPrediction | None]:
+    """Return a model with random weights, and its layer for multi-token prediction if its family has one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        return model, _draw_mtp(model) if get_family(config.model_type).mtp else None
+
+
+def save_model(model: PreTrainedModel, mtp: MultiTokenPrediction | None, output: Path, dtype: torch.dtype) -> None:
+    """Save a model as :func:`draw_model` returns it, in the types of published checkpoints if ``dtype`` is bfloat16."""
+    _cast(model, dtype)
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
     if mtp is not None:
         _add_to_weights(output / SAFE_WEIGHTS_NAME, mtp.to(dtype))
-    build_processor(family, tokenizer, template or default_template(family)).save_pretrained(output)
-    follow_umask(output)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast the weights, except those of linear attention that published checkpoints hold in float32."""
     layer = layout_of(model).linear_attention
     published = (f"{layer}.A_log", f"{layer}.norm.weight")
-    kept = {name: value.data for name, value in model.named_parameters() if name.endswith(published)}
+    kept = {name: value.data.float() for name, value in model.named_parameters() if name.endswith(published)}
     model.to(dtype)
     for name, value in kept.items():
         model.get_parameter(name).data = value
