@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from qwenvl.cli.check_serving import main as check_serving
 from qwenvl.cli.export.command import main as export
@@ -85,11 +84,6 @@ def as_published(folder: Path, copy: Path) -> Path:
     config = json.loads((copy / "config.json").read_text())
     if config["model_type"] == "qwen2_5_vl":  # every n-th layer of the tower attends to the whole image
         config["vision_config"]["fullatt_block_indexes"] = [1, 3]
-    if config["model_type"] == "qwen3_vl_moe":  # experts as [experts, in, out]
-        tensors = load_file(copy / "model.safetensors")
-        stacked = {name: one.transpose(1, 2).contiguous() for name, one in tensors.items() if ".mlp.experts." in name}
-        save_file(tensors | stacked, copy / "model.safetensors", {"format": "pt"})
-        config["text_config"]["norm_topk_prob"] = True
     (copy / "config.json").write_text(json.dumps(config))
     return copy
 

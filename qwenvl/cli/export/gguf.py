@@ -39,7 +39,7 @@ def require_convertible(config: Mapping[str, Any], folder: str) -> None:
     if model_type == "qwen3_vl_moe" and stored_transposed(folder, model_type, {}) is False:
         raise UserError(
             f"{folder} stores its experts as [experts, out, in], as stock transformers does; llama.cpp reads the "
-            "published layout, [experts, in, out], alone: train from a published checkpoint, whose layout is kept."
+            "published layout, [experts, in, out], alone: folders that this trainer saves have that."
         )
 
 
