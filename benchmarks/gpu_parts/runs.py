@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_parts.base import Part, Place, Row, emptied, flags, logged, noise, train
-from benchmarks.real_size import build
+from benchmarks.real_size import build, write_data
 from qwenvl.train.checkpoint.folder import DRAFTS
 
 _STEPS = 8
@@ -42,7 +42,8 @@ def train_at_size(place: Place, item: str) -> Row:
     if not (base / "registry.py").exists():  # written last
         base.mkdir(parents=True, exist_ok=True)
         with place.device:  # random numbers of a GPU take seconds, those of a CPU minutes
-            build(base, size)
+            build(base / "base", size)
+        write_data(base)
         gc.collect()
         torch.cuda.empty_cache()  # the device's memory is for the training process
     length = 512 if place.rehearsal else 8192
