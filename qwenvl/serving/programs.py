@@ -5,6 +5,7 @@ They ignore what a saved processor says, or open it with limits of their own. Wh
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass
 
@@ -52,6 +53,11 @@ def program_notes(served: Served, model: Model) -> list[str]:
             "lmms-eval writes a system turn before every question of this family; train with one, or expect other "
             "answers."
         )
+    if model.model_type.startswith("qwen3_5") and _thinking(served) is None:
+        found.append(
+            "lmms-eval asks all questions of this family with enable_thinking=True unless its --model_args say "
+            "otherwise, and makes an answer without thoughts an empty one: name the value of your samples there."
+        )
     if model.moe:
         found.append('lmms-eval takes a folder for a mixture of experts by its name alone: it has to hold "A3B" or so.')
     found.append("The lines of SGLang and VLMEvalKit follow their sources and were not run (docs/compatibility.md).")
@@ -93,10 +99,19 @@ def _lmms_eval(served: Served, model: Model, folder: str) -> str:
     if served.videos:
         rate = {} if name == "qwen2_vl" else {"fps": f"{video['fps']:g}"}  # whose class takes none
         given |= {**rate, "max_num_frames": video["max_frames"]}
+    if (thinking := _thinking(served)) is not None:
+        given["enable_thinking"] = thinking
     arguments = ",".join(f"{key}={value}" for key, value in given.items())
     # The newer of its two classes for a model gives images no limits (lmms_eval/models/chat/qwen3_vl.py of 0.7.3).
     words = ["python", "-m", "lmms_eval", "--force_simple", "--model", name, "--model_args", arguments]
+    words += ["--gen_kwargs", "temperature=0"] if name == "qwen3_5" else []  # whose class samples with 0.7 by default
     return shlex.join([*words, "--tasks", "TASKS"])
+
+
+def _thinking(served: Served) -> bool | None:
+    """Return the ``enable_thinking`` that all looked at samples are asked with; None if they have none or several."""
+    asked = {json.loads(arguments).get("enable_thinking") for arguments in served.requests}
+    return asked.pop() if len(asked) == 1 else None
 
 
 def _vlmevalkit(served: Served, model: Model, folder: str) -> str:

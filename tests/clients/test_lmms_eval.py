@@ -72,7 +72,7 @@ def task(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_answers_are_those_of_the_trainer(
     family: str,
     lmms_eval: Path,
@@ -82,7 +82,9 @@ def test_answers_are_those_of_the_trainer(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = trained(family, dataset_use="rows", max_steps=100, learning_rate=2e-3)  # it knows images by heart
+    folder = trained(
+        family, dataset_use="rows", max_steps=300 if family == "qwen3_5" else 100, learning_rate=2e-3
+    )  # it knows images by heart
     model = ["--model_name_or_path", str(folder), "--dataset_registry", str(registry), "--dataset_use", "rows"]
     capsys.readouterr()
     assert check_serving(model) == 0
