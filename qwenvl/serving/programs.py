@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qwenvl.serving.commands import Served
+
+THINKING = "enable_thinking"
+"""Template argument that turns thoughts on and off."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def program_notes(served: Served, model: Model) -> list[str]:
             "lmms-eval writes a system turn before every question of this family; train with one, or expect other "
             "answers."
         )
-    if model.model_type.startswith("qwen3_5") and _thinking(served) is None:
+    if model.model_type.startswith("qwen3_5") and THINKING not in _template_arguments(served):
         found.append(
             "lmms-eval asks all questions of this family with enable_thinking=True unless its --model_args say "
             "otherwise, and makes an answer without thoughts an empty one: name the value of your samples there."
@@ -88,6 +93,7 @@ def _transformers(served: Served) -> str:
         words.append('processor_kwargs={"do_sample_frames": True}')
     if served.videos and served.video_template:
         words.append(f"chat_template=open({served.video_template!r}).read()")
+    words += [f"{name}={value!r}" for name, value in _template_arguments(served).items()]
     return ", ".join(words) + ")"
 
 
@@ -99,8 +105,7 @@ def _lmms_eval(served: Served, model: Model, folder: str) -> str:
     if served.videos:
         rate = {} if name == "qwen2_vl" else {"fps": f"{video['fps']:g}"}  # whose class takes none
         given |= {**rate, "max_num_frames": video["max_frames"]}
-    if (thinking := _thinking(served)) is not None:
-        given["enable_thinking"] = thinking
+    given |= {name: value for name, value in _template_arguments(served).items() if name == THINKING}
     arguments = ",".join(f"{key}={value}" for key, value in given.items())
     # The newer of its two classes for a model gives images no limits (lmms_eval/models/chat/qwen3_vl.py of 0.7.3).
     words = ["python", "-m", "lmms_eval", "--force_simple", "--model", name, "--model_args", arguments]
@@ -108,10 +113,10 @@ def _lmms_eval(served: Served, model: Model, folder: str) -> str:
     return shlex.join([*words, "--tasks", "TASKS"])
 
 
-def _thinking(served: Served) -> bool | None:
-    """Return the ``enable_thinking`` that all looked at samples are asked with; None if they have none or several."""
-    asked = {json.loads(arguments).get("enable_thinking") for arguments in served.requests}
-    return asked.pop() if len(asked) == 1 else None
+def _template_arguments(served: Served) -> Mapping[str, Any]:
+    """Return the template arguments that all looked at samples are asked with; none if they differ."""
+    asked = [json.loads(arguments) for arguments in served.requests]
+    return asked[0] if len(asked) == 1 else {}
 
 
 def _vlmevalkit(served: Served, model: Model, folder: str) -> str:

@@ -45,6 +45,8 @@ def test_lmms_eval_asks_with_the_thoughts_of_training(requests: dict[str, int], 
     line = program_lines(served, Model("qwen3_5", factor=32))["lmms-eval"]
     assert argument in line and line.endswith(" --gen_kwargs temperature=0 --tasks TASKS")
     assert ("enable_thinking" in line) is not noted
+    own = program_lines(served, Model("qwen3_5", factor=32))["transformers"]
+    assert own.endswith(f"{argument.strip().replace(',', ', ')})") and ("enable_thinking" in own) is not noted
     said = "lmms-eval asks all questions of this family with enable_thinking=True"
     assert any(note.startswith(said) for note in program_notes(served, Model("qwen3_5", factor=32))) is noted
     assert "temperature" not in program_lines(served, Model("qwen3_vl", factor=32))["lmms-eval"]
